@@ -1,0 +1,35 @@
+"""Dtype policy and the few guarded operations that everything else is written with."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def accumulation_dtype(*dtypes) -> jnp.dtype:
+    """The dtype of statistics: float32 for half-precision inputs, else the widest input dtype."""
+    return jnp.promote_types(jnp.result_type(*dtypes), jnp.float32)
+
+
+def finite_gauge(m: jax.Array) -> jax.Array:
+    """A reference exponent that is safe to subtract: `m` without its gradient, 0 where `m` is not finite."""
+    m = jax.lax.stop_gradient(m)
+    return jnp.where(jnp.isfinite(m), m, 0)
+
+
+def log_or_neg_inf(s: jax.Array) -> jax.Array:
+    """`log(s)`, and -inf with gradient 0 where `s` is 0."""
+    positive = s != 0
+    return jnp.where(positive, jnp.log(jnp.where(positive, s, 1)), -jnp.inf)
+
+
+def safe_divide(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`a / b`, and 0 with gradient 0 where `b` is 0."""
+    nonzero = b != 0
+    return jnp.where(nonzero, a / jnp.where(nonzero, b, 1), 0)
+
+
+def safe_subtract(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`a - b`, and -inf where `a` is -inf whatever `b` is (never -inf + inf)."""
+    absent = a == -jnp.inf
+    return jnp.where(absent, -jnp.inf, jnp.where(absent, 0, a) - jnp.where(absent, 0, b))

@@ -1,0 +1,129 @@
+"""What every optimizer of this folder shares: precision of the state, checks, and the ready chain."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxsoft import _checks
+
+Scalar: TypeAlias = float | jax.Array
+"""A hyper-parameter: a number, or a scalar array, which may be traced."""
+
+Mask: TypeAlias = Any
+"""A pytree of bools shaped like the parameters (or a prefix), a function from them to one, or None."""
+
+
+def wide(*leaves: Any) -> jnp.dtype:
+    """The dtype statistics and moments are computed in: that of the leaves, but at least float32."""
+    dtype = jnp.result_type(*leaves, jnp.float32)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"updates and params must be real, got a leaf of dtype {dtype}")
+    return jnp.dtype(dtype)
+
+
+def widen(tree: optax.Updates) -> optax.Updates:
+    """Every leaf in its `wide` dtype (a no-op for float32)."""
+    return jax.tree.map(lambda x: jnp.asarray(x, wide(x)), tree)
+
+
+def cast_like(tree: optax.Updates, like: optax.Updates) -> optax.Updates:
+    """Every leaf in the dtype of its partner in `like`.
+
+    Transforms return updates in the dtype that came in, so that they compose with `optax.apply_if_finite`,
+    `optax.MultiSteps` and `lax.scan`, which require it.
+    """
+    return jax.tree.map(lambda x, y: x.astype(jnp.result_type(y)), tree, like)
+
+
+def moments_like(params: optax.Params, dtype: Any = None) -> Any:
+    """Zeros shaped (and sharded) like the parameters, in `dtype` or else in their `wide` dtype."""
+    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wide(p) if dtype is None else dtype), params)
+
+
+def scalars_like(params: optax.Params) -> Any:
+    """One zero for each leaf of the parameters."""
+    return jax.tree.map(lambda p: jnp.zeros([], wide(p)), params)
+
+
+def moving_average(decay: Scalar, old: Any, new: Any) -> Any:
+    """`decay old + (1 - decay) new`, leaf by leaf, computed in at least float32."""
+
+    def step(a, x):
+        dtype = wide(a, x)
+        return decay * a.astype(dtype) + (1.0 - decay) * x.astype(dtype)
+
+    return jax.tree.map(step, old, new)
+
+
+def bias_correction(decay: Scalar, count: jax.Array) -> jax.Array:
+    """`1 - decay ** count`, for `count >= 1`.
+
+    Written as `-expm1(count log(decay))` because in float32 `1 - 0.999 ** count` has lost two of its seven
+    digits at count = 1; a Python number `decay` has its logarithm taken in double precision.
+    """
+    if isinstance(decay, float):
+        with np.errstate(divide="ignore"):
+            log_decay: Any = float(np.log(decay))
+    else:
+        log_decay = jnp.log(decay)
+    return -jnp.expm1(count * log_decay)
+
+
+def separate(scalars: Any) -> Any:
+    """The same values, which the compiler does not know to be the same.
+
+    A cheap function of a leaf that is needed twice is found equal by the compiler and stored, at the price of
+    an array of the size of the leaf. With a scalar in it passed through here, it is computed twice instead.
+    """
+    return jax.lax.optimization_barrier(scalars)
+
+
+def check_beta(name: str, value: Any) -> None:
+    """Checks a decay rate of a moving average."""
+    _checks.number(name, value, at_least=0, below=1)
+
+
+def check_steps(name: str, value: Any, *, at_least: int) -> None:
+    """Checks a number of steps: an integer, or (as `optax.inject_hyperparams` makes it) an integer scalar."""
+    if not isinstance(value, (jax.Array, np.ndarray)):
+        _checks.integer(name, value, at_least=at_least)
+        return
+    _checks.integers(name, value)
+    _checks.number(name, value, at_least=at_least)
+
+
+def moment_dtype(name: str, value: Any) -> jnp.dtype | None:
+    """Checks the dtype asked for a moment."""
+    if value is None:
+        return None
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be a floating dtype or None, got {_checks.describe(value)}") from error
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{name} must be a floating dtype or None, got {dtype}")
+    return jnp.dtype(jax.dtypes.canonicalize_dtype(dtype))
+
+
+def descend(
+    direction: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: Scalar,
+    mask: Mask,
+) -> optax.GradientTransformationExtraArgs:
+    """The ready optimizer of a direction u: `params <- params - learning_rate (u + weight_decay params)`."""
+    if not callable(learning_rate):
+        _checks.number("learning_rate", learning_rate, at_least=0)
+    _checks.number("weight_decay", weight_decay, at_least=0)
+    return optax.with_extra_args_support(
+        optax.chain(
+            direction,
+            optax.add_decayed_weights(weight_decay, mask),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+    )

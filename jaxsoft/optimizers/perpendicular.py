@@ -1,0 +1,100 @@
+"""The perpendicular gradient: no step along the parameters themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxsoft.optimizers import _common
+from jaxsoft.optimizers._common import Mask
+
+
+def _perpendicular(g: jax.Array, p: jax.Array, rescale: bool) -> jax.Array:
+    """One leaf of `perpendicular_gradient`."""
+    dtype = _common.wide(g, p)
+    # Below this length, relative to g, there is only noise: of the sums here, or of a g in lower precision.
+    noise_level = max(8 * jnp.finfo(dtype).eps, jnp.finfo(jnp.result_type(g)).eps)
+    g, p = jnp.asarray(g, dtype), jnp.asarray(p, dtype)
+
+    pp, gg, gp = jnp.sum(p * p), jnp.sum(g * g), jnp.sum(g * p)
+    safe_pp = jnp.where(pp > 0, pp, 1)  # p = 0 has no direction: nothing is removed
+    along = gp / safe_pp
+    q = g - along * p
+    qq = jnp.sum(q * q)
+    # The sums above are rounded, so some of p is left in q; a second projection removes it. With
+    # r = <q, p> / <p, p> it is q - r p, of squared length <q, q> - r <q, p>: no third sum is needed.
+    # Each time q is computed again from g and p, which is much cheaper than to store it.
+    along = _common.separate(along)
+    qp = jnp.sum((g - along * p) * p)
+    rest = qp / safe_pp
+    q = g - (along + rest) * p
+    qq = qq - rest * qp
+
+    # For g parallel to p, q is nothing but rounding noise, which the rescaling would blow up to a full step.
+    signal = qq > noise_level**2 * gg
+    ratio = jnp.sqrt(jnp.where(signal, gg / jnp.where(signal, qq, 1), 0)) if rescale else signal
+    return q * ratio
+
+
+def perpendicular_gradient(
+    rescale: bool = True, *, mask: Mask = None
+) -> optax.GradientTransformationExtraArgs:
+    """Removes from each leaf of the gradient its component along the parameters (perpendicular gradient).
+
+    For each leaf, taken as one vector, with parameters p:
+
+        q = g - (<g, p> / <p, p>) p        g <- q ||g|| / ||q||
+
+    A step along the parameters scales the logits and hence lowers the loss without learning anything, up to
+    where the softmax collapses numerically; without it, generalization ("grokking") is not blocked. Put it
+    first in a chain: `optax.chain(perpendicular_gradient(), optax.adamw(1e-3))`. With plain SGD the norm of
+    each leaf never shrinks and grows only at second order: `||p'||^2 = ||p||^2 + lr^2 ||g||^2`.
+
+    A leaf with one element is always parallel to its gradient and so gets no update: use `mask`. Where the
+    gradient is parallel to the parameters up to rounding (`||q||` below about 1e-6 `||g||` in float32, or
+    what a bfloat16 gradient resolves), the result is 0; the projection is made twice for accuracy. Parameters
+    of 0 leave the gradient as it is. Under `jit` a leaf may be sharded; inside `shard_map` the products are
+    those of the local shard.
+
+    Args:
+      rescale: Give the result the norm of the gradient, as the authors' code does. False leaves the
+        projection as it is, the formula of the paper's text.
+      mask: Which leaves are projected: a pytree of bools, or a function from the parameters to one. Others
+        pass unchanged. None: all.
+
+    Returns:
+      A stateless gradient transformation whose `update` needs the parameters. Products are computed in at
+      least float32; updates keep the dtype of the gradients.
+
+    Raises:
+      TypeError: for a `rescale` that is not a bool.
+      ValueError: if `update` is called without the parameters.
+
+    References:
+      "Grokking at the Edge of Numerical Stability". The second projection and the threshold below which the
+      result is 0 are ours.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> tx = perpendicular_gradient()
+      >>> p, g = jnp.array([1.0, 0.0]), jnp.array([3.0, 4.0])
+      >>> print(tx.update(g, tx.init(p), p)[0])
+      [0. 5.]
+    """
+    if not isinstance(rescale, bool):
+        raise TypeError(f"rescale must be a bool, got {rescale!r} of type {type(rescale).__name__}")
+
+    def update(updates: optax.Updates, state: Any, params: Any = None, **extra: Any):
+        del extra
+        if params is None:
+            raise ValueError(
+                "perpendicular_gradient needs params: call update(updates, state, params); got params=None"
+            )
+        u = jax.tree.map(lambda g, p: _perpendicular(g, p, rescale), updates, params)
+        return _common.cast_like(u, updates), state
+
+    tx = optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    return tx if mask is None else optax.with_extra_args_support(optax.masked(tx, mask))

@@ -1,0 +1,424 @@
+"""The kinds of logits: dense arrays, and `hidden @ weight` that is never stored."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from jaxsoft import _checks
+from jaxsoft._numerics import accumulation_dtype
+
+# A block of logits holds about so many entries by default, which bounds the temporary memory whatever the number
+# of rows, and so many columns at most. Measured on a CPU (docs/architecture.md); accelerators want larger
+# matrix products.
+_BLOCK_ENTRIES = {"cpu": 2**21, "other": 2**25}
+_WIDEST_BLOCK = {"cpu": 512, "other": 8192}
+_NARROWEST_BLOCK = 128
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LinearLogits:
+    """The logits `softcap(scale * (hidden @ weight) + bias) / temperature`, as an expression.
+
+    Nothing is computed until something reads the rows, and then block by block. Made by `linear_logits`; a
+    pytree, so it passes through `jit`, `grad`, `vmap` and `scan` (with respect to it, too) like an array.
+    Dividing or multiplying it by a positive number changes `temperature`.
+    """
+
+    hidden: Any
+    weight: Any
+    bias: Any
+    scale: Any
+    temperature: Any
+    softcap: float | None = dataclasses.field(metadata=dict(static=True))
+    transpose_weight: bool = dataclasses.field(metadata=dict(static=True))
+    block_size: int | None = dataclasses.field(metadata=dict(static=True))
+    filter_eps: float | None = dataclasses.field(metadata=dict(static=True))
+    precision: Any = dataclasses.field(metadata=dict(static=True))
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of columns."""
+        return self.weight.shape[0 if self.transpose_weight else 1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape the dense logits would have, `[*rows, vocab]`."""
+        return (*self.hidden.shape[:-1], self.vocab_size)
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of `shape`."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """The number of entries the dense logits would have."""
+        return math.prod(self.shape)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of `hidden @ weight`, which `dense()` returns."""
+        return jnp.promote_types(self.hidden.dtype, self.weight.dtype)
+
+    def dense(self) -> Float[Array, "*rows vocab"]:
+        """Computes and stores all logits, in `dtype` (accumulated in at least float32)."""
+        rows = self._flat()
+        x = rows._block(0, self.vocab_size, None)
+        return x.astype(self.dtype).reshape(self.shape)
+
+    def _scaled(self, temperature: Any) -> LinearLogits:
+        if temperature is NotImplemented:
+            return NotImplemented
+        new = temperature if self.temperature is None else self.temperature * temperature
+        return dataclasses.replace(self, temperature=new)
+
+    def __truediv__(self, temperature: Any) -> LinearLogits:
+        """`logits / temperature`, a positive scalar or one number a row (`[*rows]` or `[*rows, 1]`)."""
+        return self._scaled(_row_scalar("temperature", temperature, self.hidden, positive=True))
+
+    def __mul__(self, scale: Any) -> LinearLogits:
+        """`logits * scale`, a positive scalar or one number a row (`[*rows]` or `[*rows, 1]`)."""
+        return self._scaled(1 / _row_scalar("scale", scale, self.hidden, positive=True))
+
+    __rmul__ = __mul__
+
+    def __jax_array__(self):
+        raise TypeError(
+            f"these logits of shape {self.shape} are an expression that is never stored; functions of jaxsoft "
+            "read them as they are, anything else needs the whole array: write logits.dense()"
+        )
+
+    __array__ = __jax_array__
+
+    # What the drivers use. The rows are flattened first: hidden is [n, d], per-row arrays are [n].
+
+    def _flat(self) -> LinearLogits:
+        n = math.prod(self.hidden.shape[:-1])
+
+        def per_row(a):
+            return a if a is None or a.ndim == 0 else a.reshape(n)
+
+        return dataclasses.replace(
+            self,
+            hidden=self.hidden.reshape(n, self.hidden.shape[-1]),
+            scale=per_row(self.scale),
+            temperature=per_row(self.temperature),
+        )
+
+    def _mask_rows(self, keep: Array) -> LinearLogits:
+        """Puts 0 into the rows nobody reads, so that a NaN in them meets no matrix product."""
+
+        def per_row(a):
+            return a if a is None or a.ndim == 0 else jnp.where(keep, a, 1)
+
+        return dataclasses.replace(
+            self,
+            hidden=jnp.where(keep[..., None], self.hidden, 0),
+            scale=per_row(self.scale),
+            temperature=per_row(self.temperature),
+        )
+
+    @property
+    def _accumulation_dtype(self):
+        return accumulation_dtype(self.hidden.dtype, self.weight.dtype)
+
+    def _like(self) -> Array:
+        return jnp.full_like(self.hidden[..., 0], 0, dtype=self._accumulation_dtype)
+
+    def _accumulates(self) -> LinearLogits:
+        """Which leaves' gradients add up over the blocks of columns (the others are cut into blocks)."""
+        present = jax.tree.map(lambda _: True, self)
+        return dataclasses.replace(present, weight=False, bias=None if self.bias is None else False)
+
+    def _weight_block(self, start, size: int, col_keep: Array | None) -> Array:
+        """The columns `start : start + size` of the weight, with 0 in those nobody reads."""
+        axis = 0 if self.transpose_weight else 1
+        block = cut(self.weight, start, size, axis)
+        if col_keep is not None:
+            block = jnp.where(jnp.expand_dims(col_keep, 1 - axis), block, 0)
+        return block
+
+    def _raw(self, weight_block: Array) -> Array:
+        """A block of `hidden @ weight`."""
+        contract = 1 if self.transpose_weight else 0
+        hidden, weight_block = (a.astype(self.dtype) for a in (self.hidden, weight_block))
+        return lax.dot_general(
+            hidden,
+            weight_block,
+            (((hidden.ndim - 1,), (contract,)), ((), ())),
+            precision=self.precision,
+            preferred_element_type=self._accumulation_dtype,
+        )
+
+    def _pull_raw(self, d_raw: Array, weight_block: Array) -> tuple[Array, Array]:
+        """The cotangents of `hidden` and of a block of the weight, from that of the block of their product."""
+        d_raw = d_raw.astype(self.dtype)
+        product = functools.partial(
+            lax.dot_general, precision=self.precision, preferred_element_type=self._accumulation_dtype
+        )
+        over_columns = (((1,), (0 if self.transpose_weight else 1,)), ((), ()))
+        d_hidden = product(d_raw, weight_block.astype(self.dtype), over_columns)
+        hidden, over_rows = self.hidden.astype(self.dtype), (((0,), (0,)), ((), ()))
+        d_weight = product(d_raw, hidden, over_rows) if self.transpose_weight else product(hidden, d_raw, over_rows)
+        return d_hidden, d_weight
+
+    def _bias_block(self, start, size: int, col_keep: Array | None) -> Array | None:
+        if self.bias is None:
+            return None
+        block = cut(self.bias, start, size, 0).astype(self._accumulation_dtype)
+        return block if col_keep is None else jnp.where(col_keep, block, 0)
+
+    def _block(self, start, size: int, col_keep: Array | None) -> Array:
+        raw = self._raw(self._weight_block(start, size, col_keep))
+        return self._finish(raw, self._bias_block(start, size, col_keep))
+
+    def _finish(self, raw: Array, bias: Array | None) -> Array:
+        """What follows the matrix product, entry by entry: scale, bias, softcap, temperature."""
+        x = raw
+        if self.scale is not None:
+            x = x * self.scale[..., None].astype(x.dtype)
+        if bias is not None:
+            x = x + bias
+        if self.softcap is not None:
+            x = self.softcap * jnp.tanh(x / self.softcap)
+        if self.temperature is not None:
+            x = x / self.temperature[..., None].astype(x.dtype)
+        return x
+
+    def _is_affine(self) -> bool:
+        """Whether the logits are affine in `hidden`, so that sums over columns have a closed form."""
+        return self.softcap is None
+
+    def _affine_columns(self, col_weights: Array) -> tuple[Array, Array, Array]:
+        """`(n, w, b)`: `sum_j k_j`, and the k-weighted sums of the columns of weight and bias."""
+        used = col_weights != 0
+        weight = jnp.where(jnp.expand_dims(used, 1 if self.transpose_weight else 0), self.weight, 0)
+        axis = 0 if self.transpose_weight else 1
+        w = lax.dot_general(
+            weight,
+            col_weights,
+            (((axis,), (0,)), ((), ())),
+            precision=self.precision,
+            preferred_element_type=self._accumulation_dtype,
+        )
+        b = 0.0 if self.bias is None else jnp.where(used, self.bias, 0).astype(self._accumulation_dtype) @ col_weights
+        return jnp.sum(col_weights), w, b
+
+    def _column_sums(self, col_weights: Array) -> tuple[Array, Array]:
+        """`sum_j k_j x_j` of every row, without the x_j, and `sum_j k_j`."""
+        n, w, b = self._affine_columns(col_weights)
+        total = self.hidden.astype(w.dtype) @ w
+        if self.scale is not None:
+            total = total * self.scale
+        total = total + b
+        return (total if self.temperature is None else total / self.temperature), n
+
+    def _column_moments(self, col_weights: Array) -> tuple[Array, Array, Array]:
+        """Count, mean and `sum_j (x_j - mean)^2` over the columns with weight 1 (not 0) of every row."""
+        n, w, b = self._affine_columns(col_weights)
+        n_safe = jnp.maximum(n, 1)
+        mean_w, mean_b = w / n_safe, b / n_safe
+
+        def centred_gram(weight, bias, keep):
+            weight = (weight if self.transpose_weight else weight.T).astype(w.dtype)
+            columns = jnp.where((keep != 0)[:, None], weight - mean_w, 0)
+            if bias is not None:
+                offset = jnp.where(keep != 0, bias.astype(w.dtype) - mean_b, 0)
+                columns = jnp.concatenate([columns, offset[:, None]], axis=1)
+            return lax.dot_general(columns, columns, (((0,), (0,)), ((), ())), precision=self.precision)
+
+        gram = centred_gram(self.weight, self.bias, col_weights)
+        h = self.hidden.astype(w.dtype)
+        if self.scale is not None:
+            h = h * self.scale[..., None]
+        mean = h @ mean_w + mean_b
+        if self.bias is not None:
+            h = jnp.concatenate([h, jnp.ones((*h.shape[:-1], 1), h.dtype)], axis=-1)
+        centred = jnp.sum((h @ gram) * h, axis=-1)
+        if self.temperature is not None:
+            mean, centred = mean / self.temperature, centred / self.temperature**2
+        return n, mean, jnp.maximum(centred, 0)
+
+    def _default_block_size(self, rows: int) -> int:
+        backend = "cpu" if jax.default_backend() == "cpu" else "other"
+        width = _BLOCK_ENTRIES[backend] // max(rows, 1) // 128 * 128
+        return min(max(width, _NARROWEST_BLOCK), _WIDEST_BLOCK[backend])
+
+
+def cut(a: Array, start, size: int, axis: int) -> Array:
+    """`a[start : start + size]` along `axis`; `a` itself where that is all of it."""
+    if a.shape[axis] == size:
+        return a
+    return lax.dynamic_slice_in_dim(a, start, size, axis)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DenseLogits:
+    """Stored scores with the reduced axis last, in the form the drivers read."""
+
+    values: Any
+
+    filter_eps = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the scores."""
+        return self.values.shape
+
+    @property
+    def _accumulation_dtype(self):
+        return accumulation_dtype(self.values.dtype)
+
+    def _is_affine(self) -> bool:
+        return False
+
+    def _mask_rows(self, keep: Array) -> DenseLogits:
+        del keep  # the mask of the tiles is enough: no matrix product reads the rows
+        return self
+
+    def _like(self) -> Array:
+        if self.values.shape[-1] == 0:
+            return jnp.zeros(self.values.shape[:-1], self._accumulation_dtype)
+        return jnp.full_like(self.values[..., 0], 0, dtype=self._accumulation_dtype)
+
+    def _accumulates(self) -> DenseLogits:
+        return dataclasses.replace(self, values=False)
+
+    def _block(self, start, size: int, col_keep: Array | None) -> Array:
+        del col_keep
+        return cut(self.values, start, size, self.values.ndim - 1).astype(self._accumulation_dtype)
+
+
+def _row_scalar(name: str, value: Any, hidden, *, positive: bool = False) -> Any:
+    """A scalar or one number a row, as an array of a floating dtype (a Python number would get no gradient)."""
+    if value is None:
+        return None
+    if _checks.is_concrete_number(value):
+        _checks.number(name, value, **({"above": 0} if positive else {}))
+        return jnp.asarray(value, accumulation_dtype(hidden.dtype))
+    _checks.floating(name, value)
+    rows = tuple(hidden.shape[:-1])
+    if value.shape == (*rows, 1) and value.ndim != len(rows):
+        value = value[..., 0]
+    if value.shape not in ((), rows):
+        raise ValueError(
+            f"{name} must be a scalar or have shape {rows} (one number a row of logits), got shape {value.shape}"
+        )
+    return value
+
+
+def linear_logits(
+    hidden: Float[Array, "*rows d"],
+    weight: Float[Array, "d vocab"],
+    *,
+    bias: Float[Array, " vocab"] | None = None,
+    scale: float | Float[Array, "..."] | None = None,
+    softcap: float | None = None,
+    temperature: float | Float[Array, "..."] | None = None,
+    transpose_weight: bool = False,
+    block_size: int | None = None,
+    filter_eps: float | None = None,
+    precision: Any = None,
+) -> LinearLogits:
+    """The logits of a linear output layer, as an expression: nothing is computed, and `[*rows, vocab]` never is.
+
+    Stands for `softcap(scale * (hidden @ weight) + bias) / temperature`. Every function of jaxsoft that reads
+    rows of logits takes it in place of the dense array and gives the same values and derivatives (reverse and
+    forward mode, any order), computing a block of columns at a time and forgetting it.
+
+    Args:
+      hidden: activations, `[*rows, d]`, any number of leading axes.
+      weight: output weights `[d, vocab]`, or `[vocab, d]` with `transpose_weight=True` (an embedding table).
+      bias: `[vocab]`, added after `scale`; the log of class priors goes here.
+      scale: multiplies the matrix product: a scalar, or one number a row (`[*rows]`). Differentiable.
+      softcap: caps the logits smoothly to `(-softcap, softcap)` by `softcap * tanh(logits / softcap)`.
+      temperature: divides at last: a positive scalar or one number a row. Differentiable.
+      transpose_weight: whether `weight` is laid out `[vocab, d]`; nothing is copied either way.
+      block_size: columns computed at a time. Default: chosen from the number of rows and the backend, about
+        4 MiB of logits on a CPU.
+      filter_eps: skip, in the backward pass, blocks of logits whose gradient is below this in magnitude
+        everywhere (times the largest cotangent); None, the default, is exact. Reverse mode only.
+      precision: of the matrix products, as in `jax.lax.dot_general`; they accumulate in float32 at least.
+
+    Returns:
+      A `LinearLogits`, a pytree with `.shape`, `.dtype` and `.dense()`.
+
+    Raises:
+      TypeError: an argument is not a floating array or has the wrong type.
+      ValueError: shapes that do not fit, a size or a constant out of range.
+
+    Reference:
+      Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models" (for cross-entropy).
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsoft
+      >>> hidden, weight = jnp.ones((2, 3, 4)), jnp.ones((4, 10)) / 4
+      >>> logits = jaxsoft.linear_logits(hidden, weight, softcap=30.0)
+      >>> logits.shape
+      (2, 3, 10)
+      >>> bool(jnp.allclose(jaxsoft.logsumexp(logits), jax.nn.logsumexp(logits.dense(), axis=-1)))
+      True
+    """
+    hidden, weight = _to_array("hidden", hidden), _to_array("weight", weight)
+    if hidden.ndim < 1:
+        raise ValueError(f"hidden must have shape [*rows, d], got shape {hidden.shape}")
+    if not isinstance(transpose_weight, bool):
+        raise TypeError(f"transpose_weight must be True or False, got {_checks.describe(transpose_weight)}")
+    layout = "[vocab, d]" if transpose_weight else "[d, vocab]"
+    if weight.ndim != 2:
+        raise ValueError(f"weight must have shape {layout}, got shape {weight.shape}")
+    d = weight.shape[1 if transpose_weight else 0]
+    if hidden.shape[-1] != d or d == 0:
+        hint = (
+            f"; pass transpose_weight={not transpose_weight} for the other layout"
+            if hidden.shape[-1] == weight.shape[0 if transpose_weight else 1]
+            else ""
+        )
+        raise ValueError(
+            f"hidden and weight must share a feature axis of size 1 or more: weight of shape {weight.shape} as "
+            f"{layout} has d={d}, hidden of shape {hidden.shape} has {hidden.shape[-1]}{hint}"
+        )
+    if bias is not None:
+        bias = _to_array("bias", bias)
+        _checks.shape("bias", bias, (weight.shape[0 if transpose_weight else 1],), "one number a column of logits")
+    if softcap is not None:
+        _checks.number("softcap", softcap, above=0)
+        softcap = float(softcap)
+    if block_size is not None:
+        block_size = _checks.integer("block_size", block_size, at_least=1)
+    if filter_eps is not None:
+        _checks.number("filter_eps", filter_eps, at_least=0)
+        filter_eps = float(filter_eps)
+    return LinearLogits(
+        hidden=hidden,
+        weight=weight,
+        bias=bias,
+        scale=_row_scalar("scale", scale, hidden),
+        temperature=_row_scalar("temperature", temperature, hidden, positive=True),
+        softcap=softcap,
+        transpose_weight=transpose_weight,
+        block_size=block_size,
+        filter_eps=filter_eps,
+        precision=precision,
+    )
+
+
+def _to_array(name: str, value: Any) -> Any:
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        raise TypeError(f"{name} must be an array of floating dtype, got {_checks.describe(value)}")
+    _checks.floating(name, value)
+    return value if isinstance(value, jax.Array) else jnp.asarray(value)
+
+
+Logits = LinearLogits | Float[Array, "..."]
+"""What every function that reads rows of scores takes: a dense array or a `LinearLogits`."""

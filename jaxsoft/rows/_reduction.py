@@ -1,0 +1,126 @@
+"""`RowReduction`: what a streaming statistic of a row of scores is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+State = Any
+
+
+class Tile(NamedTuple):
+    """A block of columns of the scores, as a reduction sees it.
+
+    Attributes:
+      x: the scores, `[*rows, block]`, in the accumulation dtype, with 0 for absent entries.
+      scores: the scores with -inf for absent entries.
+      keep: `[*rows, block]` booleans; False marks an absent entry (masked, or a score of `-inf`).
+      cols: `[block]` int32, the column index of each entry in the whole row.
+      columns: the number of columns of the whole row (static).
+      col_args: the reduction's `col_args`, each cut to `[block, ...]`.
+      entry_args: the reduction's `entry_args`, each cut to `[*rows, block]`.
+    """
+
+    x: jax.Array
+    scores: jax.Array
+    keep: jax.Array
+    cols: jax.Array
+    columns: int
+    col_args: tuple[jax.Array, ...] = ()
+    entry_args: tuple[jax.Array, ...] = ()
+
+    def with_scores(self, scores: jax.Array) -> Tile:
+        """The tile of other scores, in which -inf marks the absent entries."""
+        keep = scores != -jnp.inf
+        return self._replace(x=jnp.where(keep, scores, 0), scores=scores, keep=keep)
+
+    def sum(self, values: jax.Array) -> jax.Array:
+        """Sums `values` over the entries that are present."""
+        return jnp.sum(jnp.where(self.keep, values, 0), axis=-1)
+
+
+def _add_states(a: State, b: State) -> State:
+    return jax.tree.map(jnp.add, a, b)
+
+
+def _zero_state(state: State) -> State:
+    return jax.tree.map(jnp.zeros_like, state)
+
+
+def _identity(state: State, *args) -> Any:
+    del args
+    return state
+
+
+class RowReduction(NamedTuple):
+    """A streaming statistic of a row of scores, as a tuple of pure functions.
+
+    The scores arrive in blocks of columns. `init` makes the state of an empty row, `update` takes a block in,
+    `merge` joins the states of two parts of a row, `finalize` turns a state into the statistic. The drivers
+    run these functions over dense scores, over `hidden @ weight` that is never stored, over shards and inside
+    kernels; a reduction knows none of that, and needs no derivative: the drivers get it from `update`.
+
+    The derivative rests on one fact. Apart from its reference exponent (a *gauge*, such as a running maximum,
+    which cancels in `finalize`), a state is a sum over the columns. So the derivative of a finished state is
+    the sum over blocks of the derivative of `update` started from the empty state in the finished gauge:
+    `neutral(state)`. Three rules follow for a user's reduction:
+
+    * a gauge goes through `stop_gradient` in `update`, and `neutral` keeps it (`(m, s) -> (m, 0)`);
+    * every other float leaf adds up over columns, in units of the gauge;
+    * a *selection* (a maximum, a top-k), whose state is entries of the row, names its `share` instead.
+
+    Functions must be module-level or cached (they are compared by identity when a compiled program is looked
+    up, so a new lambda compiles anew); arrays they need go into `args`, `col_args` or `entry_args`, never
+    into a closure. All three are differentiable where they are floating.
+
+    Attributes:
+      init: `(like, *args) -> state`; `like` is a `[*rows]` array of zeros in the accumulation dtype.
+      update: `(state, tile, *args) -> state`, see `Tile`. Absent entries must add nothing.
+      merge: `(a, b) -> state` of two disjoint parts of a row, `a` holding the lower columns; adds by default.
+      finalize: `(state, *args) -> result`; the state itself by default.
+      neutral: `state -> state`, the empty state in the gauge of a finished one; zeros by default.
+      share: `(state, tile, *args) -> leaves`, a list of the float leaves of the state (in the order of
+        `jax.tree.leaves`) as functions of one tile; only their derivative is used, and it must be the tile's
+        share of the finished state's. By default that of `update(neutral(state), tile, *args)`.
+      closed_form: `(reduction, logits, col_keep, row_keep) -> state` for logits that are affine in `hidden`, or
+        None where streaming is the better way: moves a sum over columns out of the stream (its gradient is then
+        low-rank matrix products). Optional, an optimization only.
+      args: arrays with the rows' leading axes, `[*rows, ...]`.
+      col_args: arrays with one leading axis over the columns, `[columns, ...]`.
+      entry_args: arrays shaped as the scores, `[*rows, columns]`.
+
+    Example (the sum of softplus(x - theta) over each row, with its gradients for the scores and for theta):
+
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxsoft.rows import RowReduction, reduce_rows
+      >>> def init(like, theta):
+      ...     return like
+      >>> def update(state, tile, theta):
+      ...     return state + tile.sum(jax.nn.softplus(tile.x - theta[..., None]))
+      >>> def hinge_mass(theta):
+      ...     return RowReduction(init, update, args=(theta,))
+      >>> x, theta = jnp.array([[0.0, 1.0, 2.0]]), jnp.array([1.0])
+      >>> print(reduce_rows(x, hinge_mass(theta)).round(4))
+      [2.3196]
+      >>> print(jax.grad(lambda t: reduce_rows(x, hinge_mass(t)).sum())(theta).round(4))
+      [-1.5]
+    """
+
+    init: Callable[..., State]
+    update: Callable[..., State]
+    merge: Callable[[State, State], State] = _add_states
+    finalize: Callable[..., Any] = _identity
+    neutral: Callable[[State], State] = _zero_state
+    share: Callable[..., list[jax.Array]] | None = None
+    closed_form: Callable[..., State | None] | None = None
+    args: tuple[Any, ...] = ()
+    col_args: tuple[Any, ...] = ()
+    entry_args: tuple[Any, ...] = ()
+
+
+def is_reduction(x: Any) -> bool:
+    """Whether `x` is a `RowReduction` (the leaves of a tree of reductions)."""
+    return isinstance(x, RowReduction)

@@ -1,0 +1,762 @@
+"""The row reductions of the library: one short definition each, no derivative anywhere.
+
+Each factory returns a `RowReduction`; `reduce_rows` runs any mix of them in one pass. In the comments `x` is a
+row of scores, `p` its softmax, and sums run over the entries that are present.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxsoft import _checks
+from jaxsoft._numerics import finite_gauge, log_or_neg_inf, safe_divide
+from jaxsoft.rows._reduction import RowReduction, Tile
+
+# ---------------------------------------------------------------------------------------------------------
+# The exponential family. A state (m, *sums) stands for sums of e^(x - m) f(x): m is a gauge, any value that
+# avoids overflow is right, and changing it multiplies every sum by e^(m_old - m_new).
+
+
+def _running_max(m: jax.Array, tile: Tile) -> jax.Array:
+    tile_max = jnp.max(tile.scores, axis=-1, initial=-jnp.inf)
+    return lax.stop_gradient(jnp.maximum(m, tile_max))
+
+
+def _rescale(m_old: jax.Array, m_new: jax.Array) -> jax.Array:
+    return jnp.where(m_old == -jnp.inf, 0, jnp.exp(finite_gauge(m_old) - finite_gauge(m_new)))
+
+
+def _weights(tile: Tile, m: jax.Array) -> jax.Array:
+    """`e^(x - m)`, 0 for absent entries."""
+    return jnp.exp(tile.scores - finite_gauge(m)[..., None])
+
+
+def _keep_gauge(state):
+    """The empty state in the gauge of a finished one: `(m, s, ...) -> (m, 0, ...)`."""
+    return (state[0], *jax.tree.map(jnp.zeros_like, state[1:]))
+
+
+# logsumexp, running maximum: (m, s = sum e^(x-m)); log-sum-exp = m + log s.
+
+
+def _lse_init(like, *args):
+    return jnp.full_like(like, -jnp.inf), like
+
+
+def _lse_update(state, tile, *args):
+    m, s = state
+    m_new = _running_max(m, tile)
+    return m_new, s * _rescale(m, m_new) + jnp.sum(_weights(tile, m_new), axis=-1)
+
+
+def _lse_merge(a, b):
+    m = jnp.maximum(a[0], b[0])
+    return m, a[1] * _rescale(a[0], m) + b[1] * _rescale(b[0], m)
+
+
+def _lse_finalize(state, *args):
+    m, s = state
+    return finite_gauge(m) + log_or_neg_inf(s)
+
+
+# logsumexp, mantissa and exponent (the two-pass softmax algorithm): e^x = a 2^e with e an integer kept as a
+# float; (E, A) stands for A 2^E. No maximum is needed, and rescaling by powers of two is exact.
+
+_LN2_HI = 0.693145751953125  # ln 2 in 17 bits, so that e * _LN2_HI is exact for |e| < 2^7 in float32
+_LN2_LO = 1.4286068203094172e-06  # ln 2 - _LN2_HI
+_LOG2_E = 1.4426950408889634
+
+
+def _exponent_of(x: jax.Array) -> jax.Array:
+    return lax.stop_gradient(jnp.round(x * _LOG2_E))
+
+
+def _pow2(e: jax.Array) -> jax.Array:
+    """`2^e` for an integer-valued `e <= 0` (0 below the smallest normal exponent, and for e = -inf)."""
+    return jnp.where(e < -126, 0, jnp.exp2(jnp.where(e < -126, 0, e)))
+
+
+def _exponent_update(state, tile, *args):
+    e_old, a_old = state
+    e = jnp.where(tile.keep, _exponent_of(tile.x), -jnp.inf)
+    e_new = jnp.maximum(e_old, jnp.max(e, axis=-1, initial=-jnp.inf))
+    e_safe = finite_gauge(e)
+    mantissa = jnp.exp((tile.x - e_safe * _LN2_HI) - e_safe * _LN2_LO)
+    scaled = jnp.where(tile.keep, mantissa * _pow2(e_safe - finite_gauge(e_new)[..., None]), 0)
+    return lax.stop_gradient(e_new), a_old * _pow2_or_zero(e_old, e_new) + jnp.sum(scaled, axis=-1)
+
+
+def _pow2_or_zero(e_old, e_new):
+    return jnp.where(e_old == -jnp.inf, 0, _pow2(finite_gauge(e_old) - finite_gauge(e_new)))
+
+
+def _exponent_merge(a, b):
+    e = jnp.maximum(a[0], b[0])
+    return e, a[1] * _pow2_or_zero(a[0], e) + b[1] * _pow2_or_zero(b[0], e)
+
+
+def _exponent_finalize(state, *args):
+    e, a = state
+    e = finite_gauge(e)
+    return (log_or_neg_inf(a) + e * _LN2_LO) + e * _LN2_HI
+
+
+# logsumexp at a fixed reference phi (FlashDecoding++): (hi, s = sum e^(x-phi)); parts add up without any
+# rescaling. `hi` is the running maximum, read only to tell whether the result can be trusted.
+
+
+def _reference_init(like, reference):
+    return jnp.full_like(like, -jnp.inf), like
+
+
+def _reference_update(state, tile, reference):
+    hi, s = state
+    terms = jnp.exp(tile.scores - lax.stop_gradient(reference)[..., None])
+    return _running_max(hi, tile), s + jnp.sum(terms, axis=-1)
+
+
+def _reference_merge(a, b):
+    return jnp.maximum(a[0], b[0]), a[1] + b[1]
+
+
+# The safe range of (row maximum - reference) in float32: e^80 times a million columns is still finite, and
+# a maximum of e^-80 is still far from underflow.
+_REFERENCE_RANGE = (-80.0, 66.0)
+
+
+def _reference_finalize(state, reference):
+    hi, s = state
+    lo_ok, hi_ok = _REFERENCE_RANGE
+    offset = finite_gauge(hi) - reference
+    ok = ((offset > lo_ok) & (offset < hi_ok)) | (hi == -jnp.inf)
+    return jnp.where(ok, lax.stop_gradient(reference) + log_or_neg_inf(s), jnp.nan)
+
+
+def logsumexp(*, method: str = "online", reference: jax.Array | None = None) -> RowReduction:
+    """`log sum_j e^(x_j)`, -inf for an empty row.
+
+    Args:
+      method: how the sum is kept from overflowing.
+        `"online"`: a running maximum, rescaling the sum when it grows (Milakov and Gimelshein, "Online
+        normalizer calculation for softmax").
+        `"exponent"`: mantissa and integer exponent of every term, no maximum; rescaling is exact (Dukhan and
+        Ablavatski, "The Two-Pass Softmax Algorithm").
+        `"reference"`: a fixed `reference`, no rescaling at all (Hong et al., "FlashDecoding++"); rows whose
+        maximum is not within (-80, 66) of it give NaN, which `unified_max_softmax` replaces.
+      reference: `[*rows]`, for `method="reference"`.
+
+    Returns:
+      A reduction to `[*rows]`.
+    """
+    _checks.option("method", method, ("online", "exponent", "reference"))
+    if (reference is not None) != (method == "reference"):
+        raise ValueError(f"reference must be given with method='reference' and only then, got method={method!r}")
+    if method == "online":
+        return RowReduction(_lse_init, _lse_update, _lse_merge, _lse_finalize, _keep_gauge)
+    if method == "exponent":
+        return RowReduction(_lse_init, _exponent_update, _exponent_merge, _exponent_finalize, _keep_gauge)
+    return RowReduction(
+        _reference_init, _reference_update, _reference_merge, _reference_finalize, _keep_gauge, args=(reference,)
+    )
+
+
+# weighted log-sum-exp: log sum_j b_j e^(x_j), b >= 0. The maximum runs over the entries with b > 0 only.
+
+
+def _weighted(tile: Tile) -> tuple[Tile, jax.Array]:
+    b = (tile.col_args or tile.entry_args)[0].astype(tile.x.dtype)
+    return tile.with_scores(jnp.where(b > 0, tile.scores, -jnp.inf)), b
+
+
+def _weighted_lse_update(state, tile, *args):
+    m, s = state
+    tile, b = _weighted(tile)
+    m_new = _running_max(m, tile)
+    return m_new, s * _rescale(m, m_new) + jnp.sum(b * _weights(tile, m_new), axis=-1)
+
+
+def weighted_logsumexp(weights: jax.Array) -> RowReduction:
+    """`log sum_j b_j e^(x_j)` for `weights` b >= 0: `[columns]`, or `[*rows, columns]`; 0 means absent."""
+    kind = {"col_args": (weights,)} if weights.ndim == 1 else {"entry_args": (weights,)}
+    return RowReduction(_lse_init, _weighted_lse_update, _lse_merge, _lse_finalize, _keep_gauge, **kind)
+
+
+# Moments of the scores under their own softmax: (m, S, U, Q) with w = e^(x-m), S = sum w, U = sum w (x-m),
+# Q = sum w (x-m)^2. A new gauge m' = m - D turns them into S, U + D S, Q + 2 D U + D^2 S (times e^D).
+
+
+class SoftmaxMoments(NamedTuple):
+    """Statistics of the scores under `p = softmax(scores)`, each `[*rows]`.
+
+    Attributes:
+      logsumexp: the log-partition function; -inf for an empty row.
+      mean: the expected score `sum p x`; 0 for an empty row.
+      entropy: `-sum p log p` in nats; 0 for an empty row.
+      variance: `sum p (x - mean)^2`, of the scores under p; 0 for an empty row.
+    """
+
+    logsumexp: jax.Array
+    mean: jax.Array
+    entropy: jax.Array
+    variance: jax.Array
+
+
+def _moments_init(like):
+    return jnp.full_like(like, -jnp.inf), like, like, like
+
+
+def _moments_shift(state, m_new):
+    m, s, u, q = state
+    c = _rescale(m, m_new)
+    d = jnp.where(m == -jnp.inf, 0, finite_gauge(m) - finite_gauge(m_new))
+    return c * s, c * (u + d * s), c * (q + 2 * d * u + d * d * s)
+
+
+def _moments_update(state, tile):
+    m_new = _running_max(state[0], tile)
+    s, u, q = _moments_shift(state, m_new)
+    w = _weights(tile, m_new)
+    y = tile.x - finite_gauge(m_new)[..., None]  # finite where w is 0
+    return (
+        m_new,
+        s + jnp.sum(w, axis=-1),
+        u + jnp.sum(w * y, axis=-1),
+        q + jnp.sum(w * y * y, axis=-1),
+    )
+
+
+def _moments_merge(a, b):
+    m = jnp.maximum(a[0], b[0])
+    return (m, *map(jnp.add, _moments_shift(a, m), _moments_shift(b, m)))
+
+
+def _moments_finalize(state):
+    m, s, u, q = state
+    mean = safe_divide(u, s)
+    log_s = log_or_neg_inf(s)
+    return SoftmaxMoments(
+        logsumexp=finite_gauge(m) + log_s,
+        mean=mean + jnp.where(s > 0, finite_gauge(m), 0),
+        entropy=jnp.where(s > 0, jnp.where(s > 0, log_s, 0) - mean, 0),
+        variance=safe_divide(q, s) - mean * mean,
+    )
+
+
+def softmax_moments() -> RowReduction:
+    """Log-sum-exp, expected score, entropy and variance under softmax, in one state: see `SoftmaxMoments`."""
+    return RowReduction(_moments_init, _moments_update, _moments_merge, _moments_finalize, _keep_gauge)
+
+
+# Sum of squared probabilities: (m, sum w, sum w^2).
+
+
+def _squares_init(like):
+    return jnp.full_like(like, -jnp.inf), like, like
+
+
+def _squares_update(state, tile):
+    m, s, s2 = state
+    m_new = _running_max(m, tile)
+    c, w = _rescale(m, m_new), _weights(tile, m_new)
+    return m_new, s * c + jnp.sum(w, axis=-1), s2 * c * c + jnp.sum(w * w, axis=-1)
+
+
+def _squares_merge(a, b):
+    m = jnp.maximum(a[0], b[0])
+    ca, cb = _rescale(a[0], m), _rescale(b[0], m)
+    return m, a[1] * ca + b[1] * cb, a[2] * ca * ca + b[2] * cb * cb
+
+
+def _squares_finalize(state):
+    _, s, s2 = state
+    return safe_divide(s2, s * s)
+
+
+def sum_of_squared_probabilities() -> RowReduction:
+    """`sum_j p_j^2` under softmax (1 - Gini impurity); 0 for an empty row."""
+    return RowReduction(_squares_init, _squares_update, _squares_merge, _squares_finalize, _keep_gauge)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Entries picked by index. The state is (value, in range); ids out of range read column 0 and are multiplied by
+# NaN at the end, so that their gradient is NaN too.
+
+
+def _take_init(like, ids):
+    shape = (*like.shape, *ids.shape[like.ndim :])
+    value = jnp.broadcast_to(jnp.expand_dims(like, tuple(range(like.ndim, len(shape)))), shape)
+    return value, jnp.zeros_like(value, dtype=jnp.int32)
+
+
+def _in_range(tile, ids):
+    valid = (ids >= 0) & (ids < tile.columns)
+    return valid, jnp.where(valid, ids, 0)
+
+
+def _pick(values, tile, ids):
+    """The entries of a block at the columns `ids` (`[*rows]` or `[*rows, k]`), 0 for those in other blocks."""
+    local = ids - tile.cols[0]
+    inside = (local >= 0) & (local < tile.cols.shape[0])
+    local = jnp.clip(local, 0, tile.cols.shape[0] - 1)
+    if ids.ndim < values.ndim:
+        picked = jnp.take_along_axis(values, local[..., None], axis=-1)[..., 0]
+    else:
+        picked = jnp.take_along_axis(values, local, axis=-1)
+    return jnp.where(inside, picked, 0)
+
+
+def _pick_by_comparison(values, tile, ids):
+    """`_pick` whose gradient is elementwise: no scatter, for one id a row."""
+    return jnp.sum(jnp.where(tile.cols == ids[..., None], values, 0), axis=-1)
+
+
+def _take_update(state, tile, ids):
+    valid, ids = _in_range(tile, ids)
+    return state[0] + _pick(tile.scores, tile, ids), valid.astype(jnp.int32)
+
+
+def _take_share(state, tile, ids):
+    _, ids = _in_range(tile, ids)
+    pick = _pick_by_comparison if ids.ndim < tile.x.ndim else _pick
+    return [pick(tile.x, tile, ids)]
+
+
+def _take_merge(a, b):
+    return a[0] + b[0], jnp.maximum(a[1], b[1])
+
+
+def _poison(valid):
+    return jnp.where(valid > 0, 1, jnp.nan)
+
+
+def _take_finalize(state, ids):
+    value, valid = state
+    return value * _poison(valid).astype(value.dtype)
+
+
+def take(ids: jax.Array) -> RowReduction:
+    """The scores at `ids`: `[*rows]` (one a row) or `[*rows, k]`.
+
+    An absent entry gives -inf. An id outside the row gives NaN, in value and in gradient.
+    """
+    return RowReduction(_take_init, _take_update, _take_merge, _take_finalize, share=_take_share, args=(ids,))
+
+
+class LabelStatistics(NamedTuple):
+    """What the softmax losses read of a row with a label, each `[*rows]`.
+
+    Attributes:
+      nll: `-log softmax(x)[label]`, evaluated as `(m - x[label]) + log sum e^(x-m)`, which keeps small losses of
+        large scores exact; `+inf` where the label is absent; 0 for an empty row.
+      logsumexp: the log-partition function; -inf for an empty row.
+    """
+
+    nll: jax.Array
+    logsumexp: jax.Array
+
+
+def _label_init(like, ids):
+    return _lse_init(like), _take_init(like, ids)
+
+
+def _label_update(state, tile, ids):
+    return _lse_update(state[0], tile), _take_update(state[1], tile, ids)
+
+
+def _label_merge(a, b):
+    return _lse_merge(a[0], b[0]), _take_merge(a[1], b[1])
+
+
+def _label_finalize(state, ids):
+    (m, s), (value, valid) = state
+    empty = s == 0
+    # NaN scores stay NaN: s is then NaN, not 0.
+    absent = value == -jnp.inf
+    nll = (finite_gauge(m) - jnp.where(absent | empty, finite_gauge(m), value)) + jnp.log(jnp.where(empty, 1, s))
+    nll = jnp.where(empty, 0, jnp.where(absent, jnp.inf, nll))
+    return LabelStatistics(nll * _poison(valid).astype(nll.dtype), _lse_finalize((m, s)))
+
+
+def _label_share(state, tile, ids):
+    m, s = _lse_update(_keep_gauge(state[0]), tile)
+    return [m, s, *_take_share(state[1], tile, ids)]
+
+
+def label_statistics(ids: jax.Array) -> RowReduction:
+    """The negative log-probability of one label a row, with the log-sum-exp: see `LabelStatistics`.
+
+    A label outside the row gives NaN, in value and in gradient.
+    """
+    return RowReduction(_label_init, _label_update, _label_merge, _label_finalize, share=_label_share, args=(ids,))
+
+
+# Selections: the state is (value, column). Larger first, ties to the smaller column. Their derivative is that
+# of the entries they picked.
+
+
+def _selection_share(state, tile, *args):
+    index = state[1]  # -1 (nothing selected) lies in no block
+    pick = _pick_by_comparison if index.ndim < tile.x.ndim else _pick
+    return [pick(tile.x, tile, index)]
+
+
+def _max_init(like):
+    return jnp.full_like(like, -jnp.inf), jnp.full_like(like, -1, dtype=jnp.int32)
+
+
+def _max_update(state, tile):
+    value, index = state
+    x = tile.scores
+    best = jnp.max(x, axis=-1)
+    # The first column that holds the maximum (NaN wins, as in jnp.max). Comparing twice is cheaper than argmax.
+    is_best = (x == best[..., None]) | jnp.isnan(x)
+    first = jnp.min(jnp.where(is_best, tile.cols, tile.columns), axis=-1)
+    better = (best > value) | (jnp.isnan(best) & ~jnp.isnan(value))
+    return jnp.where(better, best, value), jnp.where(better, first.astype(jnp.int32), index)
+
+
+def _max_merge(a, b):
+    better = (b[0] > a[0]) | ((b[0] == a[0]) & (b[1] < a[1]) & (b[1] >= 0)) | (jnp.isnan(b[0]) & ~jnp.isnan(a[0]))
+    return jax.tree.map(lambda x, y: jnp.where(better, y, x), a, b)
+
+
+def _first(state, *args):
+    return state[0]
+
+
+def _second(state, *args):
+    return state[1]
+
+
+_MAX = RowReduction(_max_init, _max_update, _max_merge, _first, share=_selection_share)
+
+
+def maximum() -> RowReduction:
+    """The largest score; its whole gradient goes to the first column that holds it. -inf for an empty row."""
+    return _MAX
+
+
+def argmax() -> RowReduction:
+    """The column of the largest score (int32), the first one among equals; -1 for an empty row."""
+    return _MAX._replace(finalize=_second)
+
+
+def maximum_and_argmax() -> RowReduction:
+    """The pair of `maximum` and `argmax`."""
+    return _MAX._replace(finalize=tuple)
+
+
+def _below_update(state, tile, bound):
+    return _max_update(state, tile.with_scores(jnp.where(tile.scores < bound[..., None], tile.scores, -jnp.inf)))
+
+
+def _below_init(like, bound):
+    return _max_init(like)
+
+
+def maximum_below(bound: jax.Array) -> RowReduction:
+    """The largest score strictly below `bound` (`[*rows]`), -inf if there is none."""
+    return RowReduction(
+        _below_init, _below_update, _max_merge, _first, share=_selection_share, args=(lax.stop_gradient(bound),)
+    )
+
+
+class TopK(NamedTuple):
+    """The k largest scores of each row, largest first, and their columns.
+
+    Attributes:
+      values: `[*rows, k]`; -inf where the row has fewer than k entries.
+      indices: `[*rows, k]` int32; -1 where the row has fewer than k entries.
+    """
+
+    values: jax.Array
+    indices: jax.Array
+
+
+def _best_k(values, indices, k):
+    """The k best of candidates listed in column order (`lax.top_k` prefers the earlier of two equals)."""
+    best, at = lax.top_k(values, k)
+    index = jnp.take_along_axis(indices, at, axis=-1)
+    return best, jnp.where(best == -jnp.inf, -1, index)
+
+
+def _top_k_merge(a, b):
+    values = jnp.concatenate([a[0], b[0]], axis=-1)
+    indices = jnp.concatenate([a[1], b[1]], axis=-1)
+    _, index, value = lax.sort((-values, jnp.where(indices < 0, jnp.iinfo(jnp.int32).max, indices), values), num_keys=2)
+    k = a[0].shape[-1]
+    value, index = value[..., :k], index[..., :k]
+    return value, jnp.where(value == -jnp.inf, -1, index)
+
+
+@functools.lru_cache(maxsize=None)
+def _top_k_functions(k: int):
+    def init(like):
+        value = jnp.broadcast_to(jnp.full_like(like, -jnp.inf)[..., None], (*like.shape, k))
+        return value, jnp.full_like(value, -1, dtype=jnp.int32)
+
+    def update(state, tile):
+        x = tile.scores
+        cols = jnp.broadcast_to(tile.cols, x.shape)
+        if k < x.shape[-1]:
+            x, cols = _best_k(x, cols, k)
+        return _best_k(
+            jnp.concatenate([state[0], x], axis=-1), jnp.concatenate([state[1], cols], axis=-1), k
+        )
+
+    return init, update
+
+
+def _top_k_finalize(state):
+    return TopK(*state)
+
+
+def top_k(k: int) -> RowReduction:
+    """The k largest scores with their columns, see `TopK`; ties go to the smaller column."""
+    k = _checks.integer("k", k, at_least=1)
+    return RowReduction(*_top_k_functions(k), _top_k_merge, _top_k_finalize, share=_selection_share)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Plain sums over the entries.
+
+
+def _count_init(like):
+    return like
+
+
+def _count_update(state, tile):
+    return state + jnp.sum(tile.keep, axis=-1, dtype=state.dtype)
+
+
+def count() -> RowReduction:
+    """The number of present entries, in the accumulation dtype."""
+    return RowReduction(_count_init, _count_update)
+
+
+def _sum_init(like):
+    return like, like
+
+
+def _sum_update(state, tile):
+    return state[0] + jnp.sum(tile.x, axis=-1), _count_update(state[1], tile)
+
+
+def _sum_closed_form(reduction, logits, col_keep, row_keep):
+    """`sum_j x_j = hidden . sum_j w_j`: its gradient is an outer product, not a `[rows, columns]` array."""
+    total, n = logits._column_sums(_column_weights(logits, reduction.col_args, col_keep))
+    return jnp.where(row_keep, total, 0), jnp.where(row_keep, n, 0)
+
+
+def _column_weights(logits, col_args, col_keep):
+    weights = col_args[0] if col_args else jnp.ones(col_keep.shape)
+    return jnp.where(col_keep, weights, 0).astype(logits._accumulation_dtype)
+
+
+def _mean_finalize(state):
+    return safe_divide(*state)
+
+
+_SUM = RowReduction(_sum_init, _sum_update, finalize=_first, closed_form=_sum_closed_form)
+
+
+def sum() -> RowReduction:
+    """The sum of the scores; 0 for an empty row."""
+    return _SUM
+
+
+def mean() -> RowReduction:
+    """The mean of the scores; 0 for an empty row."""
+    return _SUM._replace(finalize=_mean_finalize)
+
+
+def _weighted_sum_update(state, tile):
+    weights = jnp.where(tile.keep, (tile.col_args or tile.entry_args)[0].astype(tile.x.dtype), 0)
+    return state[0] + jnp.sum(weights * tile.x, axis=-1), state[1] + jnp.sum(weights, axis=-1)
+
+
+def weighted_sum(weights: jax.Array) -> RowReduction:
+    """The pair `sum_j q_j x_j`, `sum_j q_j` for weights q: `[columns]`, or `[*rows, columns]`.
+
+    Absent entries count in neither sum.
+    """
+    if weights.ndim == 1:
+        return RowReduction(
+            _sum_init, _weighted_sum_update, finalize=tuple, closed_form=_sum_closed_form, col_args=(weights,)
+        )
+    return RowReduction(_sum_init, _weighted_sum_update, finalize=tuple, entry_args=(weights,))
+
+
+# Moments of the scores themselves: (n, c, D1 = sum (x - c), D2 = sum (x - c)^2). The centre c is a gauge: the
+# mean of the first block that has entries (NaN = not set yet), so that no large numbers cancel.
+
+
+class Moments(NamedTuple):
+    """Statistics of the scores of a row, each `[*rows]`; 0 for an empty row.
+
+    Attributes:
+      count: the number of present entries.
+      mean: their mean.
+      variance: their population variance (divisor `count`).
+      sum_of_squares: of the scores, uncentred.
+    """
+
+    count: jax.Array
+    mean: jax.Array
+    variance: jax.Array
+    sum_of_squares: jax.Array
+
+
+def _centred_init(like):
+    return like, jnp.full_like(like, jnp.nan), like, like
+
+
+def _centred_update(state, tile):
+    n_old, center, d1, d2 = state
+    n = jnp.sum(tile.keep, axis=-1, dtype=tile.x.dtype)
+    block_mean = safe_divide(jnp.sum(tile.x, axis=-1), n)
+    center = lax.stop_gradient(jnp.where(jnp.isnan(center) & (n > 0), block_mean, center))
+    y = jnp.where(tile.keep, tile.x - center[..., None], 0)
+    return n_old + n, center, d1 + jnp.sum(y, axis=-1), d2 + jnp.sum(y * y, axis=-1)
+
+
+def _centred_merge(a, b):
+    center = jnp.where(jnp.isnan(a[1]), b[1], a[1])
+
+    def about(state):
+        n, c, d1, d2 = state
+        shift = jnp.where(n > 0, c - center, 0)
+        return n, d1 + n * shift, d2 + 2 * shift * d1 + n * shift * shift
+
+    n, d1, d2 = map(jnp.add, about(a), about(b))
+    return n, center, d1, d2
+
+
+def _centred_neutral(state):
+    n, center, d1, d2 = state
+    return jnp.zeros_like(n), center, jnp.zeros_like(d1), jnp.zeros_like(d2)
+
+
+def _centred_finalize(state):
+    n, center, d1, d2 = state
+    center = jnp.where(n > 0, lax.stop_gradient(center), 0)
+    offset = safe_divide(d1, n)
+    return Moments(
+        count=n,
+        mean=center + offset,
+        variance=jnp.maximum(safe_divide(d2, n) - offset * offset, 0),
+        sum_of_squares=d2 + 2 * center * d1 + n * center * center,
+    )
+
+
+def _centred_closed_form(reduction, logits, col_keep, row_keep):
+    """From the `[d, d]` covariance of the weights, where there are at least d rows to pay for it."""
+    del reduction
+    if logits.hidden.shape[0] < logits.hidden.shape[1]:
+        return None
+    n, mean, centred = logits._column_moments(_column_weights(logits, (), col_keep))
+    center = lax.stop_gradient(mean)
+    d1 = n * (mean - center)
+    return tuple(jnp.where(row_keep, a, 0) for a in (n, center, d1, centred + n * (mean - center) ** 2))
+
+
+def moments() -> RowReduction:
+    """Count, mean, variance and sum of squares of the scores: see `Moments`."""
+    return RowReduction(
+        _centred_init,
+        _centred_update,
+        _centred_merge,
+        _centred_finalize,
+        _centred_neutral,
+        closed_form=_centred_closed_form,
+    )
+
+
+def _count_above_init(like, threshold):
+    return jnp.zeros_like(like, dtype=jnp.int32)
+
+
+def _count_above_update(state, tile, threshold):
+    return state + jnp.sum(tile.keep & (tile.x > threshold[..., None]), axis=-1, dtype=jnp.int32)
+
+
+def count_above(threshold: jax.Array) -> RowReduction:
+    """How many scores lie strictly above `threshold` (`[*rows]`), as int32."""
+    return RowReduction(_count_above_init, _count_above_update, args=(lax.stop_gradient(threshold),))
+
+
+def _rank_init(like, ids, score):
+    return jnp.zeros_like(like, dtype=jnp.int32)
+
+
+def _rank_update(state, tile, ids, score):
+    x, cols, ids, score = tile.x, tile.cols, ids[..., None], score[..., None]
+    ahead = (x > score) | ((x == score) & (cols < ids))
+    return state + jnp.sum(tile.keep & ahead & (cols != ids), axis=-1, dtype=jnp.int32)
+
+
+def rank(ids: jax.Array, score: jax.Array) -> RowReduction:
+    """The rank (int32, 0 = largest) of column `ids` in its row, given its `score`, both `[*rows]`.
+
+    Equal scores rank by column. `label_rank` finds the score first.
+    """
+    return RowReduction(_rank_init, _rank_update, args=(ids, lax.stop_gradient(score)))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The hook: any elementwise function of the scores, summed or log-sum-exp'ed.
+
+
+def _mapped(tile: Tile, function: Callable, args) -> jax.Array:
+    row_args = [a[..., None] for a in args]
+    return function(tile.x, tile.cols, *row_args, *tile.col_args, *tile.entry_args)
+
+
+@functools.lru_cache(maxsize=None)
+def _mapped_sum_functions(function: Callable):
+    def init(like, *args):
+        return like
+
+    def update(state, tile, *args):
+        return state + tile.sum(_mapped(tile, function, args))
+
+    return init, update
+
+
+def mapped_sum(function: Callable, *args, col_args: tuple = (), entry_args: tuple = ()) -> RowReduction:
+    """`sum_j f(x_j)` for an elementwise `f(x, cols, *args, *col_args, *entry_args)`.
+
+    `f` gets a block `[*rows, block]` of scores and the column index of each; per-row `args` come as
+    `[*rows, 1]`. It must be finite with a finite derivative at x = 0, which stands for absent entries, and be
+    a module-level or cached function (it is part of the key of the compiled program).
+    """
+    return RowReduction(
+        *_mapped_sum_functions(function), args=args, col_args=tuple(col_args), entry_args=tuple(entry_args)
+    )
+
+
+@functools.lru_cache(maxsize=None)
+def _mapped_lse_functions(function: Callable):
+    def update(state, tile, *args):
+        return _lse_update(state, tile.with_scores(jnp.where(tile.keep, _mapped(tile, function, args), -jnp.inf)))
+
+    return _lse_init, update
+
+
+def mapped_logsumexp(function: Callable, *args, col_args: tuple = (), entry_args: tuple = ()) -> RowReduction:
+    """`log sum_j e^(f(x_j))` for an elementwise `f`, as in `mapped_sum`; `f = -inf` drops an entry."""
+    return RowReduction(
+        *_mapped_lse_functions(function),
+        _lse_merge,
+        _lse_finalize,
+        _keep_gauge,
+        args=args,
+        col_args=tuple(col_args),
+        entry_args=tuple(entry_args),
+    )

@@ -1,0 +1,431 @@
+"""The laws that every optimizer and transform of `jaxsoft.optimizers` obeys, in one table."""
+
+import functools
+import os
+import subprocess
+import sys
+import textwrap
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxsoft import optimizers as o
+
+# name -> factory of a fresh transform. Intervals are short so that resets happen within the tests.
+DIRECTIONS = {
+    "scale_by_lion_k": o.scale_by_lion_k,
+    "scale_by_spam": functools.partial(o.scale_by_spam, reset_every=4, warmup_steps=2, clip_start=2),
+    "scale_by_stable_spam": functools.partial(o.scale_by_stable_spam, reset_every=4, total_steps=50),
+    "spike_clip_by_second_moment": functools.partial(o.spike_clip_by_second_moment, clip_start=2),
+    "adaptive_spike_clip": o.adaptive_spike_clip,
+    "adaptive_gradient_norm": o.adaptive_gradient_norm,
+    "momentum_reset": lambda: o.momentum_reset(o.scale_by_lion_k(kappa="sq"), 4, 2),
+    "perpendicular_gradient": o.perpendicular_gradient,
+}
+READY = {
+    "lion_k": functools.partial(o.lion_k, 1e-2),
+    "lion_k_l2": functools.partial(o.lion_k, 1e-2, kappa="l2"),
+    "lion_k_bf16": functools.partial(o.lion_k, 1e-2, mu_dtype=jnp.bfloat16),
+    "spam": functools.partial(o.spam, 1e-2, reset_every=4, warmup_steps=2, clip_start=2, weight_decay=0.1),
+    "stable_spam": functools.partial(o.stable_spam, 1e-2, reset_every=4, weight_decay=0.1),
+    "perpendicular_spam": lambda: optax.chain(o.perpendicular_gradient(), o.spam(1e-2)),
+}
+ALL = DIRECTIONS | READY
+
+every = pytest.mark.parametrize("name", ALL)
+ready = pytest.mark.parametrize("name", READY)
+
+
+def params_tree(dtype=jnp.float32):
+    """A tree with a matrix, a vector, a scalar, an empty leaf and no leaf."""
+    return {
+        "matrix": jnp.asarray([[1.0, -2.0], [0.5, 3.0], [-1.0, 0.25]], dtype),
+        "nested": (jnp.asarray([0.5, -1.5], dtype), None),
+        "scalar": jnp.asarray(2.0, dtype),
+        "empty": jnp.zeros((0, 3), dtype),
+    }
+
+
+def gradients(step, params):
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(step), len(leaves))
+    return treedef.unflatten([jax.random.normal(k, p.shape, p.dtype) for k, p in zip(keys, leaves)])
+
+
+def run(tx, params, steps, state=None, start=0, update=None):
+    """`steps` steps on random gradients; returns the parameters and the state."""
+    update = update or jax.jit(tx.update)
+    state = tx.init(params) if state is None else state
+    for step in range(start, start + steps):
+        updates, state = update(gradients(step, params), state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def dtypes(tree):
+    return jax.tree.map(lambda x: jnp.asarray(x).dtype, tree)
+
+
+def all_finite(tree):
+    return all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("objective", ["quadratic", "rosenbrock"])
+@pytest.mark.parametrize(
+    "name", ["lion_k", "lion_k_huber", "lion_k_entropic", "spam", "stable_spam", "reset"]
+)
+def test_converges(name, objective):
+    steps = 4000
+    lr = optax.cosine_decay_schedule(1e-2, steps)
+    tx = {
+        "lion_k": o.lion_k(lr, weight_decay=0.0),
+        "lion_k_huber": o.lion_k(lr, kappa=o.kappa_huber(0.1), weight_decay=0.0),
+        "lion_k_entropic": o.lion_k(lr, kappa=o.kappa_entropic(10.0), weight_decay=0.0),
+        "spam": o.spam(lr, warmup_steps=50),
+        "stable_spam": o.stable_spam(lr, reset_every=500, total_steps=steps),
+        "reset": optax.chain(o.momentum_reset(optax.adam(lr), 500, 50)),
+    }[name]
+    if objective == "quadratic":
+        start, goal = jnp.array([-1.0, 10.0, 1.0]), jnp.array([1.0, -1.0, 1.0])
+        loss = lambda x: jnp.sum((x - goal) ** 2)  # noqa: E731
+    else:
+        start, goal = jnp.array([0.0, 0.0]), jnp.array([1.0, 1.0])
+        loss = lambda x: (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2  # noqa: E731
+
+    def step(carry, _):
+        x, state = carry
+        updates, state = tx.update(jax.grad(loss)(x), state, x)
+        return (optax.apply_updates(x, updates), state), None
+
+    (x, _), _ = jax.jit(lambda x: jax.lax.scan(step, (x, tx.init(x)), None, steps))(start)
+    np.testing.assert_allclose(x, goal, atol=0.05)
+
+
+@every
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_keeps_structure_and_dtypes_with_float32_state(name, dtype):
+    tx, params = ALL[name](), params_tree(dtype)
+    state = tx.init(params)
+    grads = gradients(0, params)
+    updates, new_state = jax.jit(tx.update)(grads, state, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, grads)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+    low = [x for x in jax.tree.leaves(state) if x.dtype == jnp.bfloat16]
+    assert bool(low) == (name == "lion_k_bf16")
+
+
+@every
+def test_bfloat16_parameters_follow_float32(name):
+    tx = ALL[name]()
+    params = params_tree(jnp.bfloat16)
+    grads = gradients(0, params)
+    wide = functools.partial(jax.tree.map, lambda x: x.astype(jnp.float32))
+    low, _ = tx.update(grads, tx.init(params), params)
+    high, _ = tx.update(wide(grads), tx.init(wide(params)), wide(params))
+    if "perpendicular" in name:  # a leaf of one element is noise, seen as such only if its dtype is known
+        low["scalar"] = high["scalar"] = None
+    chex.assert_trees_all_close(wide(low), high, rtol=2e-2, atol=1e-6)
+
+
+@every
+def test_jit_is_eager(name):
+    tx, params = ALL[name](), params_tree()
+    eager = run(tx, params, 3, update=tx.update)
+    chex.assert_trees_all_close(run(tx, params, 3), eager, rtol=1e-5, atol=1e-6)
+
+
+@every
+def test_accepts_python_scalars_as_leaves(name):
+    tx, params = ALL[name](), {"a": 1.0, "b": jnp.ones(2)}
+    updates, _ = tx.update({"a": 0.5, "b": jnp.array([0.25, -0.5])}, tx.init(params), params)
+    assert all_finite(updates)
+
+
+@every
+def test_ignores_extra_arguments(name):
+    tx, params = optax.with_extra_args_support(ALL[name]()), params_tree()
+    grads = gradients(0, params)
+    plain, _ = tx.update(grads, tx.init(params), params)
+    extra, _ = tx.update(grads, tx.init(params), params, value=1.0, anything=None)
+    chex.assert_trees_all_equal(plain, extra)
+
+
+@every
+def test_masked_leaves_are_untouched(name):
+    params = params_tree()
+    mask = {"matrix": True, "nested": False, "scalar": False, "empty": True}
+    tx = optax.masked(ALL[name](), mask)
+    grads = gradients(0, params)
+    updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(grads, state, params)
+    chex.assert_trees_all_equal(updates["nested"], grads["nested"])
+    chex.assert_trees_all_equal(updates["scalar"], grads["scalar"])
+    alone = {"matrix": params["matrix"]}
+    lonely = ALL[name]()
+    _, state = lonely.update({"matrix": grads["matrix"]}, lonely.init(alone), alone)
+    expected, _ = lonely.update({"matrix": grads["matrix"]}, state, alone)
+    chex.assert_trees_all_close(updates["matrix"], expected["matrix"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [n for n in ALL if n not in ("momentum_reset", "perpendicular_spam")])
+def test_inject_hyperparams(name):
+    factory = ALL[name]
+    function, args, kwargs = (
+        (factory.func, factory.args, factory.keywords)
+        if isinstance(factory, functools.partial)
+        else (factory, (), {})
+    )
+    static = [k for k, v in kwargs.items() if callable(v)]
+    tx = optax.inject_hyperparams(function, static_args=static)(*args, **kwargs)
+    chex.assert_trees_all_close(
+        run(tx, params_tree(), 5)[0], run(factory(), params_tree(), 5)[0], rtol=1e-4, atol=1e-5
+    )
+
+
+@every
+def test_partition(name):
+    params = params_tree()
+    labels = {"matrix": "ours", "nested": "sgd", "scalar": "sgd", "empty": "ours"}
+    tx = optax.partition({"ours": ALL[name](), "sgd": optax.sgd(0.5)}, labels)
+    grads = gradients(0, params)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    chex.assert_trees_all_close(updates["nested"][0], -0.5 * grads["nested"][0])
+    alone, lonely = {"matrix": params["matrix"]}, ALL[name]()
+    expected, _ = lonely.update({"matrix": grads["matrix"]}, lonely.init(alone), alone)
+    chex.assert_trees_all_close(updates["matrix"], expected["matrix"], rtol=1e-5)
+
+
+@every
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_apply_if_finite(name, dtype):
+    tx = optax.apply_if_finite(ALL[name](), 3)
+    params, state = run(tx, params_tree(dtype), 2)
+    grads = jax.tree.map(lambda g: g * jnp.asarray(jnp.nan, g.dtype), gradients(9, params))
+    updates, skipped = jax.jit(tx.update)(grads, state, params)
+    chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, params))
+    chex.assert_trees_all_equal(skipped.inner_state, state.inner_state)
+    assert all_finite(run(tx, params, 2, state=skipped))
+
+
+@every
+def test_multi_steps(name):
+    inner, params = ALL[name](), params_tree()
+    tx = optax.MultiSteps(inner, every_k_schedule=2)
+    first, second = gradients(0, params), gradients(1, params)
+    updates, state = jax.jit(tx.update)(first, tx.init(params), params)
+    chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, params))
+    updates, _ = jax.jit(tx.update)(second, state, params)
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, first, second)
+    expected, _ = inner.update(mean, inner.init(params), params)
+    chex.assert_trees_all_close(updates, expected, rtol=1e-4, atol=1e-6)
+
+
+@every
+def test_state_survives_serialization_bit_for_bit(name):
+    serialization = pytest.importorskip("flax.serialization")
+    tx, start = ALL[name](), params_tree()
+    params, state = run(tx, start, 3)
+    data = serialization.to_bytes(state)
+    restored = serialization.from_bytes(tx.init(start), data)
+    restored = jax.tree.map(jnp.asarray, restored)
+    chex.assert_trees_all_equal(restored, state)
+    chex.assert_trees_all_equal(
+        run(tx, params, 3, state=restored, start=3), run(tx, params, 3, state=state, start=3)
+    )
+
+
+@every
+def test_init_under_eval_shape(name):
+    tx, params = ALL[name](), params_tree()
+    shapes = jax.eval_shape(tx.init, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(shapes, tx.init(params))
+
+
+@every
+def test_tree_map_params(name):
+    tx, params = ALL[name](), params_tree()
+    state = optax.tree_map_params(tx, jnp.ones_like, tx.init(params))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        assert np.all(np.asarray(leaf) == (0 if "count" in jax.tree_util.keystr(path) else 1)), path
+
+
+@every
+def test_scan_and_donation(name):
+    tx, params = ALL[name](), params_tree()
+    grads = [gradients(step, params) for step in range(6)]
+    stacked = jax.tree.map(lambda *g: jnp.stack(g), *grads)
+
+    def step(carry, g):
+        params, state = carry
+        updates, state = tx.update(g, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    scan = jax.jit(lambda carry: jax.lax.scan(step, carry, stacked)[0], donate_argnums=0)
+    scanned = scan((jax.tree.map(jnp.copy, params), tx.init(params)))
+    chex.assert_trees_all_close(scanned, run(tx, params, 6), rtol=1e-4, atol=1e-5)
+
+
+@every
+def test_vmap_is_a_loop(name):
+    tx = ALL[name]()
+    members = [gradients(100 + i, params_tree()) for i in range(3)]
+    stack = lambda *trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)  # noqa: E731
+    params, state = stack(*members), jax.vmap(tx.init)(stack(*members))
+    update = jax.jit(jax.vmap(tx.update))
+    for step in range(3):
+        grads = stack(*[gradients(10 * step + i, m) for i, m in enumerate(members)])
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    single = jax.jit(tx.update)
+    for i, member in enumerate(members):
+        s = tx.init(member)
+        for step in range(3):
+            updates, s = single(gradients(10 * step + i, member), s, member)
+            member = optax.apply_updates(member, updates)
+        chex.assert_trees_all_close(jax.tree.map(lambda x, i=i: x[i], params), member, rtol=1e-4, atol=1e-5)
+
+
+@every
+def test_zero_gradients_stay_finite(name):
+    tx, params = ALL[name](), params_tree()
+    state, update = tx.init(params), jax.jit(tx.update)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    for _ in range(5):
+        updates, state = update(zeros, state, params)
+        assert all_finite((updates, state))
+        if name in DIRECTIONS:
+            chex.assert_trees_all_equal(updates, zeros)
+
+
+@every
+def test_gradient_through_a_step(name):
+    """Learned optimization and hyper-gradients differentiate through `update`."""
+    tx, params = ALL[name](), {"w": jnp.array([1.0, -2.0, 0.5])}
+
+    def objective(scale):
+        p, state = params, tx.init(params)
+        for step in range(2):
+            updates, state = tx.update({"w": scale * gradients(step, p)["w"]}, state, p)
+            p = optax.apply_updates(p, updates)
+        return jnp.sum(p["w"] ** 2)
+
+    assert np.isfinite(jax.grad(objective)(1.5))
+
+
+@ready
+def test_needs_params(name):
+    tx, params = READY[name](), params_tree()
+    with pytest.raises(ValueError, match="params"):
+        tx.update(gradients(0, params), tx.init(params))
+
+
+@pytest.mark.parametrize(
+    ("name", "leaves"),
+    [(n, 0.0) for n in ALL if n not in ("lion_k_l2", "lion_k_bf16", "perpendicular_spam")]
+    # The direction is needed for its norm first. One leaf, as the plain update of optax.lion.
+    + [("lion_k_l2", 1.0)]
+    # The unrounded momentum is not stored, so the old one is needed for it: a copy in bfloat16.
+    + [("lion_k_bf16", 0.5)],
+)
+def test_temporary_memory(name, leaves):
+    """A donated step stores next to nothing beyond parameters, gradients and state."""
+    tx = ALL[name]() if name in READY else optax.chain(ALL[name](), optax.sgd(1e-2))
+    params = jnp.ones(1_000_000)
+    grads, state = jnp.ones_like(params), tx.init(params)
+
+    def step(grads, params, state):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    compiled = jax.jit(step, donate_argnums=(1, 2)).lower(grads, params, state).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes <= (leaves + 0.01) * params.nbytes
+
+
+@every
+def test_spike_is_bounded(name):
+    """One gradient a million times too large moves the parameters by no more than a few usual steps."""
+    if name in ("spike_clip_by_second_moment", "adaptive_spike_clip", "adaptive_gradient_norm"):
+        tx = optax.chain(ALL[name](), optax.sgd(1e-2))
+    elif name in READY and "perpendicular" not in name:
+        tx = READY[name]()
+    else:
+        pytest.skip("a direction of a ready optimizer, or not made against spikes")
+    params = {"w": jnp.linspace(-1.0, 1.0, 50)}
+    update = jax.jit(tx.update)
+    trajectories = []
+    for spike in (1.0, 1e6):
+        p, state = params, tx.init(params)
+        for step in range(40):
+            grads = gradients(step, p)
+            if step == 30:
+                grads = jax.tree.map(lambda g, s=spike: g * s, grads)
+            updates, state = update(grads, state, p)
+            p = optax.apply_updates(p, updates)
+        trajectories.append(p["w"])
+    usual = np.linalg.norm(trajectories[0] - params["w"])
+    deviation = np.linalg.norm(trajectories[1] - trajectories[0])
+    # AdaClip lets a thousandth of a spike through by design, on its own.
+    assert deviation < {"adaptive_spike_clip": 1e6 * 0.04}.get(name, 3.0) * usual
+
+
+def test_sharded_parameters_keep_their_sharding_and_values():
+    code = textwrap.dedent(
+        """
+        import jax, jax.numpy as jnp, numpy as np, optax
+        from functools import partial
+        from jax.sharding import NamedSharding, PartitionSpec as P
+        from jaxsoft import optimizers as o
+
+        mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+        sharding = NamedSharding(mesh, P("x"))
+        p = jnp.linspace(-1.0, 2.0, 32)
+        g = jnp.sin(7 * p)
+        for tx in (o.lion_k(0.1, kappa="l2"), o.spam(0.1), o.stable_spam(0.1),
+                   optax.chain(o.perpendicular_gradient(), optax.sgd(0.1))):
+            ps, gs = jax.device_put((p, g), sharding)
+            state = jax.jit(tx.init)(ps)
+            state = jax.tree.map(lambda x: jax.device_put(x, sharding) if x.ndim else x, state)
+            u, state = jax.jit(tx.update)(gs, state, ps)
+            for x in jax.tree.leaves((u, state, tx.init(ps))):
+                assert x.ndim == 0 or x.sharding.is_equivalent_to(sharding, 1), x.sharding
+            np.testing.assert_allclose(u, tx.update(g, tx.init(p), p)[0], rtol=1e-5, atol=1e-6)
+
+        # Distributed Lion: each of four workers has its own gradient and momentum.
+        tx = o.lion_k(0.1, axis_name="x", weight_decay=0.0)
+        grads = jnp.array([[1.0, -1, 2, 0], [1, -1, -2, 0], [-1, -1, 2, 0], [1, 5, -2, 0]])
+        state = jax.vmap(tx.init)(jnp.zeros((4, 4)))
+
+        @jax.jit
+        @partial(jax.shard_map, mesh=mesh, in_specs=(P("x"), P("x"), P()), out_specs=(P(), P("x")))
+        def step(g, state, params):
+            g, state = jax.tree.map(lambda x: x[0], (g, state))
+            updates, state = tx.update(g, state, params)
+            return optax.apply_updates(params, updates), jax.tree.map(lambda x: x[None], state)
+
+        params, state = step(grads, state, jnp.zeros(4))
+        np.testing.assert_allclose(params, [-0.1, 0.1, 0.0, 0.0])
+        np.testing.assert_allclose(state[0].mu, 0.01 * grads, rtol=1e-6)
+        print("passed")
+        """
+    )
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ
+        | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)},
+        timeout=120,
+    )
+    assert "passed" in result.stdout, result.stderr[-3000:]
+
+
+def test_every_export_is_documented_and_under_test():
+    tested = {"lion_k", "spam", "stable_spam"} | set(DIRECTIONS)
+    for name in o.__all__:
+        assert getattr(o, name).__doc__
+        assert name in tested or name.endswith("State") or name.startswith("kappa_"), name
