@@ -24,7 +24,11 @@ def is_concrete_number(value: Any) -> bool:
         return False
     if isinstance(value, numbers.Real):
         return True
-    return isinstance(value, (np.ndarray, jax.Array)) and not isinstance(value, jax.core.Tracer) and value.ndim == 0
+    return (
+        isinstance(value, (np.ndarray, jax.Array))
+        and not isinstance(value, jax.core.Tracer)
+        and value.ndim == 0
+    )
 
 
 def number(
@@ -97,7 +101,9 @@ def integers(name: str, value: Any) -> None:
 def shape(name: str, value: Any, expected: tuple[int, ...], meaning: str) -> None:
     """Checks the exact shape of `value`; `meaning` says in words what the shape stands for."""
     if tuple(value.shape) != tuple(expected):
-        raise ValueError(f"{name} must have shape {tuple(expected)} ({meaning}), got shape {tuple(value.shape)}")
+        raise ValueError(
+            f"{name} must have shape {tuple(expected)} ({meaning}), got shape {tuple(value.shape)}"
+        )
 
 
 def broadcastable(name: str, value: Any, expected: tuple[int, ...], meaning: str) -> None:

@@ -27,9 +27,3 @@ def safe_divide(a: jax.Array, b: jax.Array) -> jax.Array:
     """`a / b`, and 0 with gradient 0 where `b` is 0."""
     nonzero = b != 0
     return jnp.where(nonzero, a / jnp.where(nonzero, b, 1), 0)
-
-
-def safe_subtract(a: jax.Array, b: jax.Array) -> jax.Array:
-    """`a - b`, and -inf where `a` is -inf whatever `b` is (never -inf + inf)."""
-    absent = a == -jnp.inf
-    return jnp.where(absent, -jnp.inf, jnp.where(absent, 0, a) - jnp.where(absent, 0, b))

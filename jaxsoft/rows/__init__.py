@@ -1,9 +1,33 @@
-"""The engine: rows of scores, reduced."""
+"""The engine: rows of scores, reduced, whether they are stored or not."""
 
 from jaxsoft.rows import reductions
 from jaxsoft.rows._driver import reduce_rows
 from jaxsoft.rows._logits import LinearLogits, Logits, linear_logits
 from jaxsoft.rows._reduction import RowReduction, Tile
+from jaxsoft.rows._softmax import online_softmax, softmax_top_k, two_pass_softmax, unified_max_softmax
+from jaxsoft.rows._statistics import entropy, label_rank, log_prob, logsumexp, softcap, temperature, top_k
 from jaxsoft.rows._weighted import weighted_sum
+from jaxsoft.rows.reductions import TopK
 
-__all__ = ["LinearLogits", "Logits", "RowReduction", "Tile", "linear_logits", "reduce_rows", "reductions", "weighted_sum"]
+__all__ = [
+    "LinearLogits",
+    "Logits",
+    "RowReduction",
+    "Tile",
+    "TopK",
+    "entropy",
+    "label_rank",
+    "linear_logits",
+    "log_prob",
+    "logsumexp",
+    "online_softmax",
+    "reduce_rows",
+    "reductions",
+    "softcap",
+    "softmax_top_k",
+    "temperature",
+    "top_k",
+    "two_pass_softmax",
+    "unified_max_softmax",
+    "weighted_sum",
+]

@@ -50,7 +50,8 @@ def reduce_rows(
     reductions: Any,
     *,
     axis: int = -1,
-    where: Bool[Array, "..."] | None = None,
+    where: Bool[Array, ...] | None = None,
+    row_where: Bool[Array, "*rows"] | None = None,
     block_size: int | None = None,
 ) -> Any:
     """Runs one or several row reductions over the rows of `logits`, in one pass.
@@ -62,6 +63,8 @@ def reduce_rows(
       where: booleans that broadcast to the shape of the logits, True = counts. A masked entry is absent: it
         adds nothing, and gets no gradient, whatever it holds. (A NaN inside `weight` is kept away only if
         its column is masked for all rows.) An entry of `-inf` is absent, too.
+      row_where: `[*rows]` booleans, False = the whole row is absent; beside a `where` that varies over columns
+        this needs no array of the logits' shape.
       block_size: columns read at a time. Default: all of them for an array, the expression's own choice else.
 
     Returns:
@@ -77,8 +80,8 @@ def reduce_rows(
       >>> from jaxsoft.rows import reduce_rows, reductions
       >>> x = jnp.array([[1.0, 2.0, -1.0, 0.5]])
       >>> out = reduce_rows(x, {"lse": reductions.logsumexp(), "best": reductions.argmax()})
-      >>> print(out["lse"], out["best"])
-      [2.4951825] [1]
+      >>> print(out["lse"].round(4), out["best"])
+      [2.4952] [1]
     """
     leaves, treedef = jax.tree.flatten(reductions, is_leaf=is_reduction)
     for leaf in leaves:
@@ -90,11 +93,17 @@ def reduce_rows(
     *rows, columns = (n for i, n in enumerate(logits.shape) if i != axis), logits.shape[axis]
     rows = tuple(*rows)
     masks = _split_mask(where, logits.shape, axis)
+    if row_where is not None:
+        _checks.boolean("row_where", row_where)
+        _checks.shape("row_where", row_where, rows, "one boolean a row of logits")
+        masks = masks._replace(rows=row_where if masks.rows is None else masks.rows & row_where)
     arrays = [_arrays_of(r, rows, columns) for r in leaves]
     functions = tuple(r._replace(args=(), col_args=(), entry_args=()) for r in leaves)
     if not isinstance(logits, LinearLogits):
         source = DenseLogits(jnp.moveaxis(jnp.asarray(logits), axis, -1))
-        return jax.tree.unflatten(treedef, run(source, functions, block_size or max(columns, 1), masks, arrays))
+        return jax.tree.unflatten(
+            treedef, run(source, functions, block_size or max(columns, 1), masks, arrays)
+        )
 
     n = math.prod(rows)
 
@@ -124,7 +133,9 @@ def check_axis(logits: Any, axis: int) -> int:
     if logits.ndim == 0:
         raise ValueError("logits must have at least one axis, got a scalar")
     if not -logits.ndim <= axis < logits.ndim:
-        raise ValueError(f"axis must be in [{-logits.ndim}, {logits.ndim}) for logits of shape {logits.shape}, got {axis}")
+        raise ValueError(
+            f"axis must be in [{-logits.ndim}, {logits.ndim}) for logits of shape {logits.shape}, got {axis}"
+        )
     if isinstance(logits, LinearLogits) and axis not in (-1, logits.ndim - 1):
         raise ValueError(f"axis must be -1 for linear_logits of shape {logits.shape}, got {axis}")
     return axis % logits.ndim
@@ -149,10 +160,14 @@ def _split_mask(where: Any, shape: tuple[int, ...], axis: int) -> Masks:
 def _arrays_of(reduction: RowReduction, rows: tuple[int, ...], columns: int) -> Arrays:
     for a in reduction.args:
         if a.shape[: len(rows)] != rows:
-            raise ValueError(f"args of a reduction must have leading axes {rows} (the rows), got shape {a.shape}")
+            raise ValueError(
+                f"args of a reduction must have leading axes {rows} (the rows), got shape {a.shape}"
+            )
     for a in reduction.col_args:
         if a.shape[:1] != (columns,):
-            raise ValueError(f"col_args of a reduction must have {columns} columns first, got shape {a.shape}")
+            raise ValueError(
+                f"col_args of a reduction must have {columns} columns first, got shape {a.shape}"
+            )
     for a in reduction.entry_args:
         if a.shape != (*rows, columns):
             raise ValueError(f"entry_args of a reduction must have shape {(*rows, columns)}, got {a.shape}")
@@ -205,9 +220,10 @@ def mask_rows(source, masks: Masks):
 
 def row_mask(masks: Masks) -> Array | None:
     """Which rows anybody reads; None where all may be."""
-    if masks.rows is not None or masks.entries is None:
+    if masks.entries is None:
         return masks.rows
-    return jnp.any(masks.entries, axis=-1)
+    keep = jnp.any(masks.entries, axis=-1)
+    return keep if masks.rows is None else keep & masks.rows
 
 
 def col_mask(masks: Masks, start, size: int) -> Array | None:
@@ -250,15 +266,15 @@ def over_blocks(columns: int, block: int, body: Callable, carry: Any) -> Any:
 def tiles(x: Array, start, masks: Masks, arrays: list[Arrays], columns: int) -> list[Tile]:
     """The block `x` of scores as each reduction sees it. Absent entries are cleaned here, once for all."""
     size = x.shape[-1]
-    keep = None
+    keeps = []
     if masks.rows is not None:
-        keep = masks.rows[..., None]
+        keeps.append(masks.rows[..., None])
     if masks.cols is not None:
-        keep = cut(masks.cols, start, size, 0)
+        keeps.append(cut(masks.cols, start, size, 0))
     if masks.entries is not None:
-        keep = cut(masks.entries, start, size, x.ndim - 1)
+        keeps.append(cut(masks.entries, start, size, x.ndim - 1))
     # Without a mask, the scores are read as they are: XLA's reductions on the CPU do not fuse a select.
-    scores = x if keep is None else jnp.where(keep, x, -jnp.inf)
+    scores = jnp.where(functools.reduce(jnp.logical_and, keeps), x, -jnp.inf) if keeps else x
     keep = scores != -jnp.inf
     x = jnp.where(keep, scores, 0)
     cols = jnp.arange(size, dtype=jnp.int32) + start
@@ -281,14 +297,26 @@ def _states(functions, block, source, masks, arrays):
     columns = source.shape[-1]
     like = source._like()
 
+    cut_masks = masks._replace(
+        rows=None
+    )  # a row nobody reads is emptied at the end: cheaper than in every tile
+
     def body(states, start, size, looped):
         x = source._block(start, size, col_mask(masks, start, size))
         return [
             r.update(s, tile, *a.args)
-            for r, s, tile, a in zip(functions, states, tiles(x, start, masks, arrays, columns), arrays)
+            for r, s, tile, a in zip(functions, states, tiles(x, start, cut_masks, arrays, columns), arrays)
         ]
 
-    return over_blocks(columns, block, body, [r.init(like, *a.args) for r, a in zip(functions, arrays)])
+    empty = [r.init(like, *a.args) for r, a in zip(functions, arrays)]
+    states = over_blocks(columns, block, body, empty)
+    if masks.rows is None:
+        return states
+
+    def select(state, empty):
+        return jnp.where(jnp.expand_dims(masks.rows, tuple(range(masks.rows.ndim, state.ndim))), state, empty)
+
+    return jax.tree.map(select, states, empty)
 
 
 # --- the derivative --------------------------------------------------------------------------------------
@@ -346,7 +374,9 @@ def _attach_jvp(functions, block, primals, tangents):
         # Without the barrier of prevent_cse, XLA would keep the block of the forward pass for the backward one.
         # Inside a loop it cannot; of dense scores nothing is recomputed but exponentials.
         prevent_cse = not looped and isinstance(source, LinearLogits)
-        part = jax.checkpoint(block_tangent, static_argnums=(2,), prevent_cse=prevent_cse)(dactive, start, size)
+        part = jax.checkpoint(block_tangent, static_argnums=(2,), prevent_cse=prevent_cse)(
+            dactive, start, size
+        )
         return jax.tree.map(jnp.add, total, part)
 
     zeros = jax.tree.map(jnp.zeros_like, floats)
@@ -388,7 +418,10 @@ def affine_cotangents(functions, states, cotangents, masks, source: LinearLogits
     size, columns = raw.shape[-1], source.shape[-1]
     bias = source._bias_block(start, size, col_mask(masks, start, size))
     blocks = [
-        (tuple(cut(c, start, size, 0) for c in a.col_args), tuple(cut(e, start, size, 1) for e in a.entry_args))
+        (
+            tuple(cut(c, start, size, 0) for c in a.col_args),
+            tuple(cut(e, start, size, 1) for e in a.entry_args),
+        )
         for a in arrays
     ]
 
@@ -437,7 +470,9 @@ def _filtered_backward(functions, block, residuals, cotangents):
 
     _, pullback = jax.vjp(final, floats, args)
     d_floats, d_args = pullback(cotangents)
-    sizes = [jnp.max(jnp.abs(c), initial=0) for c in jax.tree.leaves(cotangents) if c.dtype != jax.dtypes.float0]
+    sizes = [
+        jnp.max(jnp.abs(c), initial=0) for c in jax.tree.leaves(cotangents) if c.dtype != jax.dtypes.float0
+    ]
     threshold = source.filter_eps * functools.reduce(jnp.maximum, sizes)
 
     n, columns = source.shape
@@ -452,7 +487,10 @@ def _filtered_backward(functions, block, residuals, cotangents):
         def group_body(total, row, group, looped):
             rows = functools.partial(jax.tree.map, lambda a: cut(a, row, group, 0) if a.ndim else a)
             part = dataclasses.replace(
-                source, hidden=rows(source.hidden), scale=rows(source.scale), temperature=rows(source.temperature)
+                source,
+                hidden=rows(source.hidden),
+                scale=rows(source.scale),
+                temperature=rows(source.temperature),
             )
             part_masks = masks._replace(rows=rows(masks.rows), entries=rows(masks.entries))
             part_arrays = [Arrays(rows(a.args), a.col_args, rows(a.entry_args)) for a in arrays]
@@ -460,7 +498,9 @@ def _filtered_backward(functions, block, residuals, cotangents):
             d_raw, d_scale, d_temperature, d_row, d_bias, d_blocks = affine_cotangents(
                 functions, rows(states), rows(d_floats), part_masks, part, part_arrays, raw, start
             )
-            matters = jnp.max(jnp.abs(d_raw), initial=0) > threshold  # False for NaN, which must not be skipped
+            matters = (
+                jnp.max(jnp.abs(d_raw), initial=0) > threshold
+            )  # False for NaN, which must not be skipped
             d_hidden, d_weight = lax.cond(
                 matters | jnp.any(jnp.isnan(d_raw)),
                 part._pull_raw,
@@ -491,7 +531,8 @@ def _filtered_backward(functions, block, residuals, cotangents):
 
     d_source, d_arrays = over_blocks(columns, block, block_body, total)
     d_arrays = [
-        a._replace(args=jax.tree.map(lambda t, d: t + d.astype(t.dtype), a.args, d)) for a, d in zip(d_arrays, d_args)
+        a._replace(args=jax.tree.map(lambda t, d: t + d.astype(t.dtype), a.args, d))
+        for a, d in zip(d_arrays, d_args)
     ]
     floats, _ = differentiable((source, arrays))
     d_source, d_arrays = jax.tree.map(lambda d, a: d.astype(a.dtype), (d_source, d_arrays), floats)

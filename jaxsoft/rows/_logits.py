@@ -76,18 +76,18 @@ class LinearLogits:
         return x.astype(self.dtype).reshape(self.shape)
 
     def _scaled(self, temperature: Any) -> LinearLogits:
-        if temperature is NotImplemented:
-            return NotImplemented
         new = temperature if self.temperature is None else self.temperature * temperature
         return dataclasses.replace(self, temperature=new)
 
     def __truediv__(self, temperature: Any) -> LinearLogits:
         """`logits / temperature`, a positive scalar or one number a row (`[*rows]` or `[*rows, 1]`)."""
-        return self._scaled(_row_scalar("temperature", temperature, self.hidden, positive=True))
+        return self._scaled(
+            row_scalar("temperature", temperature, self.shape[:-1], self.dtype, positive=True)
+        )
 
     def __mul__(self, scale: Any) -> LinearLogits:
         """`logits * scale`, a positive scalar or one number a row (`[*rows]` or `[*rows, 1]`)."""
-        return self._scaled(1 / _row_scalar("scale", scale, self.hidden, positive=True))
+        return self._scaled(1 / row_scalar("scale", scale, self.shape[:-1], self.dtype, positive=True))
 
     __rmul__ = __mul__
 
@@ -168,7 +168,9 @@ class LinearLogits:
         over_columns = (((1,), (0 if self.transpose_weight else 1,)), ((), ()))
         d_hidden = product(d_raw, weight_block.astype(self.dtype), over_columns)
         hidden, over_rows = self.hidden.astype(self.dtype), (((0,), (0,)), ((), ()))
-        d_weight = product(d_raw, hidden, over_rows) if self.transpose_weight else product(hidden, d_raw, over_rows)
+        d_weight = (
+            product(d_raw, hidden, over_rows) if self.transpose_weight else product(hidden, d_raw, over_rows)
+        )
         return d_hidden, d_weight
 
     def _bias_block(self, start, size: int, col_keep: Array | None) -> Array | None:
@@ -189,7 +191,7 @@ class LinearLogits:
         if bias is not None:
             x = x + bias
         if self.softcap is not None:
-            x = self.softcap * jnp.tanh(x / self.softcap)
+            x = capped(x, self.softcap)
         if self.temperature is not None:
             x = x / self.temperature[..., None].astype(x.dtype)
         return x
@@ -210,7 +212,11 @@ class LinearLogits:
             precision=self.precision,
             preferred_element_type=self._accumulation_dtype,
         )
-        b = 0.0 if self.bias is None else jnp.where(used, self.bias, 0).astype(self._accumulation_dtype) @ col_weights
+        b = (
+            0.0
+            if self.bias is None
+            else jnp.where(used, self.bias, 0).astype(self._accumulation_dtype) @ col_weights
+        )
         return jnp.sum(col_weights), w, b
 
     def _column_sums(self, col_weights: Array) -> tuple[Array, Array]:
@@ -252,6 +258,12 @@ class LinearLogits:
         backend = "cpu" if jax.default_backend() == "cpu" else "other"
         width = _BLOCK_ENTRIES[backend] // max(rows, 1) // 128 * 128
         return min(max(width, _NARROWEST_BLOCK), _WIDEST_BLOCK[backend])
+
+
+def capped(x: Array, cap) -> Array:
+    """`cap * tanh(x / cap)`; an absent entry (-inf) stays absent."""
+    absent = x == -jnp.inf
+    return jnp.where(absent, -jnp.inf, cap * jnp.tanh(jnp.where(absent, 0, x) / cap))
 
 
 def cut(a: Array, start, size: int, axis: int) -> Array:
@@ -299,15 +311,14 @@ class DenseLogits:
         return cut(self.values, start, size, self.values.ndim - 1).astype(self._accumulation_dtype)
 
 
-def _row_scalar(name: str, value: Any, hidden, *, positive: bool = False) -> Any:
+def row_scalar(name: str, value: Any, rows: tuple[int, ...], dtype, *, positive: bool = False) -> Any:
     """A scalar or one number a row, as an array of a floating dtype (a Python number would get no gradient)."""
     if value is None:
         return None
     if _checks.is_concrete_number(value):
         _checks.number(name, value, **({"above": 0} if positive else {}))
-        return jnp.asarray(value, accumulation_dtype(hidden.dtype))
+        return jnp.asarray(value, accumulation_dtype(dtype))
     _checks.floating(name, value)
-    rows = tuple(hidden.shape[:-1])
     if value.shape == (*rows, 1) and value.ndim != len(rows):
         value = value[..., 0]
     if value.shape not in ((), rows):
@@ -322,9 +333,9 @@ def linear_logits(
     weight: Float[Array, "d vocab"],
     *,
     bias: Float[Array, " vocab"] | None = None,
-    scale: float | Float[Array, "..."] | None = None,
+    scale: float | Float[Array, ...] | None = None,
     softcap: float | None = None,
-    temperature: float | Float[Array, "..."] | None = None,
+    temperature: float | Float[Array, ...] | None = None,
     transpose_weight: bool = False,
     block_size: int | None = None,
     filter_eps: float | None = None,
@@ -390,7 +401,9 @@ def linear_logits(
         )
     if bias is not None:
         bias = _to_array("bias", bias)
-        _checks.shape("bias", bias, (weight.shape[0 if transpose_weight else 1],), "one number a column of logits")
+        _checks.shape(
+            "bias", bias, (weight.shape[0 if transpose_weight else 1],), "one number a column of logits"
+        )
     if softcap is not None:
         _checks.number("softcap", softcap, above=0)
         softcap = float(softcap)
@@ -399,12 +412,13 @@ def linear_logits(
     if filter_eps is not None:
         _checks.number("filter_eps", filter_eps, at_least=0)
         filter_eps = float(filter_eps)
+    rows = tuple(hidden.shape[:-1])
     return LinearLogits(
         hidden=hidden,
         weight=weight,
         bias=bias,
-        scale=_row_scalar("scale", scale, hidden),
-        temperature=_row_scalar("temperature", temperature, hidden, positive=True),
+        scale=row_scalar("scale", scale, rows, hidden.dtype),
+        temperature=row_scalar("temperature", temperature, rows, hidden.dtype, positive=True),
         softcap=softcap,
         transpose_weight=transpose_weight,
         block_size=block_size,

@@ -104,7 +104,7 @@ class RowReduction(NamedTuple):
       ...     return RowReduction(init, update, args=(theta,))
       >>> x, theta = jnp.array([[0.0, 1.0, 2.0]]), jnp.array([1.0])
       >>> print(reduce_rows(x, hinge_mass(theta)).round(4))
-      [2.3196]
+      [2.3197]
       >>> print(jax.grad(lambda t: reduce_rows(x, hinge_mass(t)).sum())(theta).round(4))
       [-1.5]
     """

@@ -76,7 +76,9 @@ class ChunkLogits(LinearLogits):
     def _run(self, functions, block, masks, arrays) -> list:
         """What `reduce_rows` does with a chunk; see the class."""
         source = dataclasses.replace(
-            self, tape=None, **{name: lax.stop_gradient(getattr(self, name)) for name in ("hidden", "weight", "raw")}
+            self,
+            tape=None,
+            **{name: lax.stop_gradient(getattr(self, name)) for name in ("hidden", "weight", "raw")},
         )
         states = _driver.stream(functions, block, source, masks, arrays)
         floats, put_back = _driver.differentiable(states)
@@ -132,7 +134,7 @@ def weighted_sum(
       ...     return jaxsoft.losses.weighted_sum(jaxsoft.losses.cross_entropy, logits, labels)
       >>> value, (d_hidden, d_weight) = jax.value_and_grad(loss, (0, 1))(hidden, weight)
       >>> print(value.round(4))
-      3.3429
+      3.3388
     """
     axis = _driver.check_axis(logits, axis)
     rows = tuple(n for i, n in enumerate(logits.shape) if i != axis)
@@ -163,7 +165,9 @@ def weighted_sum(
     leaves, treedef = jax.tree.flatten(options)
     arrays = [leaf if hasattr(leaf, "dtype") else None for leaf in leaves]
     constants = tuple(leaf if a is None else None for leaf, a in zip(leaves, arrays))
-    if type(loss).__name__ == "PjitFunction":  # a chunk cannot pass through jit; under jit there is no need to
+    if (
+        type(loss).__name__ == "PjitFunction"
+    ):  # a chunk cannot pass through jit; under jit there is no need to
         loss = loss.__wrapped__
     call = _Call(loss, treedef, constants)
     operands = _driver.align_varying((logits._flat(), _ByRow(row_args, weights, row_masks), arrays))
@@ -262,7 +266,8 @@ def _weighted_forward(call: _Call, chunk: int, *primals):
         part, pullback, calls = jax.vjp(value, probes, active_leaves, has_aux=True)
         d_probes, d_active = pullback(jnp.ones_like(part))
         d_others = [
-            _driver.add_at(t, d, {0: row} if per_row[i] else {}) for t, d, i in zip(d_others, d_active, active)
+            _driver.add_at(t, d, {0: row} if per_row[i] else {})
+            for t, d, i in zip(d_others, d_active, active)
         ]
         if need_product:
             d_hidden, d_weight = _product_gradient(
@@ -295,7 +300,9 @@ def _product_gradient(logits, block, hidden, raw, functions, calls, d_probes, ro
     all_masks = [masks for _, masks, _, _ in calls]
     # A row or a column that no call reads may hold NaN; it must not meet a matrix product.
     row_keep = _any([_driver.row_mask(m) for m in all_masks])
-    part = dataclasses.replace(logits, hidden=hidden if row_keep is None else jnp.where(row_keep[:, None], hidden, 0))
+    part = dataclasses.replace(
+        logits, hidden=hidden if row_keep is None else jnp.where(row_keep[:, None], hidden, 0)
+    )
 
     def block_body(carry, start, size, looped):
         d_hidden, d_weight = carry

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,16 +60,49 @@ def _lse_merge(a, b):
     return m, a[1] * _rescale(a[0], m) + b[1] * _rescale(b[0], m)
 
 
-def _lse_finalize(state, *args):
+class LogPartition(NamedTuple):
+    """A log-sum-exp in parts, each `[*rows]`: `(shift + correction) + log_sum`.
+
+    `((x - shift) - correction) - log_sum` is the log-softmax to the last place, whatever the size of the scores;
+    their sum, rounded, is not. The derivative is all in `log_sum`.
+    """
+
+    shift: jax.Array
+    correction: jax.Array
+    log_sum: jax.Array
+
+    @property
+    def value(self) -> jax.Array:
+        """The log-sum-exp."""
+        return self.shift + (self.correction + self.log_sum)
+
+    def log_softmax(self, x: jax.Array) -> jax.Array:
+        """`x - logsumexp`, for scores `x` that broadcast with the parts; `x` itself for an empty row."""
+        return ((x - self.shift) - self.correction) - jnp.where(self.log_sum == -jnp.inf, 0, self.log_sum)
+
+
+def _value_of(parts: Callable) -> Callable:
+    @functools.wraps(parts)
+    def value(state, *args):
+        return parts(state, *args).value
+
+    return value
+
+
+def _lse_parts(state, *args):
     m, s = state
-    return finite_gauge(m) + log_or_neg_inf(s)
+    shift = finite_gauge(m)
+    return LogPartition(shift, jnp.zeros_like(shift), log_or_neg_inf(s))
+
+
+_lse_finalize = _value_of(_lse_parts)
 
 
 # logsumexp, mantissa and exponent (the two-pass softmax algorithm): e^x = a 2^e with e an integer kept as a
 # float; (E, A) stands for A 2^E. No maximum is needed, and rescaling by powers of two is exact.
 
-_LN2_HI = 0.693145751953125  # ln 2 in 17 bits, so that e * _LN2_HI is exact for |e| < 2^7 in float32
-_LN2_LO = 1.4286068203094172e-06  # ln 2 - _LN2_HI
+_LN2_HI = 0.693359375  # ln 2 in 9 bits: e * _LN2_HI is exact for |e| < 2^15, also in float32
+_LN2_LO = -2.121944400546905827679e-4  # ln 2 - _LN2_HI
 _LOG2_E = 1.4426950408889634
 
 
@@ -101,10 +134,13 @@ def _exponent_merge(a, b):
     return e, a[1] * _pow2_or_zero(a[0], e) + b[1] * _pow2_or_zero(b[0], e)
 
 
-def _exponent_finalize(state, *args):
+def _exponent_parts(state, *args):
     e, a = state
     e = finite_gauge(e)
-    return (log_or_neg_inf(a) + e * _LN2_LO) + e * _LN2_HI
+    return LogPartition(e * _LN2_HI, e * _LN2_LO, log_or_neg_inf(a))
+
+
+_exponent_finalize = _value_of(_exponent_parts)
 
 
 # logsumexp at a fixed reference phi (FlashDecoding++): (hi, s = sum e^(x-phi)); parts add up without any
@@ -130,12 +166,16 @@ def _reference_merge(a, b):
 _REFERENCE_RANGE = (-80.0, 66.0)
 
 
-def _reference_finalize(state, reference):
+def _reference_parts(state, reference):
     hi, s = state
     lo_ok, hi_ok = _REFERENCE_RANGE
     offset = finite_gauge(hi) - reference
     ok = ((offset > lo_ok) & (offset < hi_ok)) | (hi == -jnp.inf)
-    return jnp.where(ok, lax.stop_gradient(reference) + log_or_neg_inf(s), jnp.nan)
+    shift = lax.stop_gradient(reference)
+    return LogPartition(shift, jnp.zeros_like(shift), jnp.where(ok, log_or_neg_inf(s), jnp.nan))
+
+
+_reference_finalize = _value_of(_reference_parts)
 
 
 def logsumexp(*, method: str = "online", reference: jax.Array | None = None) -> RowReduction:
@@ -154,15 +194,24 @@ def logsumexp(*, method: str = "online", reference: jax.Array | None = None) -> 
     Returns:
       A reduction to `[*rows]`.
     """
+    partition = log_partition(method=method, reference=reference)
+    finalize = {"online": _lse_finalize, "exponent": _exponent_finalize, "reference": _reference_finalize}
+    return partition._replace(finalize=finalize[method])
+
+
+def log_partition(*, method: str = "online", reference: jax.Array | None = None) -> RowReduction:
+    """`logsumexp` in parts that lose nothing to rounding: see `LogPartition`. Same arguments."""
     _checks.option("method", method, ("online", "exponent", "reference"))
     if (reference is not None) != (method == "reference"):
-        raise ValueError(f"reference must be given with method='reference' and only then, got method={method!r}")
+        raise ValueError(
+            f"reference must be given with method='reference' and only then, got method={method!r}"
+        )
     if method == "online":
-        return RowReduction(_lse_init, _lse_update, _lse_merge, _lse_finalize, _keep_gauge)
+        return RowReduction(_lse_init, _lse_update, _lse_merge, _lse_parts, _keep_gauge)
     if method == "exponent":
-        return RowReduction(_lse_init, _exponent_update, _exponent_merge, _exponent_finalize, _keep_gauge)
+        return RowReduction(_lse_init, _exponent_update, _exponent_merge, _exponent_parts, _keep_gauge)
     return RowReduction(
-        _reference_init, _reference_update, _reference_merge, _reference_finalize, _keep_gauge, args=(reference,)
+        _reference_init, _reference_update, _reference_merge, _reference_parts, _keep_gauge, args=(reference,)
     )
 
 
@@ -185,6 +234,21 @@ def weighted_logsumexp(weights: jax.Array) -> RowReduction:
     """`log sum_j b_j e^(x_j)` for `weights` b >= 0: `[columns]`, or `[*rows, columns]`; 0 means absent."""
     kind = {"col_args": (weights,)} if weights.ndim == 1 else {"entry_args": (weights,)}
     return RowReduction(_lse_init, _weighted_lse_update, _lse_merge, _lse_finalize, _keep_gauge, **kind)
+
+
+# log-sum-exp over the columns that are not named.
+
+
+def _excluding_update(state, tile, ids):
+    named = functools.reduce(
+        jnp.logical_or, (tile.cols == ids[..., j, None] for j in range(ids.shape[-1])), False
+    )
+    return _lse_update(state, tile.with_scores(jnp.where(named, -jnp.inf, tile.scores)))
+
+
+def logsumexp_excluding(ids: jax.Array) -> RowReduction:
+    """`log sum e^(x_j)` over the columns not among `ids` (`[*rows, k]`); ids out of range name nothing."""
+    return RowReduction(_lse_init, _excluding_update, _lse_merge, _lse_finalize, _keep_gauge, args=(ids,))
 
 
 # Moments of the scores under their own softmax: (m, S, U, Q) with w = e^(x-m), S = sum w, U = sum w (x-m),
@@ -378,7 +442,9 @@ def _label_finalize(state, ids):
     empty = s == 0
     # NaN scores stay NaN: s is then NaN, not 0.
     absent = value == -jnp.inf
-    nll = (finite_gauge(m) - jnp.where(absent | empty, finite_gauge(m), value)) + jnp.log(jnp.where(empty, 1, s))
+    nll = (finite_gauge(m) - jnp.where(absent | empty, finite_gauge(m), value)) + jnp.log(
+        jnp.where(empty, 1, s)
+    )
     nll = jnp.where(empty, 0, jnp.where(absent, jnp.inf, nll))
     return LabelStatistics(nll * _poison(valid).astype(nll.dtype), _lse_finalize((m, s)))
 
@@ -393,7 +459,59 @@ def label_statistics(ids: jax.Array) -> RowReduction:
 
     A label outside the row gives NaN, in value and in gradient.
     """
-    return RowReduction(_label_init, _label_update, _label_merge, _label_finalize, share=_label_share, args=(ids,))
+    return RowReduction(
+        _label_init, _label_update, _label_merge, _label_finalize, share=_label_share, args=(ids,)
+    )
+
+
+# The same for a distribution q over the columns: (m, S, U = sum q (x-m), Q = sum q, lost), where `lost` is the
+# mass that q puts on absent entries.
+
+
+def _soft_init(like):
+    return jnp.full_like(like, -jnp.inf), like, like, like, like
+
+
+def _soft_shift(state, m_new):
+    m, s, u, q, lost = state
+    d = jnp.where(m == -jnp.inf, 0, finite_gauge(m) - finite_gauge(m_new))
+    return s * _rescale(m, m_new), u + d * q, q, lost
+
+
+def _soft_update(state, tile):
+    q = tile.entry_args[0].astype(tile.x.dtype)
+    m_new = _running_max(state[0], tile)
+    kept = jnp.where(tile.keep, q, 0)
+    block = (
+        jnp.sum(_weights(tile, m_new), axis=-1),
+        jnp.sum(kept * (tile.x - finite_gauge(m_new)[..., None]), axis=-1),
+        jnp.sum(kept, axis=-1),
+        jnp.sum(jnp.where(tile.keep, 0, lax.stop_gradient(q)), axis=-1),
+    )
+    return (m_new, *map(jnp.add, _soft_shift(state, m_new), block))
+
+
+def _soft_merge(a, b):
+    m = jnp.maximum(a[0], b[0])
+    return (m, *map(jnp.add, _soft_shift(a, m), _soft_shift(b, m)))
+
+
+def _soft_finalize(state):
+    m, s, u, q, lost = state
+    empty = s == 0
+    nll = q * jnp.log(jnp.where(empty, 1, s)) - u
+    nll = jnp.where(empty, 0, jnp.where(lost > 0, jnp.inf, nll))
+    return LabelStatistics(nll, _lse_finalize((m, s)))
+
+
+def soft_label_statistics(labels: jax.Array) -> RowReduction:
+    """`-sum_j q_j log softmax(x)_j` for label distributions q (`[*rows, columns]`), with the log-sum-exp.
+
+    See `LabelStatistics`; `+inf` where q puts mass on an absent entry.
+    """
+    return RowReduction(
+        _soft_init, _soft_update, _soft_merge, _soft_finalize, _keep_gauge, entry_args=(labels,)
+    )
 
 
 # Selections: the state is (value, column). Larger first, ties to the smaller column. Their derivative is that
@@ -422,7 +540,9 @@ def _max_update(state, tile):
 
 
 def _max_merge(a, b):
-    better = (b[0] > a[0]) | ((b[0] == a[0]) & (b[1] < a[1]) & (b[1] >= 0)) | (jnp.isnan(b[0]) & ~jnp.isnan(a[0]))
+    better = (
+        (b[0] > a[0]) | ((b[0] == a[0]) & (b[1] < a[1]) & (b[1] >= 0)) | (jnp.isnan(b[0]) & ~jnp.isnan(a[0]))
+    )
     return jax.tree.map(lambda x, y: jnp.where(better, y, x), a, b)
 
 
@@ -452,18 +572,24 @@ def maximum_and_argmax() -> RowReduction:
     return _MAX._replace(finalize=tuple)
 
 
-def _below_update(state, tile, bound):
-    return _max_update(state, tile.with_scores(jnp.where(tile.scores < bound[..., None], tile.scores, -jnp.inf)))
-
-
-def _below_init(like, bound):
+def _below_init(like, *args):
     return _max_init(like)
 
 
-def maximum_below(bound: jax.Array) -> RowReduction:
-    """The largest score strictly below `bound` (`[*rows]`), -inf if there is none."""
+def _below_update(state, tile, bound, exclude):
+    below = (tile.scores < bound[..., None]) & (tile.cols != exclude[..., None])
+    return _max_update(state, tile.with_scores(jnp.where(below, tile.scores, -jnp.inf)))
+
+
+def maximum_below(bound: jax.Array, exclude: jax.Array) -> RowReduction:
+    """The largest score strictly below `bound` in a column other than `exclude` (both `[*rows]`), else -inf."""
     return RowReduction(
-        _below_init, _below_update, _max_merge, _first, share=_selection_share, args=(lax.stop_gradient(bound),)
+        _below_init,
+        _below_update,
+        _max_merge,
+        _first,
+        share=_selection_share,
+        args=(lax.stop_gradient(bound), exclude),
     )
 
 
@@ -489,13 +615,15 @@ def _best_k(values, indices, k):
 def _top_k_merge(a, b):
     values = jnp.concatenate([a[0], b[0]], axis=-1)
     indices = jnp.concatenate([a[1], b[1]], axis=-1)
-    _, index, value = lax.sort((-values, jnp.where(indices < 0, jnp.iinfo(jnp.int32).max, indices), values), num_keys=2)
+    _, index, value = lax.sort(
+        (-values, jnp.where(indices < 0, jnp.iinfo(jnp.int32).max, indices), values), num_keys=2
+    )
     k = a[0].shape[-1]
     value, index = value[..., :k], index[..., :k]
     return value, jnp.where(value == -jnp.inf, -1, index)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _top_k_functions(k: int):
     def init(like):
         value = jnp.broadcast_to(jnp.full_like(like, -jnp.inf)[..., None], (*like.shape, k))
@@ -506,9 +634,7 @@ def _top_k_functions(k: int):
         cols = jnp.broadcast_to(tile.cols, x.shape)
         if k < x.shape[-1]:
             x, cols = _best_k(x, cols, k)
-        return _best_k(
-            jnp.concatenate([state[0], x], axis=-1), jnp.concatenate([state[1], cols], axis=-1), k
-        )
+        return _best_k(jnp.concatenate([state[0], x], axis=-1), jnp.concatenate([state[1], cols], axis=-1), k)
 
     return init, update
 
@@ -718,7 +844,7 @@ def _mapped(tile: Tile, function: Callable, args) -> jax.Array:
     return function(tile.x, tile.cols, *row_args, *tile.col_args, *tile.entry_args)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _mapped_sum_functions(function: Callable):
     def init(like, *args):
         return like
@@ -741,10 +867,12 @@ def mapped_sum(function: Callable, *args, col_args: tuple = (), entry_args: tupl
     )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _mapped_lse_functions(function: Callable):
     def update(state, tile, *args):
-        return _lse_update(state, tile.with_scores(jnp.where(tile.keep, _mapped(tile, function, args), -jnp.inf)))
+        return _lse_update(
+            state, tile.with_scores(jnp.where(tile.keep, _mapped(tile, function, args), -jnp.inf))
+        )
 
     return _lse_init, update
 

@@ -1,0 +1,29 @@
+"""Losses: pure functions `(logits, labels, ...) -> per-example values`, for dense and never-stored logits alike."""
+
+from jaxsoft.losses._reduce import weighted_mean
+from jaxsoft.losses.classification import (
+    cross_entropy,
+    dual_focal_loss,
+    focal_loss,
+    max_suppression_loss,
+    poly1_cross_entropy,
+    poly1_focal_loss,
+    poly_loss,
+)
+from jaxsoft.losses.retrieval import decoupled_softmax_loss
+from jaxsoft.losses.spherical import spherical_z_loss
+from jaxsoft.rows._weighted import weighted_sum
+
+__all__ = [
+    "cross_entropy",
+    "decoupled_softmax_loss",
+    "dual_focal_loss",
+    "focal_loss",
+    "max_suppression_loss",
+    "poly1_cross_entropy",
+    "poly1_focal_loss",
+    "poly_loss",
+    "spherical_z_loss",
+    "weighted_mean",
+    "weighted_sum",
+]

@@ -1,0 +1,122 @@
+"""What the classification losses share: their labels, masks and weights."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxsoft import _checks
+from jaxsoft.rows import reductions
+from jaxsoft.rows._driver import check_axis, reduce_rows
+from jaxsoft.rows._logits import Logits
+from jaxsoft.rows._statistics import check_ids
+
+IGNORE_INDEX = -100
+
+
+class Rows(NamedTuple):
+    """The checked arguments of a loss, and the two steps every loss is made of: `reduce`, then `finish`.
+
+    Attributes:
+      logits: `[*rows, columns]`.
+      axis: the axis that holds a row, counted from the front.
+      where: the class mask, or None.
+      keep: `[*rows]`, False where the label is `ignore_index`; None where labels are distributions.
+      labels: class ids `[*rows]`, 0 where ignored; or distributions `[*rows, columns]`, the axis moved last.
+      weights: `[*rows]` or None.
+    """
+
+    logits: Any
+    axis: int
+    where: Any
+    keep: Any
+    labels: Any
+    weights: Any
+
+    @property
+    def soft(self) -> bool:
+        """Whether the labels are distributions."""
+        return self.keep is None
+
+    @property
+    def columns(self) -> int:
+        """The number of classes."""
+        return self.logits.shape[self.axis]
+
+    def reduce(self, wanted: Any) -> Any:
+        """Runs row reductions over the rows that are not ignored."""
+        return reduce_rows(self.logits, wanted, axis=self.axis, where=self.where, row_where=self.keep)
+
+    def label_statistics(self) -> Any:
+        """The reduction to the negative log-likelihood of the labels and the log-sum-exp."""
+        kind = reductions.soft_label_statistics if self.soft else reductions.label_statistics
+        return kind(self.labels)
+
+    def finish(self, values: Array) -> Array:
+        """Gives ignored rows the loss 0 and applies the weights of the examples."""
+        if self.keep is not None:
+            values = jnp.where(self.keep, values, 0)
+        if self.weights is None:
+            return values
+        used = self.weights != 0
+        return jnp.where(used, self.weights.astype(values.dtype) * jnp.where(used, values, 0), 0)
+
+
+def prepare(
+    logits: Logits,
+    labels: Array,
+    *,
+    axis: int,
+    where: Bool[Array, ...] | None,
+    weights: Float[Array, "*rows"] | None,
+    ignore_index: int | None = IGNORE_INDEX,
+    soft: bool = True,
+) -> Rows:
+    """Checks the arguments that every classification loss has.
+
+    Args:
+      logits: as given by the user.
+      labels: as given by the user.
+      axis: as given by the user.
+      where: as given by the user.
+      weights: as given by the user.
+      ignore_index: the class id that marks an example to leave out; None for none.
+      soft: whether the loss takes label distributions.
+
+    Returns:
+      The arguments in the form the loss works with.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape.
+    """
+    axis = check_axis(logits, axis)
+    rows = tuple(n for i, n in enumerate(logits.shape) if i != axis)
+    if weights is not None:
+        _checks.floating("weights", weights)
+        _checks.shape("weights", weights, rows, "one number an example")
+    if not hasattr(labels, "dtype"):
+        raise TypeError(f"labels must be an array, got {_checks.describe(labels)}")
+    if jnp.issubdtype(labels.dtype, jnp.floating):
+        if not soft:
+            raise TypeError(
+                f"labels must be class ids of integer dtype for this loss, got {_checks.describe(labels)}"
+            )
+        if labels.shape != logits.shape:
+            raise ValueError(
+                f"labels of dtype {labels.dtype} are distributions and must have the logits' shape {logits.shape}, "
+                f"got shape {labels.shape}; class ids must be integers of shape {rows}"
+            )
+        return Rows(logits, axis, where, None, jnp.moveaxis(labels, axis, -1), weights)
+    if ignore_index is not None:
+        ignore_index = _checks.integer("ignore_index", ignore_index)
+    check_ids("labels", labels, logits, axis, ignore_index=ignore_index)
+    keep = jnp.ones_like(labels, bool) if ignore_index is None else labels != ignore_index
+    return Rows(logits, axis, where, keep, jnp.where(keep, labels, 0), weights)
+
+
+def is_zero(value: Any) -> bool:
+    """Whether a hyper-parameter is known to be 0 (a traced one is not)."""
+    return _checks.is_concrete_number(value) and float(value) == 0

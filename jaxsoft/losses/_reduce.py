@@ -1,0 +1,75 @@
+"""The mean of a loss over the examples that count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxsoft import _checks
+from jaxsoft._numerics import accumulation_dtype, safe_divide
+from jaxsoft.losses._common import IGNORE_INDEX
+from jaxsoft.rows._driver import check_axis
+from jaxsoft.rows._logits import Logits
+from jaxsoft.rows._weighted import weighted_sum
+
+
+def weighted_mean(
+    loss: Callable[..., Array],
+    logits: Logits,
+    labels: Array,
+    *row_args: Array,
+    weights: Float[Array, "*rows"] | None = None,
+    ignore_index: int | None = IGNORE_INDEX,
+    axis: int = -1,
+    chunk_size: int | None = None,
+    **options: Any,
+) -> Float[Array, ""]:
+    """The weighted mean of a loss over the examples that are not ignored, its gradient taken in the forward pass.
+
+    `sum_i w_i loss_i / sum_i w_i`, by `weighted_sum`: faster than the recomputing form, and the mean that one
+    wants where some labels are `ignore_index`.
+
+    Args:
+      loss: any loss of jaxsoft, or a function `(logits, labels, *row_args, **options) -> [rows]` of that kind.
+      logits: `[*rows, columns]`, a floating array or `linear_logits`.
+      labels: `[*rows]` class ids, or anything else with the rows' leading axes.
+      *row_args: further arrays with the rows' leading axes.
+      weights: `[*rows]`, 1 by default.
+      ignore_index: examples with this class id count for nothing; None for none.
+      axis: the axis of a row.
+      chunk_size: rows stored at a time, as in `weighted_sum`.
+      **options: passed to `loss`.
+
+    Returns:
+      A scalar, float32 or wider; 0, with gradient 0, if nothing counts.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or size.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> from jaxsoft import losses
+      >>> logits = jaxsoft.linear_logits(jnp.eye(3, 4), jnp.arange(20.0).reshape(4, 5) / 10)
+      >>> labels = jnp.array([0, 3, -100])
+      >>> print(losses.weighted_mean(losses.cross_entropy, logits, labels, label_smoothing=0.1).round(4))
+      1.6644
+    """
+    axis = check_axis(logits, axis)
+    rows = tuple(n for i, n in enumerate(logits.shape) if i != axis)
+    if weights is None:
+        weights = jnp.ones(rows, accumulation_dtype(logits.dtype))
+    _checks.floating("weights", weights)
+    _checks.shape("weights", weights, rows, "one number a row of logits")
+    if hasattr(labels, "dtype") and jnp.issubdtype(labels.dtype, jnp.integer) and labels.shape == rows:
+        if ignore_index != IGNORE_INDEX:  # the losses' own default
+            options["ignore_index"] = ignore_index
+        if ignore_index is not None:
+            weights = jnp.where(labels == ignore_index, 0, weights)
+    weights = safe_divide(weights, jnp.sum(weights))
+    return weighted_sum(
+        loss, logits, labels, *row_args, weights=weights, axis=axis, chunk_size=chunk_size, **options
+    )

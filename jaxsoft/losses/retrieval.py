@@ -1,0 +1,108 @@
+"""Losses over many positives a row: decoupled softmax."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxsoft import _checks
+from jaxsoft._numerics import safe_divide
+from jaxsoft.losses._common import IGNORE_INDEX, Rows
+from jaxsoft.rows import reductions
+from jaxsoft.rows._driver import check_axis
+from jaxsoft.rows._logits import Logits
+from jaxsoft.rows._statistics import check_range
+
+
+def decoupled_softmax_loss(
+    logits: Logits,
+    labels: Int[Array, "*rows k"] | Bool[Array, "*rows columns"],
+    *,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+    weights: Float[Array, "*rows"] | None = None,
+    ignore_index: int = IGNORE_INDEX,
+) -> Float[Array, "*rows"]:
+    """Decoupled softmax: each positive against the negatives alone, `mean_{i in P} softplus(lse_N - x_i)`.
+
+    `lse_N` is the log-sum-exp over the negatives, so that positives do not compete with each other. With one
+    positive it is cross-entropy.
+
+    Args:
+      logits: `[*rows, columns]`, a floating array or `linear_logits`.
+      labels: the positives P: distinct class ids, integers `[*rows, k]`, padded with `ignore_index`; or booleans
+        of the logits' shape (True = positive). Everything else is negative. An id out of range gives NaN.
+      axis: the axis of the classes.
+      where: class mask that broadcasts to the logits, True = counts. A masked class is neither positive nor
+        negative; a masked positive given by its id costs +inf.
+      weights: `[*rows]`, multiply the losses.
+      ignore_index: pads the ids of rows with fewer than k positives.
+
+    Returns:
+      Losses `[*rows]`, float32 or wider; 0 for a row without positives, or without negatives.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape.
+
+    Reference:
+      Gupta et al., "Dual-Encoders for Extreme Multi-Label Classification".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> logits = jnp.array([[2.0, 1.0, 0.1, -1.0, 0.5]])
+      >>> print(jaxsoft.losses.decoupled_softmax_loss(logits, jnp.array([[0, 4]])).round(6))
+      [0.857026]
+    """
+    axis = check_axis(logits, axis)
+    shape = tuple(n for i, n in enumerate(logits.shape) if i != axis)
+    columns = logits.shape[axis]
+    if weights is not None:
+        _checks.floating("weights", weights)
+        _checks.shape("weights", weights, shape, "one number an example")
+    if not hasattr(labels, "dtype") or not (
+        labels.dtype == jnp.bool_ or jnp.issubdtype(labels.dtype, jnp.integer)
+    ):
+        raise TypeError(f"labels must be integer class ids or booleans, got {_checks.describe(labels)}")
+    rows = Rows(logits, axis, where, None, None, weights)
+
+    if labels.dtype == jnp.bool_:
+        _checks.shape("labels", labels, logits.shape, "booleans of the logits' shape")
+        positive = jnp.moveaxis(labels, axis, -1)
+        negatives = rows.reduce(reductions.weighted_logsumexp((~positive).astype(jnp.float32)))
+        loss, count = rows.reduce(
+            (
+                reductions.mapped_sum(_against, _floor(negatives), entry_args=(positive,)),
+                reductions.mapped_sum(_counted, entry_args=(positive,)),
+            )
+        )
+        return rows.finish(safe_divide(loss, count))
+
+    if labels.ndim != len(shape) + 1 or labels.shape[:-1] != shape:
+        raise ValueError(
+            f"labels must have shape {(*shape, 'k')} (k class ids a row), got shape {labels.shape}"
+        )
+    _checks.integer("ignore_index", ignore_index)
+    check_range("labels", labels, columns, ignore_index)
+    given = labels != ignore_index
+    ids = jnp.where(given, labels, -1)
+    negatives, positives = rows.reduce(
+        (reductions.logsumexp_excluding(ids), reductions.take(jnp.where(given, labels, 0)))
+    )
+    terms = jax.nn.softplus(_floor(negatives)[..., None] - jnp.where(given, positives, 0))
+    count = jnp.sum(given, axis=-1).astype(terms.dtype)
+    return rows.finish(safe_divide(jnp.sum(jnp.where(given, terms, 0), axis=-1), count))
+
+
+def _floor(lse: Array) -> Array:
+    """A finite stand-in for the log-sum-exp of no negatives: softplus of it is 0, and so is its gradient."""
+    return jnp.where(lse == -jnp.inf, -1e30, lse)
+
+
+def _against(x, cols, negatives, positive):
+    return jnp.where(positive, jax.nn.softplus(negatives - x), 0)
+
+
+def _counted(x, cols, positive):
+    return jnp.where(positive, jnp.ones_like(x), 0)

@@ -1,0 +1,203 @@
+"""Softmax in the evaluation orders of the literature; all of them give the same numbers."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from jaxsoft._numerics import accumulation_dtype
+from jaxsoft.rows import reductions
+from jaxsoft.rows._driver import check_axis, reduce_rows
+from jaxsoft.rows._logits import LinearLogits, Logits
+from jaxsoft.rows._statistics import log_partition
+from jaxsoft.rows.reductions import LogPartition, TopK
+
+
+def check_dense(logits: Logits, name: str) -> None:
+    """Raises for logits that are an expression, where the result would have their shape."""
+    if isinstance(logits, LinearLogits):
+        raise TypeError(
+            f"{name} returns an array of the logits' shape {logits.shape}, which linear_logits never stores: "
+            "pass logits.dense(), or use a function of rows (log_prob, logsumexp, top_k, a loss)"
+        )
+
+
+def softmax_with(
+    logits: Array,
+    *,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+    method: str = "online",
+    reference: Any = None,
+) -> Float[Array, "*rows columns"]:
+    """Softmax through the `logsumexp` of the same options."""
+    axis = check_axis(logits, axis)
+    x = logits.astype(accumulation_dtype(logits.dtype))
+    return _softmax(axis, method, x, where, lax.stop_gradient(reference)).astype(logits.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _softmax(axis, method, x, where, reference):
+    partition = log_partition(x, axis=axis, where=where, method=method, reference=reference)
+    y = jnp.exp(
+        LogPartition(*(jnp.expand_dims(p, axis) for p in partition)).log_softmax(x)
+    )  # 0 where x is -inf
+    return y if where is None else jnp.where(where, y, 0)
+
+
+@_softmax.defjvp
+def _softmax_jvp(axis, method, primals, tangents):
+    x, where, reference = primals
+    y = _softmax(axis, method, x, where, reference)
+    present = x != -jnp.inf if where is None else (x != -jnp.inf) & where
+    t = jnp.where(present, tangents[0], 0)
+    return y, y * (t - jnp.sum(y * t, axis=axis, keepdims=True))
+
+
+def online_softmax(
+    scores: Float[Array, "*rows columns"], *, axis: int = -1, where: Bool[Array, ...] | None = None
+) -> Float[Array, "*rows columns"]:
+    """Softmax with the log-sum-exp in one pass: a running maximum, and a sum rescaled when it grows.
+
+    Args:
+      scores: `[*rows, columns]`, floating.
+      axis: the axis that holds a row.
+      where: booleans that broadcast to the scores, True = counts.
+
+    Returns:
+      Weights of the scores' shape and dtype; 0 for absent entries and rows without entries.
+
+    Raises:
+      TypeError: scores that are not a floating array.
+      ValueError: an axis or a mask that does not fit.
+
+    Reference:
+      Milakov and Gimelshein, "Online normalizer calculation for softmax".
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoft.rows import online_softmax
+      >>> print(online_softmax(jnp.array([1.0, 2.0, -1.0, 0.5])).round(6))
+      [0.224208 0.60946  0.030343 0.135989]
+    """
+    check_dense(scores, "online_softmax")
+    return softmax_with(scores, axis=axis, where=where)
+
+
+def two_pass_softmax(
+    scores: Float[Array, "*rows columns"], *, axis: int = -1, where: Bool[Array, ...] | None = None
+) -> Float[Array, "*rows columns"]:
+    """Softmax without a maximum: every exponential is a mantissa and an integer exponent, summed as such.
+
+    Args:
+      scores: `[*rows, columns]`, floating.
+      axis: the axis that holds a row.
+      where: booleans that broadcast to the scores, True = counts.
+
+    Returns:
+      Weights of the scores' shape and dtype; 0 for absent entries and rows without entries.
+
+    Raises:
+      TypeError: scores that are not a floating array.
+      ValueError: an axis or a mask that does not fit.
+
+    Reference:
+      Dukhan and Ablavatski, "The Two-Pass Softmax Algorithm".
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoft.rows import two_pass_softmax
+      >>> print(two_pass_softmax(jnp.array([1000.0, 1001.0, 998.0])).round(4))
+      [0.2595 0.7054 0.0351]
+    """
+    check_dense(scores, "two_pass_softmax")
+    return softmax_with(scores, axis=axis, where=where, method="exponent")
+
+
+def unified_max_softmax(
+    scores: Float[Array, "*rows columns"],
+    reference: float | Float[Array, "*rows"],
+    *,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+) -> Float[Array, "*rows columns"]:
+    """Softmax with a fixed reference exponent: parts of a row add up without any rescaling.
+
+    Rows whose largest score is not within (-80, 66) of the reference (our choice, safe in float32 for a million
+    columns; the paper calibrates its own per model) are computed anew with a running maximum.
+
+    Args:
+      scores: `[*rows, columns]`, floating.
+      reference: a scalar or `[*rows]`, known ahead of time, near the rows' largest scores.
+      axis: the axis that holds a row.
+      where: booleans that broadcast to the scores, True = counts.
+
+    Returns:
+      Weights of the scores' shape and dtype; 0 for absent entries and rows without entries.
+
+    Raises:
+      TypeError: an argument that is not floating.
+      ValueError: an axis, a mask or a reference that does not fit.
+
+    Reference:
+      Hong et al., "FlashDecoding++: Faster Large Language Model Inference on GPUs".
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoft.rows import unified_max_softmax
+      >>> print(unified_max_softmax(jnp.array([1.0, 2.0, -1.0, 0.5]), 1.0).round(6))
+      [0.224208 0.60946  0.030343 0.135989]
+    """
+    check_dense(scores, "unified_max_softmax")
+    return softmax_with(scores, axis=axis, where=where, method="reference", reference=reference)
+
+
+def softmax_top_k(
+    logits: Logits,
+    k: int,
+    *,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+    renormalize: bool = False,
+) -> TopK:
+    """The k largest softmax probabilities of each row and their columns, in one pass.
+
+    Args:
+      logits: `[*rows, columns]`, a floating array or `linear_logits` (nothing stored).
+      k: how many, a static integer of 1 or more.
+      axis: the axis that holds a row.
+      where: booleans that broadcast to the logits, True = counts.
+      renormalize: whether the k probabilities are divided by their sum. Their gradient then reaches the k
+        logits alone, else all of them.
+
+    Returns:
+      `TopK(values, indices)`, each `[*rows, k]`, largest first, values in the dtype of the logits; 0 and -1
+      where a row has fewer than k entries.
+
+    Raises:
+      TypeError: a k that is no static integer, logits that are not floating.
+      ValueError: k < 1, an axis or a mask that does not fit.
+
+    Reference:
+      Milakov and Gimelshein, "Online normalizer calculation for softmax".
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoft.rows import softmax_top_k
+      >>> best = softmax_top_k(jnp.array([[1.0, 2.0, -1.0, 0.5]]), 2)
+      >>> print(best.values.round(6), best.indices)
+      [[0.60946  0.224208]] [[1 0]]
+    """
+    best, partition = reduce_rows(
+        logits, (reductions.top_k(k), reductions.log_partition()), axis=axis, where=where
+    )
+    if renormalize:
+        partition = reduce_rows(best.values, reductions.log_partition())
+    present = best.values > -jnp.inf
+    log_p = LogPartition(*(p[..., None] for p in partition)).log_softmax(jnp.where(present, best.values, 0))
+    return TopK(jnp.where(present, jnp.exp(log_p), 0).astype(logits.dtype), best.indices)

@@ -1,0 +1,292 @@
+"""Functions of rows of scores, each for dense arrays and `linear_logits` alike."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxsoft import _checks
+from jaxsoft._numerics import accumulation_dtype
+from jaxsoft.rows import reductions
+from jaxsoft.rows._driver import check_axis, reduce_rows
+from jaxsoft.rows._logits import LinearLogits, Logits, capped, row_scalar
+from jaxsoft.rows.reductions import LogPartition, TopK
+
+
+def logsumexp(
+    logits: Logits,
+    *,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+    weights: Float[Array, ...] | None = None,
+    method: str = "online",
+    reference: float | Float[Array, "*rows"] | None = None,
+) -> Float[Array, "*rows"]:
+    """`log sum_j w_j exp(logits_j)` over each row.
+
+    Accumulates in float32 at least; exact to a few units in the last place of that dtype (relative to the
+    largest of 1 and the result). Logits of +1e4 or -1e4 are as good as any.
+
+    Args:
+      logits: `[*rows, columns]`, a floating array or `linear_logits`.
+      axis: the axis that holds a row.
+      where: booleans that broadcast to the logits, True = counts.
+      weights: non-negative, `[columns]` or the logits' shape; a weight of 0 makes an entry absent.
+      method: `"online"` (running maximum), `"exponent"` (mantissa and integer exponent, no maximum) or
+        `"reference"` (a fixed reference, no rescaling; rows it does not suit are computed anew, `"online"`).
+      reference: for `method="reference"`: a scalar or `[*rows]`, near the rows' largest logits.
+
+    Returns:
+      `[*rows]`, float32 or wider; -inf for a row without entries, with gradient 0.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape, or an unknown method.
+
+    Reference:
+      Milakov and Gimelshein, "Online normalizer calculation for softmax".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> print(jaxsoft.logsumexp(jnp.array([[1.0, 2.0, -1.0, 0.5]])).round(4))
+      [2.4952]
+    """
+    axis = check_axis(logits, axis)
+    if weights is not None:
+        if method != "online":
+            raise ValueError(f"weights need method='online', got method={method!r}")
+        _checks.floating("weights", weights)
+        if weights.ndim != 1:
+            _checks.shape(
+                "weights", weights, logits.shape, "the shape of the logits, or one axis: the columns"
+            )
+            weights = jnp.moveaxis(weights, axis, -1)
+        return reduce_rows(logits, reductions.weighted_logsumexp(weights), axis=axis, where=where)
+    return log_partition(logits, axis=axis, where=where, method=method, reference=reference).value
+
+
+def log_partition(
+    logits: Logits, *, axis: int, where, method: str = "online", reference=None
+) -> LogPartition:
+    """`logsumexp` in parts; with rows that a fixed reference does not suit computed anew."""
+    if method != "reference":
+        if reference is not None:
+            raise ValueError(f"reference goes with method='reference' only, got method={method!r}")
+        return reduce_rows(logits, reductions.log_partition(method=method), axis=axis, where=where)
+    if reference is None:
+        raise ValueError("reference must be a number or an array with method='reference', got None")
+    rows, dtype = _rows(logits, axis), accumulation_dtype(logits.dtype)
+    reference = jnp.broadcast_to(jnp.asarray(row_scalar("reference", reference, rows, dtype), dtype), rows)
+    fixed = reductions.log_partition(method="reference", reference=reference)
+    fast = reduce_rows(logits, fixed, axis=axis, where=where)
+    bad = jnp.isnan(fast.log_sum)
+
+    def again():
+        online = reduce_rows(logits, reductions.log_partition(), axis=axis, where=where)
+        return LogPartition(*(jnp.where(bad, o, f) for o, f in zip(online, fast)))
+
+    return lax.cond(jnp.any(bad), again, lambda: fast)
+
+
+def temperature(logits: Logits, temperature: float | Float[Array, ...], *, axis: int = -1) -> Logits:
+    """`logits / temperature`, for a dense array or `linear_logits` (which stays an expression).
+
+    Args:
+      logits: `[*rows, columns]`.
+      temperature: a positive scalar or one number a row (`[*rows]`); differentiable.
+      axis: the axis that holds a row.
+
+    Returns:
+      Logits of the same kind, shape and dtype.
+
+    Raises:
+      TypeError: a temperature that is neither a number nor a floating array.
+      ValueError: a temperature that is 0 or negative (take `argmax` for the limit 0), or of a wrong shape.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> print(jaxsoft.temperature(jnp.array([1.0, 2.0]), 0.5))
+      [2. 4.]
+    """
+    axis = check_axis(logits, axis)
+    t = row_scalar("temperature", temperature, _rows(logits, axis), logits.dtype, positive=True)
+    if isinstance(logits, LinearLogits):
+        return logits / t
+    t = t if t.ndim == 0 else jnp.expand_dims(t, axis)
+    return (logits / t).astype(logits.dtype)
+
+
+def softcap(logits: Logits, cap: float) -> Logits:
+    """`cap * tanh(logits / cap)`: caps logits smoothly to (-cap, cap), as in Gemma 2 (30 for its head).
+
+    Args:
+      logits: `[*rows, columns]`, an array or `linear_logits` (which stays an expression).
+      cap: a positive number.
+
+    Returns:
+      Logits of the same kind, shape and dtype. An entry of -inf (absent) stays -inf.
+
+    Raises:
+      TypeError: a cap that is not a number.
+      ValueError: a cap that is not positive, or a second one for `linear_logits`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> print(jaxsoft.softcap(jnp.array([1.0, 100.0]), 30.0).round(2))
+      [ 1.   29.92]
+    """
+    check_axis(logits, -1)
+    _checks.number("cap", cap, above=0)
+    if isinstance(logits, LinearLogits):
+        if logits.softcap is not None or logits.temperature is not None:
+            raise ValueError(
+                "softcap of linear_logits must come first and once: these have "
+                f"softcap={logits.softcap} and {'a' if logits.temperature is not None else 'no'} temperature"
+            )
+        return dataclasses.replace(logits, softcap=float(cap))
+    return capped(logits.astype(accumulation_dtype(logits.dtype)), cap).astype(logits.dtype)
+
+
+def top_k(logits: Logits, k: int, *, axis: int = -1, where: Bool[Array, ...] | None = None) -> TopK:
+    """The k largest logits of each row and their columns; ties go to the smaller column.
+
+    Args:
+      logits: `[*rows, columns]`, a floating array or `linear_logits` (one pass, nothing stored).
+      k: how many, a static integer of 1 or more.
+      axis: the axis that holds a row.
+      where: booleans that broadcast to the logits, True = counts.
+
+    Returns:
+      `TopK(values, indices)`, each `[*rows, k]`, largest first; values are differentiable. Where a row has
+      fewer than k entries: -inf and -1.
+
+    Raises:
+      TypeError: a k that is no static integer, logits that are not floating.
+      ValueError: k < 1, an axis or a mask that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> best = jaxsoft.top_k(jnp.array([[1.0, 2.0, -1.0, 0.5]]), 2)
+      >>> print(best.values, best.indices)
+      [[2. 1.]] [[1 0]]
+    """
+    return reduce_rows(logits, reductions.top_k(k), axis=axis, where=where)
+
+
+def log_prob(
+    logits: Logits, ids: Int[Array, "*rows"], *, axis: int = -1, where: Bool[Array, ...] | None = None
+) -> Float[Array, "*rows"]:
+    """`log softmax(logits)[ids]`, one id a row: the log-probability of tokens, without the logits in memory.
+
+    Args:
+      logits: `[*rows, columns]`, a floating array or `linear_logits`.
+      ids: `[*rows]` integers. An id out of range gives NaN, in value and gradient (an error under `checkify`).
+      axis: the axis that holds a row.
+      where: booleans that broadcast to the logits, True = counts; an absent id gives -inf.
+
+    Returns:
+      `[*rows]`, float32 or wider; 0 for a row without entries.
+
+    Raises:
+      TypeError: ids that are not integers, logits that are not floating.
+      ValueError: shapes that do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> print(jaxsoft.log_prob(jnp.array([[1.0, 2.0, -1.0, 0.5]]), jnp.array([1])).round(6))
+      [-0.495182]
+    """
+    axis = check_axis(logits, axis)
+    check_ids("ids", ids, logits, axis)
+    return -reduce_rows(logits, reductions.label_statistics(ids), axis=axis, where=where).nll
+
+
+def entropy(
+    logits: Logits, *, axis: int = -1, where: Bool[Array, ...] | None = None
+) -> Float[Array, "*rows"]:
+    """The entropy of `softmax(logits)` in nats, `logsumexp(x) - sum_j p_j x_j`.
+
+    Args:
+      logits: `[*rows, columns]`, a floating array or `linear_logits` (one pass, nothing stored).
+      axis: the axis that holds a row.
+      where: booleans that broadcast to the logits, True = counts.
+
+    Returns:
+      `[*rows]`, float32 or wider; 0 for a row without entries.
+
+    Raises:
+      TypeError: logits that are not floating.
+      ValueError: an axis or a mask that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> print(jaxsoft.entropy(jnp.array([[1.0, 2.0, -1.0, 0.5]])).round(6))
+      [1.014403]
+    """
+    return reduce_rows(logits, reductions.softmax_moments(), axis=axis, where=where).entropy
+
+
+def label_rank(
+    logits: Logits, labels: Int[Array, "*rows"], *, axis: int = -1, where: Bool[Array, ...] | None = None
+) -> Int[Array, "*rows"]:
+    """How many entries of its row rank ahead of the label: 0 where the label is the largest (two passes).
+
+    Ties rank by column. `(label_rank(...) < k).mean()` is the top-k accuracy.
+
+    Args:
+      logits: `[*rows, columns]`, a floating array or `linear_logits`.
+      labels: `[*rows]` integers in range.
+      axis: the axis that holds a row.
+      where: booleans that broadcast to the logits, True = counts.
+
+    Returns:
+      `[*rows]` int32. An absent label ranks behind all entries; so does one out of range.
+
+    Raises:
+      TypeError: labels that are not integers, logits that are not floating.
+      ValueError: shapes that do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> print(jaxsoft.label_rank(jnp.array([[1.0, 2.0, -1.0, 0.5]]), jnp.array([3])))
+      [2]
+    """
+    axis = check_axis(logits, axis)
+    check_ids("labels", labels, logits, axis)
+    logits = lax.stop_gradient(logits)
+    score = reduce_rows(logits, reductions.take(labels), axis=axis, where=where)
+    score = jnp.where(jnp.isnan(score), -jnp.inf, score)
+    return reduce_rows(logits, reductions.rank(labels, score), axis=axis, where=where)
+
+
+def check_ids(name: str, ids, logits: Logits, axis: int, *, ignore_index: int | None = None) -> None:
+    """Checks one integer id a row: dtype, shape, and under `checkify` the range."""
+    rows = _rows(logits, axis)
+    if hasattr(ids, "dtype") and jnp.issubdtype(ids.dtype, jnp.floating):
+        raise TypeError(
+            f"{name} must be class ids of integer dtype and shape {rows}, got {_checks.describe(ids)}"
+        )
+    _checks.integers(name, ids)
+    _checks.shape(name, ids, rows, "one id a row: the logits' shape without the axis")
+    check_range(name, ids, logits.shape[axis], ignore_index)
+
+
+def check_range(name: str, ids: Array, columns: int, ignore_index: int | None) -> None:
+    """Under `checkify`, an error where an id is out of range; nothing at all otherwise."""
+    from jax.experimental import checkify
+
+    bad = (ids < 0) | (ids >= columns)
+    if ignore_index is not None:
+        bad &= ids != ignore_index
+    checkify.debug_check(
+        ~jnp.any(bad),
+        f"{name} must lie in [0, {columns}), got {{value}}",
+        value=jnp.max(jnp.where(bad, ids, jnp.iinfo(ids.dtype).min), initial=jnp.iinfo(ids.dtype).min),
+    )
+
+
+def _rows(logits: Logits, axis: int) -> tuple[int, ...]:
+    return tuple(n for i, n in enumerate(logits.shape) if i != axis)

@@ -1,0 +1,201 @@
+"""One entry for every public function of rows of scores: how to call it on a small example, and what holds for it.
+
+`call(logits, inputs, where=None, axis=-1)` runs the function; `inputs` is what `make_inputs` makes. Options that
+change the formula are entries of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+import jaxsoft
+from jaxsoft import losses, normalizers, rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A public function with a variant of its options.
+
+    Attributes:
+      export: the public name, e.g. `jaxsoft.losses.cross_entropy`.
+      call: `(logits, inputs, *, where=None, axis=-1) -> array or tuple`.
+      variant: what distinguishes it from the other entries of the same export.
+      inputs: names of the inputs it reads besides the logits (keys of `make_inputs`).
+      dense_only: whether it returns something of the logits' shape, so that it refuses expressions.
+      shift: by how much its float results grow when 1 is added to every logit (None: not a law).
+      scale_invariant: whether logits times a positive number give the same.
+      where: whether it takes a mask.
+      empty: its float results for a row without entries (None: not a law).
+      differentiable: whether there is a gradient to test.
+      second_order: whether its second derivatives are tested.
+      low: tolerance, relative to max(1, |result|), of half-precision logits against float64 on the same numbers.
+      loss: whether it takes labels, weights and ignore_index as losses do.
+    """
+
+    export: str
+    call: Callable[..., Any]
+    variant: str = ""
+    inputs: tuple[str, ...] = ()
+    dense_only: bool = False
+    shift: float | None = None
+    scale_invariant: bool = False
+    where: bool = True
+    empty: float | None = 0.0
+    differentiable: bool = True
+    second_order: bool = True
+    low: float = 3e-6
+    loss: bool = False
+
+    @property
+    def id(self) -> str:
+        return self.export.removeprefix("jaxsoft.") + (f"[{self.variant}]" if self.variant else "")
+
+
+def make_inputs(seed: int, leading: tuple[int, ...], columns: int, dtype=np.float32) -> dict[str, Any]:
+    """Labels and other inputs; every label and every positive lies in the first half of the columns."""
+    rng = np.random.default_rng(seed)
+    half = max(1, (columns + 1) // 2)
+    q = rng.random((*leading, columns)) * (np.arange(columns) < half)
+    ids = np.stack(
+        [rng.permutation(np.arange(max(half, 3)))[:3] % half for _ in range(int(np.prod(leading)))]
+    ).reshape(*leading, 3)
+    ids[..., 2] = -100
+    ids[..., 1] = np.where(ids[..., 1] == ids[..., 0], -100, ids[..., 1])
+    mask = np.zeros((*leading, columns), bool)
+    np.put_along_axis(mask, ids[..., :1], True, axis=-1)
+    return dict(
+        labels=jnp.asarray(ids[..., 0], jnp.int32),
+        soft=jnp.asarray(q / q.sum(-1, keepdims=True), dtype),
+        positives=jnp.asarray(ids, jnp.int32),
+        positive_mask=jnp.asarray(mask),
+        class_weights=jnp.asarray(0.5 + rng.random(columns), dtype),
+        reference=jnp.asarray(rng.normal(size=leading), dtype),
+        temperature=jnp.asarray(0.5 + rng.random(leading), dtype),
+    )
+
+
+def _loss(function, variant="", labels="labels", **options):
+    """An entry of a loss with shift-invariant softmax statistics, unless said otherwise."""
+    entry_options = {k: options.pop(k) for k in list(options) if k in Entry.__dataclass_fields__}
+    extra = ("class_weights",) if options.get("class_weights") else ()
+
+    def call(logits, inputs, *, where=None, axis=-1, **more):
+        arrays = {k: inputs[k] for k in extra}
+        target = inputs[labels]
+        if labels in ("soft", "positive_mask"):
+            target = jnp.moveaxis(target, -1, axis)
+        return function(logits, target, where=where, axis=axis, **{**options, **arrays}, **more)
+
+    return Entry(
+        f"jaxsoft.losses.{function.__name__}",
+        call,
+        variant,
+        (labels, *extra),
+        **{"shift": 0.0, "loss": True, **entry_options},
+    )
+
+
+def _statistic(function, module="jaxsoft", variant="", inputs=(), **options):
+    entry_options = {k: options.pop(k) for k in list(options) if k in Entry.__dataclass_fields__}
+
+    def call(logits, given, *, where=None, axis=-1):
+        mask = {} if not entry_options.get("where", True) else {"where": where}
+        return function(logits, *(given[k] for k in inputs), axis=axis, **mask, **options)
+
+    return Entry(f"{module}.{function.__name__}", call, variant, tuple(inputs), **entry_options)
+
+
+def _weighted_logsumexp(logits, inputs, *, where=None, axis=-1):
+    return jaxsoft.logsumexp(logits, weights=inputs["class_weights"], where=where, axis=axis)
+
+
+def _reference_logsumexp(logits, inputs, *, where=None, axis=-1):
+    return jaxsoft.logsumexp(logits, method="reference", reference=inputs["reference"], where=where, axis=axis)
+
+
+def _softcapped(logits, inputs, *, where=None, axis=-1):
+    return jaxsoft.logsumexp(jaxsoft.softcap(logits, 3.0), where=where, axis=axis)
+
+
+def _tempered(logits, inputs, *, where=None, axis=-1):
+    logits = jaxsoft.temperature(logits, inputs["temperature"], axis=axis)
+    return jaxsoft.logsumexp(logits, where=where, axis=axis)
+
+
+def _reduced(logits, inputs, *, where=None, axis=-1):
+    wanted = {"mean": rows.reductions.mean(), "p2": rows.reductions.sum_of_squared_probabilities()}
+    return tuple(jaxsoft.reduce_rows(logits, wanted, where=where, axis=axis).values())
+
+
+ENTRIES: list[Entry] = [
+    # statistics
+    _statistic(jaxsoft.logsumexp, shift=1.0, empty=-np.inf),
+    _statistic(jaxsoft.logsumexp, variant="exponent", method="exponent", shift=1.0, empty=-np.inf),
+    Entry("jaxsoft.logsumexp", _reference_logsumexp, "reference", ("reference",), shift=1.0, empty=-np.inf),
+    Entry("jaxsoft.logsumexp", _weighted_logsumexp, "weights", ("class_weights",), shift=1.0, empty=-np.inf),
+    Entry("jaxsoft.softcap", _softcapped, empty=-np.inf),
+    Entry("jaxsoft.temperature", _tempered, "", ("temperature",), empty=-np.inf),
+    _statistic(jaxsoft.top_k, k=3, shift=1.0, empty=-np.inf),
+    _statistic(jaxsoft.log_prob, inputs=("labels",), shift=0.0),
+    _statistic(jaxsoft.entropy, shift=0.0, low=2e-5),
+    _statistic(jaxsoft.label_rank, inputs=("labels",), shift=0.0, scale_invariant=True, differentiable=False),
+    _statistic(rows.softmax_top_k, "jaxsoft.rows", k=3, shift=0.0, low=1e-2),
+    _statistic(
+        rows.softmax_top_k, "jaxsoft.rows", variant="renormalize", k=3, renormalize=True, shift=0.0, low=1e-2
+    ),
+    Entry("jaxsoft.reduce_rows", _reduced),
+    # normalizers
+    _statistic(jaxsoft.softmax, dense_only=True, shift=0.0, low=1e-2),
+    _statistic(jaxsoft.log_softmax, dense_only=True, shift=0.0, empty=-np.inf, low=1e-2),
+    _statistic(rows.online_softmax, "jaxsoft.rows", dense_only=True, shift=0.0, low=1e-2),
+    _statistic(rows.two_pass_softmax, "jaxsoft.rows", dense_only=True, shift=0.0, low=1e-2),
+    _statistic(
+        rows.unified_max_softmax, "jaxsoft.rows", inputs=("reference",), dense_only=True, shift=0.0, low=1e-2
+    ),
+    # losses
+    _loss(losses.cross_entropy),
+    _loss(losses.cross_entropy, "soft", "soft", label_smoothing=0.1, z_loss=0.01, shift=None),
+    _loss(losses.cross_entropy, "smooth", label_smoothing=0.1, z_loss=0.01, shift=None),
+    _loss(losses.cross_entropy, "others", label_smoothing=0.1, smoothing="others"),
+    _loss(losses.cross_entropy, "weighted", label_smoothing=0.1, class_weights=True),
+    _loss(losses.cross_entropy, "weighted-others", label_smoothing=0.1, smoothing="others", class_weights=True),
+    _loss(losses.poly_loss, epsilon=(0.5, -0.2, 0.1)),
+    _loss(losses.poly_loss, "soft", "soft", label_smoothing=0.1, low=2e-5),
+    _loss(losses.poly1_cross_entropy, epsilon=-1.0),
+    _loss(losses.focal_loss, gamma=2.0),
+    _loss(losses.focal_loss, "weighted", gamma=1.5, class_weights=True),
+    _loss(losses.poly1_focal_loss),
+    _loss(losses.dual_focal_loss, second_order=False),
+    _loss(losses.max_suppression_loss, second_order=False),
+    _loss(losses.spherical_z_loss, scale_invariant=True, low=2e-5),
+    _loss(losses.spherical_z_loss, "a,b", a=0.5, b=2.0, scale_invariant=True, low=2e-5),
+    _loss(losses.decoupled_softmax_loss, labels="positives"),
+    _loss(losses.decoupled_softmax_loss, "mask", labels="positive_mask"),
+]
+
+# Exports that are no functions of rows of scores, and where they are tested instead.
+ELSEWHERE = {
+    "jaxsoft.LinearLogits": "tests/rows/test_linear_logits.py",
+    "jaxsoft.RowReduction": "tests/rows/test_reductions.py",
+    "jaxsoft.linear_logits": "tests/conformance/test_laws.py (every entry), tests/rows/test_linear_logits.py",
+    "jaxsoft.rows.Logits": "a type",
+    "jaxsoft.rows.Tile": "tests/rows/test_reductions.py",
+    "jaxsoft.rows.TopK": "tests/rows/test_reductions.py",
+    "jaxsoft.losses.weighted_sum": "tests/conformance/test_laws.py (every loss), tests/rows/test_weighted.py",
+    "jaxsoft.losses.weighted_mean": "tests/conformance/test_laws.py (every loss), tests/rows/test_weighted.py",
+    "jaxsoft.rows.weighted_sum": "jaxsoft.losses.weighted_sum",
+}
+
+_SAME = {f"jaxsoft.rows.{name}": f"jaxsoft.{name}" for name in rows.__all__ if name in jaxsoft.__all__} | {
+    f"jaxsoft.normalizers.{name}": f"jaxsoft.{name}" for name in normalizers.__all__ if name in jaxsoft.__all__
+}
+
+
+def canonical(export: str) -> str:
+    """The name under which an export stands in the table."""
+    return _SAME.get(export, export)

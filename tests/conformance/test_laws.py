@@ -1,0 +1,443 @@
+"""The laws that every public function of rows of scores obeys (`table.py` lists the functions)."""
+
+import functools
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import checkify
+from jax.sharding import PartitionSpec as P
+
+import jaxsoft
+from conformance.table import ENTRIES, Entry, make_inputs
+from jaxsoft import losses
+
+LEADING, V, D = (2, 3), 7, 4
+every = pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: e.id)
+every_loss = pytest.mark.parametrize("entry", [e for e in ENTRIES if e.loss], ids=lambda e: e.id)
+
+
+def seed_of(entry: Entry) -> int:
+    return zlib.crc32(entry.id.encode())
+
+
+def scores(entry, leading=LEADING, columns=V, dtype=np.float32, scale=2.0):
+    rng = np.random.default_rng(seed_of(entry))
+    return jnp.asarray(rng.normal(size=(*leading, columns)) * scale, dtype)
+
+
+def inputs_of(entry, leading=LEADING, columns=V, dtype=np.float32):
+    given = make_inputs(seed_of(entry) + 1, leading, columns, dtype)
+    return {k: given[k] for k in entry.inputs}
+
+
+def floats(result):
+    return [a for a in jax.tree.leaves(result) if jnp.issubdtype(a.dtype, jnp.floating)]
+
+
+def contract(result, seed=0):
+    """A sum of the float outputs with random, non-uniform weights; infinite ones left out."""
+    total = 0.0
+    for i, a in enumerate(floats(result)):
+        w = jnp.asarray(np.random.default_rng(seed + i).normal(size=a.shape), a.dtype)
+        finite = jnp.isfinite(jax.lax.stop_gradient(a))
+        total = total + jnp.sum(jnp.where(finite, w * jnp.where(finite, a, 0), 0))
+    return total
+
+
+def assert_close(a, b, tolerance):
+    leaves_a, leaves_b = jax.tree.leaves(a), jax.tree.leaves(b)
+    assert len(leaves_a) == len(leaves_b)
+    for x, y in zip(leaves_a, leaves_b):
+        assert x.shape == y.shape
+        np.testing.assert_allclose(
+            np.asarray(x, np.float64), np.asarray(y, np.float64), rtol=tolerance, atol=tolerance
+        )
+
+
+def row_mask(entry, given, leading=LEADING, columns=V):
+    """A mask that differs by row and keeps at least two columns, the labels among them."""
+    mask = np.array(np.random.default_rng(seed_of(entry) + 2).random((*leading, columns)) < 0.6)
+    mask[..., :2] = True
+    for name in ("labels", "positives"):
+        if name in given:
+            ids = np.maximum(np.asarray(given[name]), 0).reshape(*leading, -1)
+            np.put_along_axis(mask, ids, True, axis=-1)
+    for name in ("soft", "positive_mask"):
+        if name in given:
+            mask |= np.asarray(given[name]) > 0
+    return jnp.asarray(mask)
+
+
+@every
+def test_jit_vmap_axis_and_leading_axes_change_nothing(entry):
+    x, given = scores(entry), inputs_of(entry)
+    expected = entry.call(x, given)
+    assert_close(jax.jit(entry.call)(x, given), expected, 1e-6)
+
+    shared = {k: v for k, v in given.items() if k == "class_weights"}
+    by_row = {k: v for k, v in given.items() if k != "class_weights"}
+    mapped = jax.vmap(lambda x, by_row: entry.call(x, {**by_row, **shared}))(x, by_row)
+    assert_close(mapped, expected, 1e-6)
+
+    moved = entry.call(jnp.moveaxis(x, -1, 1), given, axis=1)
+    if entry.dense_only:
+        moved = jnp.moveaxis(moved, 1, -1)
+    assert_close(moved, expected, 1e-6)
+
+    flat = {k: v if k == "class_weights" else v.reshape(6, *v.shape[2:]) for k, v in given.items()}
+    flattened = entry.call(x.reshape(6, V), flat)
+    assert_close(jax.tree.map(lambda a: a.reshape(*LEADING, *a.shape[1:]), flattened), expected, 1e-6)
+
+
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if e.differentiable], ids=lambda e: e.id)
+def test_derivatives_are_those_of_finite_differences(entry, x64):
+    x, given = scores(entry, dtype=np.float64), inputs_of(entry, dtype=np.float64)
+    real = {k: v for k, v in given.items() if jnp.issubdtype(v.dtype, jnp.floating)}
+    whole = {k: v for k, v in given.items() if k not in real}
+    if "reference" in real:  # a gauge: its derivative is zero by definition
+        whole["reference"] = real.pop("reference")
+
+    def f(point):
+        return contract(entry.call(point[0], {**point[1], **whole}), seed=3)
+
+    rng = np.random.default_rng(1)
+    point = (x, real)
+    direction = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape) * (np.asarray(a) != 0)), point)
+    value_and_grad = jax.jit(jax.value_and_grad(f))
+    step = 1e-5
+
+    def at(t):
+        return value_and_grad(jax.tree.map(lambda a, d: a + t * d, point, direction))
+
+    def dot(a, b):
+        return sum(jnp.vdot(u, v) for u, v in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+
+    (low, g_low), (high, g_high), (_, gradient) = at(-step), at(step), at(0.0)
+    slope = (high - low) / (2 * step)
+    np.testing.assert_allclose(dot(gradient, direction), slope, rtol=1e-6, atol=1e-8)
+    _, forward = jax.jvp(jax.jit(f), (point,), (direction,))
+    np.testing.assert_allclose(forward, slope, rtol=1e-6, atol=1e-8)
+    if entry.second_order:
+        _, curvature = jax.jvp(jax.jit(jax.grad(f)), (point,), (direction,))
+        numeric = jax.tree.map(lambda h, lo: (h - lo) / (2 * step), g_high, g_low)
+        assert_close(curvature, numeric, 1e-5)
+        reverse = jax.jit(jax.grad(lambda p: dot(jax.grad(f)(p), direction)))(point)
+        assert_close(reverse, curvature, 1e-9)
+
+
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if e.where], ids=lambda e: e.id)
+def test_masked_is_absent_whatever_it_holds(entry, x64):
+    x, given = scores(entry, dtype=np.float64), inputs_of(entry, dtype=np.float64)
+    mask = row_mask(entry, given)
+    f = jax.jit(lambda x, mask: entry.call(x, given, where=mask))
+    absent = jax.jit(lambda x: entry.call(x, given))(jnp.where(mask, x, -jnp.inf))
+
+    def gradient(x, mask):
+        return jax.jit(jax.grad(lambda x: contract(entry.call(x, given, where=mask))))(x)
+
+    for junk in (jnp.nan, jnp.inf, 1e30):
+        spoiled = jnp.where(mask, x, junk)
+        assert_close(f(spoiled, mask), absent, 1e-12)
+        if entry.differentiable:
+            g = gradient(spoiled, mask)
+            assert jnp.all(jnp.where(mask, 0, g) == 0)
+            assert_close(g, gradient(jnp.where(mask, x, -jnp.inf), None), 1e-12)
+
+    # Columns masked for all rows are as good as cut away; labels lie in the first half.
+    cut = 4
+    short = {
+        k: v if k in ("labels", "positives", "reference", "temperature") else v[..., :cut] for k, v in given.items()
+    }
+    removed = entry.call(x[..., :cut], short)
+    if entry.dense_only:
+        removed = jnp.pad(removed, [(0, 0)] * 2 + [(0, V - cut)], constant_values=entry.empty)
+    assert_close(f(x.at[..., cut:].set(jnp.nan), jnp.arange(V) < cut), removed, 1e-12)
+
+
+@every
+def test_a_row_without_entries(entry):
+    x, given = scores(entry), inputs_of(entry)
+    keep = jnp.ones(LEADING, bool).at[0, 1].set(False)
+    full = entry.call(x, given)
+    cases = [(x.at[0, 1].set(-jnp.inf), None)]
+    if entry.where:
+        cases.append((x.at[0, 1].set(jnp.nan), keep[..., None]))
+    for spoiled, mask in cases:
+        options = {} if mask is None else {"where": mask}
+        result = entry.call(spoiled, given, **options)
+        for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(full)):
+            if jnp.issubdtype(a.dtype, jnp.floating):
+                expected = 0.0 if entry.export.endswith("softmax_top_k") else entry.empty
+                np.testing.assert_array_equal(a[0, 1], np.broadcast_to(expected, a[0, 1].shape))
+            np.testing.assert_allclose(a[keep], b[keep], rtol=1e-6, atol=1e-6)
+        if entry.differentiable:
+            g = jax.grad(lambda x: contract(entry.call(x, given, **options)))(spoiled)
+            assert jnp.all(g[0, 1] == 0) and jnp.all(jnp.isfinite(g))
+
+
+@every
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_is_accumulated_in_float32(entry, dtype):
+    columns = 300
+    x = scores(entry, columns=columns).astype(dtype)
+    given = inputs_of(entry, columns=columns)
+    result = jax.jit(entry.call)(x, given)
+    from conftest import float64
+
+    with float64():
+        exact = entry.call(
+            jnp.asarray(np.asarray(x, np.float64)),
+            jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)) if a.dtype == jnp.float32 else a, given),
+        )
+        exact = [np.asarray(a) for a in floats(exact)]
+    keeps_dtype = entry.dense_only or entry.export.endswith("softmax_top_k")
+    for a, b in zip(floats(result), exact):
+        assert a.dtype == (dtype if keeps_dtype else jnp.float32)
+        error = np.abs(np.asarray(a, np.float64) - b) / np.maximum(1, np.abs(b))
+        assert error.max() <= entry.low, error.max()
+    if entry.differentiable:
+        g = jax.grad(lambda x: contract(entry.call(x, given)).astype(jnp.float32))(x)
+        assert g.dtype == dtype and jnp.all(jnp.isfinite(g))
+
+
+@every
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+def test_huge_logits(entry, offset):
+    x = scores(entry) + jnp.float32(offset)
+    given = inputs_of(entry)
+    result = jax.jit(entry.call)(x, given)
+    from conftest import float64
+
+    with float64():
+        exact = entry.call(
+            jnp.asarray(np.asarray(x, np.float64)),
+            jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)) if a.dtype == jnp.float32 else a, given),
+        )
+        exact = [np.asarray(a) for a in floats(exact)]
+    for a, b in zip(floats(result), exact):
+        assert np.all(np.abs(np.asarray(a, np.float64) - b) <= 5e-6 * np.maximum(1, np.abs(b)))
+    if entry.differentiable:
+        g = jax.grad(lambda x: contract(entry.call(x, given)))(x)
+        assert jnp.all(jnp.isfinite(g))
+
+
+@every
+def test_rows_of_size_one(entry):
+    x, given = scores(entry, columns=1), inputs_of(entry, columns=1)
+    result = entry.call(x, given)
+    for a in floats(result):
+        assert not jnp.any(jnp.isnan(a))
+    if entry.differentiable:
+        assert jnp.all(jnp.isfinite(jax.grad(lambda x: contract(entry.call(x, given)))(x)))
+
+
+@every
+def test_invariances(entry, x64):
+    x, given = scores(entry, dtype=np.float64), inputs_of(entry, dtype=np.float64)
+    f = jax.jit(entry.call)
+    base = floats(f(x, given))
+    if entry.shift is not None:
+        shift = jnp.asarray(np.random.default_rng(5).normal(size=LEADING))
+        for a, b in zip(floats(f(x + shift[..., None], given)), base):
+            grown = entry.shift * shift
+            grown = grown if grown.ndim == a.ndim else grown[..., None]
+            np.testing.assert_allclose(a, b + grown, rtol=1e-9, atol=1e-9)
+    if entry.scale_invariant:
+        for a, b in zip(floats(f(x * 3.7, given)), base):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+    order = np.random.default_rng(6).permutation(V)
+    rank = np.argsort(order)
+    moved = {}
+    for name, value in given.items():
+        if name in ("labels", "positives"):
+            moved[name] = jnp.where(value < 0, value, jnp.asarray(rank, jnp.int32)[value])
+        elif name in ("reference", "temperature"):
+            moved[name] = value
+        else:
+            moved[name] = value[..., order]
+    for a, b in zip(floats(f(x[..., order], moved)), base):
+        np.testing.assert_allclose(a, b[..., order] if entry.dense_only else b, rtol=1e-9, atol=1e-9)
+
+
+def head(entry, dtype, leading=LEADING, columns=V):
+    rng = np.random.default_rng(seed_of(entry) + 7)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+    return dict(hidden=normal(*leading, D), weight=normal(D, columns), bias=normal(columns), scale=normal(*leading))
+
+
+def expression(operands, **options):
+    options = {"bias": operands.get("bias"), "scale": operands.get("scale"), **options}
+    return jaxsoft.linear_logits(operands["hidden"], operands["weight"], **options)
+
+
+@every
+def test_streamed_is_dense(entry, x64):
+    operands = head(entry, np.float64)
+    given = inputs_of(entry, dtype=np.float64)
+    if entry.dense_only:
+        with pytest.raises(TypeError, match=r"logits\.dense\(\)"):
+            entry.call(expression(operands), given)
+        return
+    mask = row_mask(entry, given) if entry.where else None
+
+    def run(operands, *, dense, mask=mask, **options):
+        logits = expression(operands, **options)
+        given_mask = {} if mask is None else {"where": mask}
+        result = entry.call(logits.dense() if dense else logits, given, **given_mask)
+        return contract(result), result
+
+    def both(**options):
+        f = functools.partial(run, **options)
+        return jax.jit(jax.value_and_grad(f, has_aux=True))(operands)
+
+    for options in ({}, {"softcap": 2.0}):
+        expected = both(dense=True, **options)
+        for block_size in (1, 3, V, 64):
+            assert_close(both(dense=False, block_size=block_size, **options), expected, 1e-10)
+    # Column masks and no masks take the closed forms of affine logits.
+    for mask in (None, jnp.arange(V) < 5):
+        if mask is None or entry.where:
+            assert_close(
+                both(dense=False, mask=mask, block_size=3), both(dense=True, mask=mask), 1e-10
+            )
+
+    transposed = {**operands, "weight": operands["weight"].T}
+    f = functools.partial(run, dense=False, block_size=3, transpose_weight=True)
+    value, gradient = jax.jit(jax.value_and_grad(f, has_aux=True))(transposed)
+    expected_value, expected_gradient = both(dense=True)
+    assert_close(value, expected_value, 1e-10)
+    assert_close({**gradient, "weight": gradient["weight"].T}, expected_gradient, 1e-10)
+
+    if entry.differentiable:
+        direction = jax.tree.map(jnp.cos, operands)
+        tangents = [
+            jax.jvp(jax.jit(lambda o, d=dense: run(o, dense=d, block_size=3)[0]), (operands,), (direction,))[1]
+            for dense in (False, True)
+        ]
+        assert_close(*tangents, 1e-10)
+        # The gradient filter with threshold 0 goes another way to the same gradient.
+        assert_close(both(dense=False, block_size=3, filter_eps=0.0), both(dense=True), 1e-10)
+
+
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if not e.dense_only], ids=lambda e: e.id)
+def test_sharded_rows_are_a_single_device(entry, x64):
+    """Rows over two devices, the weight on both: same results, and gradients summed once."""
+    leading = (4,)
+    operands, given = head(entry, np.float64, leading), inputs_of(entry, leading, dtype=np.float64)
+    row_specs = {k: P() if k in ("weight", "bias") else P("data") for k in operands}
+    given_specs = {k: P() if k == "class_weights" else P("data") for k in given}
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+
+    def local(operands, given):
+        return [jnp.sin(a) for a in floats(entry.call(expression(operands, block_size=3), given))]
+
+    sharded = jax.shard_map(
+        local, mesh=mesh, in_specs=(row_specs, given_specs), out_specs=P("data"), axis_names={"data"}
+    )
+    put = lambda tree, specs: {
+        k: jax.device_put(v, jax.sharding.NamedSharding(mesh, specs[k])) for k, v in tree.items()
+    }
+    f = jax.jit(lambda o, g: (contract(sharded(o, g)), None)[0])
+    with jax.set_mesh(mesh):
+        on_mesh = put(operands, row_specs), put(given, given_specs)
+        if entry.differentiable:
+            value, gradient = jax.jit(jax.value_and_grad(f))(*on_mesh)
+        else:
+            value, gradient = f(*on_mesh), None
+    single = lambda o: contract(local(o, given))
+    assert_close(value, single(operands), 1e-10)
+    if entry.differentiable:
+        assert_close(jax.device_get(gradient), jax.device_get(jax.grad(single)(operands)), 1e-10)
+
+
+@every_loss
+def test_weighted_sum_is_the_sum_of_weighted_losses(entry, x64):
+    """The gradient taken in the forward pass, for every loss, against the plain one; dense logits as well."""
+    operands, given = head(entry, np.float64), inputs_of(entry, dtype=np.float64)
+    label_name = entry.inputs[0]
+    labels = given[label_name]
+    rest = {k: v for k, v in given.items() if k != label_name}
+    operands["weights"] = jnp.asarray(np.random.default_rng(8).normal(size=LEADING)).at[0, 0].set(0)
+    operands["temperature"] = jnp.float64(1.3)
+    operands["class_weights"] = rest.get("class_weights", jnp.zeros(V))
+
+    def loss(logits, labels, class_weights=None, where=None, axis=-1):
+        given = {label_name: labels} | ({} if class_weights is None else {"class_weights": class_weights})
+        return entry.call(logits, given, where=where, axis=axis)
+
+    def run(operands, how, **options):
+        logits = expression(operands, temperature=operands["temperature"], softcap=2.0)
+        options |= {"class_weights": operands["class_weights"]} if rest else {}
+        if how == "plain":
+            return jnp.sum(operands["weights"] * loss(logits, labels, **options))
+        if how == "dense":
+            logits = logits.dense()
+        return losses.weighted_sum(loss, logits, labels, weights=operands["weights"], **options)
+
+    mask = row_mask(entry, given)
+    for options in ({}, {"where": mask}, {"where": jnp.arange(V) < 5}, {"where": jnp.ones((2, 3, 1), bool)}):
+        expected = jax.jit(jax.value_and_grad(functools.partial(run, how="plain", **options)))(operands)
+        for how, more in (("dense", {}), ("chunks", {"chunk_size": 4}), ("chunks", {})):
+            f = functools.partial(run, how=how, **options, **more)
+            assert_close(jax.jit(jax.value_and_grad(f))(operands), expected, 1e-10)
+        assert_close(f(operands), expected[0], 1e-10)
+
+
+@every_loss
+def test_ignored_and_unweighted_examples(entry):
+    x, given = scores(entry), inputs_of(entry)
+    name = entry.inputs[0]
+    plain = entry.call(x, given)
+    weights = jnp.asarray(np.random.default_rng(9).random(LEADING), jnp.float32).at[1, 0].set(0)
+    spoiled = x.at[1, 0].set(jnp.nan)
+    f = lambda x: entry.call(x, given, weights=weights)
+    np.testing.assert_allclose(f(spoiled), weights * plain, rtol=1e-6)
+    if name not in ("labels", "positives"):
+        return
+    # An ignored example: loss 0 and gradient 0, also where it holds NaN, dense and streamed.
+    labels = given[name].at[1, 0].set(-100)
+    g = lambda x: entry.call(x, {**given, name: labels})
+    np.testing.assert_allclose(g(spoiled), plain.at[1, 0].set(0), rtol=1e-6)
+    gradient = jax.grad(lambda x: contract(g(x)))(spoiled)
+    assert jnp.all(gradient[1, 0] == 0) and jnp.all(jnp.isfinite(gradient))
+    operands = head(entry, np.float32)
+    operands["hidden"] = operands["hidden"].at[1, 0].set(jnp.nan)
+    gradient = jax.grad(lambda o: contract(g(expression(o, block_size=3))))(operands)
+    assert all(jnp.all(jnp.isfinite(a)) for a in jax.tree.leaves(gradient))
+    # All examples ignored.
+    none = jnp.full_like(given[name], -100)
+    assert jnp.all(entry.call(spoiled, {**given, name: none}) == 0)
+    # The mean over the examples that count.
+    if name == "labels":
+        mean = losses.weighted_mean(lambda l, y, axis=-1: entry.call(l, {**given, name: y}, axis=axis), x, labels)
+        np.testing.assert_allclose(mean, (jnp.sum(plain) - plain[1, 0]) / 5, rtol=1e-6)
+        assert losses.weighted_mean(lambda l, y, axis=-1: entry.call(l, {**given, name: y}, axis=axis), x, none) == 0
+
+
+@pytest.mark.parametrize(
+    "entry", [e for e in ENTRIES if e.inputs[:1] in (("labels",), ("positives",))], ids=lambda e: e.id
+)
+@pytest.mark.parametrize("bad", [V, -1])
+def test_labels_out_of_range(entry, bad):
+    x, given = scores(entry), inputs_of(entry)
+    name = entry.inputs[0]
+    wrong = {**given, name: given[name].at[(1, 2) if name == "labels" else (1, 2, 0)].set(bad)}
+    error, _ = checkify.checkify(jax.jit(entry.call))(x, wrong)
+    assert error.get() is not None and str(bad) in error.get() and "[0, 7)" in error.get()
+    if not entry.differentiable:  # a rank: behind all
+        assert entry.call(x, wrong)[1, 2] == V - (0 if bad == V else 0)
+        return
+    operands = head(entry, np.float32)
+    for f, point in (
+        (lambda x: entry.call(x, wrong), x),
+        (lambda h: entry.call(expression({**operands, "hidden": h}, block_size=3), wrong), operands["hidden"]),
+    ):
+        value = f(point)
+        gradient = jax.grad(lambda p: jnp.sum(jnp.where(jnp.isnan(f(p)), f(p), jnp.sin(f(p)))))(point)
+        is_bad = np.zeros(LEADING, bool)
+        is_bad[1, 2] = True
+        np.testing.assert_array_equal(jnp.isnan(value), is_bad)
+        assert jnp.all(jnp.isnan(gradient[1, 2])) and jnp.all(jnp.isfinite(gradient[~is_bad]))
