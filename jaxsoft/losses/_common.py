@@ -23,8 +23,9 @@ class Rows(NamedTuple):
       logits: `[*rows, columns]`.
       axis: the axis that holds a row, counted from the front.
       where: the class mask, or None.
-      keep: `[*rows]`, False where the label is `ignore_index`; None where labels are distributions.
+      keep: `[*rows]`, False where the label is `ignore_index`; None where every row counts.
       labels: class ids `[*rows]`, 0 where ignored; or distributions `[*rows, columns]`, the axis moved last.
+      soft: whether the labels are distributions.
       weights: `[*rows]` or None.
     """
 
@@ -33,12 +34,8 @@ class Rows(NamedTuple):
     where: Any
     keep: Any
     labels: Any
+    soft: bool
     weights: Any
-
-    @property
-    def soft(self) -> bool:
-        """Whether the labels are distributions."""
-        return self.keep is None
 
     @property
     def columns(self) -> int:
@@ -109,12 +106,14 @@ def prepare(
                 f"labels of dtype {labels.dtype} are distributions and must have the logits' shape {logits.shape}, "
                 f"got shape {labels.shape}; class ids must be integers of shape {rows}"
             )
-        return Rows(logits, axis, where, None, jnp.moveaxis(labels, axis, -1), weights)
+        return Rows(logits, axis, where, None, jnp.moveaxis(labels, axis, -1), True, weights)
     if ignore_index is not None:
         ignore_index = _checks.integer("ignore_index", ignore_index)
     check_ids("labels", labels, logits, axis, ignore_index=ignore_index)
-    keep = jnp.ones_like(labels, bool) if ignore_index is None else labels != ignore_index
-    return Rows(logits, axis, where, keep, jnp.where(keep, labels, 0), weights)
+    if ignore_index is None:
+        return Rows(logits, axis, where, None, labels, False, weights)
+    keep = labels != ignore_index
+    return Rows(logits, axis, where, keep, jnp.where(keep, labels, 0), False, weights)
 
 
 def is_zero(value: Any) -> bool:

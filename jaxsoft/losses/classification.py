@@ -38,7 +38,7 @@ def cross_entropy(
     """Softmax cross-entropy, `l = logsumexp(x) - x_y`, or `-sum_c q_c log p_c` for label distributions q.
 
     For `linear_logits` the logits are never stored. Error bound: a few units in the last place of the
-    accumulation dtype, relative to the largest of 1 and the largest logit's distance from the label's.
+    accumulation dtype, relative to the largest of 1 and the loss; with smoothing, relative to the largest logit.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
@@ -101,10 +101,8 @@ def cross_entropy(
         wanted["all"] = reductions.weighted_sum(class_weights)
         wanted["count"] = reductions.count()
     out = rows.reduce(wanted)
-    nll, lse = out["label"]
-    present = lse > -jnp.inf
-    lse = jnp.where(present, lse, 0)
-    loss = label_weights * nll
+    lse = jnp.where(out["label"].present, out["label"].logsumexp, 0)
+    loss = label_weights * out["label"].nll
     if smooth:
         total, mass = out["all"]
         count = out["count"] if class_weights is not None else mass
@@ -175,18 +173,21 @@ def poly_loss(
     wanted = {"label": rows.label_statistics()}
     smooth = not is_zero(label_smoothing)
     if rows.soft:
-        wanted["overlap"] = reductions.weighted_logsumexp(rows.labels)
+        wanted["overlap"] = reductions.weighted_log_partition(rows.labels)
     if smooth:
         wanted["all"] = reductions.sum()._replace(finalize=_total_and_count)
     out = rows.reduce(wanted)
-    loss, lse = out["label"]
-    present = lse > -jnp.inf
-    lse = jnp.where(present, lse, 0)
-    miss = _miss(loss) if not rows.soft else 1 - jnp.where(present, jnp.exp(out["overlap"] - lse), 1)
+    loss, partition = out["label"]
+    present = out["label"].present
+    if rows.soft:
+        log_overlap = partition.log_softmax(out["overlap"].shift) + out["overlap"].log_sum
+        miss = 1 - jnp.where(present, jnp.exp(jnp.where(present, log_overlap, 0)), 1)
+    else:
+        miss = _miss(loss)
     if smooth:
         total, count = out["all"]
         a = label_smoothing
-        loss = (1 - a) * loss + a * (lse - safe_divide(total, count))
+        loss = (1 - a) * loss + a * (jnp.where(present, partition.value, 0) - safe_divide(total, count))
         miss = (1 - a) * miss + a * (1 - safe_divide(jnp.ones_like(count), count))
     power = jnp.ones_like(miss)
     poly = jnp.zeros_like(miss)
@@ -377,10 +378,11 @@ def dual_focal_loss(
     rows = prepare(
         logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
     )
-    (loss, lse), score = rows.reduce((rows.label_statistics(), reductions.take(rows.labels)))
+    (loss, partition), score = rows.reduce((rows.label_statistics(), reductions.take(rows.labels)))
     below = rows.reduce(reductions.maximum_below(score, rows.labels))
     some = below > -jnp.inf
-    runner_up = jnp.where(some, jnp.exp(jnp.where(some, below - jnp.where(some, lse, 0), 0)), 0)
+    log_p = partition.log_softmax(jnp.where(some, below, partition.shift))
+    runner_up = jnp.where(some, jnp.exp(log_p), 0)
     return rows.finish(_power(_miss(loss) + runner_up, gamma) * loss)
 
 
@@ -425,9 +427,9 @@ def max_suppression_loss(
     rows = prepare(
         logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
     )
-    (loss, lse), top, mean = rows.reduce((rows.label_statistics(), reductions.maximum(), reductions.mean()))
-    present = lse > -jnp.inf
-    return rows.finish(loss + suppression * jnp.where(present, jnp.where(present, top, 0) - mean, 0))
+    label, top, mean = rows.reduce((rows.label_statistics(), reductions.maximum(), reductions.mean()))
+    excess = jnp.where(label.present, jnp.where(label.present, top, 0) - mean, 0)
+    return rows.finish(label.nll + suppression * excess)
 
 
 def _miss(nll: Array) -> Array:

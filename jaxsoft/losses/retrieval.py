@@ -65,15 +65,15 @@ def decoupled_softmax_loss(
         labels.dtype == jnp.bool_ or jnp.issubdtype(labels.dtype, jnp.integer)
     ):
         raise TypeError(f"labels must be integer class ids or booleans, got {_checks.describe(labels)}")
-    rows = Rows(logits, axis, where, None, None, weights)
 
     if labels.dtype == jnp.bool_:
         _checks.shape("labels", labels, logits.shape, "booleans of the logits' shape")
         positive = jnp.moveaxis(labels, axis, -1)
-        negatives = rows.reduce(reductions.weighted_logsumexp((~positive).astype(jnp.float32)))
+        rows = Rows(logits, axis, where, jnp.any(positive, axis=-1), positive, False, weights)
+        negatives = rows.reduce(reductions.weighted_log_partition((~positive).astype(jnp.float32)))
         loss, count = rows.reduce(
             (
-                reductions.mapped_sum(_against, _floor(negatives), entry_args=(positive,)),
+                reductions.mapped_sum(_against, *_floored(negatives), entry_args=(positive,)),
                 reductions.mapped_sum(_counted, entry_args=(positive,)),
             )
         )
@@ -86,22 +86,30 @@ def decoupled_softmax_loss(
     _checks.integer("ignore_index", ignore_index)
     check_range("labels", labels, columns, ignore_index)
     given = labels != ignore_index
-    ids = jnp.where(given, labels, -1)
+    rows = Rows(logits, axis, where, jnp.any(given, axis=-1), labels, False, weights)
     negatives, positives = rows.reduce(
-        (reductions.logsumexp_excluding(ids), reductions.take(jnp.where(given, labels, 0)))
+        (
+            reductions.log_partition_excluding(jnp.where(given, labels, -1)),
+            reductions.take(jnp.where(given, labels, 0)),
+        )
     )
-    terms = jax.nn.softplus(_floor(negatives)[..., None] - jnp.where(given, positives, 0))
+    shift, log_sum = (a[..., None] for a in _floored(negatives))
+    terms = _against(jnp.where(given, positives, shift), None, shift, log_sum, given)
     count = jnp.sum(given, axis=-1).astype(terms.dtype)
-    return rows.finish(safe_divide(jnp.sum(jnp.where(given, terms, 0), axis=-1), count))
+    return rows.finish(safe_divide(jnp.sum(terms, axis=-1), count))
 
 
-def _floor(lse: Array) -> Array:
-    """A finite stand-in for the log-sum-exp of no negatives: softplus of it is 0, and so is its gradient."""
-    return jnp.where(lse == -jnp.inf, -1e30, lse)
+def _floored(negatives: reductions.LogPartition) -> tuple[Array, Array]:
+    """Shift and log-sum, with a finite stand-in for the log-sum of no negatives."""
+    return negatives.shift, jnp.where(negatives.log_sum == -jnp.inf, _NONE, negatives.log_sum)
 
 
-def _against(x, cols, negatives, positive):
-    return jnp.where(positive, jax.nn.softplus(negatives - x), 0)
+_NONE = -1e30
+
+
+def _against(x, cols, shift, log_sum, positive):
+    """`softplus(lse_N - x)` of the positives, 0 where there are no negatives."""
+    return jnp.where(positive & (log_sum > _NONE), jax.nn.softplus((shift - x) + log_sum), 0)
 
 
 def _counted(x, cols, positive):

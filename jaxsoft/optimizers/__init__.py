@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from jaxsoft.optimizers.lion_k import (
+from jaxsoft.optimizers.lion import (
     kappa_entropic,
     kappa_group_l2,
     kappa_huber,
@@ -17,7 +17,7 @@ from jaxsoft.optimizers.lion_k import (
     scale_by_lion_k,
 )
 from jaxsoft.optimizers.perpendicular import perpendicular_gradient
-from jaxsoft.optimizers.spam import (
+from jaxsoft.optimizers.spike_aware import (
     AdaptiveGradientNormState,
     AdaptiveSpikeClipState,
     MomentumResetState,

@@ -26,12 +26,13 @@ def _perpendicular(g: jax.Array, p: jax.Array, rescale: bool) -> jax.Array:
     qq = jnp.sum(q * q)
     # The sums above are rounded, so some of p is left in q; a second projection removes it. With
     # r = <q, p> / <p, p> it is q - r p, of squared length <q, q> - r <q, p>: no third sum is needed.
-    # Each time q is computed again from g and p, which is much cheaper than to store it.
-    along = _common.separate(along)
-    qp = jnp.sum((g - along * p) * p)
+    # The factors are not added up, since r is about the rounding error of `along`; and q is computed from
+    # g and p each time, which is much cheaper than to store it.
+    q = g - _common.separate(along) * p
+    qp = jnp.sum(q * p)
     rest = qp / safe_pp
-    q = g - (along + rest) * p
     qq = qq - rest * qp
+    q = (g - _common.separate(_common.separate(along)) * p) - rest * p
 
     # For g parallel to p, q is nothing but rounding noise, which the rescaling would blow up to a full step.
     signal = qq > noise_level**2 * gg
@@ -81,7 +82,7 @@ def perpendicular_gradient(
       >>> import jax.numpy as jnp
       >>> tx = perpendicular_gradient()
       >>> p, g = jnp.array([1.0, 0.0]), jnp.array([3.0, 4.0])
-      >>> print(tx.update(g, tx.init(p), p)[0])
+      >>> print(tx.update(g, tx.init(p), p)[0].round(4))
       [0. 5.]
     """
     if not isinstance(rescale, bool):

@@ -153,7 +153,8 @@ def _reference_init(like, reference):
 
 def _reference_update(state, tile, reference):
     hi, s = state
-    terms = jnp.exp(tile.scores - lax.stop_gradient(reference)[..., None])
+    # Clamped where the sum is thrown away anyway: an infinite term would make NaN of a zero cotangent.
+    terms = jnp.exp(jnp.minimum(tile.scores - lax.stop_gradient(reference)[..., None], 80))
     return _running_max(hi, tile), s + jnp.sum(terms, axis=-1)
 
 
@@ -232,8 +233,13 @@ def _weighted_lse_update(state, tile, *args):
 
 def weighted_logsumexp(weights: jax.Array) -> RowReduction:
     """`log sum_j b_j e^(x_j)` for `weights` b >= 0: `[columns]`, or `[*rows, columns]`; 0 means absent."""
+    return weighted_log_partition(weights)._replace(finalize=_lse_finalize)
+
+
+def weighted_log_partition(weights: jax.Array) -> RowReduction:
+    """`weighted_logsumexp` in parts: see `LogPartition`."""
     kind = {"col_args": (weights,)} if weights.ndim == 1 else {"entry_args": (weights,)}
-    return RowReduction(_lse_init, _weighted_lse_update, _lse_merge, _lse_finalize, _keep_gauge, **kind)
+    return RowReduction(_lse_init, _weighted_lse_update, _lse_merge, _lse_parts, _keep_gauge, **kind)
 
 
 # log-sum-exp over the columns that are not named.
@@ -246,9 +252,9 @@ def _excluding_update(state, tile, ids):
     return _lse_update(state, tile.with_scores(jnp.where(named, -jnp.inf, tile.scores)))
 
 
-def logsumexp_excluding(ids: jax.Array) -> RowReduction:
-    """`log sum e^(x_j)` over the columns not among `ids` (`[*rows, k]`); ids out of range name nothing."""
-    return RowReduction(_lse_init, _excluding_update, _lse_merge, _lse_finalize, _keep_gauge, args=(ids,))
+def log_partition_excluding(ids: jax.Array) -> RowReduction:
+    """`log sum e^(x_j)`, in parts, over the columns not among `ids` (`[*rows, k]`; out of range names nothing)."""
+    return RowReduction(_lse_init, _excluding_update, _lse_merge, _lse_parts, _keep_gauge, args=(ids,))
 
 
 # Moments of the scores under their own softmax: (m, S, U, Q) with w = e^(x-m), S = sum w, U = sum w (x-m),
@@ -348,8 +354,8 @@ def sum_of_squared_probabilities() -> RowReduction:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Entries picked by index. The state is (value, in range); ids out of range read column 0 and are multiplied by
-# NaN at the end, so that their gradient is NaN too.
+# Entries picked by index. The state is (value, status): 0 for a row nobody read, 1 for an id in range, 2 for one
+# out of range, which reads column 0 and is multiplied by NaN at the end, so that its gradient is NaN too.
 
 
 def _take_init(like, ids):
@@ -382,7 +388,7 @@ def _pick_by_comparison(values, tile, ids):
 
 def _take_update(state, tile, ids):
     valid, ids = _in_range(tile, ids)
-    return state[0] + _pick(tile.scores, tile, ids), valid.astype(jnp.int32)
+    return state[0] + _pick(tile.scores, tile, ids), jnp.where(valid, jnp.int32(1), jnp.int32(2))
 
 
 def _take_share(state, tile, ids):
@@ -395,13 +401,13 @@ def _take_merge(a, b):
     return a[0] + b[0], jnp.maximum(a[1], b[1])
 
 
-def _poison(valid):
-    return jnp.where(valid > 0, 1, jnp.nan)
+def _poison(status, dtype):
+    return jnp.where(status == 2, jnp.nan, 1).astype(dtype)
 
 
 def _take_finalize(state, ids):
-    value, valid = state
-    return value * _poison(valid).astype(value.dtype)
+    value, status = state
+    return jnp.where(status == 0, -jnp.inf, value) * _poison(status, value.dtype)
 
 
 def take(ids: jax.Array) -> RowReduction:
@@ -416,13 +422,23 @@ class LabelStatistics(NamedTuple):
     """What the softmax losses read of a row with a label, each `[*rows]`.
 
     Attributes:
-      nll: `-log softmax(x)[label]`, evaluated as `(m - x[label]) + log sum e^(x-m)`, which keeps small losses of
-        large scores exact; `+inf` where the label is absent; 0 for an empty row.
-      logsumexp: the log-partition function; -inf for an empty row.
+      nll: `-log softmax(x)[label]`, evaluated as `(m - x[label]) + log sum e^(x-m)`, which is exact for scores
+        of any size; `+inf` where the label is absent; 0 for an empty row.
+      partition: the log-partition function, in parts.
     """
 
     nll: jax.Array
-    logsumexp: jax.Array
+    partition: LogPartition
+
+    @property
+    def logsumexp(self) -> jax.Array:
+        """The log-partition function; -inf for an empty row."""
+        return self.partition.value
+
+    @property
+    def present(self) -> jax.Array:
+        """Whether the row has entries."""
+        return self.partition.log_sum != -jnp.inf
 
 
 def _label_init(like, ids):
@@ -438,15 +454,15 @@ def _label_merge(a, b):
 
 
 def _label_finalize(state, ids):
-    (m, s), (value, valid) = state
-    empty = s == 0
-    # NaN scores stay NaN: s is then NaN, not 0.
+    partition = _lse_parts(state[0])
+    value, status = state[1]
     absent = value == -jnp.inf
-    nll = (finite_gauge(m) - jnp.where(absent | empty, finite_gauge(m), value)) + jnp.log(
-        jnp.where(empty, 1, s)
-    )
-    nll = jnp.where(empty, 0, jnp.where(absent, jnp.inf, nll))
-    return LabelStatistics(nll * _poison(valid).astype(nll.dtype), _lse_finalize((m, s)))
+    nll = -partition.log_softmax(jnp.where(absent, partition.shift, value))
+    return LabelStatistics(_nll(nll, absent, partition) * _poison(status, nll.dtype), partition)
+
+
+def _nll(nll, absent, partition):
+    return jnp.where(partition.log_sum == -jnp.inf, 0, jnp.where(absent, jnp.inf, nll))
 
 
 def _label_share(state, tile, ids):
@@ -498,10 +514,9 @@ def _soft_merge(a, b):
 
 def _soft_finalize(state):
     m, s, u, q, lost = state
-    empty = s == 0
-    nll = q * jnp.log(jnp.where(empty, 1, s)) - u
-    nll = jnp.where(empty, 0, jnp.where(lost > 0, jnp.inf, nll))
-    return LabelStatistics(nll, _lse_finalize((m, s)))
+    partition = _lse_parts((m, s))
+    nll = q * jnp.where(s == 0, 0, partition.log_sum) - u
+    return LabelStatistics(_nll(nll, lost > 0, partition), partition)
 
 
 def soft_label_statistics(labels: jax.Array) -> RowReduction:
@@ -728,15 +743,29 @@ class Moments(NamedTuple):
 
     Attributes:
       count: the number of present entries.
-      mean: their mean.
-      variance: their population variance (divisor `count`).
-      sum_of_squares: of the scores, uncentred.
+      center: a number near the mean, without a derivative.
+      offset: the mean minus `center`.
+      variance: the population variance (divisor `count`).
     """
 
     count: jax.Array
-    mean: jax.Array
+    center: jax.Array
+    offset: jax.Array
     variance: jax.Array
-    sum_of_squares: jax.Array
+
+    @property
+    def mean(self) -> jax.Array:
+        """The mean of the scores."""
+        return self.center + self.offset
+
+    @property
+    def sum_of_squares(self) -> jax.Array:
+        """The sum of the squares of the scores, uncentred."""
+        return self.count * (self.variance + self.mean * self.mean)
+
+    def deviation(self, x: jax.Array) -> jax.Array:
+        """`x - mean`, exact for scores of any size."""
+        return (x - self.center) - self.offset
 
 
 def _centred_init(like):
@@ -771,13 +800,12 @@ def _centred_neutral(state):
 
 def _centred_finalize(state):
     n, center, d1, d2 = state
-    center = jnp.where(n > 0, lax.stop_gradient(center), 0)
     offset = safe_divide(d1, n)
     return Moments(
         count=n,
-        mean=center + offset,
+        center=jnp.where(n > 0, lax.stop_gradient(center), 0),
+        offset=offset,
         variance=jnp.maximum(safe_divide(d2, n) - offset * offset, 0),
-        sum_of_squares=d2 + 2 * center * d1 + n * center * center,
     )
 
 

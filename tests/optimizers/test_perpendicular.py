@@ -46,7 +46,7 @@ def test_equals_pytorch_optimizer():
             np.testing.assert_allclose(params, theta.detach().numpy(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("closeness", [0.0, 1.0, 30.0, 1000.0])
+@pytest.mark.parametrize("closeness", [0.0, 1.0, 30.0, 1e3, 1e4])
 @pytest.mark.parametrize("shape", [(2,), (1000,), (30, 40)])
 def test_perpendicular_with_the_norm_of_the_gradient(shape, closeness):
     """Also for a gradient that is nearly parallel to the parameters."""
@@ -55,10 +55,12 @@ def test_perpendicular_with_the_norm_of_the_gradient(shape, closeness):
     u = project(g, p)
     norm = jnp.linalg.norm
     np.testing.assert_allclose(norm(u), norm(g), rtol=1e-4)
-    # The elements of the projection carry rounding errors of the size of the gradient's.
-    assert abs(float(jnp.vdot(u, p) / norm(u) / norm(p))) < 3e-7 * (1 + closeness)
+    u64, p64 = np.asarray(u, np.float64), np.asarray(p, np.float64)
+    assert abs(np.sum(u64 * p64)) < 2e-7 * np.linalg.norm(u64) * np.linalg.norm(p64)
     plain = project(g, p, rescale=False)
-    np.testing.assert_allclose(plain + jnp.vdot(g, p) / jnp.vdot(p, p) * p, g, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        plain + jnp.vdot(g, p) / jnp.vdot(p, p) * p, g, rtol=1e-4, atol=1e-5 * (1 + closeness)
+    )
     assert float(norm(plain)) <= float(norm(g)) * (1 + 1e-6)
 
 

@@ -243,10 +243,10 @@ def scale_by_lion_k(
     Examples:
       >>> import jax.numpy as jnp
       >>> tx = scale_by_lion_k(kappa="l2")
-      >>> state = tx.init(jnp.array([1.0, -2.0]))
-      >>> direction, state = tx.update(jnp.array([3.0, 4.0]), state)
-      >>> print(direction)
-      [0.6 0.8]
+      >>> state = tx.init(jnp.zeros(4))
+      >>> direction, state = tx.update(jnp.array([3.0, -3.0, 3.0, 3.0]), state)
+      >>> print(direction.round(4))
+      [ 0.5 -0.5  0.5  0.5]
     """
     _common.check_beta("b1", b1)
     _checks.number("b2", b2, above=0, below=1)
@@ -264,8 +264,8 @@ def scale_by_lion_k(
     def direction(g: jax.Array, mu: jax.Array) -> jax.Array:
         # The textbook line b1 m + (1 - b1) g and the momentum's update both read the old momentum; the
         # compiler then keeps a copy of it to overwrite the state in place. The same number from the new
-        # momentum, mu = b2 m + (1 - b2) g, needs no copy: 2.6 times faster. It must be the momentum before
-        # it is rounded to a lower precision, whose error would be of the size of the gradient's part.
+        # momentum, mu = b2 m + (1 - b2) g, needs no copy and is three times faster on CPU. It must be the
+        # momentum before it is rounded to a lower precision, an error as large as the gradient's part.
         c = (b1 / b2) * mu + ((b2 - b1) / b2) * g
         if c.size == 0:
             return c
@@ -303,7 +303,7 @@ def lion_k(
 ) -> optax.GradientTransformationExtraArgs:
     """Lion-K, ready to use: `params <- params - learning_rate (kappa'(c) + weight_decay params)`.
 
-    `kappa="l1"` is `optax.lion`, 2.6 times faster on large leaves because no copy of the momentum is made.
+    `kappa="l1"` is `optax.lion` without its copy of the momentum (three times faster on CPU, large leaves).
     See `scale_by_lion_k` for the formulas, the choice of `kappa` and distributed Lion.
 
     Args:
@@ -328,7 +328,7 @@ def lion_k(
       >>> tx = lion_k(0.1, weight_decay=0.0)
       >>> params = jnp.array([1.0, -2.0])
       >>> updates, _ = tx.update(jnp.array([0.5, 1.0]), tx.init(params), params)
-      >>> print(optax.apply_updates(params, updates))
+      >>> print(optax.apply_updates(params, updates).round(4))
       [ 0.9 -2.1]
     """
     direction = scale_by_lion_k(b1, b2, kappa, mu_dtype=mu_dtype, axis_name=axis_name, vote=vote)
