@@ -69,30 +69,33 @@ QUICK = dict(
 
 
 class Tokenizer:
-    """The most frequent words, spaces and punctuation as tokens, and the 256 bytes, to spell all else with."""
+    """Whole tokens for the most frequent words, spaces and punctuation; tokens within them spell the rest."""
 
     PIECES = re.compile(r" ?[^\W\d_]+| ?\d+| ?[^\w\s]+|_+|\s+")  # every text is a sequence of these
 
     def __init__(self, text: str, size: int):
         frequent = collections.Counter(self.PIECES.findall(text)).most_common(size - 256)
-        self.tokens = [bytes([b]) for b in range(256)] + [piece.encode() for piece, _ in frequent]
+        self.tokens = [bytes([b]) for b in range(256)]  # so that every text can be spelled
+        self.tokens += [piece.encode() for piece, _ in frequent]
         self.ids = {token: i for i, token in enumerate(self.tokens)}
-        self.longest = max(map(len, self.tokens))
 
-    @functools.cache  # noqa: B019 (a tokenizer lives as long as the program)
-    def _spell(self, piece: str) -> list[int]:
-        """The ids of a piece: always the longest token that fits."""
+    def spell(self, piece: str) -> list[int]:
+        """The ids of a piece, each of the longest token that fits."""
         rest, ids = piece.encode(), []
         while rest:
-            n = next(n for n in range(min(len(rest), self.longest), 0, -1) if rest[:n] in self.ids)
+            n = next(n for n in range(len(rest), 0, -1) if rest[:n] in self.ids)
             ids.append(self.ids[rest[:n]])
             rest = rest[n:]
         return ids
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array([i for piece in self.PIECES.findall(text) for i in self._spell(piece)], np.int32)
+        """The ids of a text."""
+        pieces = self.PIECES.findall(text)
+        spelled = {piece: self.spell(piece) for piece in set(pieces)}
+        return np.array([i for piece in pieces for i in spelled[piece]], np.int32)
 
     def decode(self, ids) -> str:
+        """The text of ids."""
         return b"".join(self.tokens[i] for i in ids).decode(errors="replace")
 
 
@@ -139,13 +142,14 @@ class Block(nnx.Module):
         self.up, self.down = linear(width, 4 * width), linear(4 * width, width)
 
     def __call__(self, x):
+        """Adds to the residual stream `[batch, time, width]`."""
         qkv = self.qkv(self.norm1(x)).reshape(*x.shape[:-1], 3, self.heads, -1)
         x = x + self.out(attend(self.normalizer, *jnp.moveaxis(qkv, -3, 0)).reshape(x.shape))
         return x + self.down(jax.nn.gelu(self.up(self.norm2(x))))
 
 
 class GPT(nnx.Module):
-    """Token ids `[batch, time]` -> hidden states `[batch, time, width]` and the head's kernel `[width, vocab]`."""
+    """From tokens `[batch, time]` to hidden states `[batch, time, width]` and a kernel `[width, vocab]`."""
 
     def __init__(self, args: argparse.Namespace, vocab: int, rngs: nnx.Rngs):
         small = nnx.initializers.normal(0.02)
@@ -156,6 +160,7 @@ class GPT(nnx.Module):
         self.head = None if args.tied else nnx.Param(small(rngs.params(), (args.width, vocab)))
 
     def __call__(self, tokens):
+        """The hidden states and the head's kernel, whose product is the logits."""
         x = self.embed(tokens) + self.place(jnp.arange(tokens.shape[1]))
         for block in self.blocks:
             x = block(x)
@@ -168,20 +173,8 @@ class GPT(nnx.Module):
 def make_logits(hidden, kernel, streamed: bool):
     """The one-line change."""
     if streamed:
-        return jaxsoft.linear_logits(hidden, kernel)  # an expression: [batch, time, vocab] is never stored
+        return jaxsoft.linear_logits(hidden, kernel)  # an expression: [tokens, vocab] is never stored
     return hidden @ kernel
-
-
-def make_losses(args: argparse.Namespace, variant: str):
-    """What is trained, and what is reported as validation loss (always the plain cross-entropy)."""
-    if variant == "baseline":
-
-        def plain(logits, labels):
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-        return plain, plain
-    train_loss = functools.partial(losses.weighted_mean, LOSSES[args.loss], **loss_options(args))
-    return train_loss, functools.partial(losses.weighted_mean, losses.cross_entropy)
 
 
 def loss_options(args: argparse.Namespace) -> dict:
@@ -190,37 +183,47 @@ def loss_options(args: argparse.Namespace) -> dict:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def make_optimizer(args: argparse.Namespace, variant: str) -> optax.GradientTransformation:
+def make_optimizer(name: str, rate: float | None, args: argparse.Namespace) -> optax.GradientTransformation:
     """Linear warm-up, cosine decay, and weight decay of the matrices."""
-    name, rate = args.optimizer, args.learning_rate
-    if variant == "baseline":
-        name, rate = "adamw", args.baseline_learning_rate
     make, default_rate = OPTIMIZERS[name]
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, rate or default_rate, args.steps // 10 + 1, args.steps + 1
-    )
-    return make(
-        schedule,
-        weight_decay=args.weight_decay,
-        mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
-    )
+    peak = default_rate if rate is None else rate
+    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, args.steps // 10 + 1, args.steps + 1)
+
+    def matrices(params):
+        return jax.tree.map(lambda p: p.ndim > 1, params)
+
+    return make(schedule, weight_decay=args.weight_decay, mask=matrices)
 
 
 def run(args: argparse.Namespace, variant: str, tokenizer: Tokenizer, train, valid, connection) -> None:
     """Trains one variant, and sends its progress and finally its results through the connection."""
-    train_loss, valid_loss = make_losses(args, variant)
-    optimizer = make_optimizer(args, variant)
     streamed = variant == "ours"
+    if variant == "baseline":
+        optimizer = make_optimizer("adamw", args.baseline_learning_rate, args)
+
+        def train_loss(logits, labels):
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+        valid_loss = train_loss
+    else:
+        optimizer = make_optimizer(args.optimizer, args.learning_rate, args)
+
+        def train_loss(logits, labels):
+            return losses.weighted_mean(LOSSES[args.loss], logits, labels, **loss_options(args))
+
+        def valid_loss(logits, labels):
+            return losses.cross_entropy(logits, labels).mean()
 
     graph, params = nnx.split(GPT(args, len(tokenizer.tokens), nnx.Rngs(args.seed)))
-    checksum = zlib.crc32(
-        b"".join(np.asarray(p).tobytes() for p in jax.tree.leaves(params)) + train.tobytes()
-    )
     opt_state = optimizer.init(params)
+    start = b"".join(np.asarray(p).tobytes() for p in jax.tree.leaves(params)) + train.tobytes()
+    start_checksum = zlib.crc32(start)  # of the initial weights and all batches
 
     def mean_loss(params, tokens, loss):
         hidden, kernel = nnx.merge(graph, params)(tokens[:, :-1])
-        return loss(make_logits(hidden, kernel, streamed), tokens[:, 1:])
+        # Flat rows, in all runs: on a CPU, XLA multiplies [tokens, width] faster than [batch, time, width].
+        logits = make_logits(hidden.reshape(-1, args.width), kernel, streamed)
+        return loss(logits, tokens[:, 1:].reshape(-1))
 
     def train_step(params, opt_state, tokens):
         loss, gradient = jax.value_and_grad(mean_loss)(params, tokens, train_loss)
@@ -233,23 +236,21 @@ def run(args: argparse.Namespace, variant: str, tokenizer: Tokenizer, train, val
     train_step = jax.jit(train_step, donate_argnums=(0, 1)).lower(params, opt_state, train[0]).compile()
     valid_step = jax.jit(valid_step).lower(params, train[0]).compile()
 
-    curve, validation, seconds = [], [], []
+    def validate() -> float:
+        return float(np.mean([valid_step(params, tokens) for tokens in valid]))
+
     memory_before = resident_memory()
-
-    def validate(step):
-        validation.append((step, float(np.mean([valid_step(params, tokens) for tokens in valid]))))
-
-    validate(0)
+    curve, validation, seconds = [], [(0, validate())], []
     for step, tokens in enumerate(train, 1):
-        start = time.perf_counter()
+        began = time.perf_counter()
         params, opt_state, loss = jax.block_until_ready(train_step(params, opt_state, tokens))
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.perf_counter() - began)
         curve.append(float(loss))
-        if step % max(args.steps // 10, 1) == 0 or step == args.steps:
-            validate(step)
+        if step % max(args.steps // args.validations, 1) == 0 or step == args.steps:
+            validation.append((step, validate()))
         connection.send({"step": step, "loss": curve[-1], "valid": validation[-1][1], "seconds": seconds[-1]})
+
     peak = peak_memory()
-    sample = continue_text(args, graph, params, tokenizer) if streamed else None
     median = statistics.median(seconds[2:] or seconds)  # without the warm-up
     connection.send(
         {
@@ -263,8 +264,8 @@ def run(args: argparse.Namespace, variant: str, tokenizer: Tokenizer, train, val
             "peak_bytes": peak,
             "growth_bytes": peak - memory_before,
             "parameters": sum(p.size for p in jax.tree.leaves(params)),
-            "checksum": checksum,
-            "sample": sample,
+            "start_checksum": start_checksum,
+            "sample": continue_text(args, graph, params, tokenizer) if streamed else None,
         }
     )
 
@@ -275,7 +276,7 @@ def continue_text(args: argparse.Namespace, graph, params, tokenizer: Tokenizer)
     @jax.jit
     def next_token(window, last, key):
         hidden, kernel = nnx.merge(graph, params)(window[None])
-        logits = make_logits(hidden[0, last], kernel, streamed=True)
+        logits = jaxsoft.linear_logits(hidden[0, last], kernel)
         top = jaxsoft.top_k(jaxsoft.temperature(logits, args.temperature), args.top_k)
         return top.indices[jax.random.categorical(key, top.values)]
 
@@ -288,16 +289,15 @@ def continue_text(args: argparse.Namespace, graph, params, tokenizer: Tokenizer)
     return tokenizer.decode(ids)
 
 
-# Memory of this process, in bytes: everything in it, Python, libraries and compiler included.
-
-
 def peak_memory() -> int:
+    """The largest resident memory of this process so far, in bytes: Python, libraries, compiler and all."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def resident_memory() -> int:
-    status = pathlib.Path("/proc/self/statm")
-    return int(status.read_text().split()[1]) * resource.getpagesize() if status.exists() else peak_memory()
+    """The resident memory of this process now, in bytes; where the system does not say, its peak."""
+    statm = pathlib.Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else peak_memory()
 
 
 # The comparison.
@@ -371,11 +371,10 @@ def compare(args: argparse.Namespace, variants: dict[str, str], console: Console
 
 def show(results: dict[str, dict], variants: dict[str, str], console: Console) -> None:
     """Prints the table, the check against the control, and the sample."""
-    table = Table(box=box.SIMPLE_HEAD, show_footer=False)
-    table.add_column("run")
-    headings = ("validation\nbefore", "\nafter", "ms a step\nmedian", "tokens/s")
+    table = Table("run", box=box.SIMPLE_HEAD)
+    headings = ("valid.\nbefore", "valid.\nafter", "step\nms", "tokens\n/s")
     for heading in (*headings, "temporary\nMB", "peak\nMB", "growth\nMB"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for variant, r in results.items():
         table.add_row(
             variant,
@@ -386,7 +385,8 @@ def show(results: dict[str, dict], variants: dict[str, str], console: Console) -
             *(f"{r[k] / 1e6:,.0f}" for k in ("temporary_bytes", "peak_bytes", "growth_bytes")),
         )
     console.print(table)
-    print("validation: cross-entropy in nats a token, on text that is not trained on")
+    print("valid.:     cross-entropy in nats a token, on text that is not trained on")
+    print("step:       median time, after a warm-up")
     print("temporary:  what the compiled training step allocates beside its inputs and outputs")
     print("peak:       largest resident memory of the run's process, Python and the compiler included")
     print("growth:     peak minus the memory in use before the first step\n")
@@ -396,9 +396,7 @@ def show(results: dict[str, dict], variants: dict[str, str], console: Console) -
         ours, control = results["ours"], results["control"]
         gap = abs(ours["validation_after"] - control["validation_after"])
         print(f"\nours and control end {gap:.1e} nats apart")
-    print(
-        f"\na sample of ours, after {len(results['ours']['train_loss'])} steps:\n\n{results['ours']['sample']}\n"
-    )
+    print(f"\na sample of ours:\n\n{results['ours']['sample']}\n")
 
 
 def plot(results: dict[str, dict], path: pathlib.Path) -> None:
@@ -435,6 +433,7 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message: str):
+        """Exits with the message alone, without the usage."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
@@ -455,59 +454,57 @@ def number(kind: type, low: float, high: float = float("inf")):
     return parse
 
 
-def parse_arguments() -> argparse.Namespace:
-    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        """Shows the defaults and leaves the description as it is."""
+def make_parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    parser = Parser(description=__doc__, formatter_class=Formatter)
-    parser.add_argument(
-        "--quick", action="store_true", help="a tiny model and a few steps, to see that it runs"
-    )
+    def add(group, flag, kind, default, help, **options):
+        help += "" if default is None else " (%(default)s)"
+        group.add_argument(flag, type=kind, default=default, help=help, **options)
+
+    parser.add_argument("--quick", action="store_true", help="a tiny model, to see that everything runs")
     parser.add_argument("--no-control", action="store_true", help="leave out the third run")
-    parser.add_argument("--out", type=pathlib.Path, default="runs", help="folder for train_lm.png and .json")
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="of weights, batches and the sample")
+    add(parser, "--out", pathlib.Path, "runs", "folder of train_lm.png and train_lm.json")
+    add(parser, "--seed", number(int, 0), 0, "of weights, batches and sample")
 
     text = parser.add_argument_group("text")
-    text.add_argument("--text", type=pathlib.Path, help="a file of yours, UTF-8, instead of Python's own")
-    text.add_argument(
-        "--source-mb", type=number(float, 0), default=5, help="of the standard library's source"
-    )
-    text.add_argument("--vocab", type=number(int, 512), default=16384, help="size of the vocabulary, at most")
+    add(text, "--text", pathlib.Path, None, "a file in UTF-8 to train on, instead of Python's own text")
+    add(text, "--source-mb", number(float, 0), 5.0, "how much of the standard library's source to read")
+    add(text, "--vocab", number(int, 512), 16384, "largest size of the vocabulary")
 
     model = parser.add_argument_group("model")
-    model.add_argument("--width", type=number(int, 1), default=128, help="of the residual stream")
-    model.add_argument("--layers", type=number(int, 0), default=3, help="how many blocks")
-    model.add_argument("--heads", type=number(int, 1), default=4, help="of attention; must divide the width")
-    model.add_argument("--tied", action="store_true", help="make the embedding table the head")
-    model.add_argument("--normalizer", choices=NORMALIZERS, default="softmax", help="of attention scores")
+    add(model, "--width", number(int, 1), 128, "features of the hidden states")
+    add(model, "--layers", number(int, 0), 2, "number of blocks")
+    add(model, "--heads", number(int, 1), 4, "heads of attention; must divide the width")
+    add(model, "--normalizer", str, "softmax", "normalizer of the scores of attention", choices=NORMALIZERS)
+    model.add_argument("--tied", action="store_true", help="use the embedding table as the head")
 
-    training = parser.add_argument_group("training")
-    training.add_argument("--steps", type=number(int, 1), default=220, help="how many")
-    training.add_argument("--batch", type=number(int, 1), default=8, help="sequences a step")
-    training.add_argument("--sequence", type=number(int, 2), default=256, help="tokens a sequence")
-    training.add_argument("--valid-batches", type=number(int, 1), default=8, help="batches a validation")
+    training = parser.add_argument_group("training, of all runs")
+    add(training, "--steps", number(int, 1), 180, "number of steps")
+    add(training, "--batch", number(int, 1), 8, "sequences a step")
+    add(training, "--sequence", number(int, 2), 256, "tokens a sequence")
+    add(training, "--weight-decay", number(float, 0), 0.1, "decoupled weight decay of the matrices")
+    add(training, "--validations", number(int, 1), 9, "how often to validate")
+    add(training, "--valid-batches", number(int, 1), 4, "batches a validation")
+    add(training, "--baseline-learning-rate", number(float, 0), None, "peak rate of the baseline's adamw")
 
-    ours = parser.add_argument_group("ours and control")
-    ours.add_argument("--loss", choices=LOSSES, default="cross_entropy", help="what to minimize")
-    ours.add_argument("--z-loss", type=number(float, 0), help="weight of logsumexp squared, such as 1e-4")
-    ours.add_argument("--label-smoothing", type=number(float, 0, 1), help="mass moved off the label")
-    ours.add_argument("--optimizer", choices=OPTIMIZERS, default="stable_spam", help="how to minimize it")
-    ours.add_argument(
-        "--learning-rate", type=number(float, 0), help="peak rate; by default the optimizer's own"
-    )
-    ours.add_argument(
-        "--baseline-learning-rate", type=number(float, 0), help="the same for the baseline's adamw"
-    )
-    training.add_argument(
-        "--weight-decay", type=number(float, 0), default=0.1, help="of matrices, in all runs"
+    ours = parser.add_argument_group("training, of ours and the control")
+    add(ours, "--loss", str, "cross_entropy", "loss to minimize", choices=LOSSES)
+    add(ours, "--z-loss", number(float, 0), None, "coefficient of logsumexp squared, such as 1e-4")
+    add(ours, "--label-smoothing", number(float, 0, 1), None, "mass that moves from the label to all classes")
+    add(ours, "--optimizer", str, "stable_spam", "optimizer", choices=OPTIMIZERS)
+    add(
+        ours, "--learning-rate", number(float, 0), None, "peak rate; by default the optimizer's in OPTIMIZERS"
     )
 
-    sample = parser.add_argument_group("sample")
-    sample.add_argument("--prompt", default="The default value of", help="text to continue")
-    sample.add_argument("--sample-tokens", type=number(int, 0), default=80, help="length of the continuation")
-    sample.add_argument("--temperature", type=number(float, 0.01), default=0.8, help="divides the logits")
-    sample.add_argument("--top-k", type=number(int, 1), default=40, help="sample from so many tokens")
+    sample = parser.add_argument_group("sample, of ours")
+    add(sample, "--prompt", str, "The default value of", "text to continue")
+    add(sample, "--sample-tokens", number(int, 0), 80, "tokens to sample")
+    add(sample, "--temperature", number(float, 0.01), 0.8, "divides the logits")
+    add(sample, "--top-k", number(int, 1), 40, "how many tokens to choose from")
+    return parser
 
+
+def parse_arguments(parser: Parser) -> argparse.Namespace:
     if parser.parse_args().quick:
         parser.set_defaults(**QUICK)
     args = parser.parse_args()
@@ -516,13 +513,12 @@ def parse_arguments() -> argparse.Namespace:
     for option in loss_options(args):
         if option not in inspect.signature(LOSSES[args.loss]).parameters:
             parser.error(f"argument --{option.replace('_', '-')}: {args.loss} has no such option")
-    if args.text and not args.text.is_file():
-        parser.error(f"argument --text: no such file: {args.text}")
     return args
 
 
 def main() -> None:
-    args = parse_arguments()
+    parser = make_parser()
+    args = parse_arguments(parser)
     console = Console(highlight=False)
     start = time.perf_counter()
     variants = {
@@ -535,7 +531,7 @@ def main() -> None:
     try:
         data = load(args)
     except (OSError, ValueError) as error:
-        sys.exit(f"train_lm.py: error: {error}")
+        parser.error(f"argument --text: {error}")
     results = compare(args, variants, console, data)
     show(results, variants, console)
 

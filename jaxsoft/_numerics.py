@@ -27,3 +27,9 @@ def safe_divide(a: jax.Array, b: jax.Array) -> jax.Array:
     """`a / b`, and 0 with gradient 0 where `b` is 0."""
     nonzero = b != 0
     return jnp.where(nonzero, a / jnp.where(nonzero, b, 1), 0)
+
+
+def weigh(values: jax.Array, weights: jax.Array) -> jax.Array:
+    """`weights * values`, where a weight of 0 hides a value that is not finite, and its gradient."""
+    values = jnp.where((weights != 0) | jnp.isfinite(values), values, 0)
+    return weights.astype(values.dtype) * values

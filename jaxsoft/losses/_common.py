@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxsoft import _checks
+from jaxsoft._numerics import weigh
 from jaxsoft.rows import reductions
 from jaxsoft.rows._driver import check_axis, reduce_rows
 from jaxsoft.rows._logits import Logits
@@ -55,10 +56,7 @@ class Rows(NamedTuple):
         """Gives ignored rows the loss 0 and applies the weights of the examples."""
         if self.keep is not None:
             values = jnp.where(self.keep, values, 0)
-        if self.weights is None:
-            return values
-        used = self.weights != 0
-        return jnp.where(used, self.weights.astype(values.dtype) * jnp.where(used, values, 0), 0)
+        return values if self.weights is None else weigh(values, self.weights)
 
 
 def prepare(

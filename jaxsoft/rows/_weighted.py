@@ -21,6 +21,7 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Float
 
 from jaxsoft import _checks
+from jaxsoft._numerics import weigh
 from jaxsoft.rows import _driver
 from jaxsoft.rows._logits import LinearLogits, Logits, cut
 
@@ -175,10 +176,7 @@ def weighted_sum(
 
 
 def _sum(values: Array, weights: Array | None) -> Array:
-    if weights is None:
-        return jnp.sum(values)
-    used = weights != 0
-    return jnp.sum(jnp.where(used, weights * jnp.where(used, values, 0), 0))
+    return jnp.sum(values if weights is None else weigh(values, weights))
 
 
 class _ByRow(NamedTuple):

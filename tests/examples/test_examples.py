@@ -1,0 +1,159 @@
+"""The examples run, learn something, and refuse bad flags in one line."""
+
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import jaxsoft
+
+_ROOT = pathlib.Path(__file__).parents[2]
+
+
+def _load(name):
+    spec = importlib.util.spec_from_file_location(name, _ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def train_lm():
+    return _load("train_lm")
+
+
+def _run(name, *flags):
+    paths = [str(_ROOT), os.environ.get("PYTHONPATH", "")]
+    # Equal initializers are compiled once for the three runs, and everything once for all runs of the tests.
+    cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or ""}
+    env = {**os.environ, **cache, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "XLA_FLAGS": ""}
+    command = [sys.executable, "-W", "error", str(_ROOT / "examples" / f"{name}.py"), *map(str, flags)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory):
+    """A quick run of train_lm: the finished process and what it wrote."""
+    out = tmp_path_factory.mktemp("runs")
+    done = _run("train_lm", "--quick", "--z-loss", "1e-4", "--out", out)
+    assert done.returncode == 0, done.stderr
+    return done, json.loads((out / "train_lm.json").read_text()), out
+
+
+@pytest.mark.slow
+def test_train_lm_learns(quick_run):
+    _, record, _ = quick_run
+    for name, run in record["runs"].items():
+        assert all(map(math.isfinite, run["train_loss"])), name
+        assert len(run["train_loss"]) == record["settings"]["steps"]
+        assert run["validation_after"] < run["validation_before"] - 1, name
+    baseline, ours = record["runs"]["baseline"], record["runs"]["ours"]
+    assert ours["validation_after"] < baseline["validation_after"] + 0.05
+
+
+@pytest.mark.slow
+def test_train_lm_streamed_equals_control(quick_run):
+    _, record, _ = quick_run
+    runs = record["runs"]
+    assert len({run["start_checksum"] for run in runs.values()}) == 1
+    assert abs(runs["ours"]["validation_after"] - runs["control"]["validation_after"]) < 1e-3
+    np.testing.assert_allclose(runs["ours"]["train_loss"], runs["control"]["train_loss"], atol=1e-3)
+
+
+@pytest.mark.slow
+def test_train_lm_writes_plain_text_and_a_plot(quick_run):
+    done, record, out = quick_run
+    assert done.stderr == ""
+    assert all(line.isprintable() for line in done.stdout.splitlines()), "control characters"
+    for heading in ("valid.", "step", "temporary", "peak", "growth", "control end", "a sample of ours"):
+        assert heading in done.stdout
+    assert record["runs"]["ours"]["sample"].startswith("The default value of")
+    assert (out / "train_lm.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_train_lm_reads_a_text_and_takes_the_names(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 500)
+    names = (
+        "--loss",
+        "max_suppression_loss",
+        "--optimizer",
+        "lion_k",
+        "--tied",
+        "--no-control",
+        "--steps",
+        10,
+    )
+    done = _run("train_lm", "--quick", "--text", text, "--out", tmp_path, *names)
+    assert done.returncode == 0, done.stderr
+    runs = json.loads((tmp_path / "train_lm.json").read_text())["runs"]
+    assert set(runs) == {"baseline", "ours"}
+    assert runs["ours"]["validation_after"] < runs["ours"]["validation_before"]
+
+
+@pytest.mark.slow
+def test_train_classifier(tmp_path):
+    flags = ("--loss", "cross_entropy", "focal_loss", "--epochs", 6, "--out", tmp_path)
+    done = _run("train_classifier", *flags)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "train_classifier.json").read_text())
+    assert len(rows) == 3
+    for name, metrics in rows.items():
+        assert len(metrics["accuracy"]) == 3
+        assert min(metrics["accuracy"]) > 0.85, name
+        assert all(map(math.isfinite, metrics["nll"] + metrics["ece"]))
+
+
+@pytest.mark.parametrize(
+    "name, flags, words",
+    [
+        ("train_lm", "--vocab 100", "--vocab: must be an integer of 512 or more, got '100'"),
+        ("train_lm", "--steps 0", "--steps: must be an integer of 1 or more, got '0'"),
+        ("train_lm", "--width 30 --heads 4", "--heads: must divide --width 30, got 4"),
+        ("train_lm", "--label-smoothing 1.5", "--label-smoothing: must be a number of 0 or more, 1 at most"),
+        ("train_lm", "--learning-rate nan", "--learning-rate: must be a number"),
+        ("train_lm", "--loss hinge", "invalid choice: 'hinge'"),
+        ("train_lm", "--loss focal_loss --z-loss 1e-4", "--z-loss: focal_loss has no such option"),
+        ("train_lm", "--text missing.txt", "--text: "),
+        ("train_classifier", "--epochs 0", "--epochs: must be an integer from 1"),
+        ("train_classifier", "--label-noise 2", "--label-noise: must be a number from 0"),
+        ("train_classifier", "--loss hinge", "invalid choice: 'hinge'"),
+    ],
+)
+def test_bad_flag_is_one_line(name, flags, words, monkeypatch, capsys):
+    example = _load(name)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags.split()])
+    with pytest.raises(SystemExit) as exit:
+        example.main()
+    error = capsys.readouterr().err
+    assert exit.value.code == 2
+    assert words in error and error.count("\n") == 1
+
+
+def test_bad_flag_of_a_process():
+    done = _run("train_lm", "--text", "missing.txt")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "missing.txt" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_tokenizer_loses_nothing(train_lm):
+    text = "def f(self, __x__):\n\treturn 'héllo wörld' * 12_345  # ½ ∑ 日本語 \U0001f600\r\n"
+    tokenizer = train_lm.Tokenizer("def f(self): return self.hello\n" * 3, 300)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode(" return self")) == 2
+    assert len(tokenizer.tokens) <= 300
+
+
+def test_explicit_attention_equals_the_fast_one(train_lm):
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 7, 2, 5))
+    fast = train_lm.attend(jaxsoft.softmax, q, k, v)
+    explicit = train_lm.attend(lambda scores, where: jaxsoft.softmax(scores, where=where), q, k, v)
+    np.testing.assert_allclose(explicit, fast, atol=1e-5)
