@@ -50,9 +50,9 @@ LOSSES = {
     for loss in (losses.cross_entropy, losses.poly_loss, losses.focal_loss, losses.max_suppression_loss)
 }
 NORMALIZERS = {"softmax": jaxsoft.softmax}
-OPTIMIZERS = {  # name: (learning rate -> optimizer, default learning rate at these sizes)
+OPTIMIZERS = {  # name: (learning rate -> optimizer, a good peak learning rate at the default sizes)
     "adamw": (optax.adamw, 3e-3),
-    "lion_k": (optimizers.lion_k, 3e-4),
+    "lion_k": (optimizers.lion_k, 1e-3),
     "perpendicular_adamw": (
         lambda rate, **kw: optax.chain(optimizers.perpendicular_gradient(), optax.adamw(rate, **kw)),
         3e-3,
@@ -345,27 +345,21 @@ def messages(args: argparse.Namespace, variant: str, *data):
 
 def compare(args: argparse.Namespace, variants: dict[str, str], console: Console, data) -> dict[str, dict]:
     """Runs the variants one after the other and shows how far they are; returns their results."""
-    text = TextColumn("{task.fields[text]}", markup=False)
-    bars = (
-        TextColumn("{task.description:8}"),
-        BarColumn(20),
-        MofNCompleteColumn(),
-        text,
-        TimeRemainingColumn(),
-    )
+    name, numbers = TextColumn("{task.description:8}"), TextColumn("{task.fields[numbers]}")
+    columns = name, BarColumn(10), MofNCompleteColumn(), numbers, TimeRemainingColumn()
     results = {}
-    with Progress(*bars, console=console, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         for variant in variants:
-            task = progress.add_task(variant, total=args.steps, text="compiling")
+            task = progress.add_task(variant, total=args.steps, numbers="compiling")
             for message in messages(args, variant, *data):
                 if "step" not in message:
                     results[variant] = message
                     continue
                 rate = args.batch * args.sequence / message["seconds"]
-                text = f"loss {message['loss']:.3f}  validation {message['valid']:.3f}  {rate:,.0f} tokens/s"
-                progress.update(task, completed=message["step"], text=text)
+                numbers = f"loss {message['loss']:.3f}  valid. {message['valid']:.3f}  {rate:,.0f} tokens/s"
+                progress.update(task, completed=message["step"], numbers=numbers)
                 if not console.is_terminal and message["step"] % max(args.steps // 10, 1) == 0:
-                    print(f"{variant:8}  step {message['step']:>4}/{args.steps}  {text}", flush=True)
+                    print(f"{variant:8}  step {message['step']:>4}/{args.steps}  {numbers}", flush=True)
     return results
 
 
@@ -479,11 +473,11 @@ def make_parser() -> Parser:
     model.add_argument("--tied", action="store_true", help="use the embedding table as the head")
 
     training = parser.add_argument_group("training, of all runs")
-    add(training, "--steps", number(int, 1), 180, "number of steps")
+    add(training, "--steps", number(int, 1), 150, "number of steps")
     add(training, "--batch", number(int, 1), 8, "sequences a step")
     add(training, "--sequence", number(int, 2), 256, "tokens a sequence")
     add(training, "--weight-decay", number(float, 0), 0.1, "decoupled weight decay of the matrices")
-    add(training, "--validations", number(int, 1), 9, "how often to validate")
+    add(training, "--validations", number(int, 1), 10, "how often to validate")
     add(training, "--valid-batches", number(int, 1), 4, "batches a validation")
     add(training, "--baseline-learning-rate", number(float, 0), None, "peak rate of the baseline's adamw")
 

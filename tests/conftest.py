@@ -11,7 +11,9 @@ import jax
 import pytest
 
 _ROOT = pathlib.Path(__file__).parent.parent
-jax.config.update("jax_compilation_cache_dir", os.environ.get("JAXSOFT_CACHE", str(_ROOT / ".venv" / "jax_cache")))
+jax.config.update(
+    "jax_compilation_cache_dir", os.environ.get("JAXSOFT_CACHE", str(_ROOT / ".venv" / "jax_cache"))
+)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 

@@ -1,4 +1,4 @@
-"""Losses: pure functions `(logits, labels, ...) -> per-example values`, for dense and never-stored logits alike."""
+"""Losses: pure functions `(logits, labels, ...) -> per-example values`, for dense and never-stored logits."""
 
 from jaxsoft.losses._reduce import weighted_mean
 from jaxsoft.losses.classification import (

@@ -97,7 +97,7 @@ def cross_entropy(
     smooth = not is_zero(label_smoothing)
     if smooth and class_weights is None:
         wanted["all"] = reductions.sum()._replace(finalize=_total_and_count)
-    elif smooth:
+    elif smooth and class_weights is not None:
         wanted["all"] = reductions.weighted_sum(class_weights)
         wanted["count"] = reductions.count()
     out = rows.reduce(wanted)

@@ -112,7 +112,7 @@ def reduce_rows(
 
     block_size = block_size or logits.block_size or logits._default_block_size(n)
     source = logits._flat()
-    execute = source._run if hasattr(source, "_run") else functools.partial(run, source)
+    execute = getattr(source, "_run", None) or functools.partial(run, source)
     results = execute(
         functions,
         min(block_size, max(columns, 1)),
@@ -195,8 +195,8 @@ def run(source, functions: tuple[RowReduction, ...], block: int, masks: Masks, a
             states = stream(some, block, source, masks, some_arrays)
             finals = finalize(some, states, some_arrays)
         else:
-            finals = _filtered(some, block, source, masks, some_arrays)
-        results.update(zip(streamed, finals))
+            finals: Any = _filtered(some, block, source, masks, some_arrays)
+        results |= dict(zip(streamed, finals))
     return [results[i] for i in range(len(functions))]
 
 

@@ -212,7 +212,7 @@ class LinearLogits:
             precision=self.precision,
             preferred_element_type=self._accumulation_dtype,
         )
-        b = (
+        b: Any = (
             0.0
             if self.bias is None
             else jnp.where(used, self.bias, 0).astype(self._accumulation_dtype) @ col_weights

@@ -320,9 +320,10 @@ def _product_gradient(logits, block, hidden, raw, functions, calls, d_probes, ro
 
 
 def _any(keeps: list[Array | None]) -> Array | None:
-    if not keeps or any(k is None for k in keeps):
+    present = [k for k in keeps if k is not None]
+    if not keeps or len(present) < len(keeps):
         return None
-    return functools.reduce(jnp.logical_or, keeps)
+    return functools.reduce(jnp.logical_or, present)
 
 
 def _weighted_backward(call, chunk, gradients, cotangent):

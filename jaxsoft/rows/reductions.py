@@ -238,8 +238,10 @@ def weighted_logsumexp(weights: jax.Array) -> RowReduction:
 
 def weighted_log_partition(weights: jax.Array) -> RowReduction:
     """`weighted_logsumexp` in parts: see `LogPartition`."""
-    kind = {"col_args": (weights,)} if weights.ndim == 1 else {"entry_args": (weights,)}
-    return RowReduction(_lse_init, _weighted_lse_update, _lse_merge, _lse_parts, _keep_gauge, **kind)
+    reduction = RowReduction(_lse_init, _weighted_lse_update, _lse_merge, _lse_parts, _keep_gauge)
+    if weights.ndim == 1:
+        return reduction._replace(col_args=(weights,))
+    return reduction._replace(entry_args=(weights,))
 
 
 # log-sum-exp over the columns that are not named.

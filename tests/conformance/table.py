@@ -118,7 +118,9 @@ def _weighted_logsumexp(logits, inputs, *, where=None, axis=-1):
 
 
 def _reference_logsumexp(logits, inputs, *, where=None, axis=-1):
-    return jaxsoft.logsumexp(logits, method="reference", reference=inputs["reference"], where=where, axis=axis)
+    return jaxsoft.logsumexp(
+        logits, method="reference", reference=inputs["reference"], where=where, axis=axis
+    )
 
 
 def _softcapped(logits, inputs, *, where=None, axis=-1):
@@ -168,7 +170,14 @@ ENTRIES: list[Entry] = [
     _loss(losses.cross_entropy, "smooth", label_smoothing=0.1, z_loss=0.01, shift=None, huge=_SUMS),
     _loss(losses.cross_entropy, "others", label_smoothing=0.1, smoothing="others", huge=_SUMS),
     _loss(losses.cross_entropy, "weighted", label_smoothing=0.1, class_weights=True, huge=_SUMS),
-    _loss(losses.cross_entropy, "weighted-others", label_smoothing=0.1, smoothing="others", class_weights=True, huge=_SUMS),
+    _loss(
+        losses.cross_entropy,
+        "weighted-others",
+        label_smoothing=0.1,
+        smoothing="others",
+        class_weights=True,
+        huge=_SUMS,
+    ),
     _loss(losses.poly_loss, epsilon=(0.5, -0.2, 0.1)),
     _loss(losses.poly_loss, "soft", "soft", label_smoothing=0.1, low=2e-5, huge=_SUMS),
     _loss(losses.poly1_cross_entropy, epsilon=-1.0),
@@ -197,7 +206,9 @@ ELSEWHERE = {
 }
 
 _SAME = {f"jaxsoft.rows.{name}": f"jaxsoft.{name}" for name in rows.__all__ if name in jaxsoft.__all__} | {
-    f"jaxsoft.normalizers.{name}": f"jaxsoft.{name}" for name in normalizers.__all__ if name in jaxsoft.__all__
+    f"jaxsoft.normalizers.{name}": f"jaxsoft.{name}"
+    for name in normalizers.__all__
+    if name in jaxsoft.__all__
 }
 
 

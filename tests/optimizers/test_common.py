@@ -89,10 +89,10 @@ def test_converges(name, objective):
     }[name]
     if objective == "quadratic":
         start, goal = jnp.array([-1.0, 10.0, 1.0]), jnp.array([1.0, -1.0, 1.0])
-        loss = lambda x: jnp.sum((x - goal) ** 2)  # noqa: E731
+        loss = lambda x: jnp.sum((x - goal) ** 2)
     else:
         start, goal = jnp.array([0.0, 0.0]), jnp.array([1.0, 1.0])
-        loss = lambda x: (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2  # noqa: E731
+        loss = lambda x: (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
 
     def step(carry, _):
         x, state = carry
@@ -272,7 +272,7 @@ def test_scan_and_donation(name):
 def test_vmap_is_a_loop(name):
     tx = ALL[name]()
     members = [gradients(100 + i, params_tree()) for i in range(3)]
-    stack = lambda *trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)  # noqa: E731
+    stack = lambda *trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)
     params, state = stack(*members), jax.vmap(tx.init)(stack(*members))
     update = jax.jit(jax.vmap(tx.update))
     for step in range(3):

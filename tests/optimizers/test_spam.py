@@ -89,7 +89,7 @@ def test_spam_decays_like_adamw():
 @pytest.mark.parametrize("threshold", [5000, 30, 0])
 def test_spam_equals_pytorch_optimizer(threshold):
     start, grads = random_problem()
-    make = lambda po, params: po.SPAM(  # noqa: E731
+    make = lambda po, params: po.SPAM(
         params, lr=0.01, threshold=threshold, grad_accu_steps=7, update_proj_gap=1000, weight_decay=0.0
     )
     theirs = torch_trajectory(make, start, grads)
@@ -310,7 +310,7 @@ def test_stable_spam_worked_example_with_total_steps():
 @pytest.mark.parametrize("gap", [1000, 13])
 def test_stable_spam_equals_pytorch_optimizer(gap):
     start, grads = random_problem()
-    make = lambda po, params: po.StableSPAM(  # noqa: E731
+    make = lambda po, params: po.StableSPAM(
         params, lr=0.01, weight_decay=0.1, update_proj_gap=gap
     )
     theirs = torch_trajectory(make, start, grads)
