@@ -1,6 +1,6 @@
 """Trains a small GPT whose logits are never stored, beside the plain baseline, and compares the two.
 
-Three runs with equal seeds, hence equal initial weights and batches, each in a process of its own:
+Three runs with equal seeds, hence equal initial weights and batches:
 
   baseline   dense logits, optax.softmax_cross_entropy_with_integer_labels, optax.adamw
   ours       jaxsoft.linear_logits, a loss of jaxsoft, an optimizer of jaxsoft
@@ -23,6 +23,7 @@ import pathlib
 import pydoc_data.topics
 import re
 import resource
+import signal
 import statistics
 import sys
 import sysconfig
@@ -195,8 +196,8 @@ def make_optimizer(name: str, rate: float | None, args: argparse.Namespace) -> o
     return make(schedule, weight_decay=args.weight_decay, mask=matrices)
 
 
-def run(args: argparse.Namespace, variant: str, tokenizer: Tokenizer, train, valid, connection) -> None:
-    """Trains one variant, and sends its progress and finally its results through the connection."""
+def run(args: argparse.Namespace, variant: str, tokenizer: Tokenizer, train, valid):
+    """Trains one variant: yields once it is compiled, then after every step, and at the end its results."""
     streamed = variant == "ours"
     if variant == "baseline":
         optimizer = make_optimizer("adamw", args.baseline_learning_rate, args)
@@ -239,8 +240,9 @@ def run(args: argparse.Namespace, variant: str, tokenizer: Tokenizer, train, val
     def validate() -> float:
         return float(np.mean([valid_step(params, tokens) for tokens in valid]))
 
-    memory_before = resident_memory()
     curve, validation, seconds = [], [(0, validate())], []
+    yield {"step": 0}
+    memory_before = resident_memory()
     for step, tokens in enumerate(train, 1):
         began = time.perf_counter()
         params, opt_state, loss = jax.block_until_ready(train_step(params, opt_state, tokens))
@@ -248,26 +250,24 @@ def run(args: argparse.Namespace, variant: str, tokenizer: Tokenizer, train, val
         curve.append(float(loss))
         if step % max(args.steps // args.validations, 1) == 0 or step == args.steps:
             validation.append((step, validate()))
-        connection.send({"step": step, "loss": curve[-1], "valid": validation[-1][1], "seconds": seconds[-1]})
+        yield {"step": step, "loss": curve[-1], "valid": validation[-1][1], "seconds": seconds[-1]}
 
     peak = peak_memory()
     median = statistics.median(seconds[2:] or seconds)  # without the warm-up
-    connection.send(
-        {
-            "train_loss": curve,
-            "validation": validation,
-            "validation_before": validation[0][1],
-            "validation_after": validation[-1][1],
-            "seconds_per_step": median,
-            "tokens_per_second": args.batch * args.sequence / median,
-            "temporary_bytes": train_step.memory_analysis().temp_size_in_bytes,
-            "peak_bytes": peak,
-            "growth_bytes": peak - memory_before,
-            "parameters": sum(p.size for p in jax.tree.leaves(params)),
-            "start_checksum": start_checksum,
-            "sample": continue_text(args, graph, params, tokenizer) if streamed else None,
-        }
-    )
+    yield {
+        "train_loss": curve,
+        "validation": validation,
+        "validation_before": validation[0][1],
+        "validation_after": validation[-1][1],
+        "seconds_per_step": median,
+        "tokens_per_second": args.batch * args.sequence / median,
+        "temporary_bytes": train_step.memory_analysis().temp_size_in_bytes,
+        "peak_bytes": peak,
+        "growth_bytes": peak - memory_before,
+        "parameters": sum(p.size for p in jax.tree.leaves(params)),
+        "start_checksum": start_checksum,
+        "sample": continue_text(args, graph, params, tokenizer) if streamed else None,
+    }
 
 
 def continue_text(args: argparse.Namespace, graph, params, tokenizer: Tokenizer) -> str:
@@ -327,40 +327,44 @@ def load(args: argparse.Namespace) -> tuple[Tokenizer, np.ndarray, np.ndarray]:
     )
 
 
-def messages(args: argparse.Namespace, variant: str, *data):
-    """What a run reports from a fresh process of its own, so that the peak of its memory is its own, too."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=run, args=(args, variant, *data, sender), daemon=True)
-    process.start()
-    sender.close()
-    try:
-        while True:
-            yield receiver.recv()
-    except EOFError:
-        process.join()
-    if process.exitcode:
-        sys.exit(f"train_lm.py: the run {variant!r} failed")
+def work(connection, *run_args) -> None:
+    """The process of a run: every message goes out, then it waits for its turn."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process answers Ctrl-C
+    for message in run(*run_args):
+        connection.send(message)
+        connection.recv()
 
 
 def compare(args: argparse.Namespace, variants: dict[str, str], console: Console, data) -> dict[str, dict]:
-    """Runs the variants one after the other and shows how far they are; returns their results."""
+    """Trains all variants and shows how far they are; returns their results.
+
+    Each has a process, so that the peak of its memory is its own. They take a step in turns, never at the same
+    time, so that whatever else the machine does slows all of them.
+    """
+    context = multiprocessing.get_context("spawn")
+    connections, tasks = {}, {}
     name, numbers = TextColumn("{task.description:8}"), TextColumn("{task.fields[numbers]}")
     columns = name, BarColumn(10), MofNCompleteColumn(), numbers, TimeRemainingColumn()
-    results = {}
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         for variant in variants:
-            task = progress.add_task(variant, total=args.steps, numbers="compiling")
-            for message in messages(args, variant, *data):
-                if "step" not in message:
-                    results[variant] = message
-                    continue
+            connections[variant], theirs = context.Pipe()
+            context.Process(target=work, args=(theirs, args, variant, *data), daemon=True).start()
+            theirs.close()
+            tasks[variant] = progress.add_task(variant, total=args.steps, numbers="compiling")
+        for connection in connections.values():
+            connection.recv()
+        for step in range(1, args.steps + 1):
+            for variant, connection in connections.items():
+                connection.send("go on")
+                message = connection.recv()
                 rate = args.batch * args.sequence / message["seconds"]
                 numbers = f"loss {message['loss']:.3f}  valid. {message['valid']:.3f}  {rate:,.0f} tokens/s"
-                progress.update(task, completed=message["step"], numbers=numbers)
-                if not console.is_terminal and message["step"] % max(args.steps // 10, 1) == 0:
-                    print(f"{variant:8}  step {message['step']:>4}/{args.steps}  {numbers}", flush=True)
-    return results
+                progress.update(tasks[variant], completed=step, numbers=numbers)
+                if not console.is_terminal and step % max(args.steps // 10, 1) == 0:
+                    print(f"{variant:8}  step {step:>4}/{args.steps}  {numbers}", flush=True)
+        for connection in connections.values():
+            connection.send("finish")
+        return {variant: connection.recv() for variant, connection in connections.items()}
 
 
 def show(results: dict[str, dict], variants: dict[str, str], console: Console) -> None:
@@ -526,7 +530,12 @@ def main() -> None:
         data = load(args)
     except (OSError, ValueError) as error:
         parser.error(f"argument --text: {error}")
-    results = compare(args, variants, console, data)
+    try:
+        results = compare(args, variants, console, data)
+    except (EOFError, OSError):
+        sys.exit("train_lm.py: error: a run has failed")
+    except KeyboardInterrupt:
+        sys.exit(130)
     show(results, variants, console)
 
     args.out.mkdir(parents=True, exist_ok=True)

@@ -83,7 +83,17 @@ def test_compiled_temporary_memory():
     small = temporary_bytes(recomputing, 2048)
     assert small <= temporary_bytes(dense, 2048) / 30
     assert temporary_bytes(forward_gradient, 2048) <= temporary_bytes(dense, 2048) / 6
-    assert temporary_bytes(recomputing, 8192) <= 2 * small
+
+    # Four times the tokens: twice the memory, beyond the gradient of hidden, which the loop carries (and, with an
+    # ignore_index, beyond the copy of hidden in which ignored rows are zeroed).
+    def no_ignored(h, w, y):
+        return losses.cross_entropy(jaxsoft.linear_logits(h, w), y, ignore_index=None).mean()
+
+    def beyond(f, tokens):
+        return temporary_bytes(f, tokens) - 4 * tokens * 512
+
+    assert beyond(no_ignored, 8192) <= 2 * beyond(no_ignored, 2048)
+    assert beyond(recomputing, 8192) <= 2 * small
 
 
 def test_dense_cross_entropy_stores_no_second_array_of_the_logits_size():
@@ -94,13 +104,10 @@ def test_dense_cross_entropy_stores_no_second_array_of_the_logits_size():
 
 def test_import_is_light_and_silent():
     program = (
-        "import time, jax, optax; start = time.perf_counter(); import jaxsoft; "
-        "print(time.perf_counter() - start); "
-        "import sys; assert not {'flax', 'jax.experimental.pallas', 'torch', 'chex'} & (set(sys.modules) - BEFORE); "
+        "import sys, time, jax, optax; BEFORE = set(sys.modules); start = time.process_time(); import jaxsoft; "
+        "print(time.process_time() - start); "
+        "assert not {'flax', 'jax.experimental.pallas', 'torch', 'chex'} & (set(sys.modules) - BEFORE); "
         "from jax._src import xla_bridge; assert not xla_bridge.backends_are_initialized()"
-    )
-    program = program.replace(
-        "import jaxsoft; ", "import sys; BEFORE = set(sys.modules); import jaxsoft; ", 1
     )
     runs = [
         subprocess.run(

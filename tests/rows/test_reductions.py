@@ -45,6 +45,7 @@ def make_inputs(seed=1):
     entries = rng.normal(size=(N, V))
     return dict(
         ids=jnp.asarray([2, 5, 0, 4, 10, 1], jnp.int32),
+        some=jnp.asarray([[2, 9], [5, 5], [0, 3], [4, 1], [10, 0], [1, 2]], jnp.int32),
         many=jnp.asarray([[2, 9], [5, 5], [0, 3], [4, 1], [10, -1], [1, V]], jnp.int32),
         class_weights=jnp.asarray([*rng.random(V - 1), 0.0]),
         entry_weights=jnp.asarray(entries),
@@ -138,11 +139,6 @@ def plain_soft_label(x, given):
     lost = jnp.any(~keep & (q > 0), -1)
     nll = jnp.where(lost, jnp.inf, -jnp.sum(jnp.where(keep, q * log_p, 0), -1))
     return jnp.where(some, nll, 0), lse, some.astype(float)
-
-
-def order(x):
-    """Columns by score, largest first, equals by column; absent entries last."""
-    return np.lexsort((np.broadcast_to(np.arange(V), x.shape), -np.asarray(jax.lax.stop_gradient(x))), axis=-1)
 
 
 def plain_top_k(x, k):
@@ -275,17 +271,27 @@ CASES = [
         lambda x, g: jnp.sum(probabilities(x)[0] ** 2, -1),
     ),
     Case("take", lambda g: r.take(g["ids"]), lambda x, g: plain_take(x, g["ids"]), ("ids",)),
-    Case("take[k]", lambda g: r.take(g["many"]), lambda x, g: plain_take(x, g["many"]), ("many",)),
+    Case("take[k]", lambda g: r.take(g["some"]), lambda x, g: plain_take(x, g["some"]), ("some",)),
     Case("label_statistics", lambda g: r.label_statistics(g["ids"]), plain_label, ("ids",), label_view),
     Case(
-        "soft_label_statistics", lambda g: r.soft_label_statistics(g["q"]), plain_soft_label, ("q",), label_view
+        "soft_label_statistics",
+        lambda g: r.soft_label_statistics(g["q"]),
+        plain_soft_label,
+        ("q",),
+        label_view,
     ),
     Case("maximum", lambda g: r.maximum(), lambda x, g: plain_top_k(x, 1)[0][:, 0]),
     Case("argmax", lambda g: r.argmax(), lambda x, g: plain_top_k(x, 1)[1][:, 0]),
-    Case("maximum_and_argmax", lambda g: r.maximum_and_argmax(), lambda x, g: tuple(a[:, 0] for a in plain_top_k(x, 1))),
+    Case(
+        "maximum_and_argmax",
+        lambda g: r.maximum_and_argmax(),
+        lambda x, g: tuple(a[:, 0] for a in plain_top_k(x, 1)),
+    ),
     Case("maximum_below", lambda g: r.maximum_below(g["bound"], g["ids"]), plain_below, ("bound", "ids")),
     Case("top_k", lambda g: r.top_k(3), lambda x, g: plain_top_k(x, 3), view=tuple),
-    Case("top_k[more than there are]", lambda g: r.top_k(V + 2), lambda x, g: plain_top_k(x, V + 2), view=tuple),
+    Case(
+        "top_k[more than there are]", lambda g: r.top_k(V + 2), lambda x, g: plain_top_k(x, V + 2), view=tuple
+    ),
     Case("count", lambda g: r.count(), lambda x, g: plain_sums(x, 1.0)[1]),
     Case("sum", lambda g: r.sum(), lambda x, g: plain_sums(x, 1.0)[0]),
     Case("mean", lambda g: r.mean(), plain_mean),
@@ -354,7 +360,7 @@ def with_gradient(f, point):
         result = f({**floats, **others})
         return contract(result), result
 
-    gradient, result = jax.jit(jax.grad(scalar, has_aux=True))(floats)
+    gradient, result = jax.grad(scalar, has_aux=True)(floats)
     return result, gradient
 
 
@@ -372,23 +378,22 @@ def assert_close(a, b, tolerance=1e-12):
 @every
 def test_blocks_of_any_size_are_the_formula(case, x64):
     point = {"x": make_scores(), **given_of(case)}
-    expected, gradient = with_gradient(lambda p: case.reference(p["x"], p), point)
-    for block in (1, 4, V + 3):
-        f = lambda p, b=block: case.view(reduce_rows(p["x"], case.make(p), block_size=b))  # noqa: E731
-        result, g = with_gradient(f, point)
+    expected = with_gradient(lambda p: case.reference(p["x"], p), point)
+    for block in (3, V + 3):
+        f = lambda p, b=block: case.view(reduce_rows(p["x"], case.make(p), block_size=b))
+        result = jax.jit(lambda p, f=f: with_gradient(f, p))(point)
         assert_close(result, expected)
-        # An id out of range has gradient NaN by contract, where the formula's is 0: see test_take_out_of_range.
-        assert_close(g, gradient)
-        assert jnp.all(g["x"][3] == 0)  # the row of -inf
+        assert jnp.all(result[1]["x"][3] == 0)  # the row of -inf
 
 
 @every
-@pytest.mark.parametrize("options", [dict(block_size=4), dict(block_size=1, softcap=3.0)], ids=str)
-def test_linear_logits_are_the_formula(case, options, x64):
-    """Streamed, with a row and columns absent; sums of affine logits take their closed forms."""
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_linear_logits_are_the_formula(case, softcap, x64):
+    """Streamed, with rows and columns absent. Sums of affine logits take their closed forms."""
     rng = np.random.default_rng(7)
-    rows_kept = jnp.ones((N, 1), bool).at[3].set(False)
+    rows_kept = jnp.arange(N) != 3
     columns_kept = jnp.arange(V) != 6
+    keep = columns_kept & rows_kept[:, None]
     point = dict(
         hidden=jnp.asarray(rng.normal(size=(N, D))),
         weight=jnp.asarray(rng.normal(size=(D, V))),
@@ -400,23 +405,40 @@ def test_linear_logits_are_the_formula(case, options, x64):
         point["reference"] = point["reference"].at[4].add(-100)
 
     def dense(p):
-        x = p["scale"][:, None] * (p["hidden"] @ p["weight"]) + p["bias"]
-        if "softcap" in options:
-            x = jnp.where(x == -jnp.inf, x, 3 * jnp.tanh(jnp.where(x == -jnp.inf, 0, x) / 3))
-        return x
+        x = jnp.where(jnp.arange(V) == 8, 0, p["scale"][:, None] * (p["hidden"] @ p["weight"]) + p["bias"])
+        x = x if softcap is None else softcap * jnp.tanh(x / softcap)
+        return case.reference(jnp.where(keep & (jnp.arange(V) != 8), x, -jnp.inf), p)
 
-    def streamed(p, mask):
-        logits = jaxsoft.linear_logits(p["hidden"], p["weight"], bias=p["bias"], scale=p["scale"], **options)
-        return case.view(
-            reduce_rows(logits, case.make(p), where=mask[0], row_where=None if mask[1] is None else mask[1][:, 0])
+    def streamed(p):
+        logits = jaxsoft.linear_logits(
+            p["hidden"], p["weight"], bias=p["bias"], scale=p["scale"], softcap=softcap
         )
+        if softcap is None:  # a mask of columns and a mask of rows, ragged blocks
+            options = dict(where=columns_kept, row_where=rows_kept, block_size=4)
+        else:  # one mask of entries, the smallest blocks
+            options = dict(where=keep, block_size=1)
+        return case.view(reduce_rows(logits, case.make(p), **options))
 
-    mask = jnp.broadcast_to(columns_kept, (N, V)) & rows_kept
-    expected = with_gradient(lambda p: case.reference(jnp.where(mask, dense(p), -jnp.inf), p), point)
-    for masks in ((columns_kept, rows_kept), (mask, None)):
-        if case.id in ("take", "take[k]"):  # an absent row is not read: its ids are not looked at
-            expected[0].at[3].set(-INF)
-        assert_close(with_gradient(lambda p, m=masks: streamed(p, m), point), expected, 1e-11)
+    result, gradient = with_gradient(dense, point)
+    if case.factory == "take":  # nobody reads an absent row: the score is that of an absent entry
+        result = result.at[3].set(-INF)
+    assert_close(jax.jit(lambda p: with_gradient(streamed, p))(point), (result, gradient), 1e-11)
+
+
+def test_moments_of_few_rows_are_streamed(x64):
+    """The closed form needs at least as many rows as features; with fewer, the scores are read."""
+    rng = np.random.default_rng(3)
+    hidden, weight = jnp.asarray(rng.normal(size=(2, 5))), jnp.asarray(rng.normal(size=(5, V)))
+
+    def f(point, stream):
+        logits = jaxsoft.linear_logits(*point, block_size=4)
+        x = reduce_rows(logits, reductions.moments()) if stream else None
+        return moments_view(x) if stream else plain_moments(logits.dense(), None)
+
+    got, expected = (
+        jax.jit(jax.jacrev(lambda p, s=s: contract(f(p, s))))((hidden, weight)) for s in (True, False)
+    )
+    assert_close(got, expected, 1e-11)
 
 
 # --- merging ---------------------------------------------------------------------------------------------
@@ -453,7 +475,6 @@ def test_parts_merge_in_any_order(case, cuts, x64):
     a, b, c = of(x, 0, cuts[0]), of(x, *cuts), of(x, cuts[1], V)
     absent = of(jnp.full_like(x, -INF), *cuts)  # a part without entries, in all rows
     merge, finish = reduction.merge, lambda s: case.view(reduction.finalize(s, *args))
-    # `absent` has seen the columns of b, so it stands for a part of another row: with take, its ids are known.
     expected = case.reference(x, given)
     for state in (
         merge(merge(a, b), c),
@@ -462,12 +483,341 @@ def test_parts_merge_in_any_order(case, cuts, x64):
     ):
         assert_close(finish(state), expected)
     without = case.reference(x.at[:, cuts[0] : cuts[1]].set(-INF), given)
-    if not case.id.startswith("take"):  # a masked score of a take is -inf, not the empty state's 0: see below
-        assert_close(finish(merge(merge(a, absent), c)), without)
-        assert_close(finish(merge(a, merge(absent, c))), without)
+    assert_close(finish(merge(merge(a, absent), c)), without)
+    assert_close(finish(merge(a, merge(absent, c))), without)
     # Three parts, taken in by one state, are one part.
     state = empty
     for start, stop in ((0, cuts[0]), cuts, (cuts[1], V)):
         state = reduction.update(state, tile_of(x, start, stop, reduction), *args)
     assert_close(finish(state), expected)
     assert_close(finish(merge(empty, empty)), finish(empty))
+
+
+# --- entries picked by index, ties, NaN ------------------------------------------------------------------
+
+
+def test_take_out_of_range_is_nan_in_value_and_gradient(x64):
+    x, ids = make_scores(), jnp.asarray([2, -1, V, 4, 10, 1], jnp.int32)
+    for make in (r.take, r.label_statistics):
+        f = lambda x, make=make: jax.tree.leaves(reduce_rows(x, make(ids), block_size=4))[0]
+        value = f(x)
+        gradient = jax.grad(lambda x, f=f: contract(jnp.where(jnp.isnan(f(x)), f(x), 0)))(x)
+        bad = np.array([False, True, True, False, False, False])
+        np.testing.assert_array_equal(jnp.isnan(value), bad)
+        gradient = jax.jacrev(f)(x)
+        assert jnp.all(jnp.any(jnp.isnan(gradient[bad]), axis=(1, 2)))
+        assert jnp.all(jnp.isfinite(gradient[~bad]))
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 8])
+def test_ties_go_to_the_smaller_column(block, x64):
+    x = jnp.asarray([[1.0, 3, 2, 3, 3, 1, 2, 0], [0.0, 0, 0, 0, 0, 0, 0, 0]])
+    wanted = dict(best=r.argmax(), both=r.maximum_and_argmax(), top=r.top_k(5), below=r.top_k(8))
+    out = reduce_rows(x, wanted, block_size=block)
+    np.testing.assert_array_equal(out["best"], [1, 0])
+    np.testing.assert_array_equal(out["both"][1], [1, 0])
+    np.testing.assert_array_equal(out["top"].indices, [[1, 3, 4, 2, 6], [0, 1, 2, 3, 4]])
+    np.testing.assert_array_equal(out["top"].values, [[3, 3, 3, 2, 2], [0] * 5])
+    np.testing.assert_array_equal(out["below"].indices, [[1, 3, 4, 2, 6, 0, 5, 7], range(8)])
+    # The whole gradient of the maximum goes to the first column that holds it.
+    gradient = jax.grad(lambda x: contract(reduce_rows(x, r.maximum(), block_size=block)))(x)
+    assert np.count_nonzero(gradient) == 2 and gradient[0, 1] != 0 and gradient[1, 0] != 0
+    # Ranks: the columns that come first in the order above. Streamed, too.
+    ranks = np.argsort(out["below"].indices, axis=-1)
+    logits = jaxsoft.linear_logits(jnp.eye(2), x, block_size=block)
+    for column in range(8):
+        labels = jnp.full(2, column, jnp.int32)
+        np.testing.assert_array_equal(jaxsoft.label_rank(logits, labels), ranks[:, column])
+
+
+def test_top_k_with_more_than_there_are(x64):
+    x = jnp.asarray([[1.0, -INF, 2.0], [-INF, -INF, -INF]])
+    for block in (1, 2, 5):
+        best = reduce_rows(x, r.top_k(5), block_size=block)
+        np.testing.assert_array_equal(best.values, [[2, 1, -INF, -INF, -INF], [-INF] * 5])
+        np.testing.assert_array_equal(best.indices, [[2, 0, -1, -1, -1], [-1] * 5])
+    gradient = jax.grad(lambda x: contract(reduce_rows(x, r.top_k(5))))(x)
+    assert gradient[0, 0] != 0 and gradient[0, 2] != 0
+    np.testing.assert_array_equal(gradient.at[0, jnp.array([0, 2])].set(0), np.zeros((2, 3)))
+
+
+def test_top_k_merges_parts_given_in_any_order(x64):
+    """Values first, then columns: even parts merged out of order keep ties in the order of columns."""
+    x = jnp.asarray([[1.0, 3, 2, 3, 3, 1, 2, 0]])
+    reduction = r.top_k(4)
+    states = [
+        reduction.update(reduction.init(jnp.zeros(1)), tile_at(x, a, b)) for a, b in ((0, 2), (2, 5), (5, 8))
+    ]
+    for order in ((0, 1, 2), (2, 1, 0), (1, 0, 2)):
+        a, b, c = (states[i] for i in order)
+        best = reduction.finalize(reduction.merge(reduction.merge(a, b), c))
+        np.testing.assert_array_equal(best.indices, [[1, 3, 4, 2]])
+
+
+def tile_at(x, start, stop):
+    cols = jnp.arange(start, stop, dtype=jnp.int32)
+    x = x[:, start:stop]
+    keep = x > -jnp.inf
+    return Tile(jnp.where(keep, x, 0), x, keep, cols, V)
+
+
+@every
+def test_a_nan_stays_in_its_row(case, x64):
+    x, given = make_scores(), given_of(case)
+    point = {"x": x.at[0, 4].set(jnp.nan), **given}
+    other = np.arange(N) != 0
+
+    @jax.jit
+    def f(p):
+        result, pullback = jax.vjp(
+            lambda x: [
+                a
+                for a in jax.tree.leaves(case.view(reduce_rows(x, case.make(p), block_size=V)))
+                if is_float(a)
+            ],
+            p["x"],
+        )
+        return result, pullback([jnp.where(jnp.isfinite(a), 0.5, 0.0) for a in result])[0]
+
+    (spoiled, g_spoiled), (clean, g_clean) = f(point), f({**point, "x": x})
+    for a, b in zip([*spoiled, g_spoiled], [*clean, g_clean]):
+        np.testing.assert_array_equal(a[other], b[other])
+
+
+def test_nan_wins_a_maximum(x64):
+    x = jnp.asarray([[1.0, jnp.nan, 5.0, jnp.nan], [1.0, 2.0, 5.0, 3.0]])
+    for block in (1, 2, 4):
+        value, index = reduce_rows(x, r.maximum_and_argmax(), block_size=block)
+        np.testing.assert_array_equal(value, [jnp.nan, 5.0])
+        np.testing.assert_array_equal(index, [1, 2])
+
+
+# --- the methods of logsumexp ----------------------------------------------------------------------------
+
+
+def state_of(reduction, values, *args):
+    x = jnp.asarray([values], float)
+    return reduction.update(reduction.init(jnp.zeros(1), *args), tile_at(x, 0, x.shape[1]), *args)
+
+
+def test_exponent_states(x64):
+    """Mantissas and exponents as published; any sum is a mantissa times a power of two, exactly."""
+    reduction = r.logsumexp(method="exponent")
+    for x, a, e in ((1000.0, 0.809465, 1443), (1001.0, 1.100177, 1444), (998.0, 0.876394, 1440)):
+        exponent, mantissa = state_of(reduction, [x])
+        assert exponent[0] == e
+        np.testing.assert_allclose(mantissa, [a], atol=5e-7)
+    for values, a, e, lse in (
+        ([1000.0, 1001.0, 998.0], 1.559684, 1444, 1001.349012),
+        ([1.0, 2.0, -1.0, 0.5], 1.515492, 3, 2.495182),
+    ):
+        state = state_of(reduction, values)
+        assert state[0][0] == e
+        np.testing.assert_allclose(state[1], [a], atol=5e-7)
+        np.testing.assert_allclose(reduction.finalize(state), [lse], atol=5e-7)
+    np.testing.assert_array_equal(
+        [s[0][0] for s in (state_of(reduction, [v]) for v in (1.0, 2, -1, 0.5))], [1, 3, -1, 1]
+    )
+    # Rescaling is exact: parts that meet at another exponent add up to the sum in one go, to the last bit.
+    one, two, far = (state_of(reduction, v) for v in ([0.3, 0.4], [0.35], [400.0]))
+    both = reduction.merge(one, two)
+    assert reduction.merge(both, far)[1] == reduction.merge(one, reduction.merge(two, far))[1]
+    assert reduction.merge(state_of(reduction, [-INF]), one)[1] == one[1]
+
+
+def test_online_states(x64):
+    reduction = r.logsumexp()
+    a, b = state_of(reduction, [1.0, 2.0]), state_of(reduction, [-1.0, 0.5])
+    np.testing.assert_allclose([a[0][0], a[1][0]], [2, 1.367879], atol=5e-7)
+    np.testing.assert_allclose([b[0][0], b[1][0]], [0.5, 1.223130], atol=5e-7)
+    m, s = reduction.merge(a, b)
+    np.testing.assert_allclose([m[0], s[0]], [2, 1.640797], atol=5e-7)
+
+
+def test_reference_state(x64):
+    """At the fixed reference 1 the sum is 4.460148, and parts add without rescaling."""
+    phi = jnp.ones(1)
+    reduction = r.logsumexp(method="reference", reference=phi)
+    a, b = state_of(reduction, [1.0, 2.0], phi), state_of(reduction, [-1.0, 0.5], phi)
+    hi, s = reduction.merge(a, b)
+    assert hi[0] == 2 and s[0] == a[1][0] + b[1][0]
+    np.testing.assert_allclose(s, [4.460148], atol=5e-7)
+
+
+OFFSETS = np.array([-1e4, -200, -81, -79, 0, 65, 67, 95, 1e4])  # of a row's maximum from the reference
+SUITS = (OFFSETS > -80) & (OFFSETS < 66)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_reference_outside_its_range(streamed):
+    """NaN from the reduction; computed anew, with the right finite gradient, by the functions."""
+    base = np.asarray([0.0, -1.0, -2.5], np.float32)
+    scores = np.concatenate([OFFSETS[:, None] + base, np.full((1, 3), -INF)]).astype(np.float32)
+    reference = jnp.zeros(10, jnp.float32)
+    if streamed:
+        x, keep = jnp.asarray(np.where(np.isfinite(scores), scores, 0)), jnp.arange(10) < 9
+
+        def lift(x):
+            return jaxsoft.linear_logits(x, jnp.eye(3), block_size=2)
+    else:
+        x, keep = jnp.asarray(scores), None
+
+        def lift(x):
+            return x
+
+    where = None if keep is None else keep[:, None]
+    raw = reduce_rows(lift(x), r.logsumexp(method="reference", reference=reference), row_where=keep)
+    np.testing.assert_array_equal(jnp.isnan(raw), [*~SUITS, False])
+    assert raw[9] == -INF
+
+    def f(x):
+        return jaxsoft.logsumexp(lift(x), method="reference", reference=reference, where=where)
+
+    exact = np.log(np.sum(np.exp(base.astype(float)))) + OFFSETS.astype(np.float32)
+    # f32: half a unit in the last place of the result, and of the sum's logarithm
+    np.testing.assert_allclose(f(x)[:9], exact, rtol=2e-7, atol=2e-7)
+    assert f(x)[9] == -INF
+    gradient = jax.grad(lambda x: jnp.sum(jnp.where(jnp.isfinite(f(x)), f(x), 0) * jnp.arange(10)))(x)
+    p = np.exp(base) / np.sum(np.exp(base))
+    # A row's scores are rounded by up to 2**-11 (at 1e4), and the softmax with them: relative 1e-3 there only.
+    large = np.abs(OFFSETS) > 1e3
+    expected = np.arange(9)[:, None] * p
+    np.testing.assert_allclose(gradient[:9][~large], expected[~large], rtol=2e-5)
+    np.testing.assert_allclose(gradient[:9][large], expected[large], rtol=1e-3)
+    assert jnp.all(gradient[9] == 0)
+    if not streamed:
+        softmax = lambda x: rows.unified_max_softmax(x, reference)
+        np.testing.assert_allclose(softmax(x), jaxsoft.softmax(x), rtol=2e-5, atol=1e-7)
+        weights = jnp.asarray(np.random.default_rng(0).normal(size=(10, 3)), jnp.float32)
+        got, expected = (
+            jax.grad(lambda x, s=s: jnp.sum(weights * s(x)))(x) for s in (softmax, jaxsoft.softmax)
+        )
+        assert jnp.all(jnp.isfinite(got))
+        np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-6)
+
+
+def test_options_of_logsumexp():
+    with pytest.raises(
+        ValueError, match="method must be one of 'online', 'exponent', 'reference', got 'fast'"
+    ):
+        r.logsumexp(method="fast")
+    with pytest.raises(ValueError, match="reference must be given with method='reference'"):
+        r.logsumexp(method="reference")
+    with pytest.raises(ValueError, match="reference must be given with method='reference'"):
+        r.log_partition(reference=jnp.ones(3))
+
+
+# --- a user's reduction ----------------------------------------------------------------------------------
+
+_LSE = reductions.logsumexp()
+
+
+def margin_update(state, tile, labels, margin):
+    margins = jnp.where(tile.cols == labels[..., None], margin[..., None], 0)
+    return _LSE.update(state, tile.with_scores(tile.scores - margins), labels, margin)
+
+
+def margin_logsumexp(labels, margin):
+    return _LSE._replace(update=margin_update, args=(labels, margin))
+
+
+def margin_loss(logits, labels, margin, axis=-1):
+    """Cross-entropy in which the label's logit must lead by a margin."""
+    lse, score = reduce_rows(logits, (margin_logsumexp(labels, margin), reductions.take(labels)), axis=axis)
+    return lse - score + margin
+
+
+def plain_margin_loss(x, labels, margin):
+    x = x - margin[..., None] * (jnp.arange(x.shape[-1]) == labels[..., None])
+    return jax.nn.logsumexp(x, axis=-1) - jnp.take_along_axis(x, labels[..., None], -1)[..., 0]
+
+
+class TestAReductionOfAUser:
+    """Ten lines, no derivative: every driver and every transform has it."""
+
+    def operands(self, leading=(4,)):
+        rng = np.random.default_rng(11)
+        return dict(
+            hidden=jnp.asarray(rng.normal(size=(*leading, D))),
+            weight=jnp.asarray(rng.normal(size=(D, V))),
+            margin=jnp.asarray(rng.random(leading)),
+        )
+
+    labels = jnp.asarray([2, 0, 10, 5], jnp.int32)
+    weights = jnp.asarray([0.3, -1.0, 2.0, 0.7])
+
+    def losses_of(self, kind):
+        def dense(p, labels):
+            return margin_loss(p["hidden"] @ p["weight"], labels, p["margin"])
+
+        def streamed(p, labels):
+            return margin_loss(
+                jaxsoft.linear_logits(p["hidden"], p["weight"], block_size=4), labels, p["margin"]
+            )
+
+        def plain(p, labels):
+            return plain_margin_loss(p["hidden"] @ p["weight"], labels, p["margin"])
+
+        return dict(dense=dense, streamed=streamed, plain=plain)[kind]
+
+    def total(self, kind):
+        return lambda p: jnp.sum(jnp.asarray(self.weights) * self.losses_of(kind)(p, self.labels))
+
+    @pytest.mark.parametrize("kind", ["dense", "streamed"])
+    def test_value_and_derivatives(self, kind, x64):
+        p = self.operands()
+        direction = jax.tree.map(jnp.cos, p)
+
+        def everything(f):
+            value, tangent = jax.jvp(f, (p,), (direction,))
+            _, curvature = jax.jvp(jax.grad(f), (p,), (direction,))
+            both = jax.grad(lambda p: jax.jvp(f, (p,), (direction,))[1])(p)
+            return value, tangent, jax.grad(f)(p), curvature, both
+
+        got, expected = (jax.jit(lambda k=k: everything(self.total(k)))() for k in (kind, "plain"))
+        assert_close(got, expected, 1e-11)
+        assert jnp.all(got[2]["margin"] != 0)
+
+    def test_vmap(self, x64):
+        p = self.operands((3, 4))
+        labels = jnp.stack([self.labels, self.labels[::-1], self.labels])
+        axes = {"hidden": 0, "weight": None, "margin": 0}
+        for f in (
+            self.losses_of("streamed"),
+            lambda p, y: jax.grad(lambda p: jnp.sum(self.losses_of("streamed")(p, y) ** 2))(p),
+        ):
+            got = jax.jit(jax.vmap(f, (axes, 0)))(p, labels)
+            for i in range(3):
+                one = f(
+                    {"hidden": p["hidden"][i], "weight": p["weight"], "margin": p["margin"][i]}, labels[i]
+                )
+                assert_close(jax.tree.map(lambda a, i=i: a[i], got), one, 1e-12)
+
+    def test_leading_axes(self, x64):
+        p = self.operands((3, 4))
+        labels = jnp.stack([self.labels, self.labels[::-1], self.labels])
+        got = self.losses_of("streamed")(p, labels)
+        assert_close(got, plain_margin_loss(p["hidden"] @ p["weight"], labels, p["margin"]))
+
+    @pytest.mark.parametrize("chunk", [None, 3])
+    def test_weighted_sum(self, chunk, x64):
+        p = self.operands()
+
+        def f(p):
+            logits = jaxsoft.linear_logits(p["hidden"], p["weight"], block_size=4)
+            return losses.weighted_sum(
+                margin_loss,
+                logits,
+                self.labels,
+                p["margin"],
+                weights=jnp.asarray(self.weights),
+                chunk_size=chunk,
+            )
+
+        got, expected = (jax.jit(jax.value_and_grad(g))(p) for g in (f, self.total("plain")))
+        assert_close(got, expected, 1e-11)
+
+
+def test_float64_of_the_tests_is_on():
+    with float64():
+        assert make_scores().dtype == jnp.float64
