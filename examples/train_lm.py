@@ -61,9 +61,8 @@ OPTIMIZERS = {  # name: (learning rate -> optimizer, a good peak learning rate a
     "spam": (optimizers.spam, 3e-3),
     "stable_spam": (optimizers.stable_spam, 3e-3),
 }
-QUICK = dict(
-    steps=30, batch=4, sequence=64, width=64, layers=1, heads=2, vocab=4096, source_mb=0.5, valid_batches=4
-)
+QUICK = dict(steps=30, batch=4, sequence=64, width=64, layers=1, heads=2, vocab=4096)
+QUICK |= dict(source_mb=0.5, valid_batches=4, sample_tokens=20)
 
 
 # Text.
@@ -328,11 +327,12 @@ def load(args: argparse.Namespace) -> tuple[Tokenizer, np.ndarray, np.ndarray]:
 
 
 def work(connection, *run_args) -> None:
-    """The process of a run: every message goes out, then it waits for its turn."""
+    """The process of a run: sends each message, then waits for its turn."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process answers Ctrl-C
     for message in run(*run_args):
         connection.send(message)
-        connection.recv()
+        if "step" in message:
+            connection.recv()
 
 
 def compare(args: argparse.Namespace, variants: dict[str, str], console: Console, data) -> dict[str, dict]:
@@ -532,7 +532,7 @@ def main() -> None:
         parser.error(f"argument --text: {error}")
     try:
         results = compare(args, variants, console, data)
-    except (EOFError, OSError):
+    except (EOFError, ConnectionResetError):
         sys.exit("train_lm.py: error: a run has failed")
     except KeyboardInterrupt:
         sys.exit(130)

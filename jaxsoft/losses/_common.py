@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 from jaxsoft import _checks
 from jaxsoft._numerics import weigh
 from jaxsoft.rows import reductions
-from jaxsoft.rows._driver import check_axis, reduce_rows
+from jaxsoft.rows._driver import check_axis, reduce_rows, rows_of
 from jaxsoft.rows._logits import Logits
 from jaxsoft.rows._statistics import check_ids
 
@@ -88,7 +88,7 @@ def prepare(
       ValueError: an argument of a wrong shape.
     """
     axis = check_axis(logits, axis)
-    rows = tuple(n for i, n in enumerate(logits.shape) if i != axis)
+    rows = rows_of(logits.shape, axis)
     if weights is not None:
         _checks.floating("weights", weights)
         _checks.shape("weights", weights, rows, "one number an example")
@@ -101,8 +101,8 @@ def prepare(
             )
         if labels.shape != logits.shape:
             raise ValueError(
-                f"labels of dtype {labels.dtype} are distributions and must have the logits' shape {logits.shape}, "
-                f"got shape {labels.shape}; class ids must be integers of shape {rows}"
+                f"labels of dtype {labels.dtype} are distributions and must have the logits' shape "
+                f"{logits.shape}, got shape {labels.shape}; class ids must be integers of shape {rows}"
             )
         return Rows(logits, axis, where, None, jnp.moveaxis(labels, axis, -1), True, weights)
     if ignore_index is not None:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, safe_divide
 from jaxsoft.losses._common import IGNORE_INDEX
-from jaxsoft.rows._driver import check_axis
+from jaxsoft.rows._driver import check_axis, rows_of
 from jaxsoft.rows._logits import Logits
 from jaxsoft.rows._weighted import weighted_sum
 
@@ -59,7 +59,7 @@ def weighted_mean(
       1.6644
     """
     axis = check_axis(logits, axis)
-    rows = tuple(n for i, n in enumerate(logits.shape) if i != axis)
+    rows = rows_of(logits.shape, axis)
     if weights is None:
         weights = jnp.ones(rows, accumulation_dtype(logits.dtype))
     _checks.floating("weights", weights)

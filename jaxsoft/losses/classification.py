@@ -47,7 +47,7 @@ def cross_entropy(
       axis: the axis of the classes.
       where: class mask that broadcasts to the logits, True = counts. A label on a masked class costs +inf; a row
         without classes costs 0.
-      weights: `[*rows]`, multiply the losses; an example of weight 0 adds nothing, whatever it holds.
+      weights: `[*rows]`, multiply the losses; a weight of 0 hides a loss that is not finite.
       ignore_index: class id of examples to leave out: loss 0, gradient 0. None: there is no such id.
       class_weights: `[columns]`, multiply each class's term `-q_c log p_c`. (The mean of PyTorch divides by the
         sum of `class_weights[labels]`.)

@@ -10,7 +10,7 @@ from jaxsoft import _checks
 from jaxsoft._numerics import safe_divide
 from jaxsoft.losses._common import IGNORE_INDEX, Rows
 from jaxsoft.rows import reductions
-from jaxsoft.rows._driver import check_axis
+from jaxsoft.rows._driver import check_axis, rows_of
 from jaxsoft.rows._logits import Logits
 from jaxsoft.rows._statistics import check_range
 
@@ -56,7 +56,7 @@ def decoupled_softmax_loss(
       [0.857026]
     """
     axis = check_axis(logits, axis)
-    shape = tuple(n for i, n in enumerate(logits.shape) if i != axis)
+    shape = rows_of(logits.shape, axis)
     columns = logits.shape[axis]
     if weights is not None:
         _checks.floating("weights", weights)

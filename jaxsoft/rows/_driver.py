@@ -90,8 +90,7 @@ def reduce_rows(
     if block_size is not None:
         block_size = _checks.integer("block_size", block_size, at_least=1)
     axis = check_axis(logits, axis)
-    *rows, columns = (n for i, n in enumerate(logits.shape) if i != axis), logits.shape[axis]
-    rows = tuple(*rows)
+    rows, columns = rows_of(logits.shape, axis), logits.shape[axis]
     masks = _split_mask(where, logits.shape, axis)
     if row_where is not None:
         _checks.boolean("row_where", row_where)
@@ -141,6 +140,11 @@ def check_axis(logits: Any, axis: int) -> int:
     return axis % logits.ndim
 
 
+def rows_of(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    """The shape of the rows: `shape` without the axis."""
+    return tuple(n for i, n in enumerate(shape) if i != axis)
+
+
 def _split_mask(where: Any, shape: tuple[int, ...], axis: int) -> Masks:
     """Sorts a mask by what it varies over: rows, columns or both, each of them handled best on its own."""
     if where is None:
@@ -149,7 +153,7 @@ def _split_mask(where: Any, shape: tuple[int, ...], axis: int) -> Masks:
     _checks.boolean("where", where)
     _checks.broadcastable("where", where, shape, "the shape of the logits")
     where = jnp.moveaxis(where.reshape((1,) * (len(shape) - where.ndim) + where.shape), axis, -1)
-    rows = tuple(n for i, n in enumerate(shape) if i != axis)
+    rows = rows_of(shape, axis)
     if where.shape[-1] == 1 and shape[axis] != 1:
         return Masks(rows=jnp.broadcast_to(where[..., 0], rows))
     if math.prod(where.shape[:-1]) == 1:
@@ -296,10 +300,8 @@ def _states(functions, block, source, masks, arrays):
     """The finished states; nothing here is differentiated."""
     columns = source.shape[-1]
     like = source._like()
-
-    cut_masks = masks._replace(
-        rows=None
-    )  # a row nobody reads is emptied at the end: cheaper than in every tile
+    # A row nobody reads is emptied at the end, which is cheaper than in every tile.
+    cut_masks = masks._replace(rows=None)
 
     def body(states, start, size, looped):
         x = source._block(start, size, col_mask(masks, start, size))

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype
 from jaxsoft.rows import reductions
-from jaxsoft.rows._driver import check_axis, reduce_rows
+from jaxsoft.rows._driver import check_axis, reduce_rows, rows_of
 from jaxsoft.rows._logits import LinearLogits, Logits, capped, row_scalar
 from jaxsoft.rows.reductions import LogPartition, TopK
 
@@ -78,7 +78,7 @@ def log_partition(
         return reduce_rows(logits, reductions.log_partition(method=method), axis=axis, where=where)
     if reference is None:
         raise ValueError("reference must be a number or an array with method='reference', got None")
-    rows, dtype = _rows(logits, axis), accumulation_dtype(logits.dtype)
+    rows, dtype = rows_of(logits.shape, axis), accumulation_dtype(logits.dtype)
     reference = jnp.broadcast_to(jnp.asarray(row_scalar("reference", reference, rows, dtype), dtype), rows)
     fixed = reductions.log_partition(method="reference", reference=reference)
     fast = reduce_rows(logits, fixed, axis=axis, where=where)
@@ -112,7 +112,7 @@ def temperature(logits: Logits, temperature: float | Float[Array, ...], *, axis:
       [2. 4.]
     """
     axis = check_axis(logits, axis)
-    t = row_scalar("temperature", temperature, _rows(logits, axis), logits.dtype, positive=True)
+    t = row_scalar("temperature", temperature, rows_of(logits.shape, axis), logits.dtype, positive=True)
     if isinstance(logits, LinearLogits):
         return logits / t
     t = t if t.ndim == 0 else jnp.expand_dims(t, axis)
@@ -264,7 +264,7 @@ def label_rank(
 
 def check_ids(name: str, ids, logits: Logits, axis: int, *, ignore_index: int | None = None) -> None:
     """Checks one integer id a row: dtype, shape, and under `checkify` the range."""
-    rows = _rows(logits, axis)
+    rows = rows_of(logits.shape, axis)
     if hasattr(ids, "dtype") and jnp.issubdtype(ids.dtype, jnp.floating):
         raise TypeError(
             f"{name} must be class ids of integer dtype and shape {rows}, got {_checks.describe(ids)}"
@@ -286,7 +286,3 @@ def check_range(name: str, ids: Array, columns: int, ignore_index: int | None) -
         f"{name} must lie in [0, {columns}), got {{value}}",
         value=jnp.max(jnp.where(bad, ids, jnp.iinfo(ids.dtype).min), initial=jnp.iinfo(ids.dtype).min),
     )
-
-
-def _rows(logits: Logits, axis: int) -> tuple[int, ...]:
-    return tuple(n for i, n in enumerate(logits.shape) if i != axis)

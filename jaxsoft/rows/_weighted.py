@@ -25,9 +25,9 @@ from jaxsoft._numerics import weigh
 from jaxsoft.rows import _driver
 from jaxsoft.rows._logits import LinearLogits, Logits, cut
 
-# Measured on a CPU (docs/architecture.md): chunks of 512 rows, their columns in blocks of 2048.
+# Measured on a CPU (docs/architecture.md): chunks of 512 rows, their columns in blocks of 1024.
 _CHUNK_ROWS = 512
-_BLOCK_COLUMNS = 2048
+_BLOCK_COLUMNS = 1024
 
 
 class _Tape:
@@ -111,10 +111,11 @@ def weighted_sum(
     Args:
       loss: any loss of jaxsoft, or any function `(logits, *row_args, **options) -> [rows]` that reads the
         logits by functions of jaxsoft, row by row. Hashable: a module-level function, not a new lambda each
-        time; not wrapped in `jit` inside another function.
-      logits: `[*rows, vocab]`.
+        time; with no `jit` inside.
+      logits: `[*rows, vocab]`. A `filter_eps` of `linear_logits` plays no part: nothing is recomputed here.
       *row_args: arrays with the rows' leading axes: the labels, and whatever else differs by row.
-      weights: `[*rows]` floats, 1 by default. A row of weight 0 adds nothing, whatever it holds.
+      weights: `[*rows]` floats, 1 by default. A weight of 0 hides a loss that is not finite; to keep a NaN
+        in the logits out of the gradient, mask the row or ignore its label.
       axis: the axis of a row.
       chunk_size: rows stored at a time, 512 by default.
       **options: passed to `loss`; `where` may vary by row, other arrays must not.
@@ -138,7 +139,7 @@ def weighted_sum(
       3.3388
     """
     axis = _driver.check_axis(logits, axis)
-    rows = tuple(n for i, n in enumerate(logits.shape) if i != axis)
+    rows = _driver.rows_of(logits.shape, axis)
     if weights is not None:
         _checks.floating("weights", weights)
         _checks.shape("weights", weights, rows, "one number a row of logits")
@@ -166,10 +167,8 @@ def weighted_sum(
     leaves, treedef = jax.tree.flatten(options)
     arrays = [leaf if hasattr(leaf, "dtype") else None for leaf in leaves]
     constants = tuple(leaf if a is None else None for leaf, a in zip(leaves, arrays))
-    if (
-        type(loss).__name__ == "PjitFunction"
-    ):  # a chunk cannot pass through jit; under jit there is no need to
-        loss = loss.__wrapped__
+    # A chunk cannot pass through jit, and needs not.
+    loss = loss.__wrapped__ if type(loss).__name__ == "PjitFunction" else loss
     call = _Call(loss, treedef, constants)
     operands = _driver.align_varying((logits._flat(), _ByRow(row_args, weights, row_masks), arrays))
     return _weighted(call, min(chunk_size or _CHUNK_ROWS, max(n, 1)), *operands)

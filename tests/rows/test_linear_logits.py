@@ -1,0 +1,657 @@
+"""`linear_logits`: an expression that behaves like an array, refuses what it cannot do, and stores nothing."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import float64
+
+import jaxsoft
+from jaxsoft import losses
+from jaxsoft.rows import reduce_rows, reductions
+
+N, D, V, BLOCK = 4, 3, 10, 4
+cross_entropy = losses.cross_entropy
+
+
+def operands(leading=(N,), columns=V, dtype=np.float64, seed=0):
+    rng = np.random.default_rng(seed)
+    return dict(
+        hidden=jnp.asarray(rng.normal(size=(*leading, D)), dtype),
+        weight=jnp.asarray(rng.normal(size=(D, columns)), dtype),
+        bias=jnp.asarray(rng.normal(size=columns), dtype),
+        scale=jnp.asarray(0.5 + rng.random(leading), dtype),
+        temperature=jnp.asarray(0.5 + rng.random(leading), dtype),
+    )
+
+
+def expression(p, **options):
+    arrays = {k: p.get(k) for k in ("bias", "scale", "temperature")}
+    return jaxsoft.linear_logits(p["hidden"], p["weight"], **{"block_size": BLOCK, **arrays, **options})
+
+
+def stored(p, softcap=None):
+    """The dense logits, by the formula."""
+    x = p["hidden"] @ p["weight"]
+    x = x if p.get("scale") is None else x * p["scale"][..., None]
+    x = x if p.get("bias") is None else x + p["bias"]
+    x = x if softcap is None else softcap * jnp.tanh(x / softcap)
+    return x if p.get("temperature") is None else x / p["temperature"][..., None]
+
+
+def labels_of(leading=(N,), columns=V, seed=1):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, columns, leading), jnp.int32)
+
+
+def plain_loss(x, labels):
+    return -jnp.take_along_axis(jax.nn.log_softmax(x), labels[..., None], -1)[..., 0]
+
+
+def cotangent(leading=(N,), seed=2):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=leading))
+
+
+def assert_close(a, b, tolerance=1e-12):
+    leaves_a, leaves_b = jax.tree.leaves(a), jax.tree.leaves(b)
+    assert len(leaves_a) == len(leaves_b)
+    for u, v in zip(leaves_a, leaves_b):
+        assert u.shape == v.shape
+        np.testing.assert_allclose(np.asarray(u), np.asarray(v), rtol=tolerance, atol=tolerance)
+
+
+# --- what it looks like ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("leading", [(), (N,), (2, 3)], ids=str)
+def test_the_face_of_an_array(leading, transpose, x64):
+    p = operands(leading)
+    given = {**p, "weight": p["weight"].T} if transpose else p
+    logits = expression(given, softcap=2.0, transpose_weight=transpose)
+    assert logits.shape == (*leading, V) and logits.ndim == len(leading) + 1
+    assert logits.size == int(np.prod(leading)) * V and logits.dtype == jnp.float64
+    assert logits.vocab_size == V
+    assert_close(logits.dense(), stored(p, softcap=2.0))
+    assert logits.dense().shape == logits.shape and logits.dense().dtype == logits.dtype
+
+
+def test_dtypes():
+    h, w = jnp.ones((N, D), jnp.bfloat16), jnp.ones((D, V), jnp.float32)
+    assert jaxsoft.linear_logits(h, w).dtype == jnp.float32
+    assert jaxsoft.linear_logits(h, w.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    assert jaxsoft.linear_logits(h, w.astype(jnp.bfloat16)).dense().dtype == jnp.bfloat16
+    assert jaxsoft.logsumexp(jaxsoft.linear_logits(h, w.astype(jnp.bfloat16))).dtype == jnp.float32
+    assert jaxsoft.linear_logits(np.ones((N, D), np.float32), np.ones((D, V), np.float32)).shape == (N, V)
+
+
+def test_division_and_multiplication_by_numbers_and_rows(x64):
+    p = operands()
+    bare = {k: p[k] for k in ("hidden", "weight")}
+    logits, x, t = expression(bare), stored(bare), p["temperature"]
+    assert_close((logits / 2).dense(), x / 2)
+    assert_close((logits * 2).dense(), x * 2)
+    assert_close((3 * logits / 0.5).dense(), x * 6)
+    assert_close((logits / jnp.float64(2)).dense(), x / 2)
+    for rows in (t, t[:, None]):
+        assert_close((logits / rows).dense(), x / t[:, None])
+        assert_close((logits * rows).dense(), x * t[:, None])
+    assert_close((logits / t / 2).dense(), x / t[:, None] / 2)
+    # On top of a softcap, division comes after it.
+    assert_close((expression(bare, softcap=1.0) / 2).dense(), jnp.tanh(x) / 2)
+    assert_close(jaxsoft.temperature(logits, t).dense(), x / t[:, None])
+    assert_close(jaxsoft.softcap(logits, 1.5).dense(), 1.5 * jnp.tanh(x / 1.5))
+    gradient = jax.grad(lambda t: jnp.sum(cotangent() * jaxsoft.logsumexp(logits / t)))(t)
+    expected = jax.grad(lambda t: jnp.sum(cotangent() * jax.nn.logsumexp(x / t[:, None], -1)))(t)
+    assert_close(gradient, expected)
+
+
+def test_scale_and_temperature_by_number_get_a_gradient(x64):
+    """Given as arrays: a scalar, or one number a row. A Python number is the same value."""
+    p = operands()
+    bare = {k: p[k] for k in ("hidden", "weight")}
+
+    def f(scale, temperature, dense):
+        given = dict(
+            bare, scale=jnp.broadcast_to(scale, (N,)), temperature=jnp.broadcast_to(temperature, (N,))
+        )
+        x = stored(given) if dense else expression(dict(bare, scale=scale, temperature=temperature))
+        return jnp.sum(cotangent() * (plain_loss if dense else cross_entropy)(x, labels_of()))
+
+    for point in ((jnp.asarray(1.7), jnp.asarray(0.6)), (p["scale"], p["temperature"])):
+        got, expected = (
+            jax.jit(jax.grad(functools.partial(f, dense=d), (0, 1)))(*point) for d in (False, True)
+        )
+        assert_close(got, expected)
+        assert all(jnp.all(g != 0) for g in got)
+    assert_close(f(1.7, 0.6, False), f(jnp.asarray(1.7), jnp.asarray(0.6), True))
+    assert f(2, 1, False) == f(2.0, 1.0, False)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [jnp.sum, np.asarray, jnp.exp, lambda x: jnp.ones(V) + x, lambda x: jnp.asarray(x), jax.nn.softmax],
+    ids=["sum", "asarray", "exp", "add", "jnp.asarray", "softmax"],
+)
+def test_a_function_that_needs_the_array_names_dense(use):
+    logits = expression(operands(dtype=np.float32))
+    with pytest.raises(TypeError, match=re.escape("logits.dense()")) as error:
+        use(logits)
+    assert "(4, 10)" in str(error.value)
+
+
+# --- a pytree like any other -----------------------------------------------------------------------------
+
+
+def loss_of(logits, labels=None):
+    return jnp.sum(cotangent() * cross_entropy(logits, labels_of() if labels is None else labels))
+
+
+def plain_loss_of(p, softcap=None):
+    return jnp.sum(cotangent() * plain_loss(stored(p, softcap), labels_of()))
+
+
+def test_argument_of_jit_and_grad_with_respect_to_it(x64):
+    p = operands()
+    traces = []
+
+    @jax.jit
+    def f(logits):
+        traces.append(0)
+        return loss_of(logits)
+
+    assert_close(f(expression(p)), plain_loss_of(p))
+    f(expression({**p, "bias": p["bias"] + 1}))
+    assert len(traces) == 1
+    f(expression(p, block_size=5))  # another static option
+    assert len(traces) == 2
+
+    gradient = jax.jit(jax.grad(loss_of))(expression(p))
+    assert isinstance(gradient, jaxsoft.LinearLogits) and gradient.shape == (N, V)
+    expected = jax.grad(plain_loss_of)(p)
+    assert_close({k: getattr(gradient, k) for k in p}, expected)
+
+    leaves, treedef = jax.tree.flatten(expression(p))
+    assert len(leaves) == 5
+    assert_close(jax.tree.unflatten(treedef, leaves).dense(), stored(p))
+    assert jax.tree.unflatten(treedef, [None] * 5).hidden is None  # what tree functions do is allowed
+    assert jax.tree.map(lambda a: a.shape, expression(p)).weight == (D, V)
+
+
+def test_vmap_over_anything(x64):
+    p = operands()
+    many = {k: jnp.stack([v, v * 1.5, jnp.roll(v, 1, axis=0)]) for k, v in p.items()}
+    for name in p:
+        axes = {k: 0 if k == name else None for k in p}
+        mixed = {**p, name: many[name]}
+        f = jax.jit(jax.vmap(jax.value_and_grad(lambda p: loss_of(expression(p))), (axes,)))
+        expected = jax.vmap(jax.value_and_grad(plain_loss_of), (axes,))(mixed)
+        assert_close(f(mixed), expected)
+    # the expression is the argument, and in_axes is an expression of axes
+    logits = expression({**p, "hidden": many["hidden"], "scale": many["scale"]})
+    axes = jax.tree.map(lambda _: None, logits, is_leaf=lambda _: False)
+    logits = jax.tree.unflatten(
+        jax.tree.structure(expression(p)),
+        [many["hidden"], p["weight"], p["bias"], many["scale"], p["temperature"]],
+    )
+    axes = jax.tree.unflatten(jax.tree.structure(expression(p)), [0, None, None, 0, None])
+    got = jax.vmap(loss_of, in_axes=(axes,))(logits)
+    plain_axes = {**dict.fromkeys(p), "hidden": 0, "scale": 0}
+    expected = jax.vmap(plain_loss_of, (plain_axes,))({**p, "hidden": many["hidden"], "scale": many["scale"]})
+    assert_close(got, expected)
+
+
+def test_scan_over_it_and_through_it(x64):
+    p = operands()
+    many = {k: jnp.stack([v, v * 1.5, jnp.roll(v, 1, axis=0)]) for k, v in p.items()}
+    stacked = jax.tree.unflatten(jax.tree.structure(expression(p)), list(many.values()))
+
+    def f(stacked):
+        return jax.lax.scan(lambda total, logits: (total + loss_of(logits), None), 0.0, stacked)[0]
+
+    def plain(many):
+        return sum(plain_loss_of({k: v[i] for k, v in many.items()}) for i in range(3))
+
+    value, gradient = jax.jit(jax.value_and_grad(f))(stacked)
+    expected, g = jax.value_and_grad(plain)(many)
+    assert_close(value, expected)
+    assert_close({k: getattr(gradient, k) for k in p}, g)
+
+
+def test_transforms(x64):
+    """checkpoint, linearize, jvp, forward and reverse Jacobians, Hessians, eval_shape."""
+    p = operands()
+    softcap = 2.0
+    f = lambda p: loss_of(expression(p, softcap=softcap))  # noqa: E731
+    plain = lambda p: plain_loss_of(p, softcap)  # noqa: E731
+    gradient = jax.grad(plain)(p)
+    assert_close(jax.jit(jax.grad(jax.checkpoint(f)))(p), gradient)
+    direction = jax.tree.map(jnp.cos, p)
+    value, linear = jax.linearize(jax.jit(f), p)
+    assert_close((value, linear(direction)), jax.jvp(plain, (p,), (direction,)))
+    shape = jax.eval_shape(lambda p: (expression(p), cross_entropy(expression(p), labels_of())), p)
+    assert shape[0].shape == (N, V) and shape[1].shape == (N,) and shape[1].dtype == jnp.float64
+
+    def rows_of(p, kind):
+        x = expression(p, softcap=softcap) if kind == "streamed" else stored(p, softcap)
+        return (cross_entropy if kind == "streamed" else plain_loss)(x, labels_of())
+
+    expected = jax.jacrev(functools.partial(rows_of, kind="plain"))(p)
+    for jacobian in (jax.jacfwd, jax.jacrev):
+        assert_close(jax.jit(jacobian(functools.partial(rows_of, kind="streamed")))(p), expected)
+
+
+def test_hessian(x64):
+    p = {k: v for k, v in operands().items() if k in ("hidden", "scale", "weight")}
+    f = lambda p: loss_of(expression(p, softcap=2.0))  # noqa: E731
+    expected = jax.jit(jax.hessian(lambda p: plain_loss_of(p, 2.0)))(p)
+    assert_close(jax.jit(jax.hessian(f))(p), expected, 1e-11)
+    assert_close(jax.jit(jax.jacrev(jax.grad(f)))(p), expected, 1e-11)
+
+
+# --- sizes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n", "columns", "block"),
+    [(0, V, BLOCK), (N, 1, BLOCK), (N, 3, BLOCK), (N, BLOCK, BLOCK), (N, V, 1), (1, V, None), (0, 1, None)],
+)
+def test_sizes(n, columns, block, x64):
+    p = operands((n,), columns)
+    labels = labels_of((n,), columns)
+
+    def f(p, dense):
+        x = stored(p) if dense else expression(p, block_size=block)
+        loss = (plain_loss if dense else cross_entropy)(x, labels)
+        return jnp.sum(cotangent((n,)) * loss), loss
+
+    got, expected = (
+        jax.jit(jax.value_and_grad(functools.partial(f, dense=d), has_aux=True))(p) for d in (False, True)
+    )
+    assert_close(got, expected)
+    logits = expression(p, block_size=block)
+    best = jaxsoft.top_k(logits, 2)
+    assert best.values.shape == (n, 2)
+    value = losses.weighted_sum(cross_entropy, logits, labels, weights=cotangent((n,)))
+    assert_close(value, expected[0][0])
+    assert_close(
+        losses.weighted_mean(cross_entropy, logits, labels), jnp.mean(expected[0][1]) if n else jnp.zeros(())
+    )
+
+
+def test_no_columns():
+    """Without columns a row is empty: log-sum-exp -inf, sums 0."""
+    h, w = jnp.ones((N, D)), jnp.ones((D, 0))
+    logits = jaxsoft.linear_logits(h, w)
+    assert logits.shape == (N, 0) and logits.size == 0
+    for x in (logits, jnp.ones((N, 0))):
+        np.testing.assert_array_equal(jaxsoft.logsumexp(x), np.full(N, -np.inf))
+        out = reduce_rows(x, dict(n=reductions.count(), s=reductions.sum(), best=reductions.argmax()))
+        np.testing.assert_array_equal(out["n"], np.zeros(N))
+        np.testing.assert_array_equal(out["s"], np.zeros(N))
+        np.testing.assert_array_equal(out["best"], np.full(N, -1))
+    gradient = jax.grad(lambda h: jnp.sum(reduce_rows(jaxsoft.linear_logits(h, w), reductions.sum())))(h)
+    np.testing.assert_array_equal(gradient, np.zeros((N, D)))
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_all_rows_ignored(softcap):
+    p = operands(dtype=np.float32)
+    p["hidden"] = p["hidden"].at[0].set(jnp.nan)
+    labels = jnp.full(N, -100, jnp.int32)
+
+    def f(p):
+        logits = expression(p, softcap=softcap)
+        return jnp.sum(cross_entropy(logits, labels, label_smoothing=0.1, z_loss=0.1))
+
+    value, gradient = jax.value_and_grad(f)(p)
+    assert value == 0
+    assert all(jnp.all(g == 0) for g in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("transpose", [False, True])
+def test_a_nan_column_under_a_class_mask(softcap, transpose, x64):
+    p = operands()
+    keep = jnp.arange(V) != 6
+    labels = jnp.where(labels_of() == 6, 0, labels_of())
+
+    def f(p):
+        given = {**p, "weight": p["weight"].T} if transpose else p
+        logits = expression(given, softcap=softcap, transpose_weight=transpose)
+        return jnp.sum(cotangent() * cross_entropy(logits, labels, where=keep, label_smoothing=0.1))
+
+    f = jax.jit(jax.value_and_grad(f))
+    spoiled = {**p, "weight": p["weight"].at[:, 6].set(jnp.nan), "bias": p["bias"].at[6].set(jnp.nan)}
+    value, gradient = f(spoiled)
+    expected, clean = f(p)
+    assert_close(value, expected)
+    assert_close(gradient, clean)
+    assert jnp.all(gradient["weight"][:, 6] == 0) and gradient["bias"][6] == 0
+
+
+# --- precision -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("h", "w"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_mixed_half_and_single(h, w):
+    """The product is taken in the wider dtype: exact for these inputs but for float32 rounding."""
+    p = operands(dtype=np.float32)
+    hidden, weight = p["hidden"].astype(h), p["weight"].astype(w)
+
+    def f(hidden, weight, loss, logits):
+        return jnp.sum(
+            cotangent().astype(logits(hidden, weight).dtype) * loss(logits(hidden, weight), labels_of())
+        )
+
+    streamed = lambda h, w: jaxsoft.linear_logits(h, w, block_size=BLOCK)  # noqa: E731
+    value, gradient = jax.value_and_grad(f, (0, 1))(hidden, weight, cross_entropy, streamed)
+    assert value.dtype == jnp.float32
+    assert gradient[0].dtype == h and gradient[1].dtype == w
+    with float64():
+        wide = [jnp.asarray(np.asarray(a, np.float64)) for a in (hidden, weight)]
+        exact, exact_gradient = jax.value_and_grad(f, (0, 1))(*wide, plain_loss, jnp.matmul)
+        exact, exact_gradient = float(exact), [np.asarray(a) for a in exact_gradient]
+    np.testing.assert_allclose(value, exact, rtol=1e-6)
+    for g, e in zip(gradient, exact_gradient):
+        # one rounding of the result to its dtype: 2**-9 of bfloat16, or a few units of float32
+        bound = 2.0**-8 if g.dtype == jnp.bfloat16 else 1e-6
+        np.testing.assert_allclose(np.asarray(g, np.float64), e, rtol=bound, atol=bound * 1e-2)
+
+
+def test_bfloat16_gradients_over_many_blocks():
+    """64 blocks: adding them up in bfloat16 would give 7e-3; one rounding of the sum is 1.7e-3."""
+    n, d, columns = 16, 32, 4096
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(n, d)), jnp.bfloat16)
+    weight = jnp.asarray(rng.normal(size=(d, columns)) / np.sqrt(d) * 3, jnp.bfloat16)
+    labels = labels_of((n,), columns)
+
+    def f(hidden, weight):
+        return jnp.sum(cross_entropy(jaxsoft.linear_logits(hidden, weight, block_size=64), labels))
+
+    def mean(hidden, weight):
+        logits = jaxsoft.linear_logits(hidden, weight, block_size=64)
+        return losses.weighted_sum(cross_entropy, logits, labels, chunk_size=8)
+
+    results = [jax.jit(jax.grad(g, (0, 1)))(hidden, weight) for g in (f, mean)]
+    with float64():
+        wide = [jnp.asarray(np.asarray(a, np.float64)) for a in (hidden, weight)]
+        exact = jax.grad(lambda h, w: jnp.sum(plain_loss(h @ w, labels)), (0, 1))(*wide)
+        exact = [np.asarray(a) for a in exact]
+    for got in results:
+        for g, e in zip(got, exact):
+            assert g.dtype == jnp.bfloat16
+            error = np.linalg.norm(np.asarray(g, np.float64) - e) / np.linalg.norm(e)
+            assert error <= 4e-3, error
+
+
+# --- nothing is stored -----------------------------------------------------------------------------------
+
+
+def largest(jaxpr):
+    """The number of entries of the largest array anywhere in a jaxpr, its sub-jaxprs included."""
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    sizes = [0]
+    for v in [*jaxpr.invars, *jaxpr.constvars, *(o for e in jaxpr.eqns for o in e.outvars)]:
+        sizes.append(int(np.prod(getattr(v.aval, "shape", ()))))
+    for equation in jaxpr.eqns:
+        for leaf in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda a: hasattr(a, "eqns") or hasattr(a, "jaxpr")
+        ):
+            if hasattr(leaf, "eqns") or hasattr(leaf, "jaxpr"):
+                sizes.append(largest(leaf))
+    return max(sizes)
+
+
+class TestNothingIsStored:
+    """No variable of the whole program is as large as the logits; of the dense one, some are."""
+
+    n, d, columns, block = 64, 8, 1000, 128
+    size = n * columns
+
+    def point(self):
+        rng = np.random.default_rng(0)
+        return (
+            jnp.asarray(rng.normal(size=(self.n, self.d)), jnp.float32),
+            jnp.asarray(rng.normal(size=(self.d, self.columns)), jnp.float32),
+        )
+
+    def loss(self, dense):
+        labels = labels_of((self.n,), self.columns)
+
+        def f(point):
+            logits = jaxsoft.linear_logits(*point, block_size=self.block)
+            logits = logits.dense() if dense else logits
+            values = cross_entropy(logits, labels, label_smoothing=0.1, z_loss=1e-3)
+            return jnp.sum(cotangent((self.n,)).astype(jnp.float32) * values)
+
+        return f
+
+    def programs(self, dense):
+        f, point = self.loss(dense), self.point()
+        many = jax.tree.map(lambda a: jnp.stack([a] * 3), point)
+        return {
+            "value": jax.make_jaxpr(f)(point),
+            "gradient": jax.make_jaxpr(jax.value_and_grad(f))(point),
+            "jvp": jax.make_jaxpr(lambda p, t: jax.jvp(f, (p,), (t,)))(point, point),
+            "hessian": jax.make_jaxpr(lambda p, t: jax.jvp(jax.grad(f), (p,), (t,)))(point, point),
+            "hessian, reverse": jax.make_jaxpr(
+                lambda p, t: jax.grad(lambda p: sum(map(jnp.vdot, jax.grad(f)(p), t)))(p)
+            )(point, point),
+            "checkpoint": jax.make_jaxpr(jax.grad(jax.checkpoint(f)))(point),
+            "vmap": jax.make_jaxpr(jax.vmap(jax.grad(f)))(many),
+        }
+
+    @pytest.mark.parametrize(
+        "name", ["value", "gradient", "jvp", "hessian", "hessian, reverse", "checkpoint", "vmap"]
+    )
+    def test_program(self, name):
+        times = 3 if name == "vmap" else 1
+        if name == "hessian, reverse":
+            pytest.skip(
+                "reverse over reverse keeps what a block was made of; it is bounded by the test below"
+            )
+        assert largest(self.programs(dense=False)[name]) < times * self.size
+        assert largest(self.programs(dense=True)[name]) >= times * self.size
+
+    def test_weighted_sum(self):
+        labels = labels_of((self.n,), self.columns)
+        chunk = 16
+
+        def f(point, dense):
+            logits = jaxsoft.linear_logits(*point, block_size=self.block)
+            logits = logits.dense() if dense else logits
+            return losses.weighted_sum(cross_entropy, logits, labels, label_smoothing=0.1, chunk_size=chunk)
+
+        sizes = [
+            largest(jax.make_jaxpr(jax.value_and_grad(functools.partial(f, dense=dense)))(self.point()))
+            for dense in (False, True)
+        ]
+        assert sizes[0] == chunk * self.columns and sizes[1] >= self.size
+
+
+# --- the gradient filter ---------------------------------------------------------------------------------
+
+
+def peaked(n=6, columns=200, seed=3):
+    """Logits whose softmax is concentrated in few blocks."""
+    rng = np.random.default_rng(seed)
+    hidden, weight = rng.normal(size=(n, 8)) * 2, rng.normal(size=(8, columns)) * 2
+    weight[:, 40:160] *= 0.01
+    bias = np.where((np.arange(columns) >= 40) & (np.arange(columns) < 160), -12.0, 0.0)
+    return {k: jnp.asarray(v) for k, v in dict(hidden=hidden, weight=weight, bias=bias).items()}
+
+
+class TestTheGradientFilter:
+    def f(self, p, filter_eps):
+        logits = expression(p, filter_eps=filter_eps, block_size=20)
+        labels = jnp.asarray([3, 15, 170, 190, 7, 30])
+        return jnp.sum(cotangent((6,)) * cross_entropy(logits, labels, z_loss=0.01))
+
+    def test_zero_is_exact(self, x64):
+        p = peaked()
+        exact = jax.jit(jax.value_and_grad(lambda p: self.f(p, None)))(p)
+        assert_close(jax.jit(jax.value_and_grad(lambda p: self.f(p, 0.0)))(p), exact)
+
+    @pytest.mark.parametrize("eps", [1e-3, 1e-2])
+    def test_the_error_is_bounded(self, eps, x64):
+        """A skipped block's entries are below eps times the largest cotangent, so the product is, too."""
+        p = peaked()
+        exact = jax.jit(jax.grad(lambda p: self.f(p, None)))(p)
+        got = jax.jit(jax.grad(lambda p: self.f(p, eps)))(p)
+        # The cotangents that reach the rows' results: those of the loss, times 1 + 2 z_loss lse for the second.
+        lse = jax.nn.logsumexp(stored(p), -1)
+        threshold = eps * float(jnp.max(jnp.abs(cotangent((6,))) * (1 + 0.02 * jnp.abs(lse))))
+        d_hidden = jnp.abs(got["hidden"] - exact["hidden"])
+        assert jnp.all(d_hidden <= threshold * jnp.sum(jnp.abs(p["weight"]), axis=1))
+        d_weight = jnp.abs(got["weight"] - exact["weight"])
+        assert jnp.all(d_weight <= threshold * jnp.sum(jnp.abs(p["hidden"]), axis=0)[:, None])
+        assert_close(got["bias"], exact["bias"])  # needs no matrix product and is never skipped
+        # It does skip: whole blocks of the weight get no gradient, though theirs is not zero.
+        skipped = jnp.all(got["weight"].reshape(8, 10, 20) == 0, axis=(0, 2))
+        assert jnp.sum(skipped) == 6 and jnp.all(jnp.any(exact["weight"] != 0, axis=0))
+        assert jnp.any(d_hidden > 0)
+
+    def test_a_block_with_nan_is_not_skipped(self, x64):
+        p = peaked()
+        p["weight"] = p["weight"].at[0, 100].set(jnp.nan)
+        assert jnp.all(jnp.isnan(jax.grad(lambda p: self.f(p, 1e-2))(p)["hidden"][:, 0]))
+
+    def test_forward_mode_says_no(self, x64):
+        p = peaked()
+        with pytest.raises(TypeError, match=r"forward-mode|filter_eps|jvp"):
+            jax.jvp(lambda p: self.f(p, 1e-3), (p,), (p,))
+
+
+# --- bad input -------------------------------------------------------------------------------------------
+
+_H, _W = np.ones((N, D), np.float32), np.ones((D, V), np.float32)
+_X = np.ones((N, V), np.float32)
+
+
+def bad(function, *args, **options):
+    return lambda: function(*args, **options)
+
+
+linear = jaxsoft.linear_logits
+_logits = functools.partial(linear, _H, _W)
+_int = np.arange(N)
+
+# what is done, the error, and what its message must say: the argument, what came, what was expected
+BAD_INPUT = [
+    (bad(linear, [1.0], _W), TypeError, ["hidden", "[1.0] of type list", "array of floating dtype"]),
+    (bad(linear, _H, 3.0), TypeError, ["weight", "3.0 of type float", "array of floating dtype"]),
+    (bad(linear, _H.astype(int), _W), TypeError, ["hidden", "(4, 3)", "int64", "floating"]),
+    (bad(linear, _H, _W.astype(int)), TypeError, ["weight", "int64", "floating"]),
+    (bad(linear, np.float32(1), _W), ValueError, ["hidden", "[*rows, d]", "()"]),
+    (bad(linear, _H, _W[0]), ValueError, ["weight", "[d, vocab]", "(10,)"]),
+    (bad(linear, _H, _W[0], transpose_weight=True), ValueError, ["weight", "[vocab, d]", "(10,)"]),
+    (bad(linear, _H, _W.T), ValueError, ["hidden", "weight", "(10, 3)", "d=10", "transpose_weight=True"]),
+    (bad(linear, _H, _W, transpose_weight=True), ValueError, ["(3, 10)", "d=10", "transpose_weight=False"]),
+    (bad(linear, _H[:, :2], _W), ValueError, ["hidden", "weight", "d=3", "has 2"]),
+    (bad(linear, _H[:, :0], _W[:0]), ValueError, ["feature axis of size 1 or more", "d=0"]),
+    (
+        bad(linear, _H, _W, transpose_weight=1),
+        TypeError,
+        ["transpose_weight", "True or False", "1 of type int"],
+    ),
+    (bad(_logits, bias=np.ones(3, np.float32)), ValueError, ["bias", "(10,)", "(3,)"]),
+    (bad(_logits, bias=1.0), TypeError, ["bias", "1.0", "array of floating dtype"]),
+    (bad(_logits, bias=np.arange(V)), TypeError, ["bias", "int64", "floating"]),
+    (bad(_logits, scale=np.ones(3, np.float32)), ValueError, ["scale", "(4,)", "(3,)"]),
+    (bad(_logits, scale=_int), TypeError, ["scale", "int64", "floating"]),
+    (bad(_logits, scale="2"), TypeError, ["scale", "'2'", "floating"]),
+    (bad(_logits, scale=True), TypeError, ["scale", "True", "floating"]),
+    (bad(_logits, temperature=0.0), ValueError, ["temperature", "> 0", "0.0"]),
+    (bad(_logits, temperature=-1), ValueError, ["temperature", "> 0", "-1"]),
+    (bad(_logits, temperature=np.ones((N, V), np.float32)), ValueError, ["temperature", "(4,)", "(4, 10)"]),
+    (bad(_logits, softcap=0), ValueError, ["softcap", "> 0", "0"]),
+    (bad(_logits, softcap="30"), TypeError, ["softcap", "> 0", "'30'"]),
+    (bad(_logits, block_size=0), ValueError, ["block_size", ">= 1", "0"]),
+    (bad(_logits, block_size=2.0), TypeError, ["block_size", "integer", "2.0"]),
+    (bad(_logits, block_size=True), TypeError, ["block_size", "integer", "True"]),
+    (bad(_logits, filter_eps=-1e-3), ValueError, ["filter_eps", ">= 0", "-0.001"]),
+    (bad(_logits, filter_eps="no"), TypeError, ["filter_eps", ">= 0", "'no'"]),
+    (lambda: _logits() / 0, ValueError, ["temperature", "> 0", "0.0"]),
+    (lambda: _logits() * -1.0, ValueError, ["scale", "> 0", "-1.0"]),
+    (lambda: _logits() / np.ones(3, np.float32), ValueError, ["temperature", "(4,)", "(3,)"]),
+    (bad(jaxsoft.temperature, _X, 0.0), ValueError, ["temperature", "> 0", "0.0"]),
+    (bad(jaxsoft.temperature, _X, np.ones(3, np.float32)), ValueError, ["temperature", "(4,)", "(3,)"]),
+    (bad(jaxsoft.temperature, _X, _int), TypeError, ["temperature", "int64", "floating"]),
+    (bad(jaxsoft.temperature, _X, None), TypeError, ["temperature", "None"]),
+    (bad(jaxsoft.temperature, _int, 1.0), TypeError, ["logits", "int64", "floating"]),
+    (bad(jaxsoft.softcap, _X, 0.0), ValueError, ["cap", "> 0", "0.0"]),
+    (bad(jaxsoft.softcap, _X, np.ones(2)), TypeError, ["cap", "> 0", "(2,)"]),
+    (lambda: jaxsoft.softcap(_logits(softcap=2.0), 1.0), ValueError, ["softcap", "once", "softcap=2.0"]),
+    (lambda: jaxsoft.softcap(_logits() / 2, 1.0), ValueError, ["softcap", "first", "a temperature"]),
+    (bad(jaxsoft.top_k, _X, 0), ValueError, ["k ", ">= 1", "0"]),
+    (bad(jaxsoft.top_k, _X, 2.0), TypeError, ["k ", "integer", "2.0"]),
+    (bad(jaxsoft.top_k, _int, 2), TypeError, ["logits", "int64", "floating"]),
+    (bad(jaxsoft.log_prob, _X, _int.astype(np.float32)), TypeError, ["ids", "integer", "float32"]),
+    (bad(jaxsoft.log_prob, _X, _int > 0), TypeError, ["ids", "integer", "bool"]),
+    (bad(jaxsoft.log_prob, _X, np.zeros(3, int)), ValueError, ["ids", "(4,)", "(3,)"]),
+    (bad(jaxsoft.log_prob, _X, 2), TypeError, ["ids", "integer", "2 of type int"]),
+    (bad(jaxsoft.log_prob, _X, _int, axis=2), ValueError, ["axis", "[-2, 2)", "(4, 10)", "2"]),
+    (bad(jaxsoft.log_prob, _X, _int, axis=1.0), TypeError, ["axis", "integer", "1.0"]),
+    (lambda: jaxsoft.logsumexp(_logits(), axis=0), ValueError, ["axis", "-1", "(4, 10)", "0"]),
+    (bad(jaxsoft.logsumexp, np.float32(1)), ValueError, ["logits", "at least one axis", "scalar"]),
+    (bad(jaxsoft.logsumexp, _X, method="fast"), ValueError, ["method", "'exponent'", "'fast'"]),
+    (bad(jaxsoft.logsumexp, _X, method="reference"), ValueError, ["reference", "number or an array", "None"]),
+    (bad(jaxsoft.logsumexp, _X, reference=1.0), ValueError, ["reference", "method='reference'", "'online'"]),
+    (bad(jaxsoft.logsumexp, _X, weights=_X[:, :3]), ValueError, ["weights", "(4, 10)", "(4, 3)"]),
+    (bad(jaxsoft.logsumexp, _X, weights=_X[0, :3]), ValueError, ["weights", "10", "(3,)"]),
+    (bad(jaxsoft.logsumexp, _X, weights=_X[0] > 0), TypeError, ["weights", "floating", "bool"]),
+    (bad(reduce_rows, _X, jnp.sum), TypeError, ["reductions", "RowReduction", "function"]),
+    (bad(reduce_rows, _X, {"a": reductions.sum(), "b": 3}), TypeError, ["reductions", "RowReduction", "3"]),
+    (bad(reduce_rows, _X, reductions.sum(), block_size=0), ValueError, ["block_size", ">= 1", "0"]),
+    (bad(reduce_rows, _X, reductions.sum(), block_size=1.5), TypeError, ["block_size", "integer", "1.5"]),
+    (bad(reduce_rows, _X, reductions.sum(), axis=-3), ValueError, ["axis", "[-2, 2)", "-3"]),
+    (bad(reduce_rows, [[1.0]], reductions.sum()), TypeError, ["logits", "floating", "list"]),
+    (bad(reduce_rows, _X, reductions.sum(), where=_X), TypeError, ["where", "boolean", "float32"]),
+    (
+        bad(reduce_rows, _X, reductions.sum(), where=_X[:, :3] > 0),
+        ValueError,
+        ["where", "(4, 10)", "(4, 3)", "broadcast"],
+    ),
+    (
+        bad(reduce_rows, _X, reductions.sum(), where=np.ones((2, N, V), bool)),
+        ValueError,
+        ["where", "(4, 10)", "(2, 4, 10)"],
+    ),
+    (bad(reduce_rows, _X, reductions.sum(), row_where=_int), TypeError, ["row_where", "boolean", "int64"]),
+    (
+        bad(reduce_rows, _X, reductions.sum(), row_where=np.ones(3, bool)),
+        ValueError,
+        ["row_where", "(4,)", "(3,)"],
+    ),
+    (bad(reduce_rows, _X, reductions.take(jnp.zeros(3, int))), ValueError, ["args", "(4,)", "(3,)"]),
+    (
+        bad(reduce_rows, _X, reductions.weighted_sum(jnp.ones(3))),
+        ValueError,
+        ["col_args", "10 columns", "(3,)"],
+    ),
+    (
+        bad(reduce_rows, _X, reductions.weighted_sum(jnp.ones((N, 3)))),
+        ValueError,
+        ["entry_args", "(4, 10)", "(4, 3)"],
+    ),
+]
+
+
+@pytest.mark.parametrize("i", range(len(BAD_INPUT)))
+def test_bad_input(i):
+    call, kind, words = BAD_INPUT[i]
+    with pytest.raises(kind) as error:
+        call()
+    assert type(error.value) is kind
+    for word in words:
+        assert word in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize("function", ["softmax", "log_softmax"])
+def test_a_result_of_the_logits_shape_is_refused(function):
+    with pytest.raises(TypeError, match=rf"{function} returns .*\(4, 10\).*logits\.dense\(\)"):
+        getattr(jaxsoft, function)(_logits())

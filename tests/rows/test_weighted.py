@@ -1,0 +1,149 @@
+"""`weighted_sum` and `weighted_mean` beyond the conformance laws: transforms, dtypes, bad input."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import jaxsoft
+from jaxsoft import losses
+
+RNG = np.random.default_rng(0)
+HIDDEN = jnp.asarray(RNG.normal(size=(6, 4)), jnp.float32)
+WEIGHT = jnp.asarray(RNG.normal(size=(4, 9)), jnp.float32)
+LABELS = jnp.asarray([0, 3, -100, 8, 2, 2], jnp.int32)
+WEIGHTS = jnp.asarray(RNG.random(6), jnp.float32)
+
+
+def fast(hidden, weight, labels=LABELS, weights=WEIGHTS, **options):
+    logits = jaxsoft.linear_logits(hidden, weight)
+    return losses.weighted_sum(losses.cross_entropy, logits, labels, weights=weights, **options)
+
+
+def plain(hidden, weight, labels=LABELS, weights=WEIGHTS, **options):
+    return jnp.sum(weights * losses.cross_entropy(jaxsoft.linear_logits(hidden, weight), labels, **options))
+
+
+def close(a, b, tolerance=2e-6):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(
+            np.asarray(x, np.float64), np.asarray(y, np.float64), rtol=tolerance, atol=tolerance
+        )
+
+
+@pytest.mark.parametrize("argnums", [0, 1, (0, 1)])
+def test_only_what_is_asked_for_is_differentiated(argnums):
+    close(jax.grad(fast, argnums)(HIDDEN, WEIGHT), jax.grad(plain, argnums)(HIDDEN, WEIGHT))
+
+
+def test_vmap_of_gradients():
+    hidden = jnp.stack([HIDDEN, HIDDEN * 0.5])
+    f = jax.vmap(jax.grad(fast, (0, 1)), in_axes=(0, None))(hidden, WEIGHT)
+    close(f, jax.vmap(jax.grad(plain, (0, 1)), in_axes=(0, None))(hidden, WEIGHT))
+
+
+def test_the_cotangent_scales_the_gradient():
+    close(
+        jax.grad(lambda h: jnp.sin(3 * fast(h, WEIGHT)))(HIDDEN),
+        jax.grad(lambda h: jnp.sin(3 * plain(h, WEIGHT)))(HIDDEN),
+    )
+
+
+def test_inside_scan_and_checkpoint():
+    def body(f):
+        def step(h, _):
+            return h - 0.1 * jax.grad(f)(h, WEIGHT), f(h, WEIGHT)
+
+        return jax.lax.scan(step, HIDDEN, length=3)
+
+    close(body(fast), body(plain))
+    close(jax.grad(jax.checkpoint(fast))(HIDDEN, WEIGHT), jax.grad(plain)(HIDDEN, WEIGHT))
+
+
+def test_half_precision_accumulates_in_float32():
+    h, w = HIDDEN.astype(jnp.bfloat16), WEIGHT.astype(jnp.bfloat16)
+    value, gradient = jax.value_and_grad(fast, (0, 1))(h, w, chunk_size=2)
+    exact = jax.value_and_grad(plain, (0, 1))(h.astype(jnp.float32), w.astype(jnp.float32))
+    assert value.dtype == jnp.float32 and all(g.dtype == jnp.bfloat16 for g in gradient)
+    close(value, exact[0], 1e-6)
+    close(gradient, exact[1], 2**-7)  # bf16 in, one rounding of each product's cotangent, one of the result
+
+
+def test_sharded_rows_sum_the_weight_gradient_once():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def local(h, w, y, s):
+        return jax.lax.psum(fast(h, w, y, s), "data")
+
+    specs = (P("data"), P(), P("data"), P("data"))
+    total = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())
+    f = jax.jit(jax.value_and_grad(total, (0, 1, 3)))
+    close(
+        f(HIDDEN, WEIGHT, LABELS, WEIGHTS),
+        jax.value_and_grad(plain, (0, 1, 3))(HIDDEN, WEIGHT, LABELS, WEIGHTS),
+    )
+
+
+def test_a_loss_that_is_jitted_and_options_that_are_arrays():
+    jitted = jax.jit(losses.cross_entropy)
+    logits = jaxsoft.linear_logits(HIDDEN, WEIGHT)
+    close(losses.weighted_sum(jitted, logits, LABELS, weights=WEIGHTS), plain(HIDDEN, WEIGHT))
+    smoothing = jnp.float32(0.2)
+    a = jax.grad(lambda s: fast(HIDDEN, WEIGHT, label_smoothing=s))(smoothing)
+    close(a, jax.grad(lambda s: plain(HIDDEN, WEIGHT, label_smoothing=s))(smoothing))
+
+
+def test_no_rows_and_no_examples_that_count():
+    empty = jnp.zeros((0, 4))
+    value, gradient = jax.value_and_grad(fast, (0, 1))(empty, WEIGHT, jnp.zeros(0, jnp.int32), jnp.zeros(0))
+    assert value == 0 and gradient[0].shape == (0, 4) and jnp.all(gradient[1] == 0)
+
+    def mean(h):
+        logits = jaxsoft.linear_logits(h, WEIGHT)
+        return losses.weighted_mean(losses.cross_entropy, logits, jnp.full(6, -100))
+
+    value, gradient = jax.value_and_grad(mean)(HIDDEN.at[0].set(jnp.nan))
+    assert value == 0 and jnp.all(gradient == 0)
+
+
+def test_weighted_mean_counts_what_is_not_ignored():
+    logits = jaxsoft.linear_logits(HIDDEN, WEIGHT)
+    per_example = losses.cross_entropy(logits, LABELS)
+    close(losses.weighted_mean(losses.cross_entropy, logits, LABELS), per_example.sum() / 5)
+    expected = (WEIGHTS * per_example).sum() / (WEIGHTS.sum() - WEIGHTS[2])
+    close(losses.weighted_mean(losses.cross_entropy, logits, LABELS, weights=WEIGHTS), expected)
+    other = jnp.where(LABELS == -100, 2, LABELS)
+    ignored = losses.weighted_mean(losses.cross_entropy, logits, other, ignore_index=2)
+    keep = other != 2
+    close(ignored, (losses.cross_entropy(logits, other) * keep).sum() / keep.sum())
+
+
+def test_second_derivatives_are_refused():
+    with pytest.raises(TypeError, match=r"forward-mode|jvp"):
+        jax.jvp(lambda h: fast(h, WEIGHT), (HIDDEN,), (HIDDEN,))
+
+
+@pytest.mark.parametrize(
+    "options, error, words",
+    [
+        (dict(weights=jnp.ones(5)), ValueError, ("weights", "(5,)", "(6,)")),
+        (dict(weights=jnp.ones(6, jnp.int32)), TypeError, ("weights", "int32", "floating")),
+        (dict(labels=LABELS[:5]), ValueError, ("(5,)", "(6,)")),
+        (dict(chunk_size=0), ValueError, ("chunk_size", ">= 1", "0")),
+        (dict(where=jnp.ones((6, 8), bool)), ValueError, ("where", "(6, 8)", "(6, 9)")),
+        (dict(where=jnp.ones((6, 9))), TypeError, ("where", "boolean", "float32")),
+        (dict(smoothing="none"), ValueError, ("smoothing", "'uniform'", "'none'")),
+    ],
+)
+def test_bad_input(options, error, words):
+    with pytest.raises(error) as caught:
+        fast(HIDDEN, WEIGHT, **options)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_a_loss_of_the_wrong_shape():
+    with pytest.raises(ValueError, match="one value a row"):
+        losses.weighted_sum(
+            lambda x, y: losses.cross_entropy(x, y).mean(), jaxsoft.linear_logits(HIDDEN, WEIGHT), LABELS
+        )
