@@ -69,8 +69,9 @@ def spherical_z_loss(
     score, moments = rows.reduce((reductions.take(rows.labels), reductions.moments()))
     spread = moments.variance > 0
     std = jnp.where(spread, jnp.sqrt(jnp.where(spread, moments.variance, 1)), 0)
-    z = jnp.where(spread, safe_divide(moments.deviation(score), std + eps), 0)
-    # A label out of range must stay NaN; one on an absent class costs +inf (z = -inf).
-    z = z + jnp.where(spread, 0, jnp.where(jnp.isnan(score), score, 0))
-    loss = jax.nn.softplus(a * (b - z)) / a
+    absent = score == -jnp.inf
+    z = safe_divide(moments.deviation(jnp.where(absent, moments.mean, score)), std + eps)
+    # Equal logits give z = 0, but a label out of range must stay NaN.
+    z = jnp.where(spread | jnp.isnan(score), z, 0)
+    loss = jnp.where(absent, jnp.inf, jax.nn.softplus(a * (b - z)) / a)
     return rows.finish(jnp.where(moments.count > 0, loss, 0))

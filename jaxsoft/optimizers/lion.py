@@ -45,6 +45,15 @@ def kappa_lp(p: Scalar) -> Kappa:
 
     Returns:
       A function for the argument `kappa` of `lion_k`.
+
+    Raises:
+      ValueError: `p` is not greater than 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoft.optimizers import kappa_lp
+      >>> print(kappa_lp(2.0)(jnp.array([0.0, -4.0])))
+      [ 0. -1.]
     """
     _checks.number("p", p, above=1)
 
@@ -64,6 +73,15 @@ def kappa_huber(e: Scalar) -> Kappa:
 
     Returns:
       A function for the argument `kappa` of `lion_k`.
+
+    Raises:
+      ValueError: `e` is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoft.optimizers import kappa_huber
+      >>> print(kappa_huber(0.5)(jnp.array([0.25, -3.0])))
+      [ 0.5 -1. ]
     """
     _checks.number("e", e, above=0)
     return lambda x: jnp.clip(x / e, -1, 1)
@@ -77,6 +95,15 @@ def kappa_soft(e: Scalar) -> Kappa:
 
     Returns:
       A function for the argument `kappa` of `lion_k`.
+
+    Raises:
+      ValueError: `e` is negative.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoft.optimizers import kappa_soft
+      >>> print(kappa_soft(0.5)(jnp.array([0.25, -3.0])))
+      [ 0. -1.]
     """
     _checks.number("e", e, at_least=0)
     return lambda x: jnp.where(jnp.abs(x) > e, jnp.sign(x), 0)
@@ -90,6 +117,15 @@ def kappa_entropic(a: Scalar) -> Kappa:
 
     Returns:
       A function for the argument `kappa` of `lion_k`.
+
+    Raises:
+      ValueError: `a` is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoft.optimizers import kappa_entropic
+      >>> print(kappa_entropic(1.0)(jnp.array([0.0, 20.0])))
+      [0. 1.]
     """
     _checks.number("a", a, above=0)
     return lambda x: jnp.tanh(a * x)
@@ -104,6 +140,16 @@ def kappa_group_l2(axis: int | tuple[int, ...] = -1) -> Kappa:
 
     Returns:
       A function for the argument `kappa` of `lion_k`.
+
+    Raises:
+      ValueError: in the first update, for an axis that a leaf does not have.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoft.optimizers import kappa_group_l2
+      >>> print(kappa_group_l2()(jnp.array([[0.0, 4.0], [-2.0, 0.0]])))
+      [[ 0.  1.]
+       [-1.  0.]]
     """
     return lambda x: _unit(x, axis) if x.ndim else _unit(x)
 
@@ -122,6 +168,16 @@ def kappa_nuclear(steps: int | None = None) -> Kappa:
 
     Returns:
       A function for the argument `kappa` of `lion_k`.
+
+    Raises:
+      ValueError: `steps` is less than 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoft.optimizers import kappa_nuclear
+      >>> print(kappa_nuclear()(jnp.array([[2.0, 0.0], [0.0, 5.0]])).round(4))
+      [[1. 0.]
+       [0. 1.]]
     """
     if steps is not None:
         steps = _checks.integer("steps", steps, at_least=1)

@@ -91,13 +91,14 @@ class LinearLogits:
 
     __rmul__ = __mul__
 
-    def __jax_array__(self):
+    def _refuse(self, *args, **kwargs):
         raise TypeError(
             f"these logits of shape {self.shape} are an expression that is never stored; functions of jaxsoft "
             "read them as they are, anything else needs the whole array: write logits.dense()"
         )
 
-    __array__ = __jax_array__
+    __jax_array__ = __array__ = __getitem__ = __iter__ = __matmul__ = __pow__ = __neg__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __rtruediv__ = _refuse
 
     # What the drivers use. The rows are flattened first: hidden is [n, d], per-row arrays are [n].
 

@@ -289,7 +289,21 @@ def _weighted_forward(call: _Call, chunk: int, *primals):
         scale=scale,
         temperature=temperature,
     )
-    return total, (d_logits, d_by_row, d_arrays)
+    return _first_order_only((total, (d_logits, d_by_row, d_arrays)))
+
+
+@jax.custom_jvp
+def _first_order_only(x):
+    """The identity, which refuses to be differentiated: the gradient was not computed by differentiable steps."""
+    return x
+
+
+@_first_order_only.defjvp
+def _refuse(primals, tangents):
+    raise TypeError(
+        "weighted_sum and weighted_mean have no second derivatives, for their gradient is taken in the forward "
+        "pass: write (weights * loss(logits, labels)).sum(), which has derivatives of every order and mode"
+    )
 
 
 def _product_gradient(logits, block, hidden, raw, functions, calls, d_probes, row, d_hidden, d_weight):

@@ -190,8 +190,6 @@ def test_vmap_over_anything(x64):
         expected = jax.vmap(jax.value_and_grad(plain_loss_of), (axes,))(mixed)
         assert_close(f(mixed), expected)
     # the expression is the argument, and in_axes is an expression of axes
-    logits = expression({**p, "hidden": many["hidden"], "scale": many["scale"]})
-    axes = jax.tree.map(lambda _: None, logits, is_leaf=lambda _: False)
     logits = jax.tree.unflatten(
         jax.tree.structure(expression(p)),
         [many["hidden"], p["weight"], p["bias"], many["scale"], p["temperature"]],
@@ -224,8 +222,8 @@ def test_transforms(x64):
     """checkpoint, linearize, jvp, forward and reverse Jacobians, Hessians, eval_shape."""
     p = operands()
     softcap = 2.0
-    f = lambda p: loss_of(expression(p, softcap=softcap))  # noqa: E731
-    plain = lambda p: plain_loss_of(p, softcap)  # noqa: E731
+    f = lambda p: loss_of(expression(p, softcap=softcap))
+    plain = lambda p: plain_loss_of(p, softcap)
     gradient = jax.grad(plain)(p)
     assert_close(jax.jit(jax.grad(jax.checkpoint(f)))(p), gradient)
     direction = jax.tree.map(jnp.cos, p)
@@ -245,7 +243,7 @@ def test_transforms(x64):
 
 def test_hessian(x64):
     p = {k: v for k, v in operands().items() if k in ("hidden", "scale", "weight")}
-    f = lambda p: loss_of(expression(p, softcap=2.0))  # noqa: E731
+    f = lambda p: loss_of(expression(p, softcap=2.0))
     expected = jax.jit(jax.hessian(lambda p: plain_loss_of(p, 2.0)))(p)
     assert_close(jax.jit(jax.hessian(f))(p), expected, 1e-11)
     assert_close(jax.jit(jax.jacrev(jax.grad(f)))(p), expected, 1e-11)
@@ -346,7 +344,7 @@ def test_mixed_half_and_single(h, w):
             cotangent().astype(logits(hidden, weight).dtype) * loss(logits(hidden, weight), labels_of())
         )
 
-    streamed = lambda h, w: jaxsoft.linear_logits(h, w, block_size=BLOCK)  # noqa: E731
+    streamed = lambda h, w: jaxsoft.linear_logits(h, w, block_size=BLOCK)
     value, gradient = jax.value_and_grad(f, (0, 1))(hidden, weight, cross_entropy, streamed)
     assert value.dtype == jnp.float32
     assert gradient[0].dtype == h and gradient[1].dtype == w
@@ -356,9 +354,10 @@ def test_mixed_half_and_single(h, w):
         exact, exact_gradient = float(exact), [np.asarray(a) for a in exact_gradient]
     np.testing.assert_allclose(value, exact, rtol=1e-6)
     for g, e in zip(gradient, exact_gradient):
-        # one rounding of the result to its dtype: 2**-9 of bfloat16, or a few units of float32
-        bound = 2.0**-8 if g.dtype == jnp.bfloat16 else 1e-6
-        np.testing.assert_allclose(np.asarray(g, np.float64), e, rtol=bound, atol=bound * 1e-2)
+        # One rounding of the result to its dtype, 2**-9 of bfloat16. Absolute, as the terms are of size 1 to 10
+        # and may cancel: a few units of float32.
+        rtol = 2.0**-9 if g.dtype == jnp.bfloat16 else 1e-6
+        np.testing.assert_allclose(np.asarray(g, np.float64), e, rtol=rtol, atol=5e-7)
 
 
 def test_bfloat16_gradients_over_many_blocks():
@@ -522,7 +521,7 @@ class TestTheGradientFilter:
 
     def test_forward_mode_says_no(self, x64):
         p = peaked()
-        with pytest.raises(TypeError, match=r"forward-mode|filter_eps|jvp"):
+        with pytest.raises(TypeError, match="forward-mode"):
             jax.jvp(lambda p: self.f(p, 1e-3), (p,), (p,))
 
 
@@ -576,6 +575,8 @@ BAD_INPUT = [
     (bad(_logits, filter_eps=-1e-3), ValueError, ["filter_eps", ">= 0", "-0.001"]),
     (bad(_logits, filter_eps="no"), TypeError, ["filter_eps", ">= 0", "'no'"]),
     (lambda: _logits() / 0, ValueError, ["temperature", "> 0", "0.0"]),
+    (lambda: _logits() / None, TypeError, ["temperature", "None"]),
+    (lambda: _logits() * None, TypeError, ["scale", "None"]),
     (lambda: _logits() * -1.0, ValueError, ["scale", "> 0", "-1.0"]),
     (lambda: _logits() / np.ones(3, np.float32), ValueError, ["temperature", "(4,)", "(3,)"]),
     (bad(jaxsoft.temperature, _X, 0.0), ValueError, ["temperature", "> 0", "0.0"]),

@@ -122,6 +122,14 @@ def test_weighted_mean_counts_what_is_not_ignored():
 def test_second_derivatives_are_refused():
     with pytest.raises(TypeError, match=r"forward-mode|jvp"):
         jax.jvp(lambda h: fast(h, WEIGHT), (HIDDEN,), (HIDDEN,))
+    gradient = jax.grad(fast)
+    for second in (
+        lambda: jax.jvp(lambda h: gradient(h, WEIGHT), (HIDDEN,), (HIDDEN,)),
+        lambda: jax.grad(lambda h: gradient(h, WEIGHT).sum())(HIDDEN),
+        lambda: jax.jit(jax.hessian(lambda h: jax.value_and_grad(fast)(h, WEIGHT)[0]))(HIDDEN),
+    ):
+        with pytest.raises(TypeError, match="no second derivatives"):
+            second()
 
 
 @pytest.mark.parametrize(
