@@ -57,12 +57,12 @@ def dense_max_suppression(hidden, weight, labels):
 
 CONTESTANTS = {
     "dense optax": dense_optax,
-    "linear_logits, recomputed": recomputing,
-    "linear_logits, gradient in forward": forward_gradient,
-    "linear_logits, smoothing + z_loss": recomputing_smooth,
-    "linear_logits, focal_loss": recomputing_focal,
-    "dense MaxSup (plain jnp)": dense_max_suppression,
-    "MaxSup, gradient in forward": forward_gradient_max_suppression,
+    "cross_entropy, streamed": recomputing,
+    "cross_entropy, weighted_mean": forward_gradient,
+    "smoothing + z_loss, streamed": recomputing_smooth,
+    "focal_loss, streamed": recomputing_focal,
+    "dense MaxSup": dense_max_suppression,
+    "MaxSup, weighted_mean": forward_gradient_max_suppression,
 }
 
 

@@ -32,7 +32,10 @@ def train_lm():
 def _run(name, *flags):
     paths = [str(_ROOT), os.environ.get("PYTHONPATH", "")]
     # Equal initializers are compiled once for the three runs, and everything once for all runs of the tests.
-    cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or ""}
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or "",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
     env = {**os.environ, **cache, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "XLA_FLAGS": ""}
     command = [sys.executable, "-W", "error", str(_ROOT / "examples" / f"{name}.py"), *map(str, flags)]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)

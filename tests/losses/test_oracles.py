@@ -14,7 +14,14 @@ from jaxsoft import losses, rows
 N, C, BLOCK = 6, 9, 4
 IGNORED = np.array([False, True, False, False, True, False])
 dtypes = pytest.mark.parametrize("dtype", [np.float64, np.float32], ids=["f64", "f32"])
-kinds = pytest.mark.parametrize("kind", ["dense", "streamed"])
+kinds = pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("dense", np.float64), ("streamed", np.float64), ("streamed", np.float32)],
+    ids=["dense-f64", "streamed-f64", "streamed-f32"],
+)
+few = pytest.mark.parametrize(
+    ("kind", "dtype"), [("streamed", np.float64), ("dense", np.float32)], ids=["streamed-f64", "dense-f32"]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +93,6 @@ def ours(options, weights):
 
 
 @kinds
-@dtypes
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_cross_entropy_is_that_of_torch(options, dtype, kind):
     x, labels, _, weights, g = example(dtype)
@@ -100,9 +106,8 @@ def test_cross_entropy_is_that_of_torch(options, dtype, kind):
         np.testing.assert_allclose(a, b, **tolerance(dtype))
 
 
-@kinds
-@dtypes
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@few
+@pytest.mark.parametrize("options", OPTIONS[2:], ids=str)
 def test_the_mean_of_torch(options, dtype, kind):
     """`weighted_mean` divides by the examples that count; torch's mean by the sum of their class weights."""
     x, labels, _, weights, _ = example(dtype)
@@ -129,8 +134,7 @@ def test_the_mean_of_torch(options, dtype, kind):
         np.testing.assert_allclose(got, expected[0], **tolerance(dtype))
 
 
-@kinds
-@dtypes
+@few
 @pytest.mark.parametrize("options", [dict(), dict(weight=True), dict(label_smoothing=0.2)], ids=str)
 def test_distributions_are_those_of_torch(options, dtype, kind):
     x, _, q, weights, g = example(dtype)
@@ -175,7 +179,6 @@ def test_normalizers_are_those_of_torch(function, dtype):
 
 
 @kinds
-@dtypes
 def test_cross_entropy_is_that_of_optax(dtype, kind):
     x, labels, q, _, g = example(dtype)
     y = jnp.asarray(labels)
@@ -210,9 +213,8 @@ def test_another_axis_is_that_of_optax(dtype):
         np.testing.assert_allclose(a, b, **tolerance(dtype))
 
 
-@kinds
-@dtypes
-@pytest.mark.parametrize("epsilon", [2.0, -1.0, 0.5])
+@few
+@pytest.mark.parametrize("epsilon", [2.0, -0.5])
 def test_poly_loss_is_that_of_optax(epsilon, dtype, kind):
     x, labels, q, _, g = example(dtype)
     onehot = jax.nn.one_hot(labels, C, dtype=dtype)
@@ -252,7 +254,6 @@ def test_normalizers_are_those_of_scipy(dtype):
 
 
 @kinds
-@dtypes
 @pytest.mark.parametrize("weighted", [None, "columns", "entries"])
 def test_logsumexp_is_that_of_scipy(weighted, dtype, kind):
     x, _, q, weights, g = example(dtype)
@@ -273,7 +274,6 @@ def test_logsumexp_is_that_of_scipy(weighted, dtype, kind):
 
 
 @kinds
-@dtypes
 def test_entropy_is_that_of_scipy(dtype, kind):
     x, *_, g = example(dtype)
     p = scipy.special.softmax(x.astype(np.float64), axis=-1)

@@ -294,6 +294,67 @@ def test_the_gradient_of_the_spherical_loss(kind, x64):
         assert jnp.all(jnp.max(jnp.abs(g), -1) > 1e-3)
 
 
+# --- labels of any kind ----------------------------------------------------------------------------------
+
+
+@kinds
+@pytest.mark.parametrize(
+    "dtype", [np.uint8, np.int8, np.int16, np.uint32, np.int64], ids=lambda d: d.__name__
+)
+def test_labels_of_any_integer_dtype(dtype, kind, x64):
+    """As many classes as there are bytes, and more: no id, no count and no -100 wraps around."""
+    rng = np.random.default_rng(0)
+    ids = np.array([3, 100, 156, 255] if dtype != np.int8 else [3, 100, 27, 127])
+    for columns in (256, 300):
+        x = rng.normal(size=(4, columns))
+        logits, weights = logits_of(x, kind), jnp.asarray(rng.random(columns))
+        for f in (
+            CE,
+            lambda x, y: CE(x, y, class_weights=weights),
+            losses.dual_focal_loss,
+            lambda x, y: losses.decoupled_softmax_loss(x, y[:, None]),
+            lambda x, y: losses.weighted_mean(CE, x, y),
+            jaxsoft.log_prob,
+            jaxsoft.label_rank,
+        ):
+            expected = f(logits, jnp.asarray(ids, jnp.int32))
+            close(f(logits, jnp.asarray(ids, dtype)), expected, 1e-12)
+            assert jnp.all(jnp.isfinite(expected))
+
+
+@kinds
+def test_gradients_to_labels_and_weights_that_are_zero(kind, x64):
+    """A zero in a distribution or a class weight has a derivative as any other number."""
+    x, y = example()
+    q = jax.nn.one_hot(y, 7) * 0.75 + jax.nn.one_hot((y + 1) % 7, 7) * 0.25
+    w = jnp.arange(7.0) % 3
+    log_p = jax.nn.log_softmax(x)
+    terms = -w * log_p
+    weighted = 0.9 * jnp.take_along_axis(terms, y[:, None], 1)[:, 0] + 0.1 / 7 * jnp.sum(terms, -1)
+
+    def plain_weighted(w):
+        terms = -w * log_p
+        return 0.9 * jnp.take_along_axis(terms, y[:, None], 1)[:, 0] + 0.1 / 7 * jnp.sum(terms, -1)
+
+    close(CE(logits_of(x, kind), y, class_weights=w, label_smoothing=0.1), weighted, 1e-13)
+    for got, plain, at in (
+        (lambda q: CE(logits_of(x, kind), q), lambda q: smoothed(x, q), q),
+        (
+            lambda q: losses.poly_loss(logits_of(x, kind), q, epsilon=2.0),
+            lambda q: smoothed(x, q) + 2 * (1 - jnp.sum(q * jnp.exp(log_p), -1)),
+            q,
+        ),
+        (
+            lambda w: CE(logits_of(x, kind), y, class_weights=w, label_smoothing=0.1),
+            plain_weighted,
+            w,
+        ),
+    ):
+        g = jnp.asarray(np.random.default_rng(1).normal(size=5))
+        a, b = (jax.jit(jax.grad(lambda v, f=f: g @ f(v)))(at) for f in (got, plain))
+        close(a, b, 1e-12)
+
+
 # --- gradients in closed form ----------------------------------------------------------------------------
 
 

@@ -183,12 +183,14 @@ def test_argument_of_jit_and_grad_with_respect_to_it(x64):
 def test_vmap_over_anything(x64):
     p = operands()
     many = {k: jnp.stack([v, v * 1.5, jnp.roll(v, 1, axis=0)]) for k, v in p.items()}
-    for name in p:
-        axes = {k: 0 if k == name else None for k in p}
-        mixed = {**p, name: many[name]}
-        f = jax.jit(jax.vmap(jax.value_and_grad(lambda p: loss_of(expression(p))), (axes,)))
-        expected = jax.vmap(jax.value_and_grad(plain_loss_of), (axes,))(mixed)
-        assert_close(f(mixed), expected)
+    for names in (("hidden",), ("weight",), ("bias", "scale", "temperature")):
+        axes = {k: 0 if k in names else None for k in p}
+        mixed = {k: many[k] if k in names else p[k] for k in p}
+        got, expected = (
+            jax.jit(jax.vmap(jax.value_and_grad(f), (axes,)))(mixed)
+            for f in (lambda p: loss_of(expression(p)), plain_loss_of)
+        )
+        assert_close(got, expected)
     # the expression is the argument, and in_axes is an expression of axes
     logits = jax.tree.unflatten(
         jax.tree.structure(expression(p)),
@@ -354,9 +356,9 @@ def test_mixed_half_and_single(h, w):
         exact, exact_gradient = float(exact), [np.asarray(a) for a in exact_gradient]
     np.testing.assert_allclose(value, exact, rtol=1e-6)
     for g, e in zip(gradient, exact_gradient):
-        # One rounding of the result to its dtype, 2**-9 of bfloat16. Absolute, as the terms are of size 1 to 10
+        # One rounding of the result to its dtype, 2**-8 of bfloat16. Absolute, as the terms are of size 1 to 10
         # and may cancel: a few units of float32.
-        rtol = 2.0**-9 if g.dtype == jnp.bfloat16 else 1e-6
+        rtol = 2.0**-8 if g.dtype == jnp.bfloat16 else 1e-6
         np.testing.assert_allclose(np.asarray(g, np.float64), e, rtol=rtol, atol=5e-7)
 
 
@@ -432,29 +434,31 @@ class TestNothingIsStored:
     def programs(self, dense):
         f, point = self.loss(dense), self.point()
         many = jax.tree.map(lambda a: jnp.stack([a] * 3), point)
+        programs = {
+            "value": (f, point),
+            "gradient": (jax.value_and_grad(f), point),
+            "jvp": (lambda p, t: jax.jvp(f, (p,), (t,)), point, point),
+            "hessian": (lambda p, t: jax.jvp(jax.grad(f), (p,), (t,)), point, point),
+            "hessian, reverse": (
+                lambda p, t: jax.grad(lambda p: sum(map(jnp.vdot, jax.grad(f)(p), t)))(p),
+                point,
+                point,
+            ),
+            "checkpoint": (jax.grad(jax.checkpoint(f)), point),
+            "vmap": (jax.vmap(jax.grad(f)), many),
+        }
         return {
-            "value": jax.make_jaxpr(f)(point),
-            "gradient": jax.make_jaxpr(jax.value_and_grad(f))(point),
-            "jvp": jax.make_jaxpr(lambda p, t: jax.jvp(f, (p,), (t,)))(point, point),
-            "hessian": jax.make_jaxpr(lambda p, t: jax.jvp(jax.grad(f), (p,), (t,)))(point, point),
-            "hessian, reverse": jax.make_jaxpr(
-                lambda p, t: jax.grad(lambda p: sum(map(jnp.vdot, jax.grad(f)(p), t)))(p)
-            )(point, point),
-            "checkpoint": jax.make_jaxpr(jax.grad(jax.checkpoint(f)))(point),
-            "vmap": jax.make_jaxpr(jax.vmap(jax.grad(f)))(many),
+            name: functools.partial(lambda g, *args: jax.make_jaxpr(g)(*args), *call)
+            for name, call in programs.items()
         }
 
     @pytest.mark.parametrize(
         "name", ["value", "gradient", "jvp", "hessian", "hessian, reverse", "checkpoint", "vmap"]
     )
     def test_program(self, name):
-        times = 3 if name == "vmap" else 1
-        if name == "hessian, reverse":
-            pytest.skip(
-                "reverse over reverse keeps what a block was made of; it is bounded by the test below"
-            )
-        assert largest(self.programs(dense=False)[name]) < times * self.size
-        assert largest(self.programs(dense=True)[name]) >= times * self.size
+        # Three gradients at once: still less than the logits of one.
+        assert largest(self.programs(dense=False)[name]()) < self.size
+        assert largest(self.programs(dense=True)[name]()) >= self.size * (3 if name == "vmap" else 1)
 
     def test_weighted_sum(self):
         labels = labels_of((self.n,), self.columns)
