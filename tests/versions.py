@@ -3,4 +3,6 @@
 import platform
 from importlib.metadata import version
 
-print(f"Python {platform.python_version()}, jax {version('jax')}, flax {version('flax')}, optax {version('optax')}")
+print(
+    f"Python {platform.python_version()}, jax {version('jax')}, flax {version('flax')}, optax {version('optax')}"
+)

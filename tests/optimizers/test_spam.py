@@ -310,9 +310,7 @@ def test_stable_spam_worked_example_with_total_steps():
 @pytest.mark.parametrize("gap", [1000, 13])
 def test_stable_spam_equals_pytorch_optimizer(gap):
     start, grads = random_problem()
-    make = lambda po, params: po.StableSPAM(
-        params, lr=0.01, weight_decay=0.1, update_proj_gap=gap
-    )
+    make = lambda po, params: po.StableSPAM(params, lr=0.01, weight_decay=0.1, update_proj_gap=gap)
     theirs = torch_trajectory(make, start, grads)
     with jax.enable_x64(True):
         tx = o.stable_spam(0.01, weight_decay=0.1, reset_every=gap)
