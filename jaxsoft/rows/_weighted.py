@@ -172,8 +172,8 @@ def weighted_sum(
     loss = loss.__wrapped__ if type(loss).__name__ == "PjitFunction" else loss
     if any(_explicitly_sharded(a) for a in jax.tree.leaves((logits, row_args, weights, row_masks))):
         raise ValueError(
-            "logits, labels and weights must not be sharded over Explicit mesh axes, for rows are cut into chunks: "
-            "call weighted_sum inside jax.shard_map, or use the loss itself, (weights * loss(...)).sum()"
+            "logits, labels and weights must not be sharded over Explicit mesh axes, for rows are cut into "
+            "chunks: call weighted_sum inside jax.shard_map, or use the loss itself, (weights * loss(...)).sum()"
         )
     call = _Call(loss, treedef, constants)
     operands = _driver.align_varying((logits._flat(), _ByRow(row_args, weights, row_masks), arrays))
