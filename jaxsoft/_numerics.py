@@ -33,3 +33,8 @@ def weigh(values: jax.Array, weights: jax.Array) -> jax.Array:
     """`weights * values`, where a weight of 0 hides a value that is not finite, and its gradient."""
     values = jnp.where((weights != 0) | jnp.isfinite(values), values, 0)
     return weights.astype(values.dtype) * values
+
+
+def as_ids(ids: jax.Array) -> jax.Array:
+    """Integer ids in at least int32, signed: narrower types cannot hold the number of columns, or -100."""
+    return ids.astype(jnp.promote_types(ids.dtype, jnp.int32))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxsoft import _checks
-from jaxsoft._numerics import weigh
+from jaxsoft._numerics import as_ids, weigh
 from jaxsoft.rows import reductions
 from jaxsoft.rows._driver import check_axis, reduce_rows, rows_of
 from jaxsoft.rows._logits import Logits
@@ -108,6 +108,7 @@ def prepare(
     if ignore_index is not None:
         ignore_index = _checks.integer("ignore_index", ignore_index)
     check_ids("labels", labels, logits, axis, ignore_index=ignore_index)
+    labels = as_ids(labels)
     if ignore_index is None:
         return Rows(logits, axis, where, None, labels, False, weights)
     keep = labels != ignore_index

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxsoft import _checks
-from jaxsoft._numerics import accumulation_dtype, safe_divide
+from jaxsoft._numerics import accumulation_dtype, as_ids, safe_divide
 from jaxsoft.losses._common import IGNORE_INDEX
 from jaxsoft.rows._driver import check_axis, rows_of
 from jaxsoft.rows._logits import Logits
@@ -68,7 +68,7 @@ def weighted_mean(
         if ignore_index != IGNORE_INDEX:  # the losses' own default
             options["ignore_index"] = ignore_index
         if ignore_index is not None:
-            weights = jnp.where(labels == ignore_index, 0, weights)
+            weights = jnp.where(as_ids(labels) == ignore_index, 0, weights)
     weights = safe_divide(weights, jnp.sum(weights))
     return weighted_sum(
         loss, logits, labels, *row_args, weights=weights, axis=axis, chunk_size=chunk_size, **options

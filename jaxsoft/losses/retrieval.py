@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
-from jaxsoft._numerics import safe_divide
+from jaxsoft._numerics import as_ids, safe_divide
 from jaxsoft.losses._common import IGNORE_INDEX, Rows
 from jaxsoft.rows import reductions
 from jaxsoft.rows._driver import check_axis, rows_of
@@ -85,6 +85,7 @@ def decoupled_softmax_loss(
         )
     _checks.integer("ignore_index", ignore_index)
     check_range("labels", labels, columns, ignore_index)
+    labels = as_ids(labels)
     given = labels != ignore_index
     rows = Rows(logits, axis, where, jnp.any(given, axis=-1), labels, False, weights)
     negatives, positives = rows.reduce(

@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
-from jaxsoft._numerics import accumulation_dtype
+from jaxsoft._numerics import accumulation_dtype, as_ids
 from jaxsoft.rows import reductions
 from jaxsoft.rows._driver import check_axis, reduce_rows, rows_of
 from jaxsoft.rows._logits import LinearLogits, Logits, capped, row_scalar
@@ -278,6 +278,7 @@ def check_range(name: str, ids: Array, columns: int, ignore_index: int | None) -
     """Under `checkify`, an error where an id is out of range; nothing at all otherwise."""
     from jax.experimental import checkify
 
+    ids = as_ids(ids)
     bad = (ids < 0) | (ids >= columns)
     if ignore_index is not None:
         bad &= ids != ignore_index

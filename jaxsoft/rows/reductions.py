@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsoft import _checks
-from jaxsoft._numerics import finite_gauge, log_or_neg_inf, safe_divide
+from jaxsoft._numerics import as_ids, finite_gauge, log_or_neg_inf, safe_divide
 from jaxsoft.rows._reduction import RowReduction, Tile
 
 # ---------------------------------------------------------------------------------------------------------
@@ -256,7 +256,9 @@ def _excluding_update(state, tile, ids):
 
 def log_partition_excluding(ids: jax.Array) -> RowReduction:
     """`log sum e^(x_j)`, in parts, over the columns not among `ids` (`[*rows, k]`; out of range names nothing)."""
-    return RowReduction(_lse_init, _excluding_update, _lse_merge, _lse_parts, _keep_gauge, args=(ids,))
+    return RowReduction(
+        _lse_init, _excluding_update, _lse_merge, _lse_parts, _keep_gauge, args=(as_ids(ids),)
+    )
 
 
 # Moments of the scores under their own softmax: (m, S, U, Q) with w = e^(x-m), S = sum w, U = sum w (x-m),
@@ -417,7 +419,9 @@ def take(ids: jax.Array) -> RowReduction:
 
     An absent entry gives -inf. An id outside the row gives NaN, in value and in gradient.
     """
-    return RowReduction(_take_init, _take_update, _take_merge, _take_finalize, share=_take_share, args=(ids,))
+    return RowReduction(
+        _take_init, _take_update, _take_merge, _take_finalize, share=_take_share, args=(as_ids(ids),)
+    )
 
 
 class LabelStatistics(NamedTuple):
@@ -478,7 +482,7 @@ def label_statistics(ids: jax.Array) -> RowReduction:
     A label outside the row gives NaN, in value and in gradient.
     """
     return RowReduction(
-        _label_init, _label_update, _label_merge, _label_finalize, share=_label_share, args=(ids,)
+        _label_init, _label_update, _label_merge, _label_finalize, share=_label_share, args=(as_ids(ids),)
     )
 
 
@@ -606,7 +610,7 @@ def maximum_below(bound: jax.Array, exclude: jax.Array) -> RowReduction:
         _max_merge,
         _first,
         share=_selection_share,
-        args=(lax.stop_gradient(bound), exclude),
+        args=(lax.stop_gradient(bound), as_ids(exclude)),
     )
 
 
@@ -862,7 +866,7 @@ def rank(ids: jax.Array, score: jax.Array) -> RowReduction:
 
     Equal scores rank by column. `label_rank` finds the score first.
     """
-    return RowReduction(_rank_init, _rank_update, args=(ids, lax.stop_gradient(score)))
+    return RowReduction(_rank_init, _rank_update, args=(as_ids(ids), lax.stop_gradient(score)))
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -227,7 +227,7 @@ def test_temperature_and_softcap(x64):
     close(jax.grad(lambda x: jnp.sum(jaxsoft.softcap(x, 2.0)))(x), 1 - jnp.tanh(x / 2) ** 2, 1e-14)
 
 
-# --- limits (dense; that streamed is dense is a law of its own) ---------------------------------------------
+# --- limits (dense; that streamed is dense is a law of its own) -----------------------------------------
 
 
 def example(columns=7, n=5, seed=0):
