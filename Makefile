@@ -44,7 +44,7 @@ endif
 lint: .venv/ready-tests
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/pyright
+	.venv/bin/pyright --pythonpath .venv/bin/python
 
 bench: .venv/ready
 	.venv/bin/python benchmarks/linear_cross_entropy.py
