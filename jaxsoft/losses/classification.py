@@ -50,7 +50,7 @@ def cross_entropy(
       weights: `[*rows]`, multiply the losses; a weight of 0 hides a loss that is not finite.
       ignore_index: class id of examples to leave out: loss 0, gradient 0. None: there is no such id.
       class_weights: `[columns]`, multiply each class's term `-q_c log p_c`. (The mean of PyTorch divides by the
-        sum of `class_weights[labels]`.) A weight of 0 removes a class, and gets no gradient from smoothing.
+        sum of `class_weights[labels]`.)
       label_smoothing: the mass, in [0, 1], that moves from the label to other classes.
       smoothing: which classes get it: `"uniform"`, all classes, the label among them, as in PyTorch and optax
         (the label keeps `1 - a + a / C`); or `"others"`, only the others (the label keeps `1 - a`; integer labels
@@ -140,8 +140,7 @@ def poly_loss(
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
-      labels: class ids `[*rows]` or distributions of the logits' shape, as in `cross_entropy`. A 0 in a
-        distribution gets no gradient from the polynomial terms.
+      labels: class ids `[*rows]` or distributions of the logits' shape, as in `cross_entropy`.
       epsilon: one number (Poly-1) or a sequence `epsilon_1 ... epsilon_N` (Poly-N). The default 2.0 is the
         paper's for ImageNet and optax's; -1.0 suits instance segmentation and detection.
       axis: the axis of the classes.

@@ -1,17 +1,46 @@
-"""The exponential family of normalizers."""
+"""The exponential family of normalizers.
+
+In the formulas `x` are the scores of a row, `p = softmax(x)`, `m` a reference exponent. Each public function stands
+below its definition, from which the attentions take it too.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from jaxsoft._numerics import accumulation_dtype
+from jaxsoft import _checks
+from jaxsoft._numerics import accumulation_dtype, safe_divide
+from jaxsoft.normalizers._exponential import (
+    SOFTMAX,
+    SUM,
+    coefficient,
+    exponentials,
+    rescale,
+    scaled,
+    times_scale,
+    with_sink,
+)
+from jaxsoft.normalizers._normalizer import Normalizer, after, defined_by, normalize, together
+from jaxsoft.rows import reductions
 from jaxsoft.rows._driver import check_axis
 from jaxsoft.rows._softmax import check_dense, softmax_with
 from jaxsoft.rows._statistics import log_partition
 from jaxsoft.rows.reductions import LogPartition
 
+Scores = Float[Array, "*rows columns"]
 
+
+def _softmax(rows):
+    del rows
+    return SOFTMAX
+
+
+@defined_by(_softmax)
 def softmax(
     scores: Float[Array, "*rows columns"], *, axis: int = -1, where: Bool[Array, ...] | None = None
 ) -> Float[Array, "*rows columns"]:
@@ -69,3 +98,578 @@ def log_softmax(
     partition = LogPartition(*(jnp.expand_dims(p, axis) for p in log_partition(x, axis=axis, where=where)))
     present = x != -jnp.inf if where is None else where & (x != -jnp.inf)
     return jnp.where(present, partition.log_softmax(jnp.where(present, x, 0)), -jnp.inf).astype(scores.dtype)
+
+
+def _softmax_n(rows, *, n=1.0):
+    _checks_nonnegative("n", n)
+    return with_sink(SOFTMAX, jnp.log(rows.per_row("n", n)))
+
+
+def _checks_nonnegative(name: str, value: Any) -> None:
+    if _checks.is_concrete_number(value):
+        _checks.number(name, value, at_least=0)
+
+
+@defined_by(_softmax_n)
+def softmax_n(
+    scores: Scores,
+    *,
+    n: float | Float[Array, "#*rows"] = 1.0,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+) -> Scores:
+    """`exp(x_i) / (n + sum_j exp(x_j))`: softmax that may attend to nothing.
+
+    The rows sum to less than 1, and to 0 in the limit of low scores; it is not shift invariant. Exact for scores of
+    any size (the reference exponent is `max(log n, max x)`).
+
+    Args:
+      scores: `[*rows, columns]`, floating.
+      n: the mass of nothing, 0 or more: a number, or an array that broadcasts to `[*rows]`.
+      axis: the axis that holds a row.
+      where: booleans that broadcast to the scores, True = counts.
+
+    Returns:
+      Weights of the scores' shape and dtype; 0 for absent entries and rows without entries.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or out of range.
+
+    Reference:
+      Hu et al., "Outlier-Efficient Hopfield Layers for Large Transformer-Based Models".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> print(jaxsoft.softmax_n(jnp.array([1.0, 2.0, -1.0, 0.5]), n=2.0).round(6))
+      [0.192462 0.523165 0.026047 0.116734]
+    """
+    return normalize(_softmax_n, scores, axis=axis, where=where, name="softmax_n", n=n)
+
+
+def _softmax_one(rows):
+    return _softmax_n(rows, n=1.0)
+
+
+@defined_by(_softmax_one)
+def softmax_one(scores: Scores, *, axis: int = -1, where: Bool[Array, ...] | None = None) -> Scores:
+    """`exp(x_i) / (1 + sum_j exp(x_j))`: softmax-1, `softmax_n` with n = 1, a sink of logit 0.
+
+    Args:
+      scores: `[*rows, columns]`, floating.
+      axis: the axis that holds a row.
+      where: booleans that broadcast to the scores, True = counts.
+
+    Returns:
+      Weights of the scores' shape and dtype; 0 for absent entries and rows without entries.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or out of range.
+
+    Reference:
+      Hu et al., "Outlier-Efficient Hopfield Layers for Large Transformer-Based Models".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> print(jaxsoft.softmax_one(jnp.array([1.0, 2.0, -1.0, 0.5])).round(6))
+      [0.207124 0.563021 0.028031 0.125627]
+    """
+    return normalize(_softmax_one, scores, axis=axis, where=where, name="softmax_one")
+
+
+def _sink_softmax(rows, *, sink):
+    return with_sink(SOFTMAX, rows.per_row("sink", sink))
+
+
+@defined_by(_sink_softmax)
+def sink_softmax(
+    scores: Scores,
+    *,
+    sink: float | Float[Array, "#*rows"],
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+) -> Scores:
+    """`exp(x_i) / (exp(sink) + sum_j exp(x_j))`: softmax with a learned sink, an entry without a value.
+
+    Args:
+      scores: `[*rows, columns]`, floating.
+      sink: the logit of the sink: a number, or an array that broadcasts to `[*rows]` (one number a head, in
+        attention); differentiable. It is not scaled or capped with the scores.
+      axis: the axis that holds a row.
+      where: booleans that broadcast to the scores, True = counts.
+
+    Returns:
+      Weights of the scores' shape and dtype; 0 for absent entries and rows without entries.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or out of range.
+
+    Reference:
+      The attention sinks of the gpt-oss models.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> print(jaxsoft.sink_softmax(jnp.array([1.0, 2.0, -1.0, 0.5]), sink=0.7).round(6))
+      [0.192272 0.522649 0.026021 0.116619]
+    """
+    return normalize(_sink_softmax, scores, axis=axis, where=where, name="sink_softmax", sink=sink)
+
+
+def masked_logit_softmax(
+    scores: Scores,
+    mask: Bool[Array, ...],
+    *,
+    masked_logit: float = -jnp.inf,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+) -> Scores:
+    """Softmax with the scores outside `mask` replaced by a constant, which gets no gradient.
+
+    For continual learning: a finite constant keeps some mass on the classes of other tasks, and so some gradient on
+    the scores inside; `-inf` is softmax over the scores inside. Not for inference, nor for distillation terms.
+
+    Args:
+      scores: `[*rows, columns]`, floating.
+      mask: booleans that broadcast to the scores, True = the score is used as it is.
+      masked_logit: the constant for the others. The default is ours; the paper tunes it.
+      axis: the axis that holds a row.
+      where: booleans that broadcast to the scores, True = counts.
+
+    Returns:
+      Weights of the scores' shape and dtype; 0 for absent entries and rows without entries.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or out of range.
+
+    Reference:
+      Kim et al., "Revisiting Softmax Masking for Stability in Continual Learning".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> mask = jnp.array([True, True, False, False])
+      >>> x = jnp.array([1.0, 2.0, -1.0, 0.5])
+      >>> print(jaxsoft.normalizers.masked_logit_softmax(x, mask, masked_logit=-1.5).round(6))
+      [0.257569 0.700146 0.021143 0.021143]
+    """
+    check_dense(scores, "masked_logit_softmax")
+    _checks.floating("scores", scores)
+    _checks.boolean("mask", mask)
+    _checks.broadcastable("mask", mask, scores.shape, "the shape of the scores")
+    # Not -inf alone: entries replaced by a finite constant count.
+    return softmax(jnp.where(mask, scores, masked_logit), axis=axis, where=where)
+
+
+def _scalable_softmax(rows, *, scale=0.43, bias=0.0):
+    log_n = jnp.log(jnp.maximum(rows.count(), 1))
+    return scaled(SOFTMAX, rows.per_row("scale", scale) * log_n + rows.per_row("bias", bias))
+
+
+@defined_by(_scalable_softmax)
+def scalable_softmax(
+    scores: Scores,
+    *,
+    scale: float | Float[Array, "#*rows"] = 0.43,
+    bias: float | Float[Array, "#*rows"] = 0.0,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+) -> Scores:
+    """Scalable-Softmax, `softmax((scale log n + bias) x)` with n the number of present entries of the row.
+
+    Attention that does not fade as the context grows.
+
+    Args:
+      scores: `[*rows, columns]`, floating.
+      scale: the factor s of `log n`, learnable, one for each head and layer: a number, or an array that broadcasts
+        to `[*rows]`. The default is the slope that the authors fitted.
+      bias: the constant of the variant with bias, likewise.
+      axis: the axis that holds a row.
+      where: booleans that broadcast to the scores, True = counts.
+
+    Returns:
+      Weights of the scores' shape and dtype; 0 for absent entries and rows without entries.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or out of range.
+
+    Reference:
+      Nakanishi, "Scalable-Softmax Is Superior for Attention".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> print(jaxsoft.scalable_softmax(jnp.array([1.0, 2.0, -1.0, 0.5]), scale=1.0).round(6))
+      [0.179775 0.719101 0.011236 0.089888]
+    """
+    return normalize(
+        _scalable_softmax, scores, axis=axis, where=where, name="scalable_softmax", scale=scale, bias=bias
+    )
+
+
+# Fitted by the authors, highest power first.
+_ADAPTIVE = (-0.037, 0.481, -2.3, 4.917, -1.791)
+
+
+def _adaptive_temperature_softmax(rows, *, coefficients=_ADAPTIVE, threshold=0.5, stop_gradient=False):
+    source = rows.detached() if stop_gradient else rows
+    entropy = source.reduce(reductions.softmax_moments()).entropy
+    beta = jnp.polyval(jnp.asarray(coefficients, entropy.dtype), entropy)
+    return scaled(SOFTMAX, jnp.where((entropy > threshold) & (beta > 1), beta, 1))
+
+
+@defined_by(_adaptive_temperature_softmax)
+def adaptive_temperature_softmax(
+    scores: Scores,
+    *,
+    coefficients: Sequence[float] = _ADAPTIVE,
+    threshold: float = 0.5,
+    stop_gradient: bool = False,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+) -> Scores:
+    """`softmax(beta x)` with `beta = max(1, P(H))` a polynomial of the row's own entropy: sharper where it is flat.
+
+    Meant for inference. With the authors' coefficients beta exceeds 1 for entropies from 0.849 to 5.945 nats only
+    (5.945 is uniform over 381 entries: flatter rows than that are left alone).
+
+    Args:
+      scores: `[*rows, columns]`, floating.
+      coefficients: of P, highest power first; the defaults were fitted to one small model.
+      threshold: entropy in nats below which rows are left alone.
+      stop_gradient: whether beta is a constant to the gradient.
+      axis: the axis that holds a row.
+      where: booleans that broadcast to the scores, True = counts.
+
+    Returns:
+      Weights of the scores' shape and dtype; 0 for absent entries and rows without entries.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or out of range.
+
+    Reference:
+      Velickovic et al., "softmax is not enough (for sharp out-of-distribution)".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> print(jaxsoft.adaptive_temperature_softmax(jnp.array([1.0, 2.0, -1.0, 0.5])).round(6))
+      [0.190735 0.694977 0.014366 0.099922]
+    """
+    _checks.number("threshold", threshold)
+    return normalize(
+        _adaptive_temperature_softmax,
+        scores,
+        axis=axis,
+        where=where,
+        name="adaptive_temperature_softmax",
+        coefficients=tuple(coefficients),
+        threshold=threshold,
+        stop_gradient=stop_gradient,
+    )
+
+
+def _scaled_moments(scale):
+    reduction = after(_MOMENTS, (times_scale,))
+    return reduction._replace(finalize=_MOMENTS.finalize, args=({"scale": scale},))
+
+
+_MOMENTS = reductions.softmax_moments()
+
+
+# Entropy is decreasing in log(beta), with slope -variance(beta x). The range of beta, relative to the spread of the
+# row, is ours: from a row that is uniform to seven digits to one that is one-hot unless two scores are equal.
+_LOG_BETA_RANGE = (-9.0, 18.0)
+_NEWTON_STEPS = 60
+
+
+def _entropy_target_softmax(rows, *, entropy):
+    target = rows.per_row("entropy", entropy)
+    fixed = rows.detached()
+    top, low = fixed.reduce((reductions.maximum(), _MINIMUM))
+    spread = jnp.where(jnp.isfinite(top), top - low, 0)
+    log_spread = jnp.log(jnp.where(spread > 0, spread, 1))
+    lo, hi = (bound - log_spread for bound in _LOG_BETA_RANGE)
+
+    def newton(source, log_beta, goal):
+        moments = source.reduce(_scaled_moments(jnp.exp(log_beta)))
+        return log_beta + safe_divide(moments.entropy - goal, moments.variance), moments.entropy
+
+    def search(carry):
+        step, lo, hi, log_beta, _ = carry
+        proposal, h = newton(fixed, log_beta, lax.stop_gradient(target))
+        flat = h > lax.stop_gradient(target)
+        lo, hi = jnp.where(flat, log_beta, lo), jnp.where(flat, hi, log_beta)
+        inside = (proposal > lo) & (proposal < hi)
+        new = jnp.where(inside, proposal, (lo + hi) / 2)
+        return step + 1, lo, hi, new, jnp.max(jnp.abs(new - log_beta), initial=0)
+
+    def unfinished(carry):
+        return (carry[0] < _NEWTON_STEPS) & (carry[-1] > 8 * jnp.finfo(rows.dtype).eps)
+
+    start = (jnp.int32(0), lo, hi, (2 * lo + hi) / 3, jnp.max(hi - lo, initial=0))
+    log_beta = lax.while_loop(unfinished, search, start)[3]
+    log_beta = lax.stop_gradient(log_beta)
+    # Two steps of Newton's method that are differentiated: the derivatives of the root, to third order.
+    found = log_beta
+    for _ in range(2):
+        found, h = newton(rows, found, target)
+    reached = jnp.abs(lax.stop_gradient(found) - log_beta) < 0.1  # elsewhere the target cannot be met
+    return scaled(SOFTMAX, jnp.exp(jnp.where(reached, found, log_beta)))
+
+
+def _negated(tile, params):
+    return tile.with_values(-tile.x)
+
+
+_MAXIMUM = reductions.maximum_and_argmax()
+_NEGATED_MINIMUM = after(_MAXIMUM, (_negated,))
+
+
+def _minimum_of(state, params):
+    return -state[0]
+
+
+_MINIMUM = _NEGATED_MINIMUM._replace(finalize=_minimum_of, args=({},))
+
+
+@defined_by(_entropy_target_softmax)
+def entropy_target_softmax(
+    scores: Scores,
+    *,
+    entropy: float | Float[Array, "#*rows"],
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+) -> Scores:
+    """`softmax(x / tau)` with the temperature at which its entropy is `entropy`.
+
+    The temperature that a robust (DRO) softmax loss chooses by itself: its radius is `log(columns) - entropy`. The
+    gradient includes that of the temperature.
+
+    Args:
+      scores: `[*rows, columns]`, floating.
+      entropy: in nats, more than 0 and less than `log(columns)`: a number, or an array that broadcasts to `[*rows]`.
+        Where no temperature reaches it (ties at the top, or too few entries) the closest one is used.
+      axis: the axis that holds a row.
+      where: booleans that broadcast to the scores, True = counts.
+
+    Returns:
+      Weights of the scores' shape and dtype; 0 for absent entries and rows without entries.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or out of range.
+
+    Reference:
+      Qiu et al., "To Cool or not to Cool? Temperature Network Meets Large Foundation Models via DRO" (the
+      parameter-free form is derived from its loss, not in the paper).
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> x = jnp.array([1.0, 2.0, -1.0, 0.5])
+      >>> print(jaxsoft.normalizers.entropy_target_softmax(x, entropy=0.8).round(5))
+      [0.17682 0.72537 0.01051 0.0873 ]
+    """
+    if _checks.is_concrete_number(entropy):
+        _checks.number("entropy", entropy, above=0)
+    return normalize(
+        _entropy_target_softmax, scores, axis=axis, where=where, name="entropy_target_softmax", entropy=entropy
+    )
+
+
+def _weighted_scores(tile, state, params):
+    w = exponentials(tile, state[0])
+    return (tile.x * w,)
+
+
+def _adjust_terms(tile, state, params):
+    w = exponentials(tile, state[0][0])
+    return tile.x * w, w
+
+
+def _adjust_rescale(old, new):
+    return rescale(old[0], new[0])
+
+
+def _adjust_coefficients(state, params):
+    (_, s), (top, _), (negated_low, _) = state
+    present = s > 0
+    a = jnp.minimum(jnp.where(present, -negated_low, 0), 0)
+    b = jnp.maximum(jnp.where(present, top, 0), 0)
+    c = safe_divide(jnp.ones_like(s), (b - a) * s)
+    return c, -a * c
+
+
+_SELF_ADJUST = Normalizer(SUM, _weighted_scores, coefficient, rescale)
+_NORMALIZED_SELF_ADJUST = Normalizer(
+    together(SUM, _MAXIMUM, _NEGATED_MINIMUM), _adjust_terms, _adjust_coefficients, _adjust_rescale
+)
+
+
+def _self_adjust_softmax(rows, *, normalized=True):
+    del rows
+    return _NORMALIZED_SELF_ADJUST if normalized else _SELF_ADJUST
+
+
+@defined_by(_self_adjust_softmax)
+def self_adjust_softmax(
+    scores: Scores, *, normalized: bool = True, axis: int = -1, where: Bool[Array, ...] | None = None
+) -> Scores:
+    """Self-Adjust Softmax, `w_i p_i` with `w` the scores brought to [0, 1]: gradients that do not vanish.
+
+    `w = (x - a) / (b - a)` with `a = min(0, min x)`, `b = max(0, max x)`; plain, `w = x`.
+
+    Args:
+      scores: `[*rows, columns]`, floating.
+      normalized: whether the scores are brought to [0, 1] (weights in [0, 1], rows that sum to at most 1), or taken
+        as they are (weights of any sign and size).
+      axis: the axis that holds a row.
+      where: booleans that broadcast to the scores, True = counts.
+
+    Returns:
+      Weights of the scores' shape and dtype; 0 for absent entries and rows without entries. A row of zeros gives zeros.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or out of range.
+
+    Reference:
+      Zheng et al., "Self-Adjust Softmax".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> print(jaxsoft.self_adjust_softmax(jnp.array([1.0, 2.0, -1.0, 0.5])).round(6))
+      [0.149472 0.60946  0.       0.067994]
+    """
+    return normalize(
+        _self_adjust_softmax,
+        scores,
+        axis=axis,
+        where=where,
+        name="self_adjust_softmax",
+        normalized=normalized,
+    )
+
+
+# Functions of the probabilities themselves: one pass for the log-sum-exp, one for the weights.
+
+
+def _partition_params(rows) -> dict[str, Any]:
+    return rows.reduce(reductions.log_partition())._asdict()
+
+
+def probabilities(tile, params):
+    """Softmax probabilities, from the log-sum-exp in parts."""
+    partition = LogPartition(*(params[name][..., None] for name in LogPartition._fields))
+    return jnp.exp(partition.log_softmax(tile.x))
+
+
+def _clipped_terms(tile, state, params):
+    zeta, gamma = params["zeta"][..., None], params["gamma"][..., None]
+    return (jnp.clip((zeta - gamma) * probabilities(tile, params) + gamma, 0, 1),)
+
+
+def one(state, params):
+    """The coefficient of terms that are weights already."""
+    return (jnp.ones_like(params["log_sum"]),)
+
+
+def _clipped_softmax(rows, *, zeta=1.1, gamma=-0.1):
+    params = _partition_params(rows)
+    params |= {"zeta": rows.per_row("zeta", zeta), "gamma": rows.per_row("gamma", gamma)}
+    return Normalizer(None, _clipped_terms, one, params=params)
+
+
+@defined_by(_clipped_softmax)
+def clipped_softmax(
+    scores: Scores,
+    *,
+    zeta: float | Float[Array, "#*rows"] = 1.1,
+    gamma: float | Float[Array, "#*rows"] = -0.1,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+) -> Scores:
+    """`clip((zeta - gamma) softmax(x) + gamma, 0, 1)`: softmax that reaches exact zeros and ones.
+
+    Args:
+      scores: `[*rows, columns]`, floating.
+      zeta: the stretched upper end, 1 or more: a number, or an array that broadcasts to `[*rows]`.
+      gamma: the stretched lower end, 0 or less, likewise. Attention uses zeta = 1 and gamma = -alpha / length.
+      axis: the axis that holds a row.
+      where: booleans that broadcast to the scores, True = counts.
+
+    Returns:
+      Weights of the scores' shape and dtype; 0 for absent entries and rows without entries.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or out of range.
+
+    Reference:
+      Hu et al., "Outlier-Efficient Hopfield Layers for Large Transformer-Based Models" (its code).
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> print(jaxsoft.clipped_softmax(jnp.array([1.0, 2.0, -1.0, 0.5])).round(6))
+      [0.169049 0.631352 0.       0.063187]
+    """
+    return normalize(
+        _clipped_softmax, scores, axis=axis, where=where, name="clipped_softmax", zeta=zeta, gamma=gamma
+    )
+
+
+def _quantized_terms(tile, state, params):
+    p, levels = probabilities(tile, params), params["levels"][..., None]
+    rounded = jnp.round(p * levels) / levels
+    return (p + lax.stop_gradient(rounded - p) + params["bias"][..., None],)
+
+
+def _quantized_softmax(rows, *, bits=8, bias=0.0):
+    params = _partition_params(rows)
+    params |= {"levels": rows.per_row("bits", float(2**bits - 1)), "bias": rows.per_row("bias", bias)}
+    return Normalizer(None, _quantized_terms, one, params=params)
+
+
+@defined_by(_quantized_softmax)
+def quantized_softmax(
+    scores: Scores,
+    *,
+    bits: int = 8,
+    bias: float | Float[Array, "#*rows"] = 0.0,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+) -> Scores:
+    """Softmax rounded to `2^bits - 1` steps of [0, 1], plus a bias that gives back what rounding loses on average.
+
+    Entries below half a step round to 0, so that long rows lose most of their mass; the bias, the mean of
+    `softmax - rounded` over calibration data (`quantized_softmax_bias_correction`), restores it. The gradient goes
+    straight through the rounding. Reconstructed from the abstract: the scale is ours.
+
+    Args:
+      scores: `[*rows, columns]`, floating.
+      bits: of the unsigned quantizer, a static integer from 1 to 16.
+      bias: a number, or an array that broadcasts to `[*rows]` (one number a head, in attention).
+      axis: the axis that holds a row.
+      where: booleans that broadcast to the scores, True = counts.
+
+    Returns:
+      Weights of the scores' shape and dtype; 0 for absent entries and rows without entries.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or out of range.
+
+    Reference:
+      Pandey et al., "Softmax Bias Correction for Quantized Generative Models".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> x = jnp.array([1.0, 2.0, -1.0, 0.5])
+      >>> print(jaxsoft.normalizers.quantized_softmax(x, bits=4, bias=0.016667).round(6))
+      [0.216667 0.616667 0.016667 0.15    ]
+    """
+    bits = _checks.integer("bits", bits, at_least=1, at_most=16)
+    return normalize(
+        _quantized_softmax, scores, axis=axis, where=where, name="quantized_softmax", bits=bits, bias=bias
+    )

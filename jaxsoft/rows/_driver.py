@@ -115,7 +115,7 @@ def reduce_rows(
         functions,
         max(min(block_size, columns), 1),
         Masks(flat(masks.rows), masks.cols, flat(masks.entries)),
-        [Arrays(tuple(map(flat, a.args)), a.col_args, tuple(map(flat, a.entry_args))) for a in arrays],
+        [Arrays(jax.tree.map(flat, a.args), a.col_args, tuple(map(flat, a.entry_args))) for a in arrays],
     )
     results = jax.tree.map(lambda a: a.reshape(*rows, *a.shape[1:]), results)
     return jax.tree.unflatten(treedef, results)
@@ -161,7 +161,7 @@ def _split_mask(where: Any, shape: tuple[int, ...], axis: int) -> Masks:
 
 
 def _arrays_of(reduction: RowReduction, rows: tuple[int, ...], columns: int) -> Arrays:
-    for a in reduction.args:
+    for a in jax.tree.leaves(reduction.args):
         if a.shape[: len(rows)] != rows:
             raise ValueError(
                 f"args of a reduction must have leading axes {rows} (the rows), got shape {a.shape}"
@@ -325,14 +325,17 @@ def _states(functions, block, source, masks, arrays):
 
 def block_sums(functions, states, block_tiles: list[Tile], arrays: list[Arrays]) -> list:
     """A block's share of the float leaves of finished states: not its value, but its derivative, is right."""
-    sums = []
-    for r, state, tile, a in zip(functions, states, block_tiles, arrays):
-        if r.share is not None:
-            floats, _ = _partition(state)
-            sums.append(jax.tree.unflatten(jax.tree.structure(floats), r.share(state, tile, *a.args)))
-        else:
-            sums.append(_partition(r.update(r.neutral(state), tile, *a.args))[0])
-    return sums
+    return [
+        jax.tree.unflatten(jax.tree.structure(_partition(state)[0]), shares(r, state, tile, *a.args))
+        for r, state, tile, a in zip(functions, states, block_tiles, arrays)
+    ]
+
+
+def shares(reduction: RowReduction, state, tile: Tile, *args) -> list[Array]:
+    """A tile's share of the float leaves of a finished state, as `RowReduction.share` gives it."""
+    if reduction.share is not None:
+        return reduction.share(state, tile, *args)
+    return jax.tree.leaves(_partition(reduction.update(reduction.neutral(state), tile, *args))[0])
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))

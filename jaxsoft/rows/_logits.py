@@ -201,10 +201,9 @@ class LinearLogits:
         """Whether the logits are affine in `hidden`, so that sums over columns have a closed form."""
         return self.softcap is None
 
-    def _affine_columns(self, col_weights: Array) -> tuple[Array, Array, Array]:
-        """`(n, w, b)`: `sum_j k_j`, and the k-weighted sums of the columns of weight and bias."""
-        used = col_weights != 0
-        weight = jnp.where(jnp.expand_dims(used, 1 if self.transpose_weight else 0), self.weight, 0)
+    def _affine_columns(self, col_weights: Array, col_keep: Array) -> tuple[Array, Array, Array]:
+        """`(n, w, b)`: `sum_j k_j`, and the k-weighted sums of the columns of weight and bias that are present."""
+        weight = jnp.where(jnp.expand_dims(col_keep, 1 if self.transpose_weight else 0), self.weight, 0)
         axis = 0 if self.transpose_weight else 1
         w = lax.dot_general(
             weight,
@@ -216,34 +215,31 @@ class LinearLogits:
         b: Any = (
             0.0
             if self.bias is None
-            else jnp.where(used, self.bias, 0).astype(self._accumulation_dtype) @ col_weights
+            else jnp.where(col_keep, self.bias, 0).astype(self._accumulation_dtype) @ col_weights
         )
         return jnp.sum(col_weights), w, b
 
-    def _column_sums(self, col_weights: Array) -> tuple[Array, Array]:
-        """`sum_j k_j x_j` of every row, without the x_j, and `sum_j k_j`."""
-        n, w, b = self._affine_columns(col_weights)
+    def _column_sums(self, col_weights: Array, col_keep: Array) -> tuple[Array, Array]:
+        """`sum_j k_j x_j` of every row, without the x_j, and `sum_j k_j`; k is 0 where a column is absent."""
+        n, w, b = self._affine_columns(col_weights, col_keep)
         total = self.hidden.astype(w.dtype) @ w
         if self.scale is not None:
             total = total * self.scale
         total = total + b
         return (total if self.temperature is None else total / self.temperature), n
 
-    def _column_moments(self, col_weights: Array) -> tuple[Array, Array, Array]:
-        """Count, mean and `sum_j (x_j - mean)^2` over the columns with weight 1 (not 0) of every row."""
-        n, w, b = self._affine_columns(col_weights)
+    def _column_moments(self, col_keep: Array) -> tuple[Array, Array, Array]:
+        """Count, mean and `sum_j (x_j - mean)^2` over the present columns of every row."""
+        n, w, b = self._affine_columns(col_keep.astype(self._accumulation_dtype), col_keep)
         n_safe = jnp.maximum(n, 1)
         mean_w, mean_b = w / n_safe, b / n_safe
 
-        def centred_gram(weight, bias, keep):
-            weight = (weight if self.transpose_weight else weight.T).astype(w.dtype)
-            columns = jnp.where((keep != 0)[:, None], weight - mean_w, 0)
-            if bias is not None:
-                offset = jnp.where(keep != 0, bias.astype(w.dtype) - mean_b, 0)
-                columns = jnp.concatenate([columns, offset[:, None]], axis=1)
-            return lax.dot_general(columns, columns, (((0,), (0,)), ((), ())), precision=self.precision)
-
-        gram = centred_gram(self.weight, self.bias, col_weights)
+        weight = (self.weight if self.transpose_weight else self.weight.T).astype(w.dtype)
+        columns = jnp.where(col_keep[:, None], weight - mean_w, 0)
+        if self.bias is not None:
+            offset = jnp.where(col_keep, self.bias.astype(w.dtype) - mean_b, 0)
+            columns = jnp.concatenate([columns, offset[:, None]], axis=1)
+        gram = lax.dot_general(columns, columns, (((0,), (0,)), ((), ())), precision=self.precision)
         h = self.hidden.astype(w.dtype)
         if self.scale is not None:
             h = h * self.scale[..., None]
@@ -314,8 +310,6 @@ class DenseLogits:
 
 def row_scalar(name: str, value: Any, rows: tuple[int, ...], dtype, *, positive: bool = False) -> Any:
     """A scalar or one number a row, as an array of a floating dtype (a Python number would get no gradient)."""
-    if value is None:
-        return None
     if _checks.is_concrete_number(value):
         _checks.number(name, value, **({"above": 0} if positive else {}))
         return jnp.asarray(value, accumulation_dtype(dtype))
@@ -418,8 +412,12 @@ def linear_logits(
         hidden=hidden,
         weight=weight,
         bias=bias,
-        scale=row_scalar("scale", scale, rows, hidden.dtype),
-        temperature=row_scalar("temperature", temperature, rows, hidden.dtype, positive=True),
+        scale=None if scale is None else row_scalar("scale", scale, rows, hidden.dtype),
+        temperature=(
+            None
+            if temperature is None
+            else row_scalar("temperature", temperature, rows, hidden.dtype, positive=True)
+        ),
         softcap=softcap,
         transpose_weight=transpose_weight,
         block_size=block_size,

@@ -37,6 +37,10 @@ class Tile(NamedTuple):
         keep = scores != -jnp.inf
         return self._replace(x=jnp.where(keep, scores, 0), scores=scores, keep=keep)
 
+    def with_values(self, x: jax.Array) -> Tile:
+        """The tile of other scores for the entries that are present."""
+        return self._replace(x=jnp.where(self.keep, x, 0), scores=jnp.where(self.keep, x, -jnp.inf))
+
     def sum(self, values: jax.Array) -> jax.Array:
         """Sums `values` over the entries that are present."""
         return jnp.sum(jnp.where(self.keep, values, 0), axis=-1)
@@ -88,7 +92,7 @@ class RowReduction(NamedTuple):
       closed_form: `(reduction, logits, col_keep, row_keep) -> state` for logits that are affine in `hidden`, or
         None where streaming is the better way: moves a sum over columns out of the stream (its gradient is then
         low-rank matrix products). Optional, an optimization only.
-      args: arrays with the rows' leading axes, `[*rows, ...]`.
+      args: arrays with the rows' leading axes, `[*rows, ...]`, or trees of them.
       col_args: arrays with one leading axis over the columns, `[columns, ...]`.
       entry_args: arrays shaped as the scores, `[*rows, columns]`.
 

@@ -34,7 +34,7 @@ def logsumexp(
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
       axis: the axis that holds a row.
       where: booleans that broadcast to the logits, True = counts.
-      weights: non-negative, `[columns]` or the logits' shape; a weight of 0 makes an entry absent.
+      weights: non-negative, `[columns]` or the logits' shape; an entry of weight 0 adds nothing.
       method: `"online"` (running maximum), `"exponent"` (mantissa and integer exponent, no maximum) or
         `"reference"` (a fixed reference, no rescaling; rows it does not suit are computed anew, `"online"`).
       reference: for `method="reference"`: a scalar or `[*rows]`, near the rows' largest logits.
@@ -59,7 +59,9 @@ def logsumexp(
         if method != "online":
             raise ValueError(f"weights need method='online', got method={method!r}")
         _checks.floating("weights", weights)
-        if weights.ndim != 1:
+        if weights.ndim == 1:
+            _checks.shape("weights", weights, (logits.shape[axis],), "one number a column")
+        else:
             _checks.shape(
                 "weights", weights, logits.shape, "the shape of the logits, or one axis: the columns"
             )

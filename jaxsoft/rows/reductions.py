@@ -171,8 +171,9 @@ def _reference_parts(state, reference):
     hi, s = state
     lo_ok, hi_ok = _REFERENCE_RANGE
     offset = finite_gauge(hi) - reference
-    ok = ((offset > lo_ok) & (offset < hi_ok)) | (hi == -jnp.inf)
-    shift = lax.stop_gradient(reference)
+    empty = hi == -jnp.inf
+    ok = ((offset > lo_ok) & (offset < hi_ok)) | empty
+    shift = jnp.where(empty, 0, lax.stop_gradient(reference))
     return LogPartition(shift, jnp.zeros_like(shift), jnp.where(ok, log_or_neg_inf(s), jnp.nan))
 
 
@@ -216,23 +217,20 @@ def log_partition(*, method: str = "online", reference: jax.Array | None = None)
     )
 
 
-# weighted log-sum-exp: log sum_j b_j e^(x_j), b >= 0. The maximum runs over the entries with b > 0 only.
-
-
-def _weighted(tile: Tile) -> tuple[Tile, jax.Array]:
-    b = (tile.col_args or tile.entry_args)[0].astype(tile.x.dtype)
-    return tile.with_scores(jnp.where(b > 0, tile.scores, -jnp.inf)), b
+# weighted log-sum-exp: log sum_j b_j e^(x_j), b >= 0. The maximum runs over the entries with b > 0 only; the
+# others are there for the gradient of their b, e^(x - m), which is capped where it would overflow.
 
 
 def _weighted_lse_update(state, tile, *args):
     m, s = state
-    tile, b = _weighted(tile)
-    m_new = _running_max(m, tile)
-    return m_new, s * _rescale(m, m_new) + jnp.sum(b * _weights(tile, m_new), axis=-1)
+    b = (tile.col_args or tile.entry_args)[0].astype(tile.x.dtype)
+    m_new = _running_max(m, tile.with_scores(jnp.where(b > 0, tile.scores, -jnp.inf)))
+    terms = jnp.exp(jnp.minimum(tile.scores - finite_gauge(m_new)[..., None], 80))
+    return m_new, s * _rescale(m, m_new) + jnp.sum(b * terms, axis=-1)
 
 
 def weighted_logsumexp(weights: jax.Array) -> RowReduction:
-    """`log sum_j b_j e^(x_j)` for `weights` b >= 0: `[columns]`, or `[*rows, columns]`; 0 means absent."""
+    """`log sum_j b_j e^(x_j)` for `weights` b >= 0: `[columns]`, or `[*rows, columns]`."""
     return weighted_log_partition(weights)._replace(finalize=_lse_finalize)
 
 
@@ -281,7 +279,7 @@ class SoftmaxMoments(NamedTuple):
     variance: jax.Array
 
 
-def _moments_init(like):
+def _moments_init(like, *args):
     return jnp.full_like(like, -jnp.inf), like, like, like
 
 
@@ -292,7 +290,7 @@ def _moments_shift(state, m_new):
     return c * s, c * (u + d * s), c * (q + 2 * d * u + d * d * s)
 
 
-def _moments_update(state, tile):
+def _moments_update(state, tile, *args):
     m_new = _running_max(state[0], tile)
     s, u, q = _moments_shift(state, m_new)
     w = _weights(tile, m_new)
@@ -310,7 +308,7 @@ def _moments_merge(a, b):
     return (m, *map(jnp.add, _moments_shift(a, m), _moments_shift(b, m)))
 
 
-def _moments_finalize(state):
+def _moments_finalize(state, *args):
     m, s, u, q = state
     mean = safe_divide(u, s)
     log_s = log_or_neg_inf(s)
@@ -545,11 +543,11 @@ def _selection_share(state, tile, *args):
     return [pick(tile.x, tile, index)]
 
 
-def _max_init(like):
+def _max_init(like, *args):
     return jnp.full_like(like, -jnp.inf), jnp.full_like(like, -1, dtype=jnp.int32)
 
 
-def _max_update(state, tile):
+def _max_update(state, tile, *args):
     value, index = state
     x = tile.scores
     best = jnp.max(x, axis=-1)
@@ -674,11 +672,11 @@ def top_k(k: int) -> RowReduction:
 # Plain sums over the entries.
 
 
-def _count_init(like):
+def _count_init(like, *args):
     return like
 
 
-def _count_update(state, tile):
+def _count_update(state, tile, *args):
     return state + jnp.sum(tile.keep, axis=-1, dtype=state.dtype)
 
 
@@ -697,13 +695,10 @@ def _sum_update(state, tile):
 
 def _sum_closed_form(reduction, logits, col_keep, row_keep):
     """`sum_j x_j = hidden . sum_j w_j`: its gradient is an outer product, not a `[rows, columns]` array."""
-    total, n = logits._column_sums(_column_weights(logits, reduction.col_args, col_keep))
+    weights = reduction.col_args[0] if reduction.col_args else jnp.ones(col_keep.shape)
+    weights = jnp.where(col_keep, weights, 0).astype(logits._accumulation_dtype)
+    total, n = logits._column_sums(weights, col_keep)
     return jnp.where(row_keep, total, 0), jnp.where(row_keep, n, 0)
-
-
-def _column_weights(logits, col_args, col_keep):
-    weights = col_args[0] if col_args else jnp.ones(col_keep.shape)
-    return jnp.where(col_keep, weights, 0).astype(logits._accumulation_dtype)
 
 
 def _mean_finalize(state):
@@ -820,7 +815,7 @@ def _centred_closed_form(reduction, logits, col_keep, row_keep):
     del reduction
     if logits.hidden.shape[0] < logits.hidden.shape[1]:
         return None
-    n, mean, centred = logits._column_moments(_column_weights(logits, (), col_keep))
+    n, mean, centred = logits._column_moments(col_keep)
     center = lax.stop_gradient(mean)
     d1 = n * (mean - center)
     return tuple(jnp.where(row_keep, a, 0) for a in (n, center, d1, centred + n * (mean - center) ** 2))

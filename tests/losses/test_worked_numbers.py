@@ -318,16 +318,28 @@ def test_labels_of_any_integer_dtype(dtype, columns, kind, x64):
         close(f(logits, jnp.asarray(ids, dtype)), expected, 1e-12)
 
 
+def poly_of(x, q):
+    return smoothed(x, q) + 2 * (1 - jnp.sum(q * jax.nn.softmax(x), -1))
+
+
+def weighted_of(x, w):
+    terms = -w * jax.nn.log_softmax(x)
+    label = jnp.take_along_axis(terms, jnp.arange(5)[:, None], 1)[:, 0]
+    return 0.9 * label + 0.1 / 7 * jnp.sum(terms, -1)
+
+
 @kinds
 @pytest.mark.parametrize(
     ("loss", "plain", "argument"),
     [
         (CE, smoothed, "labels"),
+        (losses.poly_loss, poly_of, "labels"),
+        (lambda x, w: CE(x, jnp.arange(5), class_weights=w, label_smoothing=0.1), weighted_of, "weights"),
     ],
-    ids=["cross_entropy"],
+    ids=["cross_entropy", "poly_loss", "class_weights"],
 )
 def test_gradients_to_labels_and_weights_that_are_zero(loss, plain, argument, kind, x64):
-    """A zero in a label distribution has a derivative as any other number."""
+    """A zero in a distribution or among class weights has a derivative as any other number."""
     x, y = example()
     q = jax.nn.one_hot(y, 7) * 0.75 + jax.nn.one_hot((y + 1) % 7, 7) * 0.25
     at = q if argument == "labels" else jnp.arange(7.0) % 3

@@ -423,7 +423,7 @@ def test_sharded_parameters_keep_their_sharding_and_values():
     assert "passed" in result.stdout, result.stderr[-3000:]
 
 
-@pytest.mark.parametrize("module", ["lion_k", "spam", "perpendicular"])
+@pytest.mark.parametrize("module", ["lion", "spike_aware", "perpendicular"])
 def test_examples_of_the_docstrings(module):
     result = doctest.testmod(sys.modules[f"jaxsoft.optimizers.{module}"])
     assert result.attempted and not result.failed
