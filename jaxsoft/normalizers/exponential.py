@@ -142,7 +142,7 @@ def softmax_n(
     Example:
       >>> import jax.numpy as jnp, jaxsoft
       >>> print(jaxsoft.softmax_n(jnp.array([1.0, 2.0, -1.0, 0.5]), n=2.0).round(6))
-      [0.192462 0.523165 0.026047 0.116734]
+      [0.192459 0.523158 0.026047 0.116732]
     """
     return normalize(_softmax_n, scores, axis=axis, where=where, name="softmax_n", n=n)
 
@@ -503,7 +503,7 @@ def _adjust_coefficients(state, params):
 
 _SELF_ADJUST = Normalizer(SUM, _weighted_scores, coefficient, rescale)
 _NORMALIZED_SELF_ADJUST = Normalizer(
-    together(SUM, _MAXIMUM, _NEGATED_MINIMUM), _adjust_terms, _adjust_coefficients, _adjust_rescale
+    together(SUM, _MAXIMUM, _NEGATED_MINIMUM), _adjust_terms, _adjust_coefficients, _adjust_rescale, size=2
 )
 
 

@@ -1,0 +1,445 @@
+"""Dot-product attention with any normalizer, streamed."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxsoft import _checks
+from jaxsoft._numerics import accumulation_dtype
+from jaxsoft.attention._driver import Masks, Operands, Plan
+from jaxsoft.attention._weights import AttentionRows, from_blocks, to_blocks, weighted_values, with_dropout
+from jaxsoft.normalizers import softmax
+from jaxsoft.normalizers._exponential import is_exponential, with_sink
+from jaxsoft.normalizers._normalizer import Normalizer, after
+from jaxsoft.normalizers.stochastic import key_words
+from jaxsoft.rows import reductions
+from jaxsoft.rows._reduction import RowReduction
+
+# A pair of blocks holds about so many scores at most, which bounds the temporary memory.
+_PAIR_ENTRIES = {"cpu": 2**22, "other": 2**25}
+_WIDEST_BLOCK = 512
+
+
+class AttentionStatistics(NamedTuple):
+    """Statistics of the scores that each query sees, `[*batch, T, N]`, in float32 or wider.
+
+    They are those of softmax over the scores, after what the normalizer does to them first (a temperature, noise),
+    without sinks and dropout.
+
+    Attributes:
+      logsumexp: `log sum_j exp(score_j)`; -inf for a query that sees nothing.
+      max_score: the largest score; -inf for a query that sees nothing.
+      entropy: of softmax over the scores, in nats; 0 for a query that sees nothing.
+    """
+
+    logsumexp: Array
+    max_score: Array
+    entropy: Array
+
+
+def dot_product_attention(
+    query: Float[Array, "*batch T N H"],
+    key: Float[Array, "*batch S K H"],
+    value: Float[Array, "*batch S K V"],
+    bias: Float[Array, "#*batch #N #T #S"] | None = None,
+    mask: Bool[Array, "#*batch #N #T #S"] | None = None,
+    *,
+    normalizer: Callable | None = None,
+    scale: float | Float[Array, " N"] | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: Int[Array, "*batch"] | None = None,
+    key_value_seq_lengths: Int[Array, "*batch"] | None = None,
+    local_window_size: int | tuple[int | None, int | None] | None = None,
+    query_segment_ids: Int[Array, "*batch T"] | None = None,
+    key_segment_ids: Int[Array, "*batch S"] | None = None,
+    mask_fn: Callable[[Array, Array], Array] | None = None,
+    query_offset: int | Int[Array, "..."] = 0,
+    alibi_slopes: Float[Array, " N"] | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: Array | None = None,
+    block_sizes: tuple[int | None, int | None] = (None, None),
+    precision: Any = None,
+    implementation: str | None = None,
+    return_residual: bool = False,
+    return_statistics: bool = False,
+) -> Any:
+    """Attention, `normalizer(scale * query @ key) @ value`, whose scores and weights are never stored.
+
+    Takes the place of `jax.nn.dot_product_attention`, with memory that grows with the length instead of its square.
+    Every option goes with every other, and every floating argument has a gradient (forward mode and second order,
+    too). Blocks of scores that the masks hide as a whole are not computed. A query that sees no key gives 0, with
+    gradient 0.
+
+    Args:
+      query: `[*batch, T, N, H]`, with no or one batch axis.
+      key: `[*batch, S, K, H]`, N a multiple of K: each head of the keys serves N / K heads of queries.
+      value: `[*batch, S, K, V]`; V need not be H.
+      bias: added to the scores after scale and softcap; broadcasts to `[batch, N, T, S]`. An entry of -inf hides.
+      mask: booleans that broadcast to `[batch, N, T, S]`, True = visible. Keys hidden from all queries of a batch
+        element by lengths or by a mask without axes N and T may hold NaN.
+      normalizer: any normalizer of the library that streams, `jaxsoft.softmax` by default, or a
+        `functools.partial` of one with its options: numbers, arrays `[N]` (one number a head), or arrays that
+        broadcast to `[batch, N, T]`.
+      scale: of the scores: a number or one a head; `1 / sqrt(H)` by default.
+      is_causal: whether a query sees no key at a later position.
+      query_seq_lengths: `[batch]`, queries from there on give 0.
+      key_value_seq_lengths: `[batch]`, keys from there on are hidden.
+      local_window_size: how many positions to its left and right a query sees: one number for both, or a pair, in
+        which None is no bound.
+      query_segment_ids: `[*batch, T]`, a query sees keys of its own segment (packed sequences).
+      key_segment_ids: `[*batch, S]`.
+      mask_fn: `(query_position, key_position) -> visible`, a predicate on broadcasting int32 arrays, evaluated block
+        by block. A module-level or cached function (it is part of the key of the compiled program).
+      query_offset: the position of the first query, for causal masks, windows, slopes and predicates: 0, or the
+        length of what came before; an array `[]` or `[batch]` if known at run time only.
+      alibi_slopes: `[N]`, adds `slope * (key position - query position)` to the scores.
+      softcap: caps the scaled scores to `(-softcap, softcap)` by `softcap * tanh(scores / softcap)`.
+      sinks: `[N]`, logits of learned sinks: an entry without a value in every row. For normalizers of the
+        exponential family.
+      dropout_rate: the fraction of weights dropped, after normalization; which ones depends on the key and on
+        batch, head, query and key positions only.
+      dropout_key: a PRNG key, for a rate above 0.
+      block_sizes: queries and keys in a block; None chooses. The result does not depend on it.
+      precision: of the matrix products, as in `jax.lax.dot_general`; they accumulate in float32 at least.
+      implementation: `"xla"`, or None for the best there is.
+      return_residual: whether to return the log-sum-exp of each query, too, as `jax.nn` does.
+      return_statistics: whether to return `AttentionStatistics`, too.
+
+    Returns:
+      `[*batch, T, N, V]` in the dtype of the queries; with `return_residual` the pair of it and the log-sum-exp
+      `[*batch, T, N]`; with `return_statistics` the pair of it and `AttentionStatistics`.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape, out of range, or one that the normalizer cannot take.
+
+    Reference:
+      Dao et al., "FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness"; Milakov and
+      Gimelshein, "Online normalizer calculation for softmax".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> from jaxsoft.attention import dot_product_attention
+      >>> x = jnp.linspace(-1, 1, 24).reshape(1, 6, 2, 2)
+      >>> out = dot_product_attention(x, x, x, normalizer=jaxsoft.softpick, is_causal=True)
+      >>> out.shape
+      (1, 6, 2, 2)
+    """
+    rows, shape = _prepare(
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        scale=scale,
+        is_causal=is_causal,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+        query_segment_ids=query_segment_ids,
+        key_segment_ids=key_segment_ids,
+        mask_fn=mask_fn,
+        query_offset=query_offset,
+        alibi_slopes=alibi_slopes,
+        softcap=softcap,
+        block_sizes=block_sizes,
+        precision=precision,
+        implementation=implementation,
+    )
+    last = _last_pass(rows, normalizer, sinks, dropout_rate, dropout_key)
+    passes = [_weighting(rows, last)]
+    if return_residual or return_statistics:
+        moments = after(reductions.softmax_moments(), last.before)._replace(args=(last.params,))
+        maximum = after(reductions.maximum(), last.before)._replace(args=(last.params,))
+        passes += [moments, maximum]
+    states = rows.run(passes)
+    out = _to_user(rows.plan, passes[0].finalize(states[0], last.params), shape).astype(query.dtype)
+    if not (return_residual or return_statistics):
+        return out
+    m = reductions.softmax_moments().finalize(states[1])
+    statistics = AttentionStatistics(m.logsumexp, reductions.maximum().finalize(states[2]), m.entropy)
+    statistics = AttentionStatistics(*(_to_user(rows.plan, s, shape) for s in statistics))
+    return out, (statistics if return_statistics else statistics.logsumexp)
+
+
+def _weighting(rows: AttentionRows, normalizer: Normalizer) -> RowReduction:
+    width = rows.operands.value.shape[-1]
+    return weighted_values(normalizer.functions(), width)._replace(args=(normalizer.params,))
+
+
+def define(normalizer: Callable | None, rows: AttentionRows) -> Normalizer:
+    """The last pass of a normalizer given as a public function, a `partial` of one, or a `Normalizer`."""
+    normalizer = softmax if normalizer is None else normalizer
+    if isinstance(normalizer, Normalizer):
+        return normalizer
+    options: dict[str, Any] = {}
+    function = normalizer
+    while isinstance(function, functools.partial):
+        if function.args:
+            raise ValueError(f"normalizer takes its options by keyword, got positional {function.args!r}")
+        options = {**function.keywords, **options}
+        function = function.func
+    definition = getattr(function, "define", None)
+    if definition is None:
+        raise TypeError(
+            "normalizer must be a normalizer of jaxsoft that streams (jaxsoft.softmax, jaxsoft.softpick, ...), a "
+            f"functools.partial of one, or a Normalizer, got {_checks.describe(normalizer)}; for any other function "
+            "of stored scores, write the attention out"
+        )
+    for name in ("axis", "where"):
+        if name in options:
+            raise ValueError(f"normalizer must not be given {name}: attention has its own masks")
+    return definition(rows, **options)
+
+
+def _last_pass(rows, normalizer, sinks, dropout_rate, dropout_key) -> Normalizer:
+    last = define(normalizer, rows)
+    if sinks is not None:
+        if not is_exponential(last):
+            raise ValueError(
+                "sinks need a normalizer of the exponential family in one pass (softmax, softmax_n, "
+                f"scalable_softmax, sink_softmax, ...), got {_checks.describe(normalizer)}"
+            )
+        last = with_sink(last, rows.per_row("sinks", sinks))
+    _checks.number("dropout_rate", dropout_rate, at_least=0, below=1)
+    if dropout_rate:
+        if dropout_key is None:
+            raise ValueError(f"dropout_key must be a PRNG key for dropout_rate={dropout_rate}, got None")
+        last = with_dropout(last, float(dropout_rate), key_words(dropout_key), rows.row_number())
+    return last
+
+
+def _to_user(plan: Plan, blocks: Array, shape: tuple[int, ...]) -> Array:
+    """Rows in blocks as `[*batch, T, N, ...]`; `shape` is that of the query."""
+    rows = jnp.swapaxes(from_blocks(plan, blocks), 1, 2)
+    return rows.reshape(*shape[:-1], *rows.shape[3:])
+
+
+# --- the arguments -----------------------------------------------------------------------------------------------
+
+
+def _prepare(
+    query,
+    key,
+    value,
+    bias,
+    mask,
+    *,
+    scale,
+    is_causal,
+    query_seq_lengths,
+    key_value_seq_lengths,
+    local_window_size,
+    query_segment_ids,
+    key_segment_ids,
+    mask_fn,
+    query_offset,
+    alibi_slopes,
+    softcap,
+    block_sizes,
+    precision,
+    implementation,
+) -> tuple[AttentionRows, tuple[int, ...]]:
+    """Checks the arguments, and brings them into the form of the driver."""
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        _checks.floating(name, array)
+        if array.ndim not in (3, 4) or array.ndim != query.ndim:
+            raise ValueError(
+                f"{name} must have shape [length, heads, width] or [batch, length, heads, width], as the query, got "
+                f"shape {array.shape}"
+            )
+    shape = query.shape
+    if query.ndim == 3:
+        query, key, value = query[None], key[None], value[None]
+    b, t, n, h = query.shape
+    _, s, k, _ = key.shape
+    _checks.shape("key", key, (b, s, k, h), "batch, keys, heads, width as the query's")
+    _checks.shape("value", value, (b, s, k, value.shape[-1]), "batch, keys and heads as the key's")
+    if k == 0 or n % k:
+        raise ValueError(
+            f"query must have a multiple of the key's {k} heads, got {n} in shape {tuple(query.shape)}"
+        )
+    if s == 0:
+        raise ValueError(f"key must have at least one position, got shape {tuple(key.shape)}")
+    _checks.option("implementation", implementation, (None, "xla"))
+    if softcap is not None:
+        _checks.number("softcap", softcap, above=0)
+    if mask_fn is not None and not callable(mask_fn):
+        raise TypeError(f"mask_fn must be a function of two positions, got {_checks.describe(mask_fn)}")
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal must be True or False, got {_checks.describe(is_causal)}")
+    bq, bk = _block_sizes(block_sizes, b * n, t, s)
+    offset = query_offset if _is_static(query_offset) else None
+    plan = Plan(
+        b,
+        k,
+        n // k,
+        t,
+        s,
+        bq,
+        bk,
+        is_causal,
+        _window(local_window_size),
+        None if offset is None else int(offset),
+        mask_fn,
+        None if softcap is None else float(softcap),
+        precision,
+    )
+    masks = Masks(
+        query_lengths=_lengths("query_seq_lengths", query_seq_lengths, b),
+        key_lengths=_lengths("key_value_seq_lengths", key_value_seq_lengths, b),
+        entries=None if mask is None else _entries("mask", mask, plan),
+        offset=None if offset is not None else _offset(query_offset, b),
+    )
+    if (query_segment_ids is None) != (key_segment_ids is None):
+        raise ValueError("query_segment_ids and key_segment_ids must be given together")
+    if query_segment_ids is not None:
+        ids = [("query_segment_ids", query_segment_ids, t, plan.nq * bq)]
+        ids += [("key_segment_ids", key_segment_ids, s, plan.nk * bk)]
+        segments = [_segments(name, array, b, length, padded) for name, array, length, padded in ids]
+        masks = masks._replace(query_segments=segments[0], key_segments=segments[1])
+
+    query, key, value = _hide(query, key, value, masks, mask)
+    dtype = accumulation_dtype(query.dtype, key.dtype)
+    rows = AttentionRows(plan, Operands(_query_blocks(plan, query), *_key_blocks(plan, key, value)), masks)
+    operands = rows.operands
+    scale = 1 / math.sqrt(h) if scale is None else scale
+    if _checks.is_concrete_number(scale):
+        _checks.number("scale", scale)
+    else:
+        _per_head("scale", scale, n)
+    if query.dtype == dtype:  # nothing is lost when the queries carry the scale
+        operands = operands._replace(query=operands.query * rows.per_row("scale", scale)[..., None])
+    else:
+        operands = operands._replace(scale=rows.per_row("scale", scale))
+    if bias is not None:
+        _checks.floating("bias", bias)
+        operands = operands._replace(bias=_entries("bias", bias, plan))
+    if alibi_slopes is not None:
+        _per_head("alibi_slopes", alibi_slopes, n)
+        operands = operands._replace(slopes=rows.per_row("alibi_slopes", alibi_slopes))
+    rows.operands = operands
+    return rows, shape
+
+
+def _block_sizes(given, rows: int, t: int, s: int) -> tuple[int, int]:
+    if not isinstance(given, tuple) or len(given) != 2:
+        raise TypeError(f"block_sizes must be a pair (queries, keys), got {_checks.describe(given)}")
+    entries = _PAIR_ENTRIES["cpu" if jax.default_backend() == "cpu" else "other"]
+    widest = _WIDEST_BLOCK
+    while widest > 64 and rows * widest * widest > entries:
+        widest //= 2
+    sizes = []
+    for name, size, length in (("queries", given[0], t), ("keys", given[1], s)):
+        if size is not None:
+            size = _checks.integer(f"block_sizes ({name})", size, at_least=1)
+            sizes.append(min(size, max(length, 1)))
+            continue
+        blocks = -(-length // widest)
+        even = -(-length // max(blocks, 1))
+        sizes.append(min(-(-even // 8) * 8, max(length, 1)))
+    bq, bk = sizes
+    if given[1] is None and t < 64:  # few queries: long blocks of keys
+        bk = min(s, max(bk, min(4096, entries // max(rows * bq, 1) // 8 * 8)))
+    return bq, bk
+
+
+def _is_static(offset: Any) -> bool:
+    return _checks.is_concrete_number(offset) and not isinstance(offset, jax.Array)
+
+
+def _offset(offset: Any, batch: int) -> Array:
+    _checks.integers("query_offset", offset)
+    if offset.shape not in ((), (batch,)):
+        raise ValueError(f"query_offset must have shape () or ({batch},), got shape {offset.shape}")
+    return jnp.asarray(offset, jnp.int32)
+
+
+def _window(window: Any) -> tuple[int | None, int | None]:
+    if window is None:
+        return None, None
+    if not isinstance(window, tuple):
+        window = (window, window)
+    if len(window) != 2:
+        raise ValueError(f"local_window_size must be a number or a pair (left, right), got {window!r}")
+    left, right = (
+        None if w is None else _checks.integer("local_window_size", w, at_least=0) for w in window
+    )
+    return left, right
+
+
+def _lengths(name: str, lengths: Any, batch: int) -> Any:
+    if lengths is None:
+        return None
+    _checks.integers(name, lengths)
+    _checks.shape(name, lengths, (batch,), "one length a batch element")
+    return jnp.asarray(lengths, jnp.int32)
+
+
+def _segments(name: str, ids: Any, batch: int, length: int, padded: int) -> Array:
+    _checks.integers(name, ids)
+    if ids.ndim == 1:
+        ids = ids[None]
+    _checks.shape(name, ids, (batch, length), "batch and length")
+    return jnp.pad(jnp.asarray(ids), ((0, 0), (0, padded - length)))
+
+
+def _per_head(name: str, value: Any, heads: int) -> None:
+    _checks.floating(name, value)
+    if value.shape not in ((), (heads,)):
+        raise ValueError(f"{name} must be a number or have shape ({heads},), one a head, got {value.shape}")
+
+
+def _entries(name: str, array: Any, plan: Plan) -> Array:
+    """A mask or bias with the five axes of the scores, padded to whole blocks."""
+    heads = plan.heads * plan.groups
+    full = (plan.batch, heads, plan.queries, plan.keys)
+    if name == "mask":
+        _checks.boolean(name, array)
+    _checks.broadcastable(name, array, full, "batch, heads, queries, keys")
+    array = jnp.asarray(array).reshape((1,) * (4 - array.ndim) + array.shape)
+    b, n, t, s = array.shape
+    split = (1, 1) if n == 1 else (plan.heads, plan.groups)
+    pads = [(0, 0 if size == 1 else blocks * width - size) for size, blocks, width in
+            ((t, plan.nq, plan.bq), (s, plan.nk, plan.bk))]
+    array = array.reshape(b, *split, t, s)
+    return jnp.pad(array, ((0, 0), (0, 0), (0, 0), *pads)) if any(p[1] for p in pads) else array
+
+
+def _hide(query, key, value, masks: Masks, mask):
+    """Puts 0 into queries and keys that nobody reads, lest a NaN in them meets a matrix product."""
+    keys = []
+    if masks.key_lengths is not None:
+        keys.append(jnp.arange(key.shape[1], dtype=jnp.int32) < masks.key_lengths[:, None])
+    if mask is not None and mask.shape[-3:-1] in ((), (1,), (1, 1)):
+        hidden = mask.reshape(-1, mask.shape[-1])
+        keys.append(jnp.broadcast_to(hidden, (key.shape[0], key.shape[1])))
+    for keep in keys:
+        keep = keep[..., None, None]
+        key, value = jnp.where(keep, key, 0), jnp.where(keep, value, 0)
+    if masks.query_lengths is not None:
+        keep = jnp.arange(query.shape[1], dtype=jnp.int32) < masks.query_lengths[:, None]
+        query = jnp.where(keep[..., None, None], query, 0)
+    return query, key, value
+
+
+def _query_blocks(plan: Plan, query: Array) -> Array:
+    return to_blocks(plan, jnp.swapaxes(query, 1, 2))
+
+
+def _key_blocks(plan: Plan, key: Array, value: Array) -> tuple[Array, Array]:
+    def blocks(a):
+        a = jnp.pad(a, ((0, 0), (0, plan.nk * plan.bk - plan.keys), (0, 0), (0, 0)))
+        a = a.reshape(plan.batch, plan.nk, plan.bk, plan.heads, a.shape[-1])
+        return jnp.transpose(a, (1, 0, 3, 2, 4))
+
+    return blocks(key), blocks(value)

@@ -1,0 +1,411 @@
+"""The driver of row reductions over the scores of an attention, `query @ key`, which are never stored.
+
+The scores are visited in blocks of queries and keys, one pair of blocks after another in a single loop. Which pairs
+can hold anything is known from the static options (causal, window): the others are not on the list. Masks known at
+run time (lengths, segments, a predicate, an array) are looked at block by block: a pair without a visible entry is
+skipped, one without a hidden entry is computed without a mask. The derivative is that of `rows._driver`: one more
+loop over the pairs, linear in the tangents, checkpointed, which JAX transposes.
+
+Shapes: B batch, K heads of the keys, G queries' heads for each of them, T queries, S keys; blocks of `bq` queries
+and `bk` keys. A block of queries has R = G * bq rows for each key head; rows are `[nq, B, K, R]` arrays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array
+
+from jaxsoft._numerics import accumulation_dtype
+from jaxsoft.rows._driver import _combine, _partition, align_varying, shares
+from jaxsoft.rows._logits import capped
+from jaxsoft.rows._reduction import Tile
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is static about an attention: sizes, blocks and masks.
+
+    Attributes:
+      batch: B.
+      heads: K.
+      groups: G.
+      queries: T.
+      keys: S.
+      bq: queries in a block.
+      bk: keys in a block.
+      causal: whether a query sees no later key.
+      window: how many positions to the left and right of a query it sees; None for all, on either side.
+      offset: the position of the first query, or None if known at run time only.
+      mask_fn: the user's predicate, or None.
+      softcap: as in `linear_logits`, or None.
+      precision: of the matrix products.
+    """
+
+    batch: int
+    heads: int
+    groups: int
+    queries: int
+    keys: int
+    bq: int
+    bk: int
+    causal: bool = False
+    window: tuple[int | None, int | None] = (None, None)
+    offset: int | None = 0
+    mask_fn: Callable | None = None
+    softcap: float | None = None
+    precision: Any = None
+
+    @property
+    def nq(self) -> int:
+        """The number of blocks of queries."""
+        return -(-self.queries // self.bq)
+
+    @property
+    def nk(self) -> int:
+        """The number of blocks of keys."""
+        return -(-self.keys // self.bk)
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The shape of the rows."""
+        return (self.nq, self.batch, self.heads, self.groups * self.bq)
+
+    def band(self) -> tuple[int | None, int | None]:
+        """The visible keys of a query at position p lie in `[p - left, p + right]`; None is no bound."""
+        left, right = self.window
+        if self.causal:
+            right = 0 if right is None else min(right, 0)
+        return left, right
+
+    def pairs(self) -> np.ndarray:
+        """`[pairs, 3]`: block of queries, block of keys, whether the static masks hide something in the pair."""
+        left, right = self.band() if self.offset is not None else (None, None)
+        i, j = np.meshgrid(np.arange(self.nq), np.arange(self.nk), indexing="ij")
+        first_q, first_k = i * self.bq + (self.offset or 0), j * self.bk
+        last_q = np.minimum((i + 1) * self.bq, self.queries) - 1 + (self.offset or 0)
+        last_k = np.minimum((j + 1) * self.bk, self.keys) - 1
+        live, hidden = np.ones(i.shape, bool), (j + 1) * self.bk > self.keys
+        if left is not None:
+            live &= last_k >= first_q - left
+            hidden |= first_k < last_q - left
+        if right is not None:
+            live &= first_k <= last_q + right
+            hidden |= last_k > first_q + right
+        if self.offset is None and self.band() != (None, None):
+            hidden |= True
+        return np.stack([i[live], j[live], hidden[live]], axis=1).astype(np.int32)
+
+
+class Masks(NamedTuple):
+    """What is known at run time of which entries are visible; None where there is no such mask.
+
+    Attributes:
+      query_lengths: `[B]`.
+      key_lengths: `[B]`.
+      query_segments: `[B, nq * bq]`.
+      key_segments: `[B, nk * bk]`.
+      entries: `[B or 1, K or 1, G or 1, T or 1, S or 1]`, padded to whole blocks.
+      offset: position of the first query, `[]` or `[B]`, where the plan has none.
+    """
+
+    query_lengths: Any = None
+    key_lengths: Any = None
+    query_segments: Any = None
+    key_segments: Any = None
+    entries: Any = None
+    offset: Any = None
+
+
+class Operands(NamedTuple):
+    """What the scores and values are made of.
+
+    Attributes:
+      query: `[nq, B, K, R, H]`.
+      key: `[nk, B, K, bk, H]`.
+      value: `[nk, B, K, bk, Hv]`.
+      scale: multiplies the products: `[nq, B, K, R]`, or None where the queries hold it already.
+      bias: `[B or 1, K or 1, G or 1, T or 1, S or 1]`, padded to whole blocks, or None.
+      slopes: `[nq, B, K, R]`, times the distance from the query to a key, or None.
+    """
+
+    query: Any
+    key: Any
+    value: Any
+    scale: Any = None
+    bias: Any = None
+    slopes: Any = None
+
+
+# --- one pair of blocks --------------------------------------------------------------------------------------
+
+
+def _positions(plan: Plan, masks: Masks, i, j) -> tuple[Array, Array]:
+    """The positions of the queries of a block (`[bq]` or `[B, 1, 1, bq]`) and of the keys (`[bk]`)."""
+    q = jnp.arange(plan.bq, dtype=jnp.int32) + i * plan.bq
+    k = jnp.arange(plan.bk, dtype=jnp.int32) + j * plan.bk
+    if masks.offset is None:
+        return q + (plan.offset or 0), k
+    offset = masks.offset
+    return q + (offset if offset.ndim == 0 else offset[:, None, None, None]), k
+
+
+def visible(plan: Plan, masks: Masks, i, j) -> Array:
+    """Which entries of a pair of blocks are visible: five axes that broadcast to `[B, K, G, bq, bk]`."""
+    q, k = _positions(plan, masks, i, j)
+    q, k = q[..., :, None], k
+    left, right = plan.band()
+    keeps = []
+    if plan.nk * plan.bk > plan.keys:
+        keeps.append(k < plan.keys)
+    if left is not None:
+        keeps.append(k >= q - left)
+    if right is not None:
+        keeps.append(k <= q + right)
+    if masks.key_lengths is not None:
+        keeps.append(k < masks.key_lengths[:, None, None, None, None])
+    if masks.query_lengths is not None:
+        row = jnp.arange(plan.bq, dtype=jnp.int32) + i * plan.bq
+        keeps.append(row[:, None] < masks.query_lengths[:, None, None, None, None])
+    if masks.query_segments is not None:
+        qs = lax.dynamic_slice_in_dim(masks.query_segments, i * plan.bq, plan.bq, 1)
+        ks = lax.dynamic_slice_in_dim(masks.key_segments, j * plan.bk, plan.bk, 1)
+        keeps.append(qs[:, None, None, :, None] == ks[:, None, None, None, :])
+    if masks.entries is not None:
+        keeps.append(_entries(plan, masks.entries, i, j))
+    if plan.mask_fn is not None:
+        keeps.append(jnp.broadcast_to(plan.mask_fn(q, k), (*q.shape[:-1], plan.bk)))
+    keep = functools.reduce(jnp.logical_and, keeps, jnp.ones((1, 1), bool))
+    return keep.reshape((1,) * (5 - keep.ndim) + keep.shape)
+
+
+def _entries(plan: Plan, array: Array, i, j) -> Array:
+    """The block of an array with the five axes of the scores, of which any may have size 1."""
+    for axis, index, size in ((3, i, plan.bq), (4, j, plan.bk)):
+        if array.shape[axis] != 1:
+            array = lax.dynamic_slice_in_dim(array, index * size, size, axis)
+    return array
+
+
+def as_rows(plan: Plan, block: Array) -> Array:
+    """Five axes that broadcast to `[B, K, G, bq, bk]`, as `[B, K, R, bk]`."""
+    block = jnp.broadcast_to(block, (plan.batch, plan.heads, plan.groups, plan.bq, plan.bk))
+    return block.reshape(plan.batch, plan.heads, -1, plan.bk)
+
+
+def _scores(plan: Plan, block: Operands, masks: Masks, i, j) -> Array:
+    """The scores of a pair of blocks, `[B, K, R, bk]`."""
+    dtype = accumulation_dtype(block.query.dtype, block.key.dtype)
+    x = _product("bkrh,bksh->bkrs", block.query, block.key, plan.precision, dtype)
+    if block.scale is not None:
+        x = x * block.scale[..., None]
+    if plan.softcap is not None:
+        x = capped(x, plan.softcap)
+    if block.bias is not None:
+        x = x + as_rows(plan, block.bias).astype(dtype)
+    if block.slopes is not None:
+        q, k = _positions(plan, masks, i, j)
+        distance = (k - q[..., :, None]).astype(dtype)
+        distance = distance.reshape((1,) * (5 - distance.ndim) + distance.shape)
+        x = x + block.slopes[..., None] * as_rows(plan, distance)
+    return x
+
+
+def _product(formula: str, a: Array, b: Array, precision, dtype) -> Array:
+    common = jnp.promote_types(a.dtype, b.dtype)
+    return jnp.einsum(
+        formula, a.astype(common), b.astype(common), precision=precision, preferred_element_type=dtype
+    )
+
+
+def _cut(operands: Operands, plan: Plan, i, j) -> Operands:
+    """The blocks that one pair needs."""
+
+    def at(a, index):
+        return None if a is None else lax.dynamic_index_in_dim(a, index, 0, keepdims=False)
+
+    return Operands(
+        at(operands.query, i),
+        at(operands.key, j),
+        at(operands.value, j),
+        at(operands.scale, i),
+        None if operands.bias is None else _entries(plan, operands.bias, i, j),
+        at(operands.slopes, i),
+    )
+
+
+def _tile(plan: Plan, block: Operands, masks: Masks, keep: Array | None, i, j) -> Tile:
+    scores = _scores(plan, block, masks, i, j)
+    if keep is not None:
+        scores = jnp.where(as_rows(plan, keep), scores, -jnp.inf)
+    present = scores != -jnp.inf
+    cols = jnp.arange(plan.bk, dtype=jnp.int32) + j * plan.bk
+    values = () if block.value is None else (block.value,)
+    return Tile(jnp.where(present, scores, 0), scores, present, cols, plan.keys, values)
+
+
+def _at(tree: Any, i) -> Any:
+    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, 0, keepdims=False), tree)
+
+
+def _by_visibility(plan: Plan, masks: Masks, pair: Array, skip: Callable, work: Callable, *operands) -> Any:
+    """`skip(*operands)` where a pair has nothing visible, else `work(keep or None, *operands)`."""
+    i, j, hidden = pair
+    if plan.mask_fn is None and all(m is None for m in masks):
+        if not plan.pairs()[:, 2].any():
+            return work(None, *operands)
+
+        def masked(*operands):
+            return work(visible(plan, masks, i, j), *operands)
+
+        if plan.pairs()[:, 2].all():
+            return masked(*operands)
+        return lax.cond(hidden == 1, masked, functools.partial(work, None), *operands)
+    keep = visible(plan, masks, i, j)
+    kind = jnp.where(jnp.all(keep), 1, jnp.where(jnp.any(keep), 2, 0))
+    branches = [skip, functools.partial(work, None), functools.partial(work, keep)]
+    return lax.switch(kind, branches, *operands)
+
+
+def count(plan: Plan, operands: Operands, masks: Masks) -> Array:
+    """The number of visible keys of every row, without its scores."""
+    dtype = accumulation_dtype(operands.query.dtype, operands.key.dtype)
+    if masks.entries is None and masks.query_segments is None and plan.mask_fn is None:
+        # An interval of keys: its ends are known.
+        blocks = jnp.arange(plan.nq, dtype=jnp.int32)
+        q = jax.vmap(lambda i: _positions(plan, masks, i, 0)[0] * jnp.ones((1, 1, 1, 1), jnp.int32))(blocks)
+        left, right = plan.band()
+        first = jnp.zeros_like(q) if left is None else jnp.maximum(q - left, 0)
+        last = jnp.full_like(q, plan.keys - 1) if right is None else jnp.minimum(q + right, plan.keys - 1)
+        if masks.key_lengths is not None:
+            last = jnp.minimum(last, masks.key_lengths[:, None, None, None] - 1)
+        n = jnp.maximum(last - first + 1, 0)
+        if masks.query_lengths is not None:
+            row = (jnp.arange(plan.nq * plan.bq, dtype=jnp.int32)).reshape(plan.nq, 1, 1, 1, plan.bq)
+            n = jnp.where(row < masks.query_lengths[:, None, None, None], n, 0)
+        shape = (plan.nq, plan.batch, plan.heads, plan.groups, plan.bq)
+        return jnp.broadcast_to(n, shape).reshape(plan.rows).astype(dtype)
+
+    def body(total, pair):
+        i, j, _ = pair
+        here = jnp.sum(as_rows(plan, visible(plan, masks, i, j)), axis=-1, dtype=dtype)
+        old = lax.dynamic_index_in_dim(total, i, 0, keepdims=False)
+        return lax.dynamic_update_index_in_dim(total, old + here, i, 0), None
+
+    return lax.scan(body, jnp.zeros(plan.rows, dtype), jnp.asarray(plan.pairs()))[0]
+
+
+# --- all pairs -----------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def run(plan: Plan, functions: tuple, operands: Operands, masks: Masks, args: list) -> list:
+    """The states of reductions (their arrays apart, `args`) of all rows, leaves `[nq, B, K, R, ...]`."""
+    operands, masks, args = align_varying((operands, masks, args))
+    states = _states(plan, functions, *lax.stop_gradient((operands, masks, args)))
+    floats, others = _partition(states)
+    return _combine(_attach(plan, functions, floats, others, operands, masks, args), others)
+
+
+def empty_states(plan: Plan, functions: tuple, operands: Operands, args: list) -> list:
+    """The states of rows that have seen nothing."""
+    dtype = accumulation_dtype(operands.query.dtype, operands.key.dtype)
+    like = jnp.zeros_like(operands.query[..., 0], dtype=dtype)
+    return [r.init(like, *a) for r, a in zip(functions, args)]
+
+
+def _states(plan, functions, operands, masks, args):
+    def body(states, pair):
+        i, j, _ = pair
+        block, block_args = _cut(operands, plan, i, j), _at(args, i)
+
+        def work(keep, states):
+            tile = _tile(plan, block, masks, keep, i, j)
+            return [r.update(s, tile, *a) for r, s, a in zip(functions, states, block_args)]
+
+        def skip(states):
+            return states
+
+        new = _by_visibility(plan, masks, pair, skip, work, _at(states, i))
+        return jax.tree.map(lambda a, b: lax.dynamic_update_index_in_dim(a, b, i, 0), states, new), None
+
+    return lax.scan(body, empty_states(plan, functions, operands, args), jnp.asarray(plan.pairs()))[0]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _attach(plan, functions, floats, others, operands, masks, args):
+    """The float leaves of finished states, as functions of what they were computed from."""
+    del plan, functions, others, operands, masks, args
+    return floats
+
+
+def _attach_jvp(plan, functions, primals, tangents):
+    floats, others, operands, masks, args = primals
+    out = _attach(plan, functions, floats, others, operands, masks, args)
+    states = _combine(lax.stop_gradient(floats), others)
+    leaves, treedef = jax.tree.flatten((operands, args))
+    dleaves = jax.tree.leaves((tangents[2], tangents[4]))
+    active = [k for k, d in enumerate(dleaves) if not isinstance(d, SymbolicZero)]
+    zeros = jax.tree.map(jnp.zeros_like, floats)
+    if not active:
+        return out, zeros
+    # Gradients add up over the pairs: in float32 at least.
+    dactive = [dleaves[k].astype(jnp.promote_types(leaves[k].dtype, jnp.float32)) for k in active]
+
+    def cut(tree, i, j):
+        operands, args = tree
+        return _cut(operands, plan, i, j), _at(args, i)
+
+    def pair_tangent(dactive, pair):
+        i, j, _ = pair
+        block_leaves, block_treedef = jax.tree.flatten(cut((operands, args), i, j))
+        given = [None] * len(leaves)
+        for k, d in zip(active, dactive):
+            given[k] = d
+        tangent_tree = jax.tree.unflatten(treedef, given)
+        block_tangents = jax.tree.leaves(cut(tangent_tree, i, j))
+        primals = [block_leaves[k] for k in active]
+        state = _at(states, i)
+
+        def sums(keep, active_leaves):
+            all_leaves = list(block_leaves)
+            for k, leaf in zip(active, active_leaves):
+                all_leaves[k] = leaf
+            block, block_args = jax.tree.unflatten(block_treedef, all_leaves)
+            tile = _tile(plan, block, masks, keep, i, j)
+            return [
+                jax.tree.unflatten(jax.tree.structure(_partition(s)[0]), shares(r, s, tile, *a))
+                for r, s, a in zip(functions, state, block_args)
+            ]
+
+        def work(keep, block_tangents):
+            cast = [d.astype(p.dtype) for d, p in zip(block_tangents, primals)]
+            return jax.jvp(functools.partial(sums, keep), (primals,), (cast,))[1]
+
+        def skip(block_tangents):
+            return _at(zeros, 0)
+
+        return _by_visibility(plan, masks, pair, skip, work, block_tangents)
+
+    def body(total, pair):
+        part = jax.checkpoint(pair_tangent, prevent_cse=False)(dactive, pair)
+        i = pair[0]
+
+        def add(t, p):
+            old = lax.dynamic_index_in_dim(t, i, 0, keepdims=False)
+            return lax.dynamic_update_index_in_dim(t, old + p, i, 0)
+
+        return jax.tree.map(add, total, part), None
+
+    return out, lax.scan(body, zeros, jnp.asarray(plan.pairs()))[0]
+
+
+_attach.defjvp(_attach_jvp, symbolic_zeros=True)

@@ -1,0 +1,207 @@
+"""What a normalizer is: its weights as functions of a score and of statistics of the row, in a form that streams."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jaxsoft import _checks
+from jaxsoft._numerics import accumulation_dtype
+from jaxsoft.rows import reductions
+from jaxsoft.rows._driver import check_axis, reduce_rows, rows_of, shares
+from jaxsoft.rows._reduction import RowReduction, Tile
+from jaxsoft.rows._softmax import check_dense
+
+Params = dict[str, Any]
+
+
+class Normalizer(NamedTuple):
+    """The last pass over a row of scores, which gives the weights
+
+        y_j = sum_a coefficients(state)[a] * terms(x_j)[a].
+
+    Everything about the row that is not in `state` (a temperature, a threshold, the log-sum-exp of an earlier pass)
+    is in `params`, one number a row. The plain function evaluates the formula; attention carries the sums
+    `sum_j terms(x_j)[a] v_j` beside the state and multiplies with the coefficients at the end, so that neither
+    scores nor weights are ever stored. No derivative is needed: see `RowReduction`.
+
+    Attributes:
+      statistics: the reduction of this pass, its functions called as `f(..., params)`; its state may start with a
+        gauge. None: there are no statistics.
+      terms: `(tile, state, params) -> tuple of [*rows, block]`; reads nothing of the state but its gauge.
+      coefficients: `(state, params) -> tuple of [*rows]`, one for each term.
+      rescale: `(old state, new state) -> [*rows]`, what old terms are to be multiplied with when the gauge moves;
+        None without a gauge.
+      before: `(tile, params) -> tile`, applied in turn to the scores (a temperature, a perturbation, a selection).
+      params: a dict of arrays `[*rows]`; differentiable where floating.
+      size: the number of terms.
+    """
+
+    statistics: RowReduction | None
+    terms: Callable[[Tile, Any, Params], tuple[Array, ...]]
+    coefficients: Callable[[Any, Params], tuple[Array, ...]]
+    rescale: Callable[[Any, Any], Array] | None = None
+    before: tuple[Callable[[Tile, Params], Tile], ...] = ()
+    params: Any = {}
+    size: int = 1
+
+    def preceded_by(self, function: Callable[[Tile, Params], Tile], **params) -> Normalizer:
+        """The same weights of changed scores: `function` comes before everything else."""
+        return self._replace(before=(function, *self.before), params={**self.params, **params})
+
+    def functions(self) -> Normalizer:
+        """The normalizer without its arrays: hashable, what a compiled program depends on."""
+        return self._replace(params=())
+
+
+# A definition is a function `define(rows, **options) -> Normalizer`. It may first ask for statistics of the rows
+# (`rows.reduce`, each call a pass); what it returns is the last pass. `rows` is one of
+#   DenseRows, below: scores that are stored;
+#   the rows of an attention: query @ key, never stored.
+
+
+def defined_by(define: Callable[..., Normalizer]) -> Callable:
+    """Marks a public function as the normalizer of a definition, for those who stream it."""
+
+    def mark(function: Callable) -> Callable:
+        function.define = define
+        return function
+
+    return mark
+
+
+class DenseRows:
+    """Stored scores, as definitions see them.
+
+    Attributes:
+      shape: `[*rows]`.
+      dtype: of statistics and parameters.
+    """
+
+    def __init__(self, scores: Array, axis: int, where: Any, name: str):
+        check_dense(scores, name)
+        self._axis = check_axis(scores, axis)
+        self._where = where
+        self.dtype = accumulation_dtype(scores.dtype)
+        self._scores = scores
+        self.shape = rows_of(scores.shape, self._axis)
+
+    def reduce(self, wanted: Any) -> Any:
+        """Runs row reductions, one pass."""
+        return reduce_rows(self._scores, wanted, axis=self._axis, where=self._where)
+
+    def state(self, normalizer: Normalizer) -> Any:
+        """The state of a normalizer's statistics, one pass."""
+        if normalizer.statistics is None:
+            return ()
+        statistics = after(normalizer.statistics, normalizer.before)
+        return self.reduce(statistics._replace(args=(normalizer.params,)))
+
+    def count(self) -> Array:
+        """The number of present entries of each row."""
+        return self.reduce(reductions.count())
+
+    def detached(self) -> DenseRows:
+        """The same rows without their gradient."""
+        return DenseRows(lax.stop_gradient(self._scores), self._axis, self._where, "")
+
+    def row_number(self) -> Array:
+        """`[*rows]` uint32, a number for each row."""
+        n = functools.reduce(lambda a, b: a * b, self.shape, 1)
+        return jnp.arange(n, dtype=jnp.uint32).reshape(self.shape)
+
+    def per_row(self, name: str, value: Any) -> Array:
+        """A number, or an array that broadcasts to `[*rows]`, as `[*rows]`."""
+        return per_row(name, value, self.shape, self.dtype)
+
+    def weights(self, normalizer: Normalizer) -> Array:
+        """The weights, in the shape and dtype of the scores."""
+        state = self.state(normalizer)
+        x = jnp.moveaxis(self._scores, self._axis, -1).astype(self.dtype)
+        keep = x != -jnp.inf
+        if self._where is not None:
+            where = jnp.broadcast_to(self._where, self._scores.shape)
+            keep = keep & jnp.moveaxis(where, self._axis, -1)
+        cols = jnp.arange(x.shape[-1], dtype=jnp.int32)
+        tile = Tile(jnp.where(keep, x, 0), jnp.where(keep, x, -jnp.inf), keep, cols, x.shape[-1])
+        tile = changed(normalizer.before, tile, normalizer.params)
+        terms = normalizer.terms(tile, state, normalizer.params)
+        coefficients = normalizer.coefficients(state, normalizer.params)
+        y = functools.reduce(jnp.add, (c[..., None] * t for c, t in zip(coefficients, terms)))
+        y = jnp.where(tile.keep, y, 0).astype(self._scores.dtype)
+        return jnp.moveaxis(y, -1, self._axis)
+
+
+def normalize(define: Callable, scores: Array, *, axis: int, where: Any, name: str, **options) -> Array:
+    """The weights of stored scores by a definition."""
+    rows = DenseRows(scores, axis, where, name)
+    return rows.weights(define(rows, **options))
+
+
+def per_row(name: str, value: Any, rows: tuple[int, ...], dtype: Any) -> Array:
+    """A number, or an array that broadcasts to `rows`, as an array of shape `rows`."""
+    if _checks.is_concrete_number(value):
+        value = jnp.asarray(value, dtype)
+    _checks.floating(name, value)
+    _checks.broadcastable(name, value, rows, "one number a row of scores")
+    return jnp.broadcast_to(value, rows).astype(dtype)
+
+
+def changed(before: tuple[Callable, ...], tile: Tile, params: Params) -> Tile:
+    """The tile after the functions of `Normalizer.before`."""
+    for function in before:
+        tile = function(tile, params)
+    return tile
+
+
+# The reduction that a normalizer's statistics are: its own, after `before`. Cached, as the identity of a reduction's
+# functions is part of the key of the compiled program.
+
+
+@functools.cache
+def after(statistics: RowReduction, before: tuple[Callable, ...]) -> RowReduction:
+    """The statistics of changed scores; the result is the state."""
+
+    def update(state, tile, params):
+        return statistics.update(state, changed(before, tile, params), params)
+
+    share = None
+    if statistics.share is not None:
+        own_share = statistics.share
+
+        def share(state, tile, params):
+            return own_share(state, changed(before, tile, params), params)
+
+    return statistics._replace(update=update, share=share, finalize=_state)
+
+
+@functools.cache
+def together(*reductions: RowReduction) -> RowReduction:
+    """Several reductions (without arrays of their own) as one; the state is the tuple of theirs."""
+
+    def init(like, *args):
+        return tuple(r.init(like, *args) for r in reductions)
+
+    def update(state, tile, *args):
+        return tuple(r.update(s, tile, *args) for r, s in zip(reductions, state))
+
+    def merge(a, b):
+        return tuple(r.merge(x, y) for r, x, y in zip(reductions, a, b))
+
+    def neutral(state):
+        return tuple(r.neutral(s) for r, s in zip(reductions, state))
+
+    def share(state, tile, *args):
+        return [leaf for r, s in zip(reductions, state) for leaf in shares(r, s, tile, *args)]
+
+    return RowReduction(init, update, merge, _state, neutral, share)
+
+
+def _state(state, *args):
+    return state

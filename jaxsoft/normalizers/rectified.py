@@ -1,0 +1,517 @@
+"""Normalizers with another function in place of the exponential: rectified, polynomial, elementwise.
+
+Most of them are `f(x_i) / sum_j f(x_j)`, `ratio(f)`, with no exponential and so no reference exponent.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxsoft import _checks
+from jaxsoft._numerics import finite_gauge, safe_divide
+from jaxsoft.normalizers._exponential import SOFTMAX, rescale, scaled, with_sink
+from jaxsoft.normalizers._normalizer import Normalizer, defined_by, normalize
+from jaxsoft.rows import reductions
+from jaxsoft.rows._reduction import RowReduction, Tile
+
+Scores = Float[Array, "*rows columns"]
+
+
+@functools.cache
+def ratio(f: Callable[[Array], Array]) -> Normalizer:
+    """`f(x_i) / (sum_j f(x_j) + eps)` for an elementwise f; eps is a parameter, 0 if absent."""
+
+    def init(like, params):
+        return like
+
+    def update(state, tile, params):
+        return state + tile.sum(f(tile.x))
+
+    def terms(tile, state, params):
+        return (f(tile.x),)
+
+    def coefficients(state, params):
+        mass = state + params["eps"] if "eps" in params else state
+        return (safe_divide(jnp.ones_like(mass), mass),)
+
+    return Normalizer(RowReduction(init, update), terms, coefficients)
+
+
+# Softpick: (m, d = sum |e^x - 1| e^-m) with m >= 0. |e^x - 1| e^-m = -expm1(-|x|) e^(max(x, 0) - m) is accurate for
+# every x, and its derivative at x = 0 is 0.
+
+
+def _magnitude(x: Array, m: Array) -> Array:
+    return -jnp.expm1(-jnp.abs(x)) * jnp.exp(jnp.maximum(x, 0) - finite_gauge(m)[..., None])
+
+
+def _softpick_init(like, params):
+    return like, like
+
+
+def _softpick_update(state, tile, params):
+    m = reductions._running_max(state[0], tile)
+    return m, state[1] * rescale(state, (m,)) + tile.sum(_magnitude(tile.x, m))
+
+
+def _softpick_merge(a, b):
+    m = jnp.maximum(a[0], b[0])
+    return m, a[1] * rescale(a, (m,)) + b[1] * rescale(b, (m,))
+
+
+def _softpick_terms(tile, state, params):
+    return (jnp.where(tile.x > 0, _magnitude(tile.x, state[0]), 0),)
+
+
+def _softpick_coefficients(state, params):
+    return (safe_divide(jnp.ones_like(state[1]), state[1] + params["eps"]),)
+
+
+_SOFTPICK = Normalizer(
+    RowReduction(_softpick_init, _softpick_update, _softpick_merge, neutral=reductions._keep_gauge),
+    _softpick_terms,
+    _softpick_coefficients,
+    rescale,
+)
+
+
+def _softpick(rows, *, eps=1e-8):
+    return _SOFTPICK._replace(params={"eps": rows.per_row("eps", eps)})
+
+
+@defined_by(_softpick)
+def softpick(
+    scores: Scores, *, eps: float = 1e-8, axis: int = -1, where: Bool[Array, ...] | None = None
+) -> Scores:
+    """Rectified softmax, `relu(exp(x_i) - 1) / (sum_j |exp(x_j) - 1| + eps)`: exact zeros, no sink.
+
+    Negative scores get weight 0 but enlarge the denominator, so that rows may sum to less than 1, down to 0.
+
+    Args:
+      scores: `[*rows, columns]`, floating.
+      eps: added to the denominator, in units of `exp(max(0, max x))`.
+      axis: the axis that holds a row.
+      where: booleans that broadcast to the scores, True = counts.
+
+    Returns:
+      Weights of the scores' shape and dtype; 0 for absent entries and rows without entries.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or out of range.
+
+    Reference:
+      Zuhri et al., "Softpick: No Attention Sink, No Massive Activations with Rectified Softmax".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> print(jaxsoft.softpick(jnp.array([1.0, 2.0, -1.0, 0.5])).round(6))
+      [0.183026 0.680543 0.       0.0691  ]
+    """
+    _checks.number("eps", eps, at_least=0)
+    return normalize(_softpick, scores, axis=axis, where=where, name="softpick", eps=eps)
+
+
+def stable_exponential(x: Array) -> Array:
+    """`x + 1` from 0 on, `1 / (1 - x)` below: what stablemax has in place of the exponential."""
+    below = x < 0
+    return jnp.where(below, 1 / (1 - jnp.where(below, x, 0)), 1 + jnp.where(below, 0, x))
+
+
+def log_stable_exponential(x: Array) -> Array:
+    """The logarithm of `stable_exponential`: `sign(x) log(1 + |x|)`."""
+    below = x < 0
+    return jnp.where(below, -jnp.log1p(-jnp.where(below, x, 0)), jnp.log1p(jnp.where(below, 0, x)))
+
+
+def _stablemax(rows):
+    del rows
+    return ratio(stable_exponential)
+
+
+@defined_by(_stablemax)
+def stablemax(scores: Scores, *, axis: int = -1, where: Bool[Array, ...] | None = None) -> Scores:
+    """`s(x_i) / sum_j s(x_j)` with `s(x) = x + 1` for x >= 0 and `1 / (1 - x)` below: nothing to overflow or absorb.
+
+    Args:
+      scores: `[*rows, columns]`, floating.
+      axis: the axis that holds a row.
+      where: booleans that broadcast to the scores, True = counts.
+
+    Returns:
+      Weights of the scores' shape and dtype; 0 for absent entries and rows without entries.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or out of range.
+
+    Reference:
+      Prieto et al., "Grokking at the Edge of Numerical Stability".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> print(jaxsoft.stablemax(jnp.array([1.0, 2.0, -1.0, 0.5])).round(6))
+      [0.285714 0.428571 0.071429 0.214286]
+    """
+    return normalize(_stablemax, scores, axis=axis, where=where, name="stablemax")
+
+
+@functools.cache
+def _taylor_exponential(order: int) -> Callable[[Array], Array]:
+    def t(x):
+        total = jnp.ones_like(x)
+        for i in range(order, 0, -1):  # Horner's rule
+            total = 1 + total * x / i
+        return total
+
+    return t
+
+
+def _taylor_softmax(rows, *, order=2):
+    del rows
+    return ratio(_taylor_exponential(order))
+
+
+@defined_by(_taylor_softmax)
+def taylor_softmax(
+    scores: Scores, *, order: int = 2, axis: int = -1, where: Bool[Array, ...] | None = None
+) -> Scores:
+    """`t(x_i) / sum_j t(x_j)` with t the Taylor polynomial of exp of an even order (positive everywhere).
+
+    Not monotone for scores below -1 (order 2).
+
+    Args:
+      scores: `[*rows, columns]`, floating.
+      order: of the polynomial, an even static integer of 2 or more.
+      axis: the axis that holds a row.
+      where: booleans that broadcast to the scores, True = counts.
+
+    Returns:
+      Weights of the scores' shape and dtype; 0 for absent entries and rows without entries.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or out of range.
+
+    Reference:
+      de Brebisson and Vincent, "An Exploration of Softmax Alternatives Belonging to the Spherical Loss Family".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> print(jaxsoft.taylor_softmax(jnp.array([1.0, 2.0, -1.0, 0.5])).round(6))
+      [0.25974  0.519481 0.051948 0.168831]
+    """
+    order = _checks.integer("order", order, at_least=2)
+    if order % 2:
+        raise ValueError(f"order must be even (an odd polynomial is negative somewhere), got {order}")
+    return normalize(_taylor_softmax, scores, axis=axis, where=where, name="taylor_softmax", order=order)
+
+
+# Weights of each score by itself.
+
+
+def _unit(state, params):
+    return (params["unit"],)
+
+
+def _sigmoid_terms(tile, state, params):
+    return (jax.nn.sigmoid(tile.x + params["bias"][..., None]),)
+
+
+def _sigmoid_weights(rows, *, bias=None):
+    bias = -jnp.log(jnp.maximum(rows.count(), 1)) if bias is None else rows.per_row("bias", bias)
+    return Normalizer(None, _sigmoid_terms, _unit, params={"bias": bias, "unit": jnp.ones_like(bias)})
+
+
+@defined_by(_sigmoid_weights)
+def sigmoid_weights(
+    scores: Scores,
+    *,
+    bias: float | Float[Array, "#*rows"] | None = None,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+) -> Scores:
+    """`sigmoid(x_i + bias)`: each weight by itself, no normalization (sigmoid attention).
+
+    Args:
+      scores: `[*rows, columns]`, floating.
+      bias: a number, or an array that broadcasts to `[*rows]`. Default: `-log n`, n the number of present entries,
+        with which a row sums to about 1 at the start of training.
+      axis: the axis that holds a row.
+      where: booleans that broadcast to the scores, True = counts.
+
+    Returns:
+      Weights of the scores' shape and dtype; 0 for absent entries and rows without entries.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or out of range.
+
+    Reference:
+      Ramapuram et al., "Theory, Analysis, and Best Practices for Sigmoid Self-Attention".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> print(jaxsoft.sigmoid_weights(jnp.array([1.0, 2.0, -1.0, 0.5])).round(6))
+      [0.40461  0.648786 0.084224 0.291875]
+    """
+    return normalize(_sigmoid_weights, scores, axis=axis, where=where, name="sigmoid_weights", bias=bias)
+
+
+@functools.cache
+def _relu_terms(power: float) -> Callable:
+    def terms(tile, state, params):
+        return (positive_power(tile.x, power),)
+
+    return terms
+
+
+def positive_power(x: Array, power: Any) -> Array:
+    """`relu(x) ** power`, with the derivative 0 where x <= 0."""
+    positive = x > 0
+    safe = jnp.where(positive, x, 1)
+    return jnp.where(positive, safe if _is(power, 1) else safe * safe if _is(power, 2) else safe**power, 0)
+
+
+def _is(power: Any, value: float) -> bool:
+    return _checks.is_concrete_number(power) and float(power) == value
+
+
+def _relu_weights(rows, *, power=1.0):
+    n = rows.count()
+    unit = safe_divide(jnp.ones_like(n), n)
+    return Normalizer(None, _relu_terms(float(power)), _unit, params={"unit": unit})
+
+
+@defined_by(_relu_weights)
+def relu_weights(
+    scores: Scores, *, power: float = 1.0, axis: int = -1, where: Bool[Array, ...] | None = None
+) -> Scores:
+    """`relu(x_i)^power / n` with n the number of present entries (ReLU attention).
+
+    Args:
+      scores: `[*rows, columns]`, floating.
+      power: a static number above 0.
+      axis: the axis that holds a row.
+      where: booleans that broadcast to the scores, True = counts.
+
+    Returns:
+      Weights of the scores' shape and dtype; 0 for absent entries and rows without entries.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or out of range.
+
+    Reference:
+      Wortsman et al., "Replacing softmax with ReLU in Vision Transformers".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> print(jaxsoft.relu_weights(jnp.array([1.0, 2.0, -1.0, 0.5])))
+      [0.25  0.5   0.    0.125]
+    """
+    _checks.number("power", power, above=0)
+    return normalize(_relu_weights, scores, axis=axis, where=where, name="relu_weights", power=power)
+
+
+def _softplus_attention_weights(rows, *, scale, eps=1e-8):
+    factor = rows.per_row("scale", scale) * jnp.log(jnp.maximum(rows.count(), 1))
+    softplus = ratio(jax.nn.softplus)
+    return scaled(softplus._replace(params={"eps": jnp.full_like(factor, eps)}), factor)
+
+
+@defined_by(_softplus_attention_weights)
+def softplus_attention_weights(
+    scores: Scores,
+    *,
+    scale: float | Float[Array, "#*rows"],
+    eps: float = 1e-8,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+) -> Scores:
+    """LSSA weights, `a_i / (sum_j a_j + eps)` with `a = softplus(scale log(n) x)`, n the number of present entries.
+
+    Args:
+      scores: `[*rows, columns]`, floating: the cosines between queries and keys (both normalized, no other scale).
+      scale: `log(d)`, d the width of a head: a number, or an array that broadcasts to `[*rows]`.
+      eps: added to the denominator.
+      axis: the axis that holds a row.
+      where: booleans that broadcast to the scores, True = counts.
+
+    Returns:
+      Weights of the scores' shape and dtype; 0 for absent entries and rows without entries.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or out of range.
+
+    Reference:
+      Gao et al., "Softplus Attention with Re-weighting Boosts Length Extrapolation in Large Language Models".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> print(jaxsoft.softplus_attention_weights(jnp.array([0.9, 0.2, -0.5]), scale=4.16).round(6))
+      [0.753889 0.228418 0.017693]
+    """
+    _checks.number("eps", eps, at_least=0)
+    return normalize(
+        _softplus_attention_weights,
+        scores,
+        axis=axis,
+        where=where,
+        name="softplus_attention_weights",
+        scale=scale,
+        eps=eps,
+    )
+
+
+def _log_excess(tile: Tile, params) -> Tile:
+    """`power * log(relu(n a / (sum a + eps) - offset))`, absent where that is 0: softmax makes the powers of it."""
+    a = jax.nn.softplus(tile.x)
+    excess = a * params["per_mass"][..., None] - params["offset"][..., None]
+    inside = tile.keep & (excess > 0)
+    log = jnp.log(jnp.where(inside, excess, 1))
+    return tile.with_scores(jnp.where(inside, params["power"][..., None] * log, -jnp.inf))
+
+
+def _reweighted_attention_weights(rows, *, scale, power=15.0, offset=None, eps=1e-8):
+    n = rows.count()
+    first = _softplus_attention_weights(rows, scale=scale, eps=eps)
+    mass = rows.state(first)
+    params = {
+        "per_mass": safe_divide(n, mass + eps),
+        "offset": jnp.where(n <= 3, 0.0, 1.0) if offset is None else rows.per_row("offset", offset),
+        "power": rows.per_row("power", power),
+    }
+    weights = with_sink(SOFTMAX, jnp.full_like(n, math.log(eps) if eps > 0 else -math.inf))
+    return scaled(weights.preceded_by(_log_excess, **params), first.params["scale"])
+
+
+@defined_by(_reweighted_attention_weights)
+def reweighted_attention_weights(
+    scores: Scores,
+    *,
+    scale: float | Float[Array, "#*rows"],
+    power: float = 15.0,
+    offset: float | Float[Array, "#*rows"] | None = None,
+    eps: float = 1e-8,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+) -> Scores:
+    """LSSAR weights: `relu(n A - offset)^power`, normalized, with A the `softplus_attention_weights`.
+
+    Entries below the average get 0. A row whose weights are all equal gets zeros. Computed through logarithms, so
+    that no power overflows.
+
+    Args:
+      scores: `[*rows, columns]`, floating: the cosines between queries and keys (both normalized, no other scale).
+      scale: `log(d)`, d the width of a head: a number, or an array that broadcasts to `[*rows]`.
+      power: 15 for long contexts; 3 is best at the training length.
+      offset: a number, or an array that broadcasts to `[*rows]`. Default: 1, and 0 in rows of at most three present
+        entries (the first three of a causal attention).
+      eps: added to both denominators.
+      axis: the axis that holds a row.
+      where: booleans that broadcast to the scores, True = counts.
+
+    Returns:
+      Weights of the scores' shape and dtype; 0 for absent entries and rows without entries.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or out of range.
+
+    Reference:
+      Gao et al., "Softplus Attention with Re-weighting Boosts Length Extrapolation in Large Language Models".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> x = jnp.array([0.9, 0.8, -0.5, 0.1])
+      >>> print(jaxsoft.reweighted_attention_weights(x, scale=4.16, power=3.0).round(6))
+      [0.687876 0.312124 0.       0.      ]
+    """
+    _checks.number("eps", eps, at_least=0)
+    return normalize(
+        _reweighted_attention_weights,
+        scores,
+        axis=axis,
+        where=where,
+        name="reweighted_attention_weights",
+        scale=scale,
+        power=power,
+        offset=offset,
+        eps=eps,
+    )
+
+
+_MPC_STEPS, _MPC_CUTOFF = 5, -14.0
+
+
+def _limit_exponential(tile: Tile, params) -> Array:
+    z = tile.x - params["top"][..., None] - params["eps"][..., None]
+    near = tile.keep & (z >= _MPC_CUTOFF)
+    return jnp.where(near, (1 + jnp.where(near, z, 0) / 2**_MPC_STEPS) ** (2**_MPC_STEPS), 0)
+
+
+def _mpc_init(like, params):
+    return like
+
+
+def _mpc_update(state, tile, params):
+    return state + jnp.sum(_limit_exponential(tile, params), axis=-1)
+
+
+def _mpc_terms(tile, state, params):
+    return (_limit_exponential(tile, params),)
+
+
+def _mpc_coefficients(state, params):
+    return (safe_divide(jnp.ones_like(state), state),)
+
+
+_MPC = Normalizer(RowReduction(_mpc_init, _mpc_update), _mpc_terms, _mpc_coefficients)
+
+
+def _mpc_softmax(rows, *, eps=1e-6):
+    top = rows.reduce(reductions.maximum())
+    top = jnp.where(top == -jnp.inf, 0, top)
+    return _MPC._replace(params={"top": top, "eps": jnp.full_like(top, eps)})
+
+
+@defined_by(_mpc_softmax)
+def mpc_softmax(
+    scores: Scores, *, eps: float = 1e-6, axis: int = -1, where: Bool[Array, ...] | None = None
+) -> Scores:
+    """Softmax with the exponential of secure multi-party inference: `(1 + z / 32)^32`, and 0 below z = -14.
+
+    `z = x - max x - eps`. To test how robust a model is to the approximation. The constants are reconstructed.
+
+    Args:
+      scores: `[*rows, columns]`, floating.
+      eps: subtracted from the scores.
+      axis: the axis that holds a row.
+      where: booleans that broadcast to the scores, True = counts.
+
+    Returns:
+      Weights of the scores' shape and dtype; 0 for absent entries and rows without entries.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or out of range.
+
+    Reference:
+      Dong et al., "PUMA: Secure Inference of LLaMA-7B in Five Minutes".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> print(jaxsoft.normalizers.mpc_softmax(jnp.array([1.0, 2.0, -1.0, 0.5])).round(6))
+      [0.22348  0.617253 0.026448 0.132819]
+    """
+    _checks.number("eps", eps, at_least=0)
+    return normalize(_mpc_softmax, scores, axis=axis, where=where, name="mpc_softmax", eps=eps)

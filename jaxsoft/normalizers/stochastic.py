@@ -1,0 +1,132 @@
+"""Normalizers of randomly perturbed scores.
+
+The noise of an entry depends on the key, its row and its column, and on nothing else: streamed in blocks of any size,
+it is the same.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.random import threefry2x32_p
+from jaxtyping import Array, Bool, Float
+
+from jaxsoft import _checks
+from jaxsoft.normalizers._exponential import SOFTMAX, scaled
+from jaxsoft.normalizers._normalizer import Normalizer, defined_by, normalize
+from jaxsoft.normalizers.exponential import one, probabilities
+from jaxsoft.rows import reductions
+from jaxsoft.rows._reduction import Tile
+
+Scores = Float[Array, "*rows columns"]
+
+
+def random_bits(key_words: tuple[Array, Array], rows: Array, cols: Array) -> Array:
+    """32 random bits for each pair of a row number and a column (broadcast against each other), by Threefry."""
+    arrays = jnp.broadcast_arrays(*key_words, rows, cols.astype(jnp.uint32))
+    return threefry2x32_p.bind(*arrays)[0]
+
+
+def key_words(key: Array) -> tuple[Array, Array]:
+    """Two words of 32 bits that stand for a PRNG key of any implementation."""
+    words = jax.random.bits(key, (2,), jnp.uint32)
+    return words[0], words[1]
+
+
+def uniform(bits: Array, dtype) -> Array:
+    """Numbers strictly between 0 and 1, from 32 random bits."""
+    return ((bits >> 9).astype(dtype) + 0.5) * 2.0**-23
+
+
+def _with_gumbel_noise(tile: Tile, params) -> Tile:
+    words = (params["key0"][..., None], params["key1"][..., None])
+    u = uniform(random_bits(words, params["row"][..., None], tile.cols), tile.x.dtype)
+    return tile.with_values(tile.x - jnp.log(-jnp.log(u)))
+
+
+@functools.cache
+def _straight_through() -> Normalizer:
+    def terms(tile, state, params):
+        p = probabilities(tile, params)
+        chosen = (tile.cols == params["index"][..., None]).astype(p.dtype)
+        return (p + lax.stop_gradient(chosen - p),)
+
+    return Normalizer(None, terms, one)
+
+
+def _gumbel_softmax(rows, *, key, temperature=1.0, hard=False):
+    words = key_words(key)
+    noise = {
+        "key0": jnp.broadcast_to(words[0], rows.shape),
+        "key1": jnp.broadcast_to(words[1], rows.shape),
+        "row": rows.row_number(),
+    }
+    sharpness = 1 / rows.per_row("temperature", temperature)
+    soft = scaled(SOFTMAX, sharpness).preceded_by(_with_gumbel_noise, **noise)
+    if not hard:
+        return soft
+    best = soft._replace(statistics=_BEST)
+    index = rows.state(best)[1]
+    partition = reductions.log_partition().finalize(rows.state(soft))
+    chosen = _straight_through()._replace(before=soft.before)
+    return chosen._replace(params={**soft.params, **partition._asdict(), "index": index})
+
+
+_BEST = reductions.argmax()
+
+
+@defined_by(_gumbel_softmax)
+def gumbel_softmax(
+    scores: Scores,
+    key: Array,
+    *,
+    temperature: float | Float[Array, "#*rows"] = 1.0,
+    hard: bool = False,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+) -> Scores:
+    """`softmax((x + g) / temperature)` with Gumbel noise g: a differentiable sample from `softmax(x)`.
+
+    The noise is not that of `jax.random.gumbel` on the same key: it is drawn entry by entry, so that attention may
+    stream it.
+
+    Args:
+      scores: `[*rows, columns]`, floating: unnormalized log-probabilities.
+      key: a PRNG key.
+      temperature: above 0; towards 0 the sample is one-hot: a number, or an array that broadcasts to `[*rows]`.
+      hard: whether the weights are one-hot, with the gradient of the soft ones (straight-through).
+      axis: the axis that holds a row.
+      where: booleans that broadcast to the scores, True = counts.
+
+    Returns:
+      Weights of the scores' shape and dtype; 0 for absent entries and rows without entries.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or out of range.
+
+    Reference:
+      Jang et al., "Categorical Reparameterization with Gumbel-Softmax".
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsoft
+      >>> x = jnp.zeros((2, 5))
+      >>> sample = jaxsoft.gumbel_softmax(x, jax.random.key(0), hard=True)
+      >>> print(sample.sum(-1))
+      [1. 1.]
+    """
+    if _checks.is_concrete_number(temperature):
+        _checks.number("temperature", temperature, above=0)
+    return normalize(
+        _gumbel_softmax,
+        scores,
+        axis=axis,
+        where=where,
+        name="gumbel_softmax",
+        key=key,
+        temperature=temperature,
+        hard=hard,
+    )
