@@ -24,7 +24,7 @@ from jaxsoft.rows._reduction import RowReduction
 
 # A pair of blocks holds about so many scores at most, which bounds the temporary memory.
 _PAIR_ENTRIES = {"cpu": 2**22, "other": 2**25}
-_WIDEST_BLOCK = 512
+_WIDEST_BLOCK = {"queries": 512, "keys": 256}
 
 
 class AttentionStatistics(NamedTuple):
@@ -60,7 +60,7 @@ def dot_product_attention(
     query_segment_ids: Int[Array, "*batch T"] | None = None,
     key_segment_ids: Int[Array, "*batch S"] | None = None,
     mask_fn: Callable[[Array, Array], Array] | None = None,
-    query_offset: int | Int[Array, "..."] = 0,
+    query_offset: int | Int[Array, ...] = 0,
     alibi_slopes: Float[Array, " N"] | None = None,
     softcap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
@@ -80,7 +80,7 @@ def dot_product_attention(
     gradient 0.
 
     Args:
-      query: `[*batch, T, N, H]`, with no or one batch axis.
+      query: `[*batch, T, N, H]`.
       key: `[*batch, S, K, H]`, N a multiple of K: each head of the keys serves N / K heads of queries.
       value: `[*batch, S, K, V]`; V need not be H.
       bias: added to the scores after scale and softcap; broadcasts to `[batch, N, T, S]`. An entry of -inf hides.
@@ -91,8 +91,8 @@ def dot_product_attention(
         broadcast to `[batch, N, T]`.
       scale: of the scores: a number or one a head; `1 / sqrt(H)` by default.
       is_causal: whether a query sees no key at a later position.
-      query_seq_lengths: `[batch]`, queries from there on give 0.
-      key_value_seq_lengths: `[batch]`, keys from there on are hidden.
+      query_seq_lengths: `[*batch]`, queries from there on give 0.
+      key_value_seq_lengths: `[*batch]`, keys from there on are hidden.
       local_window_size: how many positions to its left and right a query sees: one number for both, or a pair, in
         which None is no bound.
       query_segment_ids: `[*batch, T]`, a query sees keys of its own segment (packed sequences).
@@ -100,7 +100,7 @@ def dot_product_attention(
       mask_fn: `(query_position, key_position) -> visible`, a predicate on broadcasting int32 arrays, evaluated block
         by block. A module-level or cached function (it is part of the key of the compiled program).
       query_offset: the position of the first query, for causal masks, windows, slopes and predicates: 0, or the
-        length of what came before; an array `[]` or `[batch]` if known at run time only.
+        length of what came before; an array `[]` or `[*batch]` if known at run time only.
       alibi_slopes: `[N]`, adds `slope * (key position - query position)` to the scores.
       softcap: caps the scaled scores to `(-softcap, softcap)` by `softcap * tanh(scores / softcap)`.
       sinks: `[N]`, logits of learned sinks: an entry without a value in every row. For normalizers of the
@@ -134,7 +134,7 @@ def dot_product_attention(
       >>> out.shape
       (1, 6, 2, 2)
     """
-    rows, shape = _prepare(
+    rows, shape = prepare(
         query,
         key,
         value,
@@ -155,23 +155,24 @@ def dot_product_attention(
         precision=precision,
         implementation=implementation,
     )
-    last = _last_pass(rows, normalizer, sinks, dropout_rate, dropout_key)
-    passes = [_weighting(rows, last)]
+    last = last_pass(rows, normalizer, sinks, dropout_rate, dropout_key)
+    passes = [weighting(rows, last)]
     if return_residual or return_statistics:
-        moments = after(reductions.softmax_moments(), last.before)._replace(args=(last.params,))
+        moments = after(reductions.softmax_moments(variance=False), last.before)._replace(args=(last.params,))
         maximum = after(reductions.maximum(), last.before)._replace(args=(last.params,))
         passes += [moments, maximum]
     states = rows.run(passes)
-    out = _to_user(rows.plan, passes[0].finalize(states[0], last.params), shape).astype(query.dtype)
+    out = to_user(rows.plan, passes[0].finalize(states[0], last.params), shape).astype(query.dtype)
     if not (return_residual or return_statistics):
         return out
-    m = reductions.softmax_moments().finalize(states[1])
+    m = reductions.softmax_moments(variance=False).finalize(states[1])
     statistics = AttentionStatistics(m.logsumexp, reductions.maximum().finalize(states[2]), m.entropy)
-    statistics = AttentionStatistics(*(_to_user(rows.plan, s, shape) for s in statistics))
+    statistics = AttentionStatistics(*(to_user(rows.plan, s, shape) for s in statistics))
     return out, (statistics if return_statistics else statistics.logsumexp)
 
 
-def _weighting(rows: AttentionRows, normalizer: Normalizer) -> RowReduction:
+def weighting(rows: AttentionRows, normalizer: Normalizer) -> RowReduction:
+    """The reduction of the last pass."""
     width = rows.operands.value.shape[-1]
     return weighted_values(normalizer.functions(), width)._replace(args=(normalizer.params,))
 
@@ -201,7 +202,8 @@ def define(normalizer: Callable | None, rows: AttentionRows) -> Normalizer:
     return definition(rows, **options)
 
 
-def _last_pass(rows, normalizer, sinks, dropout_rate, dropout_key) -> Normalizer:
+def last_pass(rows, normalizer, sinks=None, dropout_rate=0.0, dropout_key=None) -> Normalizer:
+    """The last pass of a normalizer, with sinks and dropout; earlier passes are run."""
     last = define(normalizer, rows)
     if sinks is not None:
         if not is_exponential(last):
@@ -218,7 +220,7 @@ def _last_pass(rows, normalizer, sinks, dropout_rate, dropout_key) -> Normalizer
     return last
 
 
-def _to_user(plan: Plan, blocks: Array, shape: tuple[int, ...]) -> Array:
+def to_user(plan: Plan, blocks: Array, shape: tuple[int, ...]) -> Array:
     """Rows in blocks as `[*batch, T, N, ...]`; `shape` is that of the query."""
     rows = jnp.swapaxes(from_blocks(plan, blocks), 1, 2)
     return rows.reshape(*shape[:-1], *rows.shape[3:])
@@ -227,39 +229,39 @@ def _to_user(plan: Plan, blocks: Array, shape: tuple[int, ...]) -> Array:
 # --- the arguments -----------------------------------------------------------------------------------------------
 
 
-def _prepare(
+def prepare(
     query,
     key,
     value,
     bias,
     mask,
     *,
-    scale,
-    is_causal,
-    query_seq_lengths,
-    key_value_seq_lengths,
-    local_window_size,
-    query_segment_ids,
-    key_segment_ids,
-    mask_fn,
-    query_offset,
-    alibi_slopes,
-    softcap,
-    block_sizes,
-    precision,
-    implementation,
+    scale=None,
+    is_causal=False,
+    query_seq_lengths=None,
+    key_value_seq_lengths=None,
+    local_window_size=None,
+    query_segment_ids=None,
+    key_segment_ids=None,
+    mask_fn=None,
+    query_offset: Any = 0,
+    key_offset: Any = 0,
+    alibi_slopes=None,
+    softcap=None,
+    block_sizes=(None, None),
+    precision=None,
+    implementation=None,
 ) -> tuple[AttentionRows, tuple[int, ...]]:
     """Checks the arguments, and brings them into the form of the driver."""
     for name, array in (("query", query), ("key", key), ("value", value)):
         _checks.floating(name, array)
-        if array.ndim not in (3, 4) or array.ndim != query.ndim:
+        if array.ndim < 3 or array.shape[:-3] != query.shape[:-3]:
             raise ValueError(
-                f"{name} must have shape [length, heads, width] or [batch, length, heads, width], as the query, got "
-                f"shape {array.shape}"
+                f"{name} must have shape [*batch, length, heads, width], batch as the query's {query.shape[:-3]}, "
+                f"got shape {array.shape}"
             )
-    shape = query.shape
-    if query.ndim == 3:
-        query, key, value = query[None], key[None], value[None]
+    shape, batch = query.shape, query.shape[:-3]
+    query, key, value = (a.reshape(math.prod(batch), *a.shape[-3:]) for a in (query, key, value))
     b, t, n, h = query.shape
     _, s, k, _ = key.shape
     _checks.shape("key", key, (b, s, k, h), "batch, keys, heads, width as the query's")
@@ -278,7 +280,7 @@ def _prepare(
     if not isinstance(is_causal, bool):
         raise TypeError(f"is_causal must be True or False, got {_checks.describe(is_causal)}")
     bq, bk = _block_sizes(block_sizes, b * n, t, s)
-    offset = query_offset if _is_static(query_offset) else None
+    static = _is_static(query_offset) and _is_static(key_offset)
     plan = Plan(
         b,
         k,
@@ -289,26 +291,28 @@ def _prepare(
         bk,
         is_causal,
         _window(local_window_size),
-        None if offset is None else int(offset),
+        _checks.integer("query_offset", query_offset) if static else None,
+        _checks.integer("key_offset", key_offset) if static else 0,
         mask_fn,
         None if softcap is None else float(softcap),
         precision,
     )
     masks = Masks(
-        query_lengths=_lengths("query_seq_lengths", query_seq_lengths, b),
-        key_lengths=_lengths("key_value_seq_lengths", key_value_seq_lengths, b),
-        entries=None if mask is None else _entries("mask", mask, plan),
-        offset=None if offset is not None else _offset(query_offset, b),
+        query_lengths=_lengths("query_seq_lengths", query_seq_lengths, batch),
+        key_lengths=_lengths("key_value_seq_lengths", key_value_seq_lengths, batch),
+        entries=None if mask is None else _entries("mask", mask, plan, batch),
+        offset=None if static else _offset("query_offset", query_offset, batch),
+        key_offset=None if static else _offset("key_offset", key_offset, batch),
     )
     if (query_segment_ids is None) != (key_segment_ids is None):
         raise ValueError("query_segment_ids and key_segment_ids must be given together")
     if query_segment_ids is not None:
         ids = [("query_segment_ids", query_segment_ids, t, plan.nq * bq)]
         ids += [("key_segment_ids", key_segment_ids, s, plan.nk * bk)]
-        segments = [_segments(name, array, b, length, padded) for name, array, length, padded in ids]
+        segments = [_segments(name, array, batch, length, padded) for name, array, length, padded in ids]
         masks = masks._replace(query_segments=segments[0], key_segments=segments[1])
 
-    query, key, value = _hide(query, key, value, masks, mask)
+    query, key, value = _hide(query, key, value, masks)
     dtype = accumulation_dtype(query.dtype, key.dtype)
     rows = AttentionRows(plan, Operands(_query_blocks(plan, query), *_key_blocks(plan, key, value)), masks)
     operands = rows.operands
@@ -322,8 +326,7 @@ def _prepare(
     else:
         operands = operands._replace(scale=rows.per_row("scale", scale))
     if bias is not None:
-        _checks.floating("bias", bias)
-        operands = operands._replace(bias=_entries("bias", bias, plan))
+        operands = operands._replace(bias=_entries("bias", bias, plan, batch))
     if alibi_slopes is not None:
         _per_head("alibi_slopes", alibi_slopes, n)
         operands = operands._replace(slopes=rows.per_row("alibi_slopes", alibi_slopes))
@@ -335,18 +338,17 @@ def _block_sizes(given, rows: int, t: int, s: int) -> tuple[int, int]:
     if not isinstance(given, tuple) or len(given) != 2:
         raise TypeError(f"block_sizes must be a pair (queries, keys), got {_checks.describe(given)}")
     entries = _PAIR_ENTRIES["cpu" if jax.default_backend() == "cpu" else "other"]
-    widest = _WIDEST_BLOCK
-    while widest > 64 and rows * widest * widest > entries:
-        widest //= 2
+    shrink = 1
+    while shrink < 8 and rows * math.prod(_WIDEST_BLOCK.values()) > entries * shrink**2:
+        shrink *= 2
     sizes = []
     for name, size, length in (("queries", given[0], t), ("keys", given[1], s)):
-        if size is not None:
-            size = _checks.integer(f"block_sizes ({name})", size, at_least=1)
-            sizes.append(min(size, max(length, 1)))
-            continue
-        blocks = -(-length // widest)
-        even = -(-length // max(blocks, 1))
-        sizes.append(min(-(-even // 8) * 8, max(length, 1)))
+        if size is None:
+            blocks = -(-length * shrink // _WIDEST_BLOCK[name])
+            even = -(-length // max(blocks, 1))
+            size = -(-even // 8) * 8
+        size = _checks.integer(f"block_sizes ({name})", size, at_least=1)
+        sizes.append(min(size, max(length, 1)))
     bq, bk = sizes
     if given[1] is None and t < 64:  # few queries: long blocks of keys
         bk = min(s, max(bk, min(4096, entries // max(rows * bq, 1) // 8 * 8)))
@@ -357,11 +359,13 @@ def _is_static(offset: Any) -> bool:
     return _checks.is_concrete_number(offset) and not isinstance(offset, jax.Array)
 
 
-def _offset(offset: Any, batch: int) -> Array:
-    _checks.integers("query_offset", offset)
-    if offset.shape not in ((), (batch,)):
-        raise ValueError(f"query_offset must have shape () or ({batch},), got shape {offset.shape}")
-    return jnp.asarray(offset, jnp.int32)
+def _offset(name: str, offset: Any, batch: tuple[int, ...]) -> Array:
+    if _is_static(offset):
+        offset = jnp.asarray(_checks.integer(name, offset), jnp.int32)
+    _checks.integers(name, offset)
+    if offset.shape not in ((), batch):
+        raise ValueError(f"{name} must have shape () or {batch} (batch), got shape {offset.shape}")
+    return jnp.asarray(offset, jnp.int32).reshape(-1 if offset.shape else ())
 
 
 def _window(window: Any) -> tuple[int | None, int | None]:
@@ -371,26 +375,22 @@ def _window(window: Any) -> tuple[int | None, int | None]:
         window = (window, window)
     if len(window) != 2:
         raise ValueError(f"local_window_size must be a number or a pair (left, right), got {window!r}")
-    left, right = (
-        None if w is None else _checks.integer("local_window_size", w, at_least=0) for w in window
-    )
+    left, right = (None if w is None else _checks.integer("local_window_size", w, at_least=0) for w in window)
     return left, right
 
 
-def _lengths(name: str, lengths: Any, batch: int) -> Any:
+def _lengths(name: str, lengths: Any, batch: tuple[int, ...]) -> Any:
     if lengths is None:
         return None
     _checks.integers(name, lengths)
-    _checks.shape(name, lengths, (batch,), "one length a batch element")
-    return jnp.asarray(lengths, jnp.int32)
+    _checks.shape(name, lengths, batch, "one length a batch element")
+    return jnp.asarray(lengths, jnp.int32).reshape(-1)
 
 
-def _segments(name: str, ids: Any, batch: int, length: int, padded: int) -> Array:
+def _segments(name: str, ids: Any, batch: tuple[int, ...], length: int, padded: int) -> Array:
     _checks.integers(name, ids)
-    if ids.ndim == 1:
-        ids = ids[None]
-    _checks.shape(name, ids, (batch, length), "batch and length")
-    return jnp.pad(jnp.asarray(ids), ((0, 0), (0, padded - length)))
+    _checks.shape(name, ids, (*batch, length), "batch and length")
+    return jnp.pad(jnp.asarray(ids).reshape(-1, length), ((0, 0), (0, padded - length)))
 
 
 def _per_head(name: str, value: Any, heads: int) -> None:
@@ -399,30 +399,36 @@ def _per_head(name: str, value: Any, heads: int) -> None:
         raise ValueError(f"{name} must be a number or have shape ({heads},), one a head, got {value.shape}")
 
 
-def _entries(name: str, array: Any, plan: Plan) -> Array:
+def _entries(name: str, array: Any, plan: Plan, batch: tuple[int, ...]) -> Array:
     """A mask or bias with the five axes of the scores, padded to whole blocks."""
     heads = plan.heads * plan.groups
-    full = (plan.batch, heads, plan.queries, plan.keys)
+    full = (*batch, heads, plan.queries, plan.keys)
     if name == "mask":
         _checks.boolean(name, array)
+    else:
+        _checks.floating(name, array)
     _checks.broadcastable(name, array, full, "batch, heads, queries, keys")
-    array = jnp.asarray(array).reshape((1,) * (4 - array.ndim) + array.shape)
-    b, n, t, s = array.shape
+    array = jnp.asarray(array).reshape((1,) * (len(full) - array.ndim) + array.shape)
+    lead, (n, t, s) = array.shape[:-3], array.shape[-3:]
+    if math.prod(lead) != 1:
+        array = jnp.broadcast_to(array, (*batch, n, t, s))
     split = (1, 1) if n == 1 else (plan.heads, plan.groups)
-    pads = [(0, 0 if size == 1 else blocks * width - size) for size, blocks, width in
-            ((t, plan.nq, plan.bq), (s, plan.nk, plan.bk))]
-    array = array.reshape(b, *split, t, s)
+    array = array.reshape(-1, *split, t, s)
+    pads = [
+        (0, 0 if size == 1 else blocks * width - size)
+        for size, blocks, width in ((t, plan.nq, plan.bq), (s, plan.nk, plan.bk))
+    ]
     return jnp.pad(array, ((0, 0), (0, 0), (0, 0), *pads)) if any(p[1] for p in pads) else array
 
 
-def _hide(query, key, value, masks: Masks, mask):
+def _hide(query, key, value, masks: Masks):
     """Puts 0 into queries and keys that nobody reads, lest a NaN in them meets a matrix product."""
     keys = []
     if masks.key_lengths is not None:
         keys.append(jnp.arange(key.shape[1], dtype=jnp.int32) < masks.key_lengths[:, None])
-    if mask is not None and mask.shape[-3:-1] in ((), (1,), (1, 1)):
-        hidden = mask.reshape(-1, mask.shape[-1])
-        keys.append(jnp.broadcast_to(hidden, (key.shape[0], key.shape[1])))
+    entries = masks.entries
+    if entries is not None and entries.shape[1:4] == (1, 1, 1):
+        keys.append(jnp.broadcast_to(entries[:, 0, 0, 0, : key.shape[1]], key.shape[:2]))
     for keep in keys:
         keep = keep[..., None, None]
         key, value = jnp.where(keep, key, 0), jnp.where(keep, value, 0)

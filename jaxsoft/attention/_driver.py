@@ -44,7 +44,8 @@ class Plan:
       bk: keys in a block.
       causal: whether a query sees no later key.
       window: how many positions to the left and right of a query it sees; None for all, on either side.
-      offset: the position of the first query, or None if known at run time only.
+      offset: the position of the first query, or None if positions are known at run time only.
+      key_offset: the position of the first key.
       mask_fn: the user's predicate, or None.
       softcap: as in `linear_logits`, or None.
       precision: of the matrix products.
@@ -60,6 +61,7 @@ class Plan:
     causal: bool = False
     window: tuple[int | None, int | None] = (None, None)
     offset: int | None = 0
+    key_offset: int = 0
     mask_fn: Callable | None = None
     softcap: float | None = None
     precision: Any = None
@@ -90,8 +92,9 @@ class Plan:
         """`[pairs, 3]`: block of queries, block of keys, whether the static masks hide something in the pair."""
         left, right = self.band() if self.offset is not None else (None, None)
         i, j = np.meshgrid(np.arange(self.nq), np.arange(self.nk), indexing="ij")
-        first_q, first_k = i * self.bq + (self.offset or 0), j * self.bk
-        last_q = np.minimum((i + 1) * self.bq, self.queries) - 1 + (self.offset or 0)
+        shift = (self.offset or 0) - self.key_offset
+        first_q, first_k = i * self.bq + shift, j * self.bk
+        last_q = np.minimum((i + 1) * self.bq, self.queries) - 1 + shift
         last_k = np.minimum((j + 1) * self.bk, self.keys) - 1
         live, hidden = np.ones(i.shape, bool), (j + 1) * self.bk > self.keys
         if left is not None:
@@ -115,6 +118,7 @@ class Masks(NamedTuple):
       key_segments: `[B, nk * bk]`.
       entries: `[B or 1, K or 1, G or 1, T or 1, S or 1]`, padded to whole blocks.
       offset: position of the first query, `[]` or `[B]`, where the plan has none.
+      key_offset: position of the first key, likewise.
     """
 
     query_lengths: Any = None
@@ -123,6 +127,7 @@ class Masks(NamedTuple):
     key_segments: Any = None
     entries: Any = None
     offset: Any = None
+    key_offset: Any = None
 
 
 class Operands(NamedTuple):
@@ -149,23 +154,25 @@ class Operands(NamedTuple):
 
 
 def _positions(plan: Plan, masks: Masks, i, j) -> tuple[Array, Array]:
-    """The positions of the queries of a block (`[bq]` or `[B, 1, 1, bq]`) and of the keys (`[bk]`)."""
-    q = jnp.arange(plan.bq, dtype=jnp.int32) + i * plan.bq
-    k = jnp.arange(plan.bk, dtype=jnp.int32) + j * plan.bk
-    if masks.offset is None:
-        return q + (plan.offset or 0), k
-    offset = masks.offset
-    return q + (offset if offset.ndim == 0 else offset[:, None, None, None]), k
+    """The positions of the queries of a block and of the keys, `[bq, 1]` and `[1, bk]`; five axes if one a batch."""
+    q = jnp.arange(plan.bq, dtype=jnp.int32)[:, None] + i * plan.bq
+    k = jnp.arange(plan.bk, dtype=jnp.int32)[None, :] + j * plan.bk
+    if plan.offset is not None:
+        return q + plan.offset, k + plan.key_offset
+
+    def moved(x, offset):
+        return x + (offset if offset.ndim == 0 else offset[:, None, None, None, None])
+
+    return moved(q, masks.offset), moved(k, masks.key_offset)
 
 
 def visible(plan: Plan, masks: Masks, i, j) -> Array:
     """Which entries of a pair of blocks are visible: five axes that broadcast to `[B, K, G, bq, bk]`."""
     q, k = _positions(plan, masks, i, j)
-    q, k = q[..., :, None], k
     left, right = plan.band()
     keeps = []
     if plan.nk * plan.bk > plan.keys:
-        keeps.append(k < plan.keys)
+        keeps.append((jnp.arange(plan.bk, dtype=jnp.int32) + j * plan.bk < plan.keys)[None, :])
     if left is not None:
         keeps.append(k >= q - left)
     if right is not None:
@@ -182,7 +189,7 @@ def visible(plan: Plan, masks: Masks, i, j) -> Array:
     if masks.entries is not None:
         keeps.append(_entries(plan, masks.entries, i, j))
     if plan.mask_fn is not None:
-        keeps.append(jnp.broadcast_to(plan.mask_fn(q, k), (*q.shape[:-1], plan.bk)))
+        keeps.append(jnp.broadcast_to(plan.mask_fn(q, k), jnp.broadcast_shapes(q.shape, k.shape)))
     keep = functools.reduce(jnp.logical_and, keeps, jnp.ones((1, 1), bool))
     return keep.reshape((1,) * (5 - keep.ndim) + keep.shape)
 
@@ -213,7 +220,7 @@ def _scores(plan: Plan, block: Operands, masks: Masks, i, j) -> Array:
         x = x + as_rows(plan, block.bias).astype(dtype)
     if block.slopes is not None:
         q, k = _positions(plan, masks, i, j)
-        distance = (k - q[..., :, None]).astype(dtype)
+        distance = (k - q).astype(dtype)
         distance = distance.reshape((1,) * (5 - distance.ndim) + distance.shape)
         x = x + block.slopes[..., None] * as_rows(plan, distance)
     return x
@@ -247,9 +254,13 @@ def _tile(plan: Plan, block: Operands, masks: Masks, keep: Array | None, i, j) -
     if keep is not None:
         scores = jnp.where(as_rows(plan, keep), scores, -jnp.inf)
     present = scores != -jnp.inf
-    cols = jnp.arange(plan.bk, dtype=jnp.int32) + j * plan.bk
+    cols = jnp.arange(plan.bk, dtype=jnp.int32) + (j * plan.bk + plan.key_offset)
+    if masks.key_offset is not None:
+        offset = masks.key_offset
+        cols = cols + (offset if offset.ndim == 0 else offset[:, None, None, None])
     values = () if block.value is None else (block.value,)
-    return Tile(jnp.where(present, scores, 0), scores, present, cols, plan.keys, values)
+    columns = plan.keys + plan.key_offset if masks.key_offset is None else jnp.iinfo(jnp.int32).max
+    return Tile(jnp.where(present, scores, 0), scores, present, cols, columns, values)
 
 
 def _at(tree: Any, i) -> Any:
@@ -280,16 +291,19 @@ def count(plan: Plan, operands: Operands, masks: Masks) -> Array:
     dtype = accumulation_dtype(operands.query.dtype, operands.key.dtype)
     if masks.entries is None and masks.query_segments is None and plan.mask_fn is None:
         # An interval of keys: its ends are known.
-        blocks = jnp.arange(plan.nq, dtype=jnp.int32)
-        q = jax.vmap(lambda i: _positions(plan, masks, i, 0)[0] * jnp.ones((1, 1, 1, 1), jnp.int32))(blocks)
+        q = jax.vmap(lambda i: _positions(plan, masks, i, 0)[0])(jnp.arange(plan.nq, dtype=jnp.int32))
+        q = q.reshape(plan.nq, *(1,) * (6 - q.ndim), *q.shape[1:])[..., 0]
+        zero = plan.key_offset if masks.key_offset is None else masks.key_offset
+        zero = jnp.asarray(zero, jnp.int32).reshape(-1, 1, 1, 1)
         left, right = plan.band()
-        first = jnp.zeros_like(q) if left is None else jnp.maximum(q - left, 0)
-        last = jnp.full_like(q, plan.keys - 1) if right is None else jnp.minimum(q + right, plan.keys - 1)
+        first = zero if left is None else jnp.maximum(q - left, zero)
+        last = zero + plan.keys - 1
+        last = last if right is None else jnp.minimum(q + right, last)
         if masks.key_lengths is not None:
             last = jnp.minimum(last, masks.key_lengths[:, None, None, None] - 1)
         n = jnp.maximum(last - first + 1, 0)
         if masks.query_lengths is not None:
-            row = (jnp.arange(plan.nq * plan.bq, dtype=jnp.int32)).reshape(plan.nq, 1, 1, 1, plan.bq)
+            row = jnp.arange(plan.nq * plan.bq, dtype=jnp.int32).reshape(plan.nq, 1, 1, 1, plan.bq)
             n = jnp.where(row < masks.query_lengths[:, None, None, None], n, 0)
         shape = (plan.nq, plan.batch, plan.heads, plan.groups, plan.bq)
         return jnp.broadcast_to(n, shape).reshape(plan.rows).astype(dtype)

@@ -32,7 +32,9 @@ def weighted_values(normalizer: Normalizer, width: int) -> RowReduction:
 
     def init(like, params):
         state = () if statistics is None else statistics.init(like, params)
-        return WeightedState(state, (jnp.broadcast_to(like[..., None], (*like.shape, width)),) * normalizer.size)
+        return WeightedState(
+            state, (jnp.broadcast_to(like[..., None], (*like.shape, width)),) * normalizer.size
+        )
 
     def add(state, tile, params):
         terms = normalizer.terms(tile, state, params)
@@ -41,7 +43,7 @@ def weighted_values(normalizer: Normalizer, width: int) -> RowReduction:
         return tuple(
             jnp.einsum(
                 "...rs,...sv->...rv",
-                jnp.where(tile.keep, t, 0).astype(values.dtype),
+                t.astype(values.dtype),
                 values,
                 preferred_element_type=dtype,
             )
@@ -58,9 +60,7 @@ def weighted_values(normalizer: Normalizer, width: int) -> RowReduction:
         if statistics is None:
             return WeightedState((), tuple(map(jnp.add, a.values, b.values)))
         new = statistics.merge(a.statistics, b.statistics)
-        return WeightedState(
-            new, tuple(map(jnp.add, _moved(normalizer, a, new), _moved(normalizer, b, new)))
-        )
+        return WeightedState(new, tuple(map(jnp.add, _moved(normalizer, a, new), _moved(normalizer, b, new))))
 
     def finalize(state, params):
         coefficients = normalizer.coefficients(state.statistics, params)
@@ -99,9 +99,7 @@ def with_dropout(normalizer: Normalizer, rate: float, words, rows: Array) -> Nor
         "drop1": jnp.broadcast_to(words[1], rows.shape),
         "drop_row": rows,
     }
-    return normalizer._replace(
-        terms=_dropped(normalizer.terms, rate), params={**normalizer.params, **params}
-    )
+    return normalizer._replace(terms=_dropped(normalizer.terms, rate), params={**normalizer.params, **params})
 
 
 class AttentionRows:

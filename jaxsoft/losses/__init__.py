@@ -11,6 +11,7 @@ from jaxsoft.losses.classification import (
     poly_loss,
 )
 from jaxsoft.losses.retrieval import decoupled_softmax_loss
+from jaxsoft.losses.routing import importance_loss, load_balance_loss, modality_routing_kl, router_z_loss
 from jaxsoft.losses.spherical import spherical_z_loss
 from jaxsoft.rows._weighted import weighted_sum
 
@@ -19,10 +20,14 @@ __all__ = [
     "decoupled_softmax_loss",
     "dual_focal_loss",
     "focal_loss",
+    "importance_loss",
+    "load_balance_loss",
     "max_suppression_loss",
+    "modality_routing_kl",
     "poly1_cross_entropy",
     "poly1_focal_loss",
     "poly_loss",
+    "router_z_loss",
     "spherical_z_loss",
     "weighted_mean",
     "weighted_sum",

@@ -15,6 +15,27 @@ from jaxsoft.normalizers.exponential import (
     softmax_n,
     softmax_one,
 )
+from jaxsoft.normalizers.gating import (
+    SoftMoE,
+    dense_to_sparse_gate,
+    drop_weak_experts,
+    feature_selection_gate,
+    gumbel_softmax_gate,
+    merge_experts,
+    route_gradients,
+    soft_moe_dispatch_combine,
+    top_k_gate,
+    wina_mask,
+)
+from jaxsoft.normalizers.masks import (
+    Interpolant,
+    exponential_temperature_schedule,
+    gumbel_sigmoid,
+    gumbel_softmax_interpolant,
+    straight_through_one_hot,
+)
+from jaxsoft.normalizers.pooling import soft_pool
+from jaxsoft.normalizers.quantized import quantized_softmax_bias_correction
 from jaxsoft.normalizers.rectified import (
     mpc_softmax,
     relu_weights,
@@ -25,28 +46,65 @@ from jaxsoft.normalizers.rectified import (
     stablemax,
     taylor_softmax,
 )
+from jaxsoft.normalizers.retrieval import dual_inverted_softmax, dynamic_inverted_softmax, inverted_softmax
+from jaxsoft.normalizers.similarity import (
+    distance_quantile,
+    sdm_activation,
+    sdm_log_softmax,
+    similarity_count,
+)
 from jaxsoft.normalizers.sparse import entmax, entmax15, sparse_softmax, sparsemax
 from jaxsoft.normalizers.stochastic import gumbel_softmax
+from jaxsoft.normalizers.temperature import (
+    TemperatureNetwork,
+    TemperatureParameters,
+    noisy_logits,
+    temperature_network,
+)
 
 __all__ = [
+    "Interpolant",
     "Normalizer",
+    "SoftMoE",
+    "TemperatureNetwork",
+    "TemperatureParameters",
     "adaptive_temperature_softmax",
     "clipped_softmax",
     "defined_by",
+    "dense_to_sparse_gate",
+    "distance_quantile",
+    "drop_weak_experts",
+    "dual_inverted_softmax",
+    "dynamic_inverted_softmax",
     "entmax",
     "entmax15",
     "entropy_target_softmax",
+    "exponential_temperature_schedule",
+    "feature_selection_gate",
+    "gumbel_sigmoid",
     "gumbel_softmax",
+    "gumbel_softmax_gate",
+    "gumbel_softmax_interpolant",
+    "inverted_softmax",
     "log_softmax",
     "masked_logit_softmax",
+    "merge_experts",
     "mpc_softmax",
+    "noisy_logits",
     "quantized_softmax",
+    "quantized_softmax_bias_correction",
     "relu_weights",
     "reweighted_attention_weights",
+    "route_gradients",
     "scalable_softmax",
+    "sdm_activation",
+    "sdm_log_softmax",
     "self_adjust_softmax",
     "sigmoid_weights",
+    "similarity_count",
     "sink_softmax",
+    "soft_moe_dispatch_combine",
+    "soft_pool",
     "softmax",
     "softmax_n",
     "softmax_one",
@@ -55,5 +113,9 @@ __all__ = [
     "sparse_softmax",
     "sparsemax",
     "stablemax",
+    "straight_through_one_hot",
     "taylor_softmax",
+    "temperature_network",
+    "top_k_gate",
+    "wina_mask",
 ]

@@ -33,7 +33,9 @@ def coefficient(state, params: Params) -> tuple[Array, ...]:
     if "sink" not in params:
         return (safe_divide(jnp.ones_like(s), s),)
     sink = params["sink"]
-    gauge = finite_gauge(jnp.maximum(m, sink))  # that of both: neither e^(m - gauge) nor e^(sink - gauge) overflows
+    gauge = finite_gauge(
+        jnp.maximum(m, sink)
+    )  # that of both: neither e^(m - gauge) nor e^(sink - gauge) overflows
     moved = reductions._rescale(m, gauge)
     return (safe_divide(moved, s * moved + jnp.exp(sink - gauge)),)
 
@@ -63,5 +65,3 @@ def scaled(normalizer: Normalizer, scale: Array) -> Normalizer:
 def is_exponential(normalizer: Normalizer) -> bool:
     """Whether the denominator can take a sink."""
     return normalizer.coefficients is coefficient
-
-

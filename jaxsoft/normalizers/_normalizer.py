@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
@@ -22,9 +21,7 @@ Params = dict[str, Any]
 
 
 class Normalizer(NamedTuple):
-    """The last pass over a row of scores, which gives the weights
-
-        y_j = sum_a coefficients(state)[a] * terms(x_j)[a].
+    """The last pass over a row of scores: weights `y_j = sum_a coefficients(state)[a] * terms(x_j)[a]`.
 
     Everything about the row that is not in `state` (a temperature, a threshold, the log-sum-exp of an earlier pass)
     is in `params`, one number a row. The plain function evaluates the formula; attention carries the sums
@@ -34,7 +31,8 @@ class Normalizer(NamedTuple):
     Attributes:
       statistics: the reduction of this pass, its functions called as `f(..., params)`; its state may start with a
         gauge. None: there are no statistics.
-      terms: `(tile, state, params) -> tuple of [*rows, block]`; reads nothing of the state but its gauge.
+      terms: `(tile, state, params) -> tuple of [*rows, block]`, 0 for absent entries; reads nothing of the state but
+        its gauge.
       coefficients: `(state, params) -> tuple of [*rows]`, one for each term.
       rescale: `(old state, new state) -> [*rows]`, what old terms are to be multiplied with when the gauge moves;
         None without a gauge.
@@ -48,7 +46,7 @@ class Normalizer(NamedTuple):
     coefficients: Callable[[Any, Params], tuple[Array, ...]]
     rescale: Callable[[Any, Any], Array] | None = None
     before: tuple[Callable[[Tile, Params], Tile], ...] = ()
-    params: Any = {}
+    params: Any = {}  # noqa: RUF012 (never changed in place)
     size: int = 1
 
     def preceded_by(self, function: Callable[[Tile, Params], Tile], **params) -> Normalizer:
@@ -171,12 +169,8 @@ def after(statistics: RowReduction, before: tuple[Callable, ...]) -> RowReductio
     def update(state, tile, params):
         return statistics.update(state, changed(before, tile, params), params)
 
-    share = None
-    if statistics.share is not None:
-        own_share = statistics.share
-
-        def share(state, tile, params):
-            return own_share(state, changed(before, tile, params), params)
+    def share(state, tile, params):
+        return shares(statistics, state, changed(before, tile, params), params)
 
     return statistics._replace(update=update, share=share, finalize=_state)
 

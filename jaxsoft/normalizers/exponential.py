@@ -6,6 +6,7 @@ below its definition, from which the attentions take it too.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ from jaxsoft.normalizers._exponential import (
     with_sink,
 )
 from jaxsoft.normalizers._normalizer import Normalizer, after, defined_by, normalize, together
+from jaxsoft.normalizers.quantized import quantize
 from jaxsoft.rows import reductions
 from jaxsoft.rows._driver import check_axis
 from jaxsoft.rows._softmax import check_dense, softmax_with
@@ -314,7 +316,7 @@ _ADAPTIVE = (-0.037, 0.481, -2.3, 4.917, -1.791)
 
 def _adaptive_temperature_softmax(rows, *, coefficients=_ADAPTIVE, threshold=0.5, stop_gradient=False):
     source = rows.detached() if stop_gradient else rows
-    entropy = source.reduce(reductions.softmax_moments()).entropy
+    entropy = source.reduce(reductions.softmax_moments(variance=False)).entropy
     beta = jnp.polyval(jnp.asarray(coefficients, entropy.dtype), entropy)
     return scaled(SOFTMAX, jnp.where((entropy > threshold) & (beta > 1), beta, 1))
 
@@ -414,7 +416,7 @@ def _entropy_target_softmax(rows, *, entropy):
     # Two steps of Newton's method that are differentiated: the derivatives of the root, to third order.
     found = log_beta
     for _ in range(2):
-        found, h = newton(rows, found, target)
+        found, _ = newton(rows, found, target)
     reached = jnp.abs(lax.stop_gradient(found) - log_beta) < 0.1  # elsewhere the target cannot be met
     return scaled(SOFTMAX, jnp.exp(jnp.where(reached, found, log_beta)))
 
@@ -474,7 +476,12 @@ def entropy_target_softmax(
     if _checks.is_concrete_number(entropy):
         _checks.number("entropy", entropy, above=0)
     return normalize(
-        _entropy_target_softmax, scores, axis=axis, where=where, name="entropy_target_softmax", entropy=entropy
+        _entropy_target_softmax,
+        scores,
+        axis=axis,
+        where=where,
+        name="entropy_target_softmax",
+        entropy=entropy,
     )
 
 
@@ -562,12 +569,13 @@ def _partition_params(rows) -> dict[str, Any]:
 def probabilities(tile, params):
     """Softmax probabilities, from the log-sum-exp in parts."""
     partition = LogPartition(*(params[name][..., None] for name in LogPartition._fields))
-    return jnp.exp(partition.log_softmax(tile.x))
+    return jnp.exp(partition.log_softmax(tile.scores))
 
 
 def _clipped_terms(tile, state, params):
     zeta, gamma = params["zeta"][..., None], params["gamma"][..., None]
-    return (jnp.clip((zeta - gamma) * probabilities(tile, params) + gamma, 0, 1),)
+    stretched = (zeta - gamma) * probabilities(tile, params) + gamma
+    return (jnp.where(tile.keep, jnp.clip(stretched, 0, 1), 0),)
 
 
 def one(state, params):
@@ -619,16 +627,19 @@ def clipped_softmax(
     )
 
 
-def _quantized_terms(tile, state, params):
-    p, levels = probabilities(tile, params), params["levels"][..., None]
-    rounded = jnp.round(p * levels) / levels
-    return (p + lax.stop_gradient(rounded - p) + params["bias"][..., None],)
+@functools.cache
+def _quantized_terms(bits: int):
+    def terms(tile, state, params):
+        p = probabilities(tile, params)
+        weights = p + lax.stop_gradient(quantize(p, bits) - p) + params["bias"][..., None]
+        return (jnp.where(tile.keep, weights, 0),)
+
+    return terms
 
 
 def _quantized_softmax(rows, *, bits=8, bias=0.0):
-    params = _partition_params(rows)
-    params |= {"levels": rows.per_row("bits", float(2**bits - 1)), "bias": rows.per_row("bias", bias)}
-    return Normalizer(None, _quantized_terms, one, params=params)
+    params = {**_partition_params(rows), "bias": rows.per_row("bias", bias)}
+    return Normalizer(None, _quantized_terms(bits), one, params=params)
 
 
 @defined_by(_quantized_softmax)

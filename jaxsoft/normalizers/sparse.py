@@ -144,7 +144,9 @@ def _entmax(rows, *, alpha: Any = 1.5):
 
     lo = -jnp.ones_like(top)
     hi = -(safe_divide(jnp.ones_like(n), n) ** still)
-    _, _, _, tau, _ = lax.while_loop(unfinished, search, (jnp.int32(0), lo, hi, lo, jnp.max(hi - lo, initial=0)))
+    _, _, _, tau, _ = lax.while_loop(
+        unfinished, search, (jnp.int32(0), lo, hi, lo, jnp.max(hi - lo, initial=0))
+    )
     # Two steps that are differentiated give tau its derivatives, to third order.
     tau = lax.stop_gradient(tau)
     for _ in range(2):

@@ -79,6 +79,7 @@ def make_inputs(seed: int, leading: tuple[int, ...], columns: int, dtype=np.floa
         class_weights=jnp.asarray(0.5 + rng.random(columns), dtype),
         reference=jnp.asarray(rng.normal(size=leading), dtype),
         temperature=jnp.asarray(0.5 + rng.random(leading), dtype),
+        alpha=jnp.asarray(1.2 + rng.random(leading), dtype),
     )
 
 
@@ -137,6 +138,56 @@ def _reduced(logits, inputs, *, where=None, axis=-1):
     return tuple(jaxsoft.reduce_rows(logits, wanted, where=where, axis=axis).values())
 
 
+def _normalizer(function, variant="", per_row=(), **options):
+    """An entry of a normalizer; `per_row` are options that come from the inputs, one number a row."""
+    entry_options = {k: options.pop(k) for k in list(options) if k in Entry.__dataclass_fields__}
+    module = "jaxsoft" if function.__name__ in jaxsoft.__all__ else "jaxsoft.normalizers"
+
+    def call(logits, given, *, where=None, axis=-1):
+        arrays = {name: given[source] for name, source in dict(per_row).items()}
+        return function(logits, where=where, axis=axis, **arrays, **options)
+
+    return Entry(
+        f"{module}.{function.__name__}",
+        call,
+        variant,
+        tuple(dict(per_row).values()),
+        dense_only=True,
+        **{"low": 1e-2, **entry_options},
+    )
+
+
+_NORMALIZERS = [
+    _normalizer(normalizers.softmax_n, n=2.5),
+    _normalizer(normalizers.softmax_n, "rows", per_row={"n": "temperature"}),
+    _normalizer(normalizers.softmax_one),
+    _normalizer(normalizers.sink_softmax, per_row={"sink": "reference"}),
+    _normalizer(normalizers.scalable_softmax, shift=0.0),
+    _normalizer(
+        normalizers.scalable_softmax, "rows", per_row={"scale": "temperature", "bias": "reference"}, shift=0.0
+    ),
+    _normalizer(normalizers.adaptive_temperature_softmax, shift=0.0),
+    _normalizer(normalizers.entropy_target_softmax, entropy=0.6, shift=0.0, scale_invariant=True, huge=1e-3),
+    _normalizer(normalizers.self_adjust_softmax, huge=1e-3),
+    _normalizer(normalizers.self_adjust_softmax, "plain", normalized=False, huge=1e-3),
+    _normalizer(normalizers.clipped_softmax, shift=0.0),
+    _normalizer(normalizers.softpick),
+    _normalizer(normalizers.stablemax),
+    _normalizer(normalizers.taylor_softmax, order=4),
+    _normalizer(normalizers.sigmoid_weights),
+    _normalizer(normalizers.sigmoid_weights, "bias", per_row={"bias": "reference"}),
+    _normalizer(normalizers.relu_weights, power=2.0),
+    _normalizer(normalizers.softplus_attention_weights, scale=1.5),
+    _normalizer(normalizers.reweighted_attention_weights, scale=1.5, power=3.0, offset=0.5),
+    _normalizer(normalizers.mpc_softmax, shift=0.0),
+    _normalizer(normalizers.sparse_softmax, k=3, shift=0.0),
+    _normalizer(normalizers.sparsemax, shift=0.0),
+    _normalizer(normalizers.entmax15, shift=0.0),
+    _normalizer(normalizers.entmax, alpha=1.3, shift=0.0),
+    _normalizer(normalizers.entmax, "rows", per_row={"alpha": "alpha"}, shift=0.0),
+    _normalizer(normalizers.entmax, "alpha=2.5", alpha=2.5, shift=0.0),
+]
+
 _SUMS = 5e-4  # half a unit in the last place of 1e4
 
 ENTRIES: list[Entry] = [
@@ -159,6 +210,7 @@ ENTRIES: list[Entry] = [
     # normalizers
     _statistic(jaxsoft.softmax, dense_only=True, shift=0.0, low=1e-2),
     _statistic(jaxsoft.log_softmax, dense_only=True, shift=0.0, empty=-np.inf, low=1e-2),
+    *_NORMALIZERS,
     _statistic(rows.online_softmax, "jaxsoft.rows", dense_only=True, shift=0.0, low=1e-2),
     _statistic(rows.two_pass_softmax, "jaxsoft.rows", dense_only=True, shift=0.0, low=1e-2),
     _statistic(

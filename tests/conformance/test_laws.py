@@ -259,7 +259,7 @@ def test_invariances(entry, x64):
     for name, value in given.items():
         if name in ("labels", "positives"):
             moved[name] = jnp.where(value < 0, value, jnp.asarray(rank, jnp.int32)[value])
-        elif name in ("reference", "temperature"):
+        elif name in ("reference", "temperature", "alpha"):
             moved[name] = value
         else:
             moved[name] = value[..., order]

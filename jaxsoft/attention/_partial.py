@@ -1,0 +1,409 @@
+"""Attention over a part of the keys, and the merge of such parts; attention to a cache."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jaxsoft import _checks
+from jaxsoft._numerics import log_or_neg_inf
+from jaxsoft.attention._dot_product import dot_product_attention, last_pass, prepare, to_user, weighting
+from jaxsoft.attention._driver import Plan
+from jaxsoft.attention._weights import AttentionRows, from_blocks, to_blocks, weighted_values
+from jaxsoft.normalizers._exponential import is_exponential
+from jaxsoft.normalizers._normalizer import Normalizer, per_row
+from jaxsoft.rows import reductions
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PartialAttention:
+    """The state of an attention that has seen some of the keys: a pytree, made by `partial_attention`.
+
+    Parts of the same queries over disjoint keys merge in any order (`merge_partial_attention`); `output()` gives the
+    attention over all keys seen. Sinks and other constants of the denominator enter there, once.
+    """
+
+    state: Any
+    params: Any
+    normalizer: Normalizer = dataclasses.field(metadata=dict(static=True))
+    plan: Plan = dataclasses.field(metadata=dict(static=True))
+    shape: tuple[int, ...] = dataclasses.field(metadata=dict(static=True))
+    dtype: Any = dataclasses.field(metadata=dict(static=True))
+
+    @property
+    def _reduction(self):
+        return weighted_values(self.normalizer, self.state.values[0].shape[-1])
+
+    def output(self) -> Array:
+        """The attention of the queries to the keys seen, `[*batch, T, N, V]`."""
+        values = self._reduction.finalize(self.state, self.params)
+        return to_user(self.plan, values, self.shape).astype(self.dtype)
+
+    def logsumexp(self) -> Array:
+        """The log-sum-exp of the scores seen, `[*batch, T, N]`; for normalizers of the exponential family."""
+        if not is_exponential(self.normalizer):
+            raise ValueError("logsumexp needs a normalizer of the exponential family")
+        m, s = self.state.statistics
+        return to_user(self.plan, jnp.where(s > 0, m, 0) + log_or_neg_inf(s), self.shape)
+
+
+class _OnePass(AttentionRows):
+    """Rows of which only a part is here: whatever needs all of them before the last pass is refused."""
+
+    key_count: Any = None
+
+    def reduce(self, wanted: Any) -> Any:
+        raise ValueError(
+            "normalizer must need one pass only: its weights depend on statistics of the whole row, which parts of it "
+            "do not merge to; call dot_product_attention on all keys"
+        )
+
+    def count(self) -> Array:
+        if self.key_count is None:
+            raise ValueError(
+                "key_count must be given for this normalizer, which depends on the number of keys that a query sees "
+                "in all parts together"
+            )
+        p = self.plan
+        shape = (p.batch, p.heads * p.groups, p.queries)
+        return to_blocks(p, per_row("key_count", self.key_count, shape, self.dtype))
+
+
+def partial_attention(
+    query: Float[Array, "*batch T N H"],
+    key: Float[Array, "*batch S K H"],
+    value: Float[Array, "*batch S K V"],
+    bias: Float[Array, "#*batch #N #T #S"] | None = None,
+    mask: Any = None,
+    *,
+    normalizer: Callable | None = None,
+    key_offset: int | Int[Array, ...] = 0,
+    key_count: Float[Array, ...] | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    **options,
+) -> PartialAttention:
+    """Attention over a part of the keys, to be merged with other parts: the unit of sharded and ring attention.
+
+    Args:
+      query: `[*batch, T, N, H]`.
+      key: `[*batch, S, K, H]`, the keys of this part.
+      value: `[*batch, S, K, V]`.
+      bias: of this part's scores, as in `dot_product_attention`.
+      mask: of this part's scores, likewise.
+      normalizer: as in `dot_product_attention`, one that needs a single pass.
+      key_offset: the position of the part's first key (an array `[]` or `[*batch]` if known at run time only).
+      key_count: how many keys each query sees in all parts, a floating array that broadcasts to `[batch, N, T]`:
+        for normalizers that depend on it (`scalable_softmax`, `sigmoid_weights`, `relu_weights`).
+      sinks: as in `dot_product_attention`; the same for all parts.
+      **options: of `dot_product_attention` that say what is visible (positions and lengths are those of the whole)
+        and how scores are made; no dropout, no statistics.
+
+    Returns:
+      A `PartialAttention`.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape, or a normalizer whose parts do not merge.
+
+    Reference:
+      Li et al., "LightSeq: Sequence Level Parallelism for Distributed Training of Long Context Transformers".
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoft.attention import dot_product_attention, merge_partial_attention, partial_attention
+      >>> x = jnp.linspace(-1, 1, 24).reshape(1, 6, 2, 2)
+      >>> parts = [partial_attention(x, x[:, :4], x[:, :4]), partial_attention(x, x[:, 4:], x[:, 4:], key_offset=4)]
+      >>> out = merge_partial_attention(*parts).output()
+      >>> bool(jnp.allclose(out, dot_product_attention(x, x, x), atol=1e-6))
+      True
+    """
+    rows, shape = prepare(query, key, value, bias, mask, key_offset=key_offset, **options)
+    rows = _OnePass(rows.plan, rows.operands, rows.masks)
+    rows.key_count = key_count
+    last = last_pass(rows, normalizer, sinks)
+    state = rows.run([weighting(rows, last)])[0]
+    return PartialAttention(state, last.params, last.functions(), rows.plan, shape, query.dtype)
+
+
+def merge_partial_attention(*parts: PartialAttention) -> PartialAttention:
+    """The attention over the keys of all parts: their states, merged.
+
+    Args:
+      *parts: results of `partial_attention` of the same queries, with the same options, over disjoint keys.
+
+    Returns:
+      A `PartialAttention` of the union; `.output()` gives the attention.
+
+    Raises:
+      TypeError: an argument that is no `PartialAttention`.
+      ValueError: no parts, or parts of different queries or normalizers.
+
+    Reference:
+      Li et al., "LightSeq: Sequence Level Parallelism for Distributed Training of Long Context Transformers".
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoft.attention import merge_partial_attention, partial_attention
+      >>> x = jnp.ones((1, 4, 1, 2))
+      >>> part = partial_attention(x, x, x)
+      >>> print(merge_partial_attention(part, part).output()[0, 0, 0])
+      [1. 1.]
+    """
+    if not parts:
+        raise ValueError("parts must hold at least one PartialAttention, got none")
+    for part in parts:
+        if not isinstance(part, PartialAttention):
+            raise TypeError(f"parts must be PartialAttention, got {_checks.describe(part)}")
+        same = (part.normalizer, part.shape, part.plan.rows) == (
+            parts[0].normalizer,
+            parts[0].shape,
+            parts[0].plan.rows,
+        )
+        if not same:
+            raise ValueError(
+                "parts must be of the same queries, blocks of queries and normalizer, got queries of shape "
+                f"{part.shape} and {parts[0].shape}, rows in blocks {part.plan.rows} and {parts[0].plan.rows}"
+            )
+    merge = parts[0]._reduction.merge
+    states = [part.state for part in parts]
+    while len(states) > 1:  # a tree: fewer roundings on each path than a chain
+        pairs = [merge(a, b) for a, b in zip(states[::2], states[1::2])]
+        states = pairs + states[2 * len(pairs) :]
+    return dataclasses.replace(parts[0], state=states[0])
+
+
+def decode_attention(
+    query: Float[Array, "*batch T N H"],
+    key_cache: Float[Array, "*batch S K H"],
+    value_cache: Float[Array, "*batch S K V"],
+    lengths: Int[Array, "*batch"],
+    *,
+    normalizer: Callable | None = None,
+    splits: int = 1,
+    unified_max: float | None = None,
+    **options,
+) -> Float[Array, "*batch T N V"]:
+    """Attention of the newest tokens to a cache of keys and values, each sequence with its own length.
+
+    The T queries are the last T of the `lengths` tokens that the cache holds, their own keys and values included;
+    each sees what came before it, and itself. Blocks of the cache behind all lengths are not read.
+
+    Args:
+      query: `[*batch, T, N, H]`, T small.
+      key_cache: `[*batch, S, K, H]`; what lies behind the length of a sequence may be anything.
+      value_cache: `[*batch, S, K, V]`.
+      lengths: `[*batch]`, tokens in the cache after the new ones were written.
+      normalizer: as in `dot_product_attention`.
+      splits: in how many parts the cache is read side by side, to be merged at the end; a divisor of S. For
+        machines that one sequence does not keep busy, and normalizers of one pass.
+      unified_max: a fixed reference exponent near the largest scores, in place of a running maximum (FlashDecoding++;
+        softmax only). If the scores of any row leave its safe range, all is computed with a running maximum instead.
+      **options: of `dot_product_attention`: bias, softcap, scale, windows, slopes, sinks, ...
+
+    Returns:
+      `[*batch, T, N, V]`, in the dtype of the query.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape, or options that exclude each other.
+
+    Reference:
+      Hong et al., "FlashDecoding++: Faster Large Language Model Inference on GPUs".
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoft.attention import decode_attention
+      >>> cache = jnp.linspace(-1, 1, 32).reshape(2, 8, 1, 2)
+      >>> out = decode_attention(jnp.ones((2, 1, 1, 2)), cache, cache, jnp.array([3, 8]), splits=2)
+      >>> out.shape
+      (2, 1, 1, 2)
+    """
+    for name in ("is_causal", "query_offset", "key_value_seq_lengths"):
+        if name in options:
+            raise ValueError(f"decode_attention sets {name} itself, from lengths")
+    _checks.floating("query", query)
+    _checks.integers("lengths", lengths)
+    _checks.shape("lengths", lengths, query.shape[:-3], "one length a sequence")
+    splits = _checks.integer("splits", splits, at_least=1)
+    size = key_cache.shape[-3]
+    if size % splits:
+        raise ValueError(f"splits must divide the {size} positions of key_cache, got {splits}")
+    options |= dict(is_causal=True, key_value_seq_lengths=lengths, query_offset=lengths - query.shape[-3])
+
+    def exact():
+        if splits == 1:
+            rows, shape = prepare(query, key_cache, value_cache, **_positional(options))
+            last = last_pass(rows, normalizer, options.get("sinks"))
+            reduction = weighting(rows, last)
+            (state,) = rows.run([reduction])
+            return to_user(rows.plan, reduction.finalize(state, last.params), shape).astype(query.dtype)
+        return _split(query, key_cache, value_cache, splits, normalizer, options).output()
+
+    if unified_max is None:
+        return exact()
+    _checks.number("unified_max", unified_max)
+    if normalizer is not None or splits > 1 or options.get("sinks") is not None:
+        raise ValueError("unified_max needs softmax, without other normalizer, sinks or splits")
+    rows, shape = prepare(query, key_cache, value_cache, **_positional(options))
+    phi = rows.per_row("unified_max", unified_max)
+    last = _UNIFIED._replace(params={"reference": phi})
+    reduction = weighting(rows, last)
+    (state,) = rows.run([reduction])
+    out = to_user(rows.plan, reduction.finalize(state, last.params), shape).astype(query.dtype)
+    # Rows out of range are NaN; a NaN that was there before is found again by the exact computation.
+    return lax.cond(jnp.any(jnp.isnan(out)), exact, lambda: out)
+
+
+def _positional(options: dict[str, Any]) -> dict[str, Any]:
+    rest = {k: v for k, v in options.items() if k != "sinks"}
+    return {"bias": None, "mask": None, **rest}
+
+
+def _split(query, key, value, splits: int, normalizer, options) -> PartialAttention:
+    """All parts of the cache at once, as a further batch axis in front, merged in a tree."""
+    rows, _ = prepare(query, key, value, **_positional(options))
+    count = from_blocks(rows.plan, rows.count())
+    options = {**options, "key_count": jnp.tile(count, (splits, 1, 1))}
+    if any(
+        options.get(name) is not None for name in ("bias", "mask", "query_segment_ids", "key_segment_ids")
+    ):
+        raise ValueError("splits does not go with bias, mask or segments; use splits=1")
+    part = key.shape[-3] // splits
+    axis = key.ndim - 3
+
+    def parts(a):
+        return jnp.moveaxis(a.reshape(*a.shape[:axis], splits, part, *a.shape[axis + 1 :]), axis, 0)
+
+    def each(a):
+        return jnp.broadcast_to(a, (splits, *a.shape))
+
+    batch = query.shape[:-3]
+    start = jnp.arange(splits, dtype=jnp.int32) * part
+    options["key_offset"] = jnp.broadcast_to(start.reshape(-1, *(1,) * len(batch)), (splits, *batch))
+    for name in ("key_value_seq_lengths", "query_offset"):
+        options[name] = each(options[name])
+    whole = partial_attention(each(query), parts(key), parts(value), normalizer=normalizer, **options)
+    plan = dataclasses.replace(whole.plan, batch=whole.plan.batch // splits)
+
+    def of_split(tree, k):
+        return jax.tree.map(lambda a: a.reshape(a.shape[0], splits, plan.batch, *a.shape[2:])[:, k], tree)
+
+    return merge_partial_attention(
+        *(
+            dataclasses.replace(
+                whole,
+                state=of_split(whole.state, k),
+                params=of_split(whole.params, k),
+                plan=plan,
+                shape=whole.shape[1:],
+            )
+            for k in range(splits)
+        )
+    )
+
+
+# Softmax at a fixed reference exponent: sums add up without any rescaling; NaN marks rows out of its range.
+
+
+def _reference_init(like, params):
+    return reductions._reference_init(like, params["reference"])
+
+
+def _reference_update(state, tile, params):
+    return reductions._reference_update(state, tile, params["reference"])
+
+
+def _reference_terms(tile, state, params):
+    return (jnp.exp(jnp.minimum(tile.scores - params["reference"][..., None], 80)),)
+
+
+def _reference_coefficient(state, params):
+    partition = reductions._reference_parts(state, params["reference"])
+    return (jnp.where(partition.log_sum == -jnp.inf, 0, 1 / jnp.exp(partition.log_sum)),)
+
+
+_UNIFIED = Normalizer(
+    reductions.RowReduction(
+        _reference_init, _reference_update, reductions._reference_merge, neutral=reductions._keep_gauge
+    ),
+    _reference_terms,
+    _reference_coefficient,
+)
+
+
+def flax_attention_fn(**options) -> Callable:
+    """`dot_product_attention` as the `attention_fn` of Flax's multi-head attention, nnx and linen.
+
+    Args:
+      **options: of `dot_product_attention`, such as `normalizer` or `is_causal`.
+
+    Returns:
+      A function for `nnx.MultiHeadAttention(attention_fn=...)` or `nn.MultiHeadAttention(attention_fn=...)`. Of the
+      module's arguments it honours mask, bias, dropout (each weight by itself: `broadcast_dropout` must be off when
+      dropout is on) and precision; it cannot sow attention weights, which are never stored.
+
+    Raises:
+      TypeError: an argument of a wrong type, when the function is called.
+      ValueError: an option that cannot be honoured, when the function is called.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsoft
+      >>> attend = jaxsoft.attention.flax_attention_fn(normalizer=jaxsoft.softmax_one)
+      >>> x = jnp.ones((1, 3, 2, 4))
+      >>> attend(x, x, x, mask=None, deterministic=True, dropout_rate=0.1).shape
+      (1, 3, 2, 4)
+    """
+
+    def attend(
+        query,
+        key,
+        value,
+        bias=None,
+        mask=None,
+        broadcast_dropout=False,
+        dropout_rng=None,
+        dropout_rate=0.0,
+        deterministic=False,
+        dtype=None,
+        precision=None,
+        module=None,
+        is_causal=False,
+        **others,
+    ):
+        if module is not None:
+            raise ValueError(
+                "attention weights are never stored, so that they cannot be sown: sow_weights must be off"
+            )
+        if others.get("force_fp32_for_softmax") is False:
+            others.pop("force_fp32_for_softmax")  # it is always so here
+        others = {k: v for k, v in others.items() if v is not None}
+        if others:
+            raise ValueError(f"attention_fn does not take {', '.join(sorted(others))}")
+        dropping = dropout_rate > 0 and not deterministic
+        if dropping and broadcast_dropout:
+            raise ValueError("broadcast_dropout must be False: weights are dropped each by itself")
+        if dtype is not None:
+            query, key, value = (a.astype(dtype) for a in (query, key, value))
+        given = dict(options)
+        given["is_causal"] = bool(is_causal or options.get("is_causal", False))
+        if precision is not None:
+            given["precision"] = precision
+        return dot_product_attention(
+            query,
+            key,
+            value,
+            bias,
+            None if mask is None else mask.astype(bool),
+            dropout_rate=dropout_rate if dropping else 0.0,
+            dropout_key=dropout_rng if dropping else None,
+            **given,
+        )
+
+    return attend
