@@ -16,7 +16,7 @@ from jaxsoft._numerics import accumulation_dtype
 from jaxsoft.attention._driver import Masks, Operands, Plan
 from jaxsoft.attention._weights import AttentionRows, from_blocks, to_blocks, weighted_values, with_dropout
 from jaxsoft.normalizers import softmax
-from jaxsoft.normalizers._exponential import is_exponential, with_sink
+from jaxsoft.normalizers._exponential import is_exponential, times_scale, with_sink
 from jaxsoft.normalizers._normalizer import Normalizer, after
 from jaxsoft.normalizers.stochastic import key_words
 from jaxsoft.rows import reductions
@@ -158,8 +158,11 @@ def dot_product_attention(
     last = last_pass(rows, normalizer, sinks, dropout_rate, dropout_key)
     passes = [weighting(rows, last)]
     if return_residual or return_statistics:
-        moments = after(reductions.softmax_moments(variance=False), last.before)._replace(args=(last.params,))
-        maximum = after(reductions.maximum(), last.before)._replace(args=(last.params,))
+        before = (
+            (*last.before, times_scale) if is_exponential(last) and "scale" in last.params else last.before
+        )
+        moments = after(reductions.softmax_moments(variance=False), before)._replace(args=(last.params,))
+        maximum = after(reductions.maximum(), before)._replace(args=(last.params,))
         passes += [moments, maximum]
     states = rows.run(passes)
     out = to_user(rows.plan, passes[0].finalize(states[0], last.params), shape).astype(query.dtype)

@@ -16,7 +16,7 @@ from jaxsoft._numerics import log_or_neg_inf
 from jaxsoft.attention._dot_product import dot_product_attention, last_pass, prepare, to_user, weighting
 from jaxsoft.attention._driver import Plan
 from jaxsoft.attention._weights import AttentionRows, from_blocks, to_blocks, weighted_values
-from jaxsoft.normalizers._exponential import is_exponential
+from jaxsoft.normalizers._exponential import exponent, is_exponential
 from jaxsoft.normalizers._normalizer import Normalizer, per_row
 from jaxsoft.rows import reductions
 
@@ -50,7 +50,7 @@ class PartialAttention:
         """The log-sum-exp of the scores seen, `[*batch, T, N]`; for normalizers of the exponential family."""
         if not is_exponential(self.normalizer):
             raise ValueError("logsumexp needs a normalizer of the exponential family")
-        m, s = self.state.statistics
+        m, s = exponent(self.state.statistics, self.params), self.state.statistics[1]
         return to_user(self.plan, jnp.where(s > 0, m, 0) + log_or_neg_inf(s), self.shape)
 
 
@@ -174,7 +174,7 @@ def merge_partial_attention(*parts: PartialAttention) -> PartialAttention:
     merge = parts[0]._reduction.merge
     states = [part.state for part in parts]
     while len(states) > 1:  # a tree: fewer roundings on each path than a chain
-        pairs = [merge(a, b) for a, b in zip(states[::2], states[1::2])]
+        pairs = [merge(a, b, parts[0].params) for a, b in zip(states[::2], states[1::2])]
         states = pairs + states[2 * len(pairs) :]
     return dataclasses.replace(parts[0], state=states[0])
 

@@ -53,14 +53,16 @@ def weighted_values(normalizer: Normalizer, width: int) -> RowReduction:
     def update(state, tile, params):
         tile = changed(normalizer.before, tile, params)
         new = () if statistics is None else statistics.update(state.statistics, tile, params)
-        old_values = _moved(normalizer, state, new)
+        old_values = _moved(normalizer, state, new, params)
         return WeightedState(new, tuple(map(jnp.add, old_values, add(new, tile, params))))
 
-    def merge(a, b):
+    def merge(a, b, params):
         if statistics is None:
             return WeightedState((), tuple(map(jnp.add, a.values, b.values)))
-        new = statistics.merge(a.statistics, b.statistics)
-        return WeightedState(new, tuple(map(jnp.add, _moved(normalizer, a, new), _moved(normalizer, b, new))))
+        new = statistics.merge(a.statistics, b.statistics, params)
+        return WeightedState(
+            new, tuple(map(jnp.add, _moved(normalizer, a, new, params), _moved(normalizer, b, new, params)))
+        )
 
     def finalize(state, params):
         coefficients = normalizer.coefficients(state.statistics, params)
@@ -74,10 +76,10 @@ def weighted_values(normalizer: Normalizer, width: int) -> RowReduction:
     return RowReduction(init, update, merge, finalize, share=share)
 
 
-def _moved(normalizer: Normalizer, state: WeightedState, new: Any) -> tuple:
+def _moved(normalizer: Normalizer, state: WeightedState, new: Any, params: Any) -> tuple:
     if normalizer.rescale is None:
         return state.values
-    factor = normalizer.rescale(state.statistics, new)[..., None]
+    factor = normalizer.rescale(state.statistics, new, params)[..., None]
     return tuple(factor * v for v in state.values)
 
 

@@ -3,40 +3,71 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array
 
 from jaxsoft._numerics import finite_gauge, safe_divide
 from jaxsoft.normalizers._normalizer import Normalizer, Params
 from jaxsoft.rows import reductions
-from jaxsoft.rows._reduction import Tile
-
-SUM = reductions.logsumexp()  # its state is (m, s = sum e^(x - m))
+from jaxsoft.rows._reduction import RowReduction, Tile
 
 
-def rescale(old, new) -> Array:
-    """`e^(m_old - m_new)`, what sums in the old gauge are to be multiplied with."""
-    return reductions._rescale(old[0], new[0])
+def exponentials(tile: Tile, m: Array, params: Params) -> Array:
+    """`e^(scale (x - m))`, 0 for absent entries: the scale multiplies differences, which are exact, not scores."""
+    m = finite_gauge(m)[..., None]
+    if "scale" not in params:
+        return jnp.exp(tile.scores - m)
+    # Not -inf times the scale, whose derivative is no number.
+    return jnp.exp(jnp.where(tile.keep, (tile.x - m) * params["scale"][..., None], -jnp.inf))
 
 
-def exponentials(tile: Tile, m: Array) -> Array:
-    """`e^(x - m)`, 0 for absent entries."""
-    return jnp.exp(tile.scores - finite_gauge(m)[..., None])
+def rescale(old, new, params: Params) -> Array:
+    """`e^(scale (m_old - m_new))`, what sums in the old gauge are to be multiplied with."""
+    distance = finite_gauge(old[0]) - finite_gauge(new[0])
+    return jnp.where(
+        old[0] == -jnp.inf, 0, jnp.exp(distance * params["scale"] if "scale" in params else distance)
+    )
+
+
+def _init(like, params):
+    return jnp.full_like(like, -jnp.inf), like
+
+
+def _update(state, tile, params):
+    m = reductions._running_max(state[0], tile)
+    return m, state[1] * rescale(state, (m,), params) + jnp.sum(exponentials(tile, m, params), axis=-1)
+
+
+def _merge(a, b, params):
+    m = jnp.maximum(a[0], b[0])
+    return m, a[1] * rescale(a, (m,), params) + b[1] * rescale(b, (m,), params)
+
+
+SUM = RowReduction(_init, _update, _merge, neutral=reductions._keep_gauge)
+"""The state (m, s = sum e^(scale (x - m))), m the largest score; the scale, 0 or more, is 1 unless given."""
+
+
+def exponent(state, params: Params) -> Array:
+    """The reference exponent that a state's sums are in."""
+    m = state[0]
+    return jnp.where(m == -jnp.inf, m, finite_gauge(m) * params["scale"]) if "scale" in params else m
 
 
 def _terms(tile: Tile, state, params: Params):
-    return (exponentials(tile, state[0]),)
+    return (exponentials(tile, state[0], params),)
 
 
 def coefficient(state, params: Params) -> tuple[Array, ...]:
     """`1 / sum e^(x - m)`; with a sink, a logit without an entry, `1 / (sum e^(x - m) + e^(sink - m))`."""
-    m, s = state[0], state[1]
+    s = state[1]
     if "sink" not in params:
         return (safe_divide(jnp.ones_like(s), s),)
-    sink = params["sink"]
+    m, sink = exponent(state, params), params["sink"]
     gauge = finite_gauge(
         jnp.maximum(m, sink)
     )  # that of both: neither e^(m - gauge) nor e^(sink - gauge) overflows
-    moved = reductions._rescale(m, gauge)
+    # Differentiable in the scale, unlike a gauge: the sink is not multiplied with it.
+    moved = jnp.where(m == -jnp.inf, 0, jnp.exp(jnp.where(m == -jnp.inf, 0, m) - gauge))
     return (safe_divide(moved, s * moved + jnp.exp(sink - gauge)),)
 
 
@@ -50,16 +81,21 @@ def with_sink(normalizer: Normalizer, sink: Array) -> Normalizer:
     return normalizer._replace(params={**normalizer.params, "sink": sink})
 
 
+def scaled(normalizer: Normalizer, scale: Array, *, positive: bool = True) -> Normalizer:
+    """Softmax, with or without sink, of `scale * x`, one factor a row; `positive`: whether all are known to be."""
+    if not positive:
+        normalizer = normalizer.preceded_by(_flipped, sign=jnp.where(lax.stop_gradient(scale) < 0, -1, 1))
+        scale = jnp.where(scale < 0, -scale, scale)
+    return normalizer._replace(params={**normalizer.params, "scale": scale})
+
+
+def _flipped(tile: Tile, params: Params) -> Tile:
+    return tile.with_values(tile.x * params["sign"][..., None])
+
+
 def times_scale(tile: Tile, params: Params) -> Tile:
     """The tile of `scale * x`."""
     return tile.with_values(tile.x * params["scale"][..., None])
-
-
-def scaled(normalizer: Normalizer, scale: Array) -> Normalizer:
-    """The weights of `scale * x`, one factor a row."""
-    if "scale" in normalizer.params:
-        return normalizer._replace(params={**normalizer.params, "scale": normalizer.params["scale"] * scale})
-    return normalizer.preceded_by(times_scale, scale=scale)
 
 
 def is_exponential(normalizer: Normalizer) -> bool:

@@ -34,8 +34,8 @@ class Normalizer(NamedTuple):
       terms: `(tile, state, params) -> tuple of [*rows, block]`, 0 for absent entries; reads nothing of the state but
         its gauge.
       coefficients: `(state, params) -> tuple of [*rows]`, one for each term.
-      rescale: `(old state, new state) -> [*rows]`, what old terms are to be multiplied with when the gauge moves;
-        None without a gauge.
+      rescale: `(old state, new state, params) -> [*rows]`, what old terms are to be multiplied with when the gauge
+        moves; None without a gauge.
       before: `(tile, params) -> tile`, applied in turn to the scores (a temperature, a perturbation, a selection).
       params: a dict of arrays `[*rows]`; differentiable where floating.
       size: the number of terms.
@@ -44,7 +44,7 @@ class Normalizer(NamedTuple):
     statistics: RowReduction | None
     terms: Callable[[Tile, Any, Params], tuple[Array, ...]]
     coefficients: Callable[[Any, Params], tuple[Array, ...]]
-    rescale: Callable[[Any, Any], Array] | None = None
+    rescale: Callable[[Any, Any, Params], Array] | None = None
     before: tuple[Callable[[Tile, Params], Tile], ...] = ()
     params: Any = {}  # noqa: RUF012 (never changed in place)
     size: int = 1
@@ -185,8 +185,8 @@ def together(*reductions: RowReduction) -> RowReduction:
     def update(state, tile, *args):
         return tuple(r.update(s, tile, *args) for r, s in zip(reductions, state))
 
-    def merge(a, b):
-        return tuple(r.merge(x, y) for r, x, y in zip(reductions, a, b))
+    def merge(a, b, *args):
+        return tuple(r.merge(x, y, *args) for r, x, y in zip(reductions, a, b))
 
     def neutral(state):
         return tuple(r.neutral(s) for r, s in zip(reductions, state))

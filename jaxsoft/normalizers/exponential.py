@@ -266,7 +266,7 @@ def masked_logit_softmax(
 
 def _scalable_softmax(rows, *, scale=0.43, bias=0.0):
     log_n = jnp.log(jnp.maximum(rows.count(), 1))
-    return scaled(SOFTMAX, rows.per_row("scale", scale) * log_n + rows.per_row("bias", bias))
+    return scaled(SOFTMAX, rows.per_row("scale", scale) * log_n + rows.per_row("bias", bias), positive=False)
 
 
 @defined_by(_scalable_softmax)
@@ -372,9 +372,14 @@ def adaptive_temperature_softmax(
     )
 
 
-def _scaled_moments(scale):
-    reduction = after(_MOMENTS, (times_scale,))
-    return reduction._replace(finalize=_MOMENTS.finalize, args=({"scale": scale},))
+def _centred_moments(scale, top):
+    """The moments of `scale * (x - top)`, so that large scores lose nothing."""
+    reduction = after(_MOMENTS, (_minus_top, times_scale))
+    return reduction._replace(finalize=_MOMENTS.finalize, args=({"scale": scale, "top": top},))
+
+
+def _minus_top(tile, params):
+    return tile.with_values(tile.x - params["top"][..., None])
 
 
 _MOMENTS = reductions.softmax_moments()
@@ -390,12 +395,14 @@ def _entropy_target_softmax(rows, *, entropy):
     target = rows.per_row("entropy", entropy)
     fixed = rows.detached()
     top, low = fixed.reduce((reductions.maximum(), _MINIMUM))
-    spread = jnp.where(jnp.isfinite(top), top - low, 0)
+    present = jnp.isfinite(top)
+    top, low = jnp.where(present, top, 0), jnp.where(present, low, 0)
+    spread = top - low
     log_spread = jnp.log(jnp.where(spread > 0, spread, 1))
     lo, hi = (bound - log_spread for bound in _LOG_BETA_RANGE)
 
     def newton(source, log_beta, goal):
-        moments = source.reduce(_scaled_moments(jnp.exp(log_beta)))
+        moments = source.reduce(_centred_moments(jnp.exp(log_beta), top))
         return log_beta + safe_divide(moments.entropy - goal, moments.variance), moments.entropy
 
     def search(carry):
@@ -486,17 +493,17 @@ def entropy_target_softmax(
 
 
 def _weighted_scores(tile, state, params):
-    w = exponentials(tile, state[0])
+    w = exponentials(tile, state[0], params)
     return (tile.x * w,)
 
 
 def _adjust_terms(tile, state, params):
-    w = exponentials(tile, state[0][0])
+    w = exponentials(tile, state[0][0], params)
     return tile.x * w, w
 
 
-def _adjust_rescale(old, new):
-    return rescale(old[0], new[0])
+def _adjust_rescale(old, new, params):
+    return rescale(old[0], new[0], params)
 
 
 def _adjust_coefficients(state, params):

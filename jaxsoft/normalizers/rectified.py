@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxsoft import _checks
 from jaxsoft._numerics import safe_divide
-from jaxsoft.normalizers._exponential import SOFTMAX, rescale, scaled, with_sink
+from jaxsoft.normalizers._exponential import SOFTMAX, rescale, with_sink
 from jaxsoft.normalizers._normalizer import Normalizer, defined_by, normalize
 from jaxsoft.rows import reductions
 from jaxsoft.rows._reduction import RowReduction, Tile
@@ -67,12 +67,12 @@ def _softpick_init(like, params):
 def _softpick_update(state, tile, params):
     m = reductions._running_max(state[0], tile)
     # The magnitude of an absent entry, which stands at x = 0, is 0.
-    return m, state[1] * rescale(state, (m,)) + jnp.sum(_magnitude(tile.x, m), axis=-1)
+    return m, state[1] * rescale(state, (m,), params) + jnp.sum(_magnitude(tile.x, m), axis=-1)
 
 
-def _softpick_merge(a, b):
+def _softpick_merge(a, b, params):
     m = jnp.maximum(a[0], b[0])
-    return m, a[1] * rescale(a, (m,)) + b[1] * rescale(b, (m,))
+    return m, a[1] * rescale(a, (m,), params) + b[1] * rescale(b, (m,), params)
 
 
 def _softpick_terms(tile, state, params):
@@ -333,7 +333,12 @@ def relu_weights(
 def _softplus_attention_weights(rows, *, scale, eps=1e-8):
     factor = rows.per_row("scale", scale) * jnp.log(jnp.maximum(rows.count(), 1))
     softplus = ratio(jax.nn.softplus)
-    return scaled(softplus._replace(params={"eps": jnp.full_like(factor, eps)}), factor)
+    softplus = softplus._replace(params={"eps": jnp.full_like(factor, eps)})
+    return softplus.preceded_by(_times_factor, factor=factor)
+
+
+def _times_factor(tile: Tile, params) -> Tile:
+    return tile.with_values(tile.x * params["factor"][..., None])
 
 
 @defined_by(_softplus_attention_weights)
@@ -400,7 +405,8 @@ def _reweighted_attention_weights(rows, *, scale, power=15.0, offset=None, eps=1
         "power": rows.per_row("power", power),
     }
     weights = with_sink(SOFTMAX, jnp.full_like(n, math.log(eps) if eps > 0 else -math.inf))
-    return scaled(weights.preceded_by(_log_excess, **params), first.params["scale"])
+    weights = weights.preceded_by(_log_excess, **params)
+    return weights.preceded_by(_times_factor, factor=first.params["factor"])
 
 
 @defined_by(_reweighted_attention_weights)

@@ -6,18 +6,14 @@ it is the same.
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.random import threefry2x32_p
 from jaxtyping import Array, Bool, Float
 
 from jaxsoft import _checks
-from jaxsoft.normalizers._exponential import SOFTMAX, scaled
+from jaxsoft.normalizers._exponential import SOFTMAX, exponentials, scaled
 from jaxsoft.normalizers._normalizer import Normalizer, defined_by, normalize
-from jaxsoft.normalizers.exponential import one, probabilities
 from jaxsoft.rows import reductions
 from jaxsoft.rows._reduction import Tile
 
@@ -26,6 +22,8 @@ Scores = Float[Array, "*rows columns"]
 
 def random_bits(key_words: tuple[Array, Array], rows: Array, cols: Array) -> Array:
     """32 random bits for each pair of a row number and a column (broadcast against each other), by Threefry."""
+    from jax.extend.random import threefry2x32_p  # not needed by all, and slow to import
+
     arrays = jnp.broadcast_arrays(*key_words, rows, cols.astype(jnp.uint32))
     return threefry2x32_p.bind(*arrays)[0]
 
@@ -47,14 +45,14 @@ def _with_gumbel_noise(tile: Tile, params) -> Tile:
     return tile.with_values(tile.x - jnp.log(-jnp.log(u)))
 
 
-@functools.cache
-def _straight_through() -> Normalizer:
-    def terms(tile, state, params):
-        p = probabilities(tile, params)
-        chosen = (tile.cols == params["index"][..., None]).astype(p.dtype)
-        return (p + lax.stop_gradient(chosen - p),)
+def _straight_through_terms(tile, state, params):
+    p = exponentials(tile, params["gauge"], params) * params["unit"][..., None]
+    chosen = (tile.cols == params["index"][..., None]).astype(p.dtype)
+    return (p + lax.stop_gradient(chosen - p),)
 
-    return Normalizer(None, terms, one)
+
+def _ones(state, params):
+    return (jnp.ones_like(params["unit"]),)
 
 
 def _gumbel_softmax(rows, *, key, temperature=1.0, hard=False):
@@ -68,14 +66,15 @@ def _gumbel_softmax(rows, *, key, temperature=1.0, hard=False):
     soft = scaled(SOFTMAX, sharpness).preceded_by(_with_gumbel_noise, **noise)
     if not hard:
         return soft
-    best = soft._replace(statistics=_BEST)
-    index = rows.state(best)[1]
-    partition = reductions.log_partition().finalize(rows.state(soft))
-    chosen = _straight_through()._replace(before=soft.before)
-    return chosen._replace(params={**soft.params, **partition._asdict(), "index": index})
-
-
-_BEST = reductions.argmax()
+    state = rows.state(soft)
+    index = rows.state(soft._replace(statistics=reductions.argmax()))[1]
+    params = {
+        **soft.params,
+        "gauge": state[0],
+        "unit": soft.coefficients(state, soft.params)[0],
+        "index": index,
+    }
+    return Normalizer(None, _straight_through_terms, _ones, before=soft.before, params=params)
 
 
 @defined_by(_gumbel_softmax)

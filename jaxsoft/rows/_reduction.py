@@ -46,7 +46,8 @@ class Tile(NamedTuple):
         return jnp.sum(jnp.where(self.keep, values, 0), axis=-1)
 
 
-def _add_states(a: State, b: State) -> State:
+def _add_states(a: State, b: State, *args) -> State:
+    del args
     return jax.tree.map(jnp.add, a, b)
 
 
@@ -83,7 +84,8 @@ class RowReduction(NamedTuple):
     Attributes:
       init: `(like, *args) -> state`; `like` is a `[*rows]` array of zeros in the accumulation dtype.
       update: `(state, tile, *args) -> state`, see `Tile`. Absent entries must add nothing.
-      merge: `(a, b) -> state` of two disjoint parts of a row, `a` holding the lower columns; adds by default.
+      merge: `(a, b, *args) -> state` of two disjoint parts of a row, `a` holding the lower columns; adds by
+        default.
       finalize: `(state, *args) -> result`; the state itself by default.
       neutral: `state -> state`, the empty state in the gauge of a finished one; zeros by default.
       share: `(state, tile, *args) -> leaves`, a list of the float leaves of the state (in the order of
@@ -115,7 +117,7 @@ class RowReduction(NamedTuple):
 
     init: Callable[..., State]
     update: Callable[..., State]
-    merge: Callable[[State, State], State] = _add_states
+    merge: Callable[..., State] = _add_states
     finalize: Callable[..., Any] = _identity
     neutral: Callable[[State], State] = _zero_state
     share: Callable[..., list[jax.Array]] | None = None

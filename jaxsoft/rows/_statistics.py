@@ -228,7 +228,7 @@ def entropy(
       >>> print(jaxsoft.entropy(jnp.array([[1.0, 2.0, -1.0, 0.5]])).round(6))
       [1.014403]
     """
-    return reduce_rows(logits, reductions.softmax_moments(), axis=axis, where=where).entropy
+    return reduce_rows(logits, reductions.softmax_moments(variance=False), axis=axis, where=where).entropy
 
 
 def label_rank(

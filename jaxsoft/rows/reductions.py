@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ def _lse_update(state, tile, *args):
     return m_new, s * _rescale(m, m_new) + jnp.sum(_weights(tile, m_new), axis=-1)
 
 
-def _lse_merge(a, b):
+def _lse_merge(a, b, *args):
     m = jnp.maximum(a[0], b[0])
     return m, a[1] * _rescale(a[0], m) + b[1] * _rescale(b[0], m)
 
@@ -129,7 +129,7 @@ def _pow2_or_zero(e_old, e_new):
     return jnp.where(e_old == -jnp.inf, 0, _pow2(finite_gauge(e_old) - finite_gauge(e_new)))
 
 
-def _exponent_merge(a, b):
+def _exponent_merge(a, b, *args):
     e = jnp.maximum(a[0], b[0])
     return e, a[1] * _pow2_or_zero(a[0], e) + b[1] * _pow2_or_zero(b[0], e)
 
@@ -158,7 +158,7 @@ def _reference_update(state, tile, reference):
     return _running_max(hi, tile), s + jnp.sum(terms, axis=-1)
 
 
-def _reference_merge(a, b):
+def _reference_merge(a, b, *args):
     return jnp.maximum(a[0], b[0]), a[1] + b[1]
 
 
@@ -270,59 +270,59 @@ class SoftmaxMoments(NamedTuple):
       logsumexp: the log-partition function; -inf for an empty row.
       mean: the expected score `sum p x`; 0 for an empty row.
       entropy: `-sum p log p` in nats; 0 for an empty row.
-      variance: `sum p (x - mean)^2`, of the scores under p; 0 for an empty row.
+      variance: `sum p (x - mean)^2`, of the scores under p; 0 for an empty row; None if not asked for.
     """
 
     logsumexp: jax.Array
     mean: jax.Array
     entropy: jax.Array
-    variance: jax.Array
+    variance: Any
 
 
 def _moments_init(like, *args):
     return jnp.full_like(like, -jnp.inf), like, like, like
 
 
+def _entropy_init(like, *args):
+    return _moments_init(like)[:3]
+
+
 def _moments_shift(state, m_new):
-    m, s, u, q = state
+    m, s, u, *rest = state
     c = _rescale(m, m_new)
     d = jnp.where(m == -jnp.inf, 0, finite_gauge(m) - finite_gauge(m_new))
-    return c * s, c * (u + d * s), c * (q + 2 * d * u + d * d * s)
+    return c * s, c * (u + d * s), *(c * (q + 2 * d * u + d * d * s) for q in rest)
 
 
 def _moments_update(state, tile, *args):
     m_new = _running_max(state[0], tile)
-    s, u, q = _moments_shift(state, m_new)
     w = _weights(tile, m_new)
     y = tile.x - finite_gauge(m_new)[..., None]  # finite where w is 0
-    return (
-        m_new,
-        s + jnp.sum(w, axis=-1),
-        u + jnp.sum(w * y, axis=-1),
-        q + jnp.sum(w * y * y, axis=-1),
-    )
+    powers = (w, w * y, w * y * y)
+    return (m_new, *(old + jnp.sum(p, axis=-1) for old, p in zip(_moments_shift(state, m_new), powers)))
 
 
-def _moments_merge(a, b):
+def _moments_merge(a, b, *args):
     m = jnp.maximum(a[0], b[0])
     return (m, *map(jnp.add, _moments_shift(a, m), _moments_shift(b, m)))
 
 
 def _moments_finalize(state, *args):
-    m, s, u, q = state
+    m, s, u, *rest = state
     mean = safe_divide(u, s)
     log_s = log_or_neg_inf(s)
     return SoftmaxMoments(
         logsumexp=finite_gauge(m) + log_s,
         mean=mean + jnp.where(s > 0, finite_gauge(m), 0),
         entropy=jnp.where(s > 0, jnp.where(s > 0, log_s, 0) - mean, 0),
-        variance=safe_divide(q, s) - mean * mean,
+        variance=safe_divide(rest[0], s) - mean * mean if rest else None,
     )
 
 
-def softmax_moments() -> RowReduction:
+def softmax_moments(*, variance: bool = True) -> RowReduction:
     """Log-sum-exp, expected score, entropy and variance under softmax, in one state: see `SoftmaxMoments`."""
-    return RowReduction(_moments_init, _moments_update, _moments_merge, _moments_finalize, _keep_gauge)
+    init = _moments_init if variance else _entropy_init
+    return RowReduction(init, _moments_update, _moments_merge, _moments_finalize, _keep_gauge)
 
 
 # Sum of squared probabilities: (m, sum w, sum w^2).
@@ -339,7 +339,7 @@ def _squares_update(state, tile):
     return m_new, s * c + jnp.sum(w, axis=-1), s2 * c * c + jnp.sum(w * w, axis=-1)
 
 
-def _squares_merge(a, b):
+def _squares_merge(a, b, *args):
     m = jnp.maximum(a[0], b[0])
     ca, cb = _rescale(a[0], m), _rescale(b[0], m)
     return m, a[1] * ca + b[1] * cb, a[2] * ca * ca + b[2] * cb * cb
@@ -399,7 +399,7 @@ def _take_share(state, tile, ids):
     return [pick(tile.x, tile, ids)]
 
 
-def _take_merge(a, b):
+def _take_merge(a, b, *args):
     return a[0] + b[0], jnp.maximum(a[1], b[1])
 
 
@@ -453,7 +453,7 @@ def _label_update(state, tile, ids):
     return _lse_update(state[0], tile), _take_update(state[1], tile, ids)
 
 
-def _label_merge(a, b):
+def _label_merge(a, b, *args):
     return _lse_merge(a[0], b[0]), _take_merge(a[1], b[1])
 
 
@@ -511,7 +511,7 @@ def _soft_update(state, tile):
     return (m_new, *map(jnp.add, _soft_shift(state, m_new), block))
 
 
-def _soft_merge(a, b):
+def _soft_merge(a, b, *args):
     m = jnp.maximum(a[0], b[0])
     return (m, *map(jnp.add, _soft_shift(a, m), _soft_shift(b, m)))
 
@@ -558,7 +558,7 @@ def _max_update(state, tile, *args):
     return jnp.where(better, best, value), jnp.where(better, first.astype(jnp.int32), index)
 
 
-def _max_merge(a, b):
+def _max_merge(a, b, *args):
     better = (
         (b[0] > a[0]) | ((b[0] == a[0]) & (b[1] < a[1]) & (b[1] >= 0)) | (jnp.isnan(b[0]) & ~jnp.isnan(a[0]))
     )
@@ -631,7 +631,7 @@ def _best_k(values, indices, k):
     return best, jnp.where(best == -jnp.inf, -1, index)
 
 
-def _top_k_merge(a, b):
+def _top_k_merge(a, b, *args):
     values = jnp.concatenate([a[0], b[0]], axis=-1)
     indices = jnp.concatenate([a[1], b[1]], axis=-1)
     _, index, value = lax.sort(
@@ -782,7 +782,7 @@ def _centred_update(state, tile):
     return n_old + n, center, d1 + jnp.sum(y, axis=-1), d2 + jnp.sum(y * y, axis=-1)
 
 
-def _centred_merge(a, b):
+def _centred_merge(a, b, *args):
     center = jnp.where(jnp.isnan(a[1]), b[1], a[1])
 
     def about(state):

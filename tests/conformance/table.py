@@ -157,19 +157,23 @@ def _normalizer(function, variant="", per_row=(), **options):
     )
 
 
+_SCALED = 1e-3  # half a unit in the last place of 1e4 times a factor, in the exponent
+
 _NORMALIZERS = [
     _normalizer(normalizers.softmax_n, n=2.5),
     _normalizer(normalizers.softmax_n, "rows", per_row={"n": "temperature"}),
     _normalizer(normalizers.softmax_one),
     _normalizer(normalizers.sink_softmax, per_row={"sink": "reference"}),
-    _normalizer(normalizers.scalable_softmax, shift=0.0),
+    _normalizer(normalizers.scalable_softmax, shift=0.0, huge=_SCALED),
     _normalizer(
         normalizers.scalable_softmax, "rows", per_row={"scale": "temperature", "bias": "reference"}, shift=0.0
     ),
-    _normalizer(normalizers.adaptive_temperature_softmax, shift=0.0),
-    _normalizer(normalizers.entropy_target_softmax, entropy=0.6, shift=0.0, scale_invariant=True, huge=1e-3),
-    _normalizer(normalizers.self_adjust_softmax, huge=1e-3),
-    _normalizer(normalizers.self_adjust_softmax, "plain", normalized=False, huge=1e-3),
+    _normalizer(normalizers.adaptive_temperature_softmax, shift=0.0, huge=_SCALED),
+    _normalizer(
+        normalizers.entropy_target_softmax, entropy=0.6, shift=0.0, scale_invariant=True, huge=_SCALED
+    ),
+    _normalizer(normalizers.self_adjust_softmax),
+    _normalizer(normalizers.self_adjust_softmax, "plain", normalized=False),
     _normalizer(normalizers.clipped_softmax, shift=0.0),
     _normalizer(normalizers.softpick),
     _normalizer(normalizers.stablemax),

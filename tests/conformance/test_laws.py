@@ -149,7 +149,7 @@ def test_masked_is_absent_whatever_it_holds(entry, x64):
     # Columns masked for all rows are as good as cut away; labels lie in the first half.
     cut = 4
     short = {
-        k: v if k in ("labels", "positives", "reference", "temperature") else v[..., :cut]
+        k: v if k in ("labels", "positives", "reference", "temperature", "alpha") else v[..., :cut]
         for k, v in given.items()
     }
     removed = entry.call(x[..., :cut], short)

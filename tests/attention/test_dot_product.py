@@ -1,0 +1,480 @@
+"""Streamed attention against the same attention with stored scores: every normalizer, every option, derivatives."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import jaxsoft
+from jaxsoft import normalizers as norms
+from jaxsoft.attention import dot_product_attention
+from jaxsoft.attention._driver import Plan
+
+B, T, S, N, K, H, W = 2, 13, 11, 4, 2, 8, 5
+partial = functools.partial
+
+NORMALIZERS = {
+    "softmax": jaxsoft.softmax,
+    "softmax_one": jaxsoft.softmax_one,
+    "softmax_n": partial(jaxsoft.softmax_n, n=2.5),
+    "sink_softmax": partial(jaxsoft.sink_softmax, sink=0.3),
+    "scalable_softmax": jaxsoft.scalable_softmax,
+    "scalable_softmax, negative": partial(jaxsoft.scalable_softmax, scale=-0.7, bias=0.2),
+    "adaptive_temperature_softmax": jaxsoft.adaptive_temperature_softmax,
+    "entropy_target_softmax": partial(norms.entropy_target_softmax, entropy=0.7),
+    "self_adjust_softmax": jaxsoft.self_adjust_softmax,
+    "self_adjust_softmax, plain": partial(jaxsoft.self_adjust_softmax, normalized=False),
+    "clipped_softmax": jaxsoft.clipped_softmax,
+    "quantized_softmax": partial(norms.quantized_softmax, bias=0.01),
+    "softpick": jaxsoft.softpick,
+    "stablemax": jaxsoft.stablemax,
+    "taylor_softmax": jaxsoft.taylor_softmax,
+    "sigmoid_weights": jaxsoft.sigmoid_weights,
+    "relu_weights": partial(jaxsoft.relu_weights, power=2.0),
+    "softplus_attention_weights": partial(jaxsoft.softplus_attention_weights, scale=2.0),
+    "reweighted_attention_weights": partial(jaxsoft.reweighted_attention_weights, scale=2.0, power=3.0),
+    "mpc_softmax": norms.mpc_softmax,
+    "sparse_softmax": partial(jaxsoft.sparse_softmax, k=3),
+    "sparsemax": jaxsoft.sparsemax,
+    "entmax15": jaxsoft.entmax15,
+    "entmax": partial(jaxsoft.entmax, alpha=1.3),
+}
+STREAMS = {name for name in norms.__all__ if hasattr(getattr(norms, name), "define")}
+
+
+def make(seed=0, dtype=np.float64, batch=(B,)):
+    rng = np.random.default_rng(seed)
+    shapes = ((*batch, T, N, H), (*batch, S, K, H), (*batch, S, K, W))
+    return tuple(jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
+
+
+def stored(q, k, v, keep=None, *, normalizer=jaxsoft.softmax, scale=None, softcap=None, bias=0.0, weigh=None):
+    """The definition: scores, weights, values; keep broadcasts to [B, N, T, S]."""
+    k, v = (jnp.repeat(a, N // K, axis=-2) for a in (k, v))
+    scale = H**-0.5 if scale is None else jnp.reshape(jnp.asarray(scale), (-1, 1, 1))
+    x = scale * jnp.einsum("...tnh,...snh->...nts", q, k)
+    x = x if softcap is None else softcap * jnp.tanh(x / softcap)
+    y = normalizer(x + bias, where=keep)
+    y = y if weigh is None else weigh * y
+    return jnp.einsum("...nts,...snv->...tnv", y, v)
+
+
+def compare(f, g, arguments, tolerance=1e-11, seed=9):
+    """Values and gradients, with a random cotangent."""
+    a, pull_a = jax.vjp(f, *arguments)
+    b, pull_b = jax.vjp(g, *arguments)
+    ct = jnp.asarray(np.random.default_rng(seed).normal(size=a.shape), a.dtype)
+    for x, y in zip(jax.tree.leaves((a, pull_a(ct))), jax.tree.leaves((b, pull_b(ct)))):
+        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
+
+
+def causal(t=T, s=S, offset=0):
+    return np.arange(s)[None] <= np.arange(t)[:, None] + offset
+
+
+def test_every_normalizer_that_streams_is_tested():
+    tested = {getattr(f, "func", f).__name__ for f in NORMALIZERS.values()}
+    assert tested | {"gumbel_softmax"} == STREAMS
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("name", NORMALIZERS)
+def test_streamed_is_stored(name, is_causal, x64):
+    normalizer = NORMALIZERS[name]
+    keep = jnp.asarray(causal()) if is_causal else None
+    tolerance = 1e-9 if name == "entropy_target_softmax" else 1e-11  # where an iteration stops
+    compare(
+        lambda *a: stored(*a, keep, normalizer=normalizer),
+        lambda *a: dot_product_attention(*a, normalizer=normalizer, is_causal=is_causal, block_sizes=(4, 3)),
+        make(),
+        tolerance,
+    )
+
+
+def options_of(rng):
+    """Each option with the mask, bias or scale it stands for."""
+    segments = np.sort(rng.integers(0, 3, (B, max(T, S))), axis=1)
+    q_seg, k_seg = segments[:, :T], segments[:, :S]
+    t, s = np.arange(T)[:, None], np.arange(S)[None]
+    mask = rng.random((B, 1, T, S)) < 0.6
+    bias = jnp.asarray(rng.normal(size=(1, N, T, 1)))
+    full_bias = jnp.asarray(rng.normal(size=(B, N, T, S)))
+    slopes = jnp.asarray(rng.random(N))
+    lengths = jnp.asarray([4, 11])
+    window = (s >= t - 2) & (s <= t + 1)
+    even = (t + s) % 2 == 0
+    return {
+        "causal": (dict(is_causal=True), causal(), {}),
+        "window": (dict(local_window_size=(2, 1)), window, {}),
+        "left window": (dict(local_window_size=(2, None)), s >= t - 2, {}),
+        "causal window": (dict(is_causal=True, local_window_size=2), window & causal(), {}),
+        "key lengths": (
+            dict(key_value_seq_lengths=lengths),
+            s[None, None] < np.array([4, 11])[:, None, None, None],
+            {},
+        ),
+        "query lengths": (
+            dict(query_seq_lengths=jnp.asarray([5, 13])),
+            t[None, None] < np.array([5, 13])[:, None, None, None],
+            {},
+        ),
+        "segments": (
+            dict(query_segment_ids=jnp.asarray(q_seg), key_segment_ids=jnp.asarray(k_seg)),
+            (q_seg[:, :, None] == k_seg[:, None])[:, None],
+            {},
+        ),
+        "mask": (dict(mask=jnp.asarray(mask)), mask, {}),
+        "head mask": (
+            dict(mask=jnp.asarray(mask[0] & (np.arange(N) % 2 == 0)[:, None, None])),
+            mask[0] & (np.arange(N) % 2 == 0)[:, None, None],
+            {},
+        ),
+        "key mask": (dict(mask=jnp.asarray(mask[:, :, :1])), mask[:, :, :1], {}),
+        "predicate": (dict(mask_fn=_even), even, {}),
+        "offset": (dict(is_causal=True, query_offset=-2), causal(offset=-2), {}),
+        "traced offset": (
+            dict(is_causal=True, query_offset=jnp.asarray([1, -3])),
+            np.stack([causal(offset=1), causal(offset=-3)])[:, None],
+            {},
+        ),
+        "bias": (dict(bias=bias), None, dict(bias=bias)),
+        "full bias": (dict(bias=full_bias, is_causal=True), causal(), dict(bias=full_bias)),
+        "alibi": (dict(alibi_slopes=slopes), None, dict(bias=slopes[:, None, None] * (s - t))),
+        "softcap": (dict(softcap=0.7), None, dict(softcap=0.7)),
+        "scale": (dict(scale=slopes), None, dict(scale=slopes)),
+        "sinks": (
+            dict(sinks=slopes),
+            None,
+            dict(normalizer=partial(jaxsoft.sink_softmax, sink=slopes[:, None])),
+        ),
+    }
+
+
+def _even(q, k):
+    return (q + k) % 2 == 0
+
+
+OPTIONS = list(options_of(np.random.default_rng(0)))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(name, x64):
+    options, keep, same = options_of(np.random.default_rng(0))[name]
+    keep = None if keep is None else jnp.asarray(keep)
+    compare(
+        lambda *a: stored(*a, keep, **same),
+        lambda *a: dot_product_attention(*a, **options, block_sizes=(4, 3)),
+        make(),
+    )
+
+
+def test_options_together_and_their_gradients(x64):
+    """Everything at once, with derivatives of every floating argument."""
+    rng = np.random.default_rng(4)
+    all_options = options_of(rng)
+    fixed, keep = {}, np.ones((B, N, T, S), bool)
+    for name in ("window", "key lengths", "query lengths", "segments", "mask", "predicate"):
+        options, mask, _ = all_options[name]
+        fixed |= options
+        keep = keep & mask
+    floats = dict(
+        bias=jnp.asarray(rng.normal(size=(1, N, 1, S))),
+        scale=jnp.asarray(0.3 + rng.random(N)),
+        alibi_slopes=jnp.asarray(rng.random(N)),
+        sinks=jnp.asarray(rng.normal(size=N)),
+        ssmax=jnp.asarray(0.3 + rng.random(N)),
+    )
+    t, s = np.arange(T)[:, None], np.arange(S)[None]
+
+    def dense(q, k, v, floats):
+        def normalizer(x, where):
+            n = jnp.sum(where, axis=-1)
+            x = x * (floats["ssmax"][:, None] * jnp.log(jnp.maximum(n, 1)))[..., None]
+            return jaxsoft.sink_softmax(x, sink=floats["sinks"][:, None], where=where)
+
+        bias = floats["bias"] + floats["alibi_slopes"][:, None, None] * (s - t)
+        return stored(
+            q, k, v, jnp.asarray(keep), normalizer=normalizer, scale=floats["scale"], softcap=2.0, bias=bias
+        )
+
+    def streamed(q, k, v, floats):
+        floats = dict(floats)
+        normalizer = partial(jaxsoft.scalable_softmax, scale=floats.pop("ssmax"))
+        return dot_product_attention(
+            q, k, v, normalizer=normalizer, softcap=2.0, **fixed, **floats, block_sizes=(5, 4)
+        )
+
+    compare(dense, streamed, (*make(4), floats))
+
+
+@pytest.mark.parametrize("blocks", [(1, 1), (13, 11), (100, 2), (5, 100), (None, None)])
+def test_blocks_change_nothing(blocks, x64):
+    expected = dot_product_attention(*make(), is_causal=True)
+    got = dot_product_attention(*make(), is_causal=True, block_sizes=blocks)
+    np.testing.assert_allclose(got, expected, rtol=1e-13, atol=1e-13)
+
+
+def test_batch_axes_jit_vmap_and_half_precision():
+    q, k, v = make(dtype=np.float32, batch=(2, 3))
+    expected = dot_product_attention(q, k, v, is_causal=True)
+    f = partial(dot_product_attention, is_causal=True)
+    np.testing.assert_allclose(jax.jit(f)(q, k, v), expected, atol=2e-6)
+    np.testing.assert_allclose(jax.vmap(f)(q, k, v), expected, atol=2e-6)
+    np.testing.assert_allclose(f(q[0, 0], k[0, 0], v[0, 0]), expected[0, 0], atol=2e-6)
+    masks = dict(mask=jnp.asarray(np.random.default_rng(0).random((2, 1, 1, T, S)) < 0.7))
+    masked = dot_product_attention(q, k, v, **masks)
+    np.testing.assert_allclose(
+        masked[1, 2], dot_product_attention(q[1, 2], k[1, 2], v[1, 2], mask=masks["mask"][1, 0]), atol=2e-6
+    )
+    for dtype, tolerance in ((jnp.bfloat16, 2e-2), (jnp.float16, 3e-3)):
+        half = [a.astype(dtype) for a in (q, k, v)]
+        exact = stored(*(np.asarray(a, np.float64) for a in half), jnp.asarray(causal()))
+        out = f(*half)
+        assert out.dtype == dtype
+        np.testing.assert_allclose(np.asarray(out, np.float64), exact, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "name", ["softmax", "softpick", "self_adjust_softmax", "entmax15", "clipped_softmax"]
+)
+def test_forward_mode_and_second_order(name, x64):
+    f = partial(dot_product_attention, normalizer=NORMALIZERS[name], is_causal=True, block_sizes=(4, 3))
+    g = partial(stored, normalizer=NORMALIZERS[name])
+    keep = jnp.asarray(causal())
+    point, direction = make(0), make(5)
+
+    def loss(h):
+        return lambda *a: jnp.sum(jnp.sin(h(*a)))
+
+    dense = loss(lambda *a: g(*a, keep))
+    for transform in (
+        lambda l: jax.jvp(l, point, direction),
+        lambda l: jax.jvp(jax.grad(l), point, direction),
+    ):
+        for a, b in zip(jax.tree.leaves(transform(loss(f))), jax.tree.leaves(transform(dense))):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", NORMALIZERS)
+def test_queries_that_see_nothing(name):
+    """Zero output, zero gradient, and NaN in what nobody reads reaches nothing."""
+    q, k, v = make(dtype=np.float32)
+    q, k, v = q.at[1, 6:].set(jnp.nan), k.at[0, 4:].set(jnp.nan), v.at[0, 4:].set(jnp.nan)
+    lengths = dict(query_seq_lengths=jnp.asarray([13, 6]), key_value_seq_lengths=jnp.asarray([4, 11]))
+    keep = jnp.asarray(np.arange(T) > 2)[:, None]  # the first three queries see nothing
+
+    def f(q, k, v):
+        return dot_product_attention(
+            q, k, v, mask=keep & jnp.ones((1, 1, T, S), bool), normalizer=NORMALIZERS[name], **lengths
+        )
+
+    out, pull = jax.vjp(f, q, k, v)
+    assert jnp.all(out[:, :3] == 0) and jnp.all(out[1, 6:] == 0) and jnp.all(jnp.isfinite(out))
+    dq, dk, dv = pull(jnp.ones_like(out))
+    assert all(jnp.all(jnp.isfinite(d)) for d in (dq, dk, dv))
+    assert (
+        jnp.all(dq[:, :3] == 0)
+        and jnp.all(dq[1, 6:] == 0)
+        and jnp.all(dk[0, 4:] == 0)
+        and jnp.all(dv[0, 4:] == 0)
+    )
+    assert jnp.any(dv[0, :4] != 0)
+
+
+@pytest.mark.parametrize("shift", [-200.0, 1e4])
+@pytest.mark.parametrize("name", NORMALIZERS)
+def test_scores_of_any_size(name, shift):
+    """Scores far from 0, as a bias: values as in float64, gradients finite."""
+    q, k, v = make(dtype=np.float32)
+
+    def f(q, k, v):
+        bias = jnp.full((1, 1, 1, 1), shift, q.dtype)
+        return dot_product_attention(q, k, v, bias, normalizer=NORMALIZERS[name], block_sizes=(8, 4))
+
+    out, pull = jax.vjp(f, q, k, v)
+    assert all(jnp.all(jnp.isfinite(d)) for d in (out, *pull(jnp.ones_like(out))))
+    with jax.enable_x64():
+        exact = f(*(jnp.asarray(a, jnp.float64) for a in (q, k, v)))
+    # The scores themselves are rounded to half a unit in the last place of 1e4, 5e-4.
+    np.testing.assert_allclose(out, exact, rtol=6e-3, atol=6e-3 * max(1, float(jnp.abs(exact).max())))
+
+
+def test_drop_in_for_jax_nn():
+    q, k, v = make(dtype=np.float32)
+    rng = np.random.default_rng(2)
+    bias = jnp.asarray(rng.normal(size=(B, N, T, S)), jnp.float32)
+    mask = jnp.asarray(rng.random((B, 1, T, S)) < 0.8)
+    calls = [
+        dict(),
+        dict(is_causal=True, scale=0.3),
+        dict(bias=bias, mask=mask),
+        dict(key_value_seq_lengths=jnp.asarray([5, 11]), query_seq_lengths=jnp.asarray([13, 2])),
+        dict(local_window_size=(3, 2)),
+        dict(local_window_size=4, is_causal=True),
+    ]
+    for options in calls:
+        got = dot_product_attention(q, k, v, **options)
+        expected = jax.nn.dot_product_attention(q, k, jnp.pad(v, ((0, 0),) * 3 + ((0, H - W),)), **options)
+        # There a query that sees nothing gets the mean of the values; here 0.
+        sees = jnp.any(got != 0, axis=-1, keepdims=True)
+        np.testing.assert_allclose(got, jnp.where(sees, expected[..., :W], 0), atol=2e-6)
+    _, lse = dot_product_attention(q, k, v, is_causal=True, return_residual=True)
+    _, other = jax.nn.dot_product_attention(
+        q, k, jnp.pad(v, ((0, 0),) * 3 + ((0, H - W),)), is_causal=True, return_residual=True
+    )
+    np.testing.assert_allclose(lse, other, atol=2e-6)
+
+
+def test_statistics(x64):
+    q, k, v = make()
+
+    def f(q, k, v):
+        out, statistics = dot_product_attention(
+            q,
+            k,
+            v,
+            is_causal=True,
+            return_statistics=True,
+            block_sizes=(4, 3),
+            normalizer=jaxsoft.scalable_softmax,
+        )
+        return out, statistics
+
+    def g(q, k, v):
+        kk = jnp.repeat(k, N // K, axis=2)
+        x = jnp.einsum("btnh,bsnh->btns", q, kk) * H**-0.5
+        keep = jnp.asarray(causal())[:, None]
+        x = x * 0.43 * jnp.log(jnp.sum(keep, axis=-1, keepdims=True))
+        return (
+            jax.nn.logsumexp(x, -1, where=keep),
+            jnp.max(x, -1, where=keep, initial=-jnp.inf),
+            jaxsoft.entropy(x, where=jnp.broadcast_to(keep, x.shape)),
+        )
+
+    for index, name in enumerate(("logsumexp", "max_score", "entropy")):
+        compare(lambda *a: g(*a)[index], lambda *a: getattr(f(*a)[1], name), (q, k, v))
+    np.testing.assert_allclose(
+        f(q, k, v)[0], dot_product_attention(q, k, v, is_causal=True, normalizer=jaxsoft.scalable_softmax)
+    )
+
+
+def test_dropout():
+    q, k, v = make(dtype=np.float32)
+    key = jax.random.key(3)
+    f = partial(dot_product_attention, dropout_rate=0.4, dropout_key=key)
+    out = f(q, k, v)
+    for blocks in ((4, 3), (13, 11), (2, 5)):  # which weights are dropped does not depend on the blocks
+        np.testing.assert_allclose(f(q, k, v, block_sizes=blocks), out, atol=3e-6)
+    # The dropped weights themselves, read off values that are the identity.
+    eye = jnp.broadcast_to(jnp.eye(S)[:, None], (B, S, K, S))
+    y, kept = dot_product_attention(q, k, eye), f(q, k, eye)
+    ratio = kept / y
+    assert jnp.all(jnp.isclose(ratio, 0) | jnp.isclose(ratio, 1 / 0.6, rtol=1e-4))
+    dropped = jnp.mean(jnp.isclose(ratio, 0))
+    assert abs(dropped - 0.4) < 4 * np.sqrt(0.24 / ratio.size)
+    weigh = jnp.moveaxis(jnp.where(ratio > 0.5, 1 / 0.6, 0.0), 2, 1)
+    compare(lambda *a: stored(*a, weigh=weigh), f, (q, k, v), 2e-5)
+    assert not jnp.allclose(out, f(q, k, v, dropout_key=jax.random.key(4)))
+
+
+def test_gumbel_softmax():
+    q, k, v = make(dtype=np.float32)
+    f = partial(jaxsoft.gumbel_softmax, key=jax.random.key(0), temperature=0.7)
+    scores = jnp.einsum("btnh,bsnh->bnts", q, jnp.repeat(k, N // K, axis=2)) * H**-0.5
+    for hard in (False, True):
+        weights = f(scores, hard=hard)  # rows are numbered alike
+        expected = jnp.einsum("bnts,bsnv->btnv", weights, jnp.repeat(v, N // K, axis=2))
+        for blocks in ((4, 3), (None, None)):
+            got = dot_product_attention(q, k, v, normalizer=partial(f, hard=hard), block_sizes=blocks)
+            np.testing.assert_allclose(got, expected, atol=3e-6)
+
+
+def test_sharded_batch_and_heads():
+    q, k, v = make(dtype=np.float32)
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    f = partial(dot_product_attention, is_causal=True)
+
+    def loss(q, k, v):
+        return jnp.sum(jnp.sin(f(q, k, v)))
+
+    expected = jax.grad(loss, (0, 1, 2))(q, k, v)
+    for spec in (P("x"), P(None, None, "x")):
+        sharded = jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec)
+        got = jax.grad(lambda *a: jnp.sum(jnp.sin(sharded(*a))), (0, 1, 2))(q, k, v)
+        for a, b in zip(got, expected):
+            np.testing.assert_allclose(a, b, atol=3e-6)
+
+
+def test_hidden_blocks_are_not_computed():
+    """The static masks leave pairs of blocks off the list; the others are looked at when they are run."""
+    assert len(Plan(1, 1, 1, 64, 64, 8, 8, causal=True).pairs()) == 36
+    assert len(Plan(1, 1, 1, 64, 64, 8, 8, causal=True, window=(7, None)).pairs()) == 15
+    assert len(Plan(1, 1, 1, 64, 64, 8, 8, window=(0, 0)).pairs()) == 8
+    counted = []
+
+    def terms(tile, state, params):
+        jax.debug.callback(lambda *_: counted.append(1), tile.x[0, 0, 0, 0])
+        return (tile.x,)
+
+    def coefficients(state, params):
+        return (jnp.ones((8, 1, 1, 8)),)
+
+    q = jnp.ones((1, 64, 1, 4))
+    out = dot_product_attention(
+        q, q, q, normalizer=norms.Normalizer(None, terms, coefficients), mask_fn=_earlier, block_sizes=(8, 8)
+    )
+    jax.block_until_ready(out)
+    jax.effects_barrier()
+    assert len(counted) == 36
+
+
+def _earlier(q, k):
+    return k <= q
+
+
+Q = jnp.ones((2, 4, 4, 8))
+KV = jnp.ones((2, 6, 2, 8))
+BAD = [
+    (dict(query=Q.astype(int)), TypeError, "query"),
+    (dict(query=Q[..., :3, :]), ValueError, "multiple of the key's 2 heads"),
+    (dict(key=KV[..., :4]), ValueError, "key must have shape"),
+    (dict(value=KV[:, :3]), ValueError, "value must have shape"),
+    (dict(key=KV[:1], value=KV[:1]), ValueError, "batch"),
+    (dict(mask=jnp.ones((2, 3, 4, 6), bool)), ValueError, "mask must broadcast"),
+    (dict(mask=jnp.ones((4, 6))), TypeError, "mask must be a boolean"),
+    (dict(bias=jnp.ones((5, 6))), ValueError, "bias must broadcast"),
+    (dict(bias=jnp.ones((4, 6), int)), TypeError, "bias"),
+    (dict(local_window_size=-1), ValueError, "local_window_size must be .* >= 0"),
+    (dict(local_window_size=(1, 2, 3)), ValueError, "pair"),
+    (dict(local_window_size=1.5), TypeError, "local_window_size"),
+    (dict(scale=jnp.ones(3)), ValueError, "scale"),
+    (dict(alibi_slopes=jnp.ones(3)), ValueError, "alibi_slopes"),
+    (dict(sinks=jnp.ones(3)), ValueError, "sinks must broadcast"),
+    (dict(sinks=jnp.ones(4), normalizer=jaxsoft.softpick), ValueError, "sinks need .* exponential"),
+    (dict(softcap=0.0), ValueError, "softcap"),
+    (dict(dropout_rate=0.5), ValueError, "dropout_key"),
+    (dict(dropout_rate=1.0), ValueError, "dropout_rate"),
+    (dict(key_value_seq_lengths=jnp.ones(3, int)), ValueError, "key_value_seq_lengths"),
+    (dict(query_seq_lengths=jnp.ones(2)), TypeError, "query_seq_lengths"),
+    (dict(query_segment_ids=jnp.ones((2, 4), int)), ValueError, "together"),
+    (dict(block_sizes=(0, None)), ValueError, "block_sizes"),
+    (dict(block_sizes=8), TypeError, "block_sizes"),
+    (dict(implementation="cudnn"), ValueError, "implementation must be one of"),
+    (dict(normalizer=jax.nn.softmax), TypeError, "normalizer must be a normalizer of jaxsoft"),
+    (dict(normalizer=partial(jaxsoft.softmax, axis=0)), ValueError, "axis"),
+    (dict(normalizer=partial(jaxsoft.softmax_n, n=jnp.ones(3))), ValueError, "n must broadcast"),
+    (dict(is_causal=1), TypeError, "is_causal"),
+    (dict(query_offset=0.5), TypeError, "query_offset"),
+    (dict(mask_fn=3), TypeError, "mask_fn"),
+]
+
+
+@pytest.mark.parametrize("i", range(len(BAD)))
+def test_bad_input(i):
+    given, kind, words = BAD[i]
+    arrays = dict(query=Q, key=KV, value=KV) | given
+    with pytest.raises(kind, match=words):
+        jax.eval_shape(lambda: dot_product_attention(**arrays))
