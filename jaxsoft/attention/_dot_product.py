@@ -315,7 +315,7 @@ def prepare(
         segments = [_segments(name, array, batch, length, padded) for name, array, length, padded in ids]
         masks = masks._replace(query_segments=segments[0], key_segments=segments[1])
 
-    query, key, value = _hide(query, key, value, masks)
+    query, key, value = _hide(query, key, value, masks, plan.key_offset)
     dtype = accumulation_dtype(query.dtype, key.dtype)
     rows = AttentionRows(plan, Operands(_query_blocks(plan, query), *_key_blocks(plan, key, value)), masks)
     operands = rows.operands
@@ -424,11 +424,12 @@ def _entries(name: str, array: Any, plan: Plan, batch: tuple[int, ...]) -> Array
     return jnp.pad(array, ((0, 0), (0, 0), (0, 0), *pads)) if any(p[1] for p in pads) else array
 
 
-def _hide(query, key, value, masks: Masks):
+def _hide(query, key, value, masks: Masks, key_offset: int):
     """Puts 0 into queries and keys that nobody reads, lest a NaN in them meets a matrix product."""
     keys = []
     if masks.key_lengths is not None:
-        keys.append(jnp.arange(key.shape[1], dtype=jnp.int32) < masks.key_lengths[:, None])
+        first = key_offset if masks.key_offset is None else masks.key_offset.reshape(-1, 1)
+        keys.append(jnp.arange(key.shape[1], dtype=jnp.int32) + first < masks.key_lengths[:, None])
     entries = masks.entries
     if entries is not None and entries.shape[1:4] == (1, 1, 1):
         keys.append(jnp.broadcast_to(entries[:, 0, 0, 0, : key.shape[1]], key.shape[:2]))

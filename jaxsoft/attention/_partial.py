@@ -65,6 +65,9 @@ class _OnePass(AttentionRows):
             "do not merge to; call dot_product_attention on all keys"
         )
 
+    def detached(self) -> _OnePass:
+        return self  # to be refused when it is read
+
     def count(self) -> Array:
         if self.key_count is None:
             raise ValueError(
@@ -257,8 +260,7 @@ def decode_attention(
     reduction = weighting(rows, last)
     (state,) = rows.run([reduction])
     out = to_user(rows.plan, reduction.finalize(state, last.params), shape).astype(query.dtype)
-    # Rows out of range are NaN; a NaN that was there before is found again by the exact computation.
-    return lax.cond(jnp.any(jnp.isnan(out)), exact, lambda: out)
+    return lax.cond(jnp.all(_in_range(state.statistics, last.params)), lambda: out, exact)
 
 
 def _positional(options: dict[str, Any]) -> dict[str, Any]:
@@ -324,9 +326,16 @@ def _reference_terms(tile, state, params):
     return (jnp.exp(jnp.minimum(tile.scores - params["reference"][..., None], 80)),)
 
 
+def _in_range(state, params):
+    return ~jnp.isnan(reductions._reference_parts(lax.stop_gradient(state), params["reference"]).log_sum)
+
+
 def _reference_coefficient(state, params):
-    partition = reductions._reference_parts(state, params["reference"])
-    return (jnp.where(partition.log_sum == -jnp.inf, 0, 1 / jnp.exp(partition.log_sum)),)
+    top, s = state
+    good = _in_range(state, params) & (s > 0)
+    # 1 / s as unit / (unit s), whose derivative does not overflow: unit is about 1 / s, without a gradient.
+    unit = jnp.exp(jnp.where(good, params["reference"] - lax.stop_gradient(jnp.where(good, top, 0)), 0))
+    return (jnp.where(good, unit / jnp.where(good, unit * s, 1), 0),)
 
 
 _UNIFIED = Normalizer(
