@@ -4,7 +4,7 @@ Three runs with equal seeds, hence equal initial weights and batches:
 
   baseline   dense logits, optax.softmax_cross_entropy_with_integer_labels, optax.adamw
   ours       jaxsoft.linear_logits, a loss of jaxsoft, an optimizer of jaxsoft
-  control    as ours, but with dense logits: must end where ours ends
+  control    as ours, but with logits and attention scores that are stored: must end where ours ends
 
 The text is the manual that comes with Python and the source of its standard library, or a file of yours.
 The curves, a table of time and memory, and a sampled continuation are the result.
@@ -18,6 +18,7 @@ import collections
 import functools
 import inspect
 import json
+import math
 import multiprocessing
 import pathlib
 import pydoc_data.topics
@@ -43,6 +44,7 @@ from rich.table import Table
 
 import jaxsoft
 from jaxsoft import losses, optimizers
+from jaxsoft.attention import dot_product_attention
 
 # What the flags choose from: one line each.
 
@@ -50,7 +52,23 @@ LOSSES = {
     loss.__name__: loss
     for loss in (losses.cross_entropy, losses.poly_loss, losses.focal_loss, losses.max_suppression_loss)
 }
-NORMALIZERS = {"softmax": jaxsoft.softmax}
+NORMALIZERS = {
+    "softmax": jaxsoft.softmax,
+    "softmax_one": jaxsoft.softmax_one,
+    "scalable_softmax": jaxsoft.scalable_softmax,
+    "self_adjust_softmax": jaxsoft.self_adjust_softmax,
+    "softpick": jaxsoft.softpick,
+    "stablemax": jaxsoft.stablemax,
+    "taylor_softmax": jaxsoft.taylor_softmax,
+    "sigmoid_weights": jaxsoft.sigmoid_weights,
+    "relu_weights": jaxsoft.relu_weights,
+    "softplus_attention_weights": jaxsoft.softplus_attention_weights,  # of cosines, see attend
+    "adaptive_temperature_softmax": jaxsoft.adaptive_temperature_softmax,
+    "clipped_softmax": functools.partial(jaxsoft.clipped_softmax, zeta=1.0, gamma=-0.01),
+    "sparse_softmax": jaxsoft.sparse_softmax,
+    "sparsemax": jaxsoft.sparsemax,
+    "entmax15": jaxsoft.entmax15,
+}
 OPTIMIZERS = {  # name: (learning rate -> optimizer, a good peak learning rate at the default sizes)
     "adamw": (optax.adamw, 3e-3),
     "lion_k": (optimizers.lion_k, 1e-3),
@@ -122,11 +140,17 @@ def batches(tokens: np.ndarray, count: int, args: argparse.Namespace, seed: int)
 # The model: a pre-norm GPT that returns hidden states and the head, not logits.
 
 
-def attend(normalizer, q, k, v):
-    """Causal attention of `[batch, time, heads, features]` with any normalizer."""
+def attend(name, streamed, q, k, v):
+    """Causal attention of `[batch, time, heads, features]` with any normalizer; streamed, or with stored scores."""
+    normalizer, scale = NORMALIZERS[name], q.shape[-1] ** -0.5
+    if name == "softplus_attention_weights":
+        normalizer, scale = functools.partial(normalizer, scale=math.log(q.shape[-1])), 1.0
+        q, k = (x * jax.lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-6) for x in (q, k))
+    if streamed:
+        return dot_product_attention(q, k, v, normalizer=normalizer, scale=scale, is_causal=True)
     if normalizer is jaxsoft.softmax:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True)
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * scale
     causal = jnp.tril(jnp.ones(scores.shape[-2:], bool))
     return jnp.einsum("bhqk,bkhd->bqhd", normalizer(scores, where=causal), v)
 
@@ -134,9 +158,9 @@ def attend(normalizer, q, k, v):
 class Block(nnx.Module):
     """Attention, then a two-layer perceptron, each on the normalized residual stream."""
 
-    def __init__(self, args: argparse.Namespace, rngs: nnx.Rngs):
+    def __init__(self, args: argparse.Namespace, streamed: bool, rngs: nnx.Rngs):
         width, linear = args.width, functools.partial(nnx.Linear, use_bias=False, rngs=rngs)
-        self.heads, self.normalizer = args.heads, NORMALIZERS[args.normalizer]
+        self.heads, self.attend = args.heads, functools.partial(attend, args.normalizer, streamed)
         self.norm1, self.norm2 = nnx.RMSNorm(width, rngs=rngs), nnx.RMSNorm(width, rngs=rngs)
         self.qkv, self.out = linear(width, 3 * width), linear(width, width)
         self.up, self.down = linear(width, 4 * width), linear(4 * width, width)
@@ -144,18 +168,18 @@ class Block(nnx.Module):
     def __call__(self, x):
         """Adds to the residual stream `[batch, time, width]`."""
         qkv = self.qkv(self.norm1(x)).reshape(*x.shape[:-1], 3, self.heads, -1)
-        x = x + self.out(attend(self.normalizer, *jnp.moveaxis(qkv, -3, 0)).reshape(x.shape))
+        x = x + self.out(self.attend(*jnp.moveaxis(qkv, -3, 0)).reshape(x.shape))
         return x + self.down(jax.nn.gelu(self.up(self.norm2(x))))
 
 
 class GPT(nnx.Module):
     """From tokens `[batch, time]` to hidden states `[batch, time, width]` and a kernel `[width, vocab]`."""
 
-    def __init__(self, args: argparse.Namespace, vocab: int, rngs: nnx.Rngs):
+    def __init__(self, args: argparse.Namespace, vocab: int, streamed: bool, rngs: nnx.Rngs):
         small = nnx.initializers.normal(0.02)
         self.embed = nnx.Embed(vocab, args.width, embedding_init=small, rngs=rngs)
         self.place = nnx.Embed(args.sequence, args.width, embedding_init=small, rngs=rngs)
-        self.blocks = nnx.List([Block(args, rngs) for _ in range(args.layers)])
+        self.blocks = nnx.List([Block(args, streamed, rngs) for _ in range(args.layers)])
         self.norm = nnx.RMSNorm(args.width, rngs=rngs)
         self.head = None if args.tied else nnx.Param(small(rngs.params(), (args.width, vocab)))
 
@@ -199,6 +223,7 @@ def run(args: argparse.Namespace, variant: str, tokenizer: Tokenizer, train, val
     """Trains one variant: yields once it is compiled, then after every step, and at the end its results."""
     streamed = variant == "ours"
     if variant == "baseline":
+        args = argparse.Namespace(**{**vars(args), "normalizer": "softmax"})
         optimizer = make_optimizer("adamw", args.baseline_learning_rate, args)
 
         def train_loss(logits, labels):
@@ -214,7 +239,7 @@ def run(args: argparse.Namespace, variant: str, tokenizer: Tokenizer, train, val
         def valid_loss(logits, labels):
             return losses.cross_entropy(logits, labels).mean()
 
-    graph, params = nnx.split(GPT(args, len(tokenizer.tokens), nnx.Rngs(args.seed)))
+    graph, params = nnx.split(GPT(args, len(tokenizer.tokens), streamed, nnx.Rngs(args.seed)))
     opt_state = optimizer.init(params)
     checksum = zlib.crc32(train)
     for p in jax.tree.leaves(params):  # copies, because a buffer that NumPy knows cannot be donated
@@ -523,7 +548,7 @@ def main() -> None:
     variants = {
         "baseline": "dense logits, optax's cross-entropy, optax.adamw",
         "ours": f"streamed logits, {args.loss}, {args.optimizer}",
-        "control": f"dense logits, {args.loss}, {args.optimizer}",
+        "control": f"stored logits and scores, {args.loss}, {args.optimizer}",
     }
     if args.no_control:
         del variants["control"]

@@ -297,9 +297,11 @@ def _moments_shift(state, m_new):
 def _moments_update(state, tile, *args):
     m_new = _running_max(state[0], tile)
     w = _weights(tile, m_new)
-    y = tile.x - finite_gauge(m_new)[..., None]  # finite where w is 0
-    powers = (w, w * y, w * y * y)
-    return (m_new, *(old + jnp.sum(p, axis=-1) for old, p in zip(_moments_shift(state, m_new), powers)))
+    # Finite where w is 0, by a maximum rather than a select: XLA's reductions on the CPU fuse it.
+    y = jnp.maximum(tile.scores - finite_gauge(m_new)[..., None], -1e3)
+    s, *higher = _moments_shift(state, m_new)
+    powers = (y, y * y)
+    return (m_new, s + jnp.sum(w, axis=-1), *(u + jnp.einsum("...j,...j->...", w, p) for u, p in zip(higher, powers)))
 
 
 def _moments_merge(a, b, *args):

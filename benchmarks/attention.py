@@ -1,0 +1,132 @@
+"""Attention, streamed, beside jax.nn.dot_product_attention: forward, forward and backward, memory, in one run.
+
+    python benchmarks/attention.py [--heads 4] [--dim 64] [--repeats 5]
+
+Prints tables of time (minima of interleaved runs, ratios to jax.nn of the same run) and compiled temporary memory,
+and writes benchmarks/results/attention.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import pathlib
+import platform
+import time
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+import jaxsoft
+from jaxsoft.attention import dot_product_attention
+
+NORMALIZERS = {
+    "softmax": jaxsoft.softmax,
+    "softmax_one": jaxsoft.softmax_one,
+    "sink_softmax": functools.partial(jaxsoft.sink_softmax, sink=0.3),
+    "scalable_softmax": jaxsoft.scalable_softmax,
+    "softpick": jaxsoft.softpick,
+    "stablemax": jaxsoft.stablemax,
+    "taylor_softmax": jaxsoft.taylor_softmax,
+    "sigmoid_weights": jaxsoft.sigmoid_weights,
+    "relu_weights": jaxsoft.relu_weights,
+    "softplus_attention_weights": functools.partial(jaxsoft.softplus_attention_weights, scale=4.16),
+    "self_adjust_softmax": jaxsoft.self_adjust_softmax,
+    "adaptive_temperature_softmax": jaxsoft.adaptive_temperature_softmax,
+    "clipped_softmax": jaxsoft.clipped_softmax,
+    "reweighted_attention_weights": functools.partial(jaxsoft.reweighted_attention_weights, scale=4.16),
+    "sparsemax": jaxsoft.sparsemax,
+    "entmax15": jaxsoft.entmax15,
+}
+
+
+def contestants(names: list[str], causal: bool) -> dict:
+    """`jax.nn`, then ours with each of the normalizers."""
+    functions = {"jax.nn": functools.partial(jax.nn.dot_product_attention, is_causal=causal)}
+    for name in names:
+        functions[name] = functools.partial(
+            dot_product_attention, normalizer=NORMALIZERS[name], is_causal=causal
+        )
+    return functions
+
+
+def measure(length: int, heads: int, dim: int, causal: bool, names: list[str], repeats: int) -> list[dict]:
+    """Times and temporary memory of all contestants at one length."""
+    arrays = [jax.random.normal(k, (1, length, heads, dim)) for k in jax.random.split(jax.random.key(0), 4)]
+    compiled = {}
+    for name, f in contestants(names, causal).items():
+
+        def loss(q, k, v, weights, f=f):
+            return jnp.sum(f(q, k, v) * weights)
+
+        forward = jax.jit(lambda q, k, v, weights, f=f: f(q, k, v)).lower(*arrays).compile()
+        both = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(*arrays).compile()
+        compiled[name] = {"forward": forward, "both": both}
+    times = {(name, kind): [] for name in compiled for kind in ("forward", "both")}
+    for _ in range(repeats):  # interleaved, so that a busy moment hits all alike
+        for name, kind in times:
+            jax.block_until_ready(compiled[name][kind](*arrays))  # lest it pays for the pages of the one before
+            start = time.perf_counter()
+            jax.block_until_ready(compiled[name][kind](*arrays))
+            times[name, kind].append(time.perf_counter() - start)
+    rows = []
+    for name, runs in compiled.items():
+        row = {"name": name}
+        for kind, run in runs.items():
+            memory, base = (r[kind].memory_analysis().temp_size_in_bytes for r in (runs, compiled["jax.nn"]))
+            row[kind] = {
+                "seconds_min": min(times[name, kind]),
+                "time_ratio": min(times[name, kind]) / min(times["jax.nn", kind]),
+                "to_softmax": min(times[name, kind]) / min(times["softmax", kind]),
+                "temp_bytes": memory,
+                "memory_ratio": memory / base,
+            }
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results" / "attention.json"
+    )
+    args = parser.parse_args()
+    console = Console(width=120)
+    results = {
+        "jax": jax.__version__,
+        "machine": f"{platform.machine()}, {jax.default_backend()}",
+        "runs": [],
+    }
+    some = ["softmax", "softpick"]
+    for length, causal, names in ((4096, False, list(NORMALIZERS)), (4096, True, some), (8192, True, some)):
+        rows = measure(length, args.heads, args.dim, causal, names, args.repeats)
+        kind = "causal" if causal else "full"
+        table = Table(title=f"{kind}, T={length}, {args.heads} heads of {args.dim}, float32")
+        for title in ("", "forward ms", "ratio", "to softmax", "fwd + bwd ms", "ratio", "to softmax", "MB", "memory"):
+            table.add_column(title, justify="right" if title else "left")
+        for row in rows:
+            cells = []
+            for part in ("forward", "both"):
+                r = row[part]
+                cells += [f"{1e3 * r['seconds_min']:.0f}", f"{r['time_ratio']:.2f}", f"{r['to_softmax']:.2f}"]
+            memory = row["both"]
+            table.add_row(
+                row["name"], *cells, f"{memory['temp_bytes'] / 1e6:.0f}", f"1/{1 / memory['memory_ratio']:.0f}"
+            )
+        console.print(table)
+        results["runs"].append(dict(length=length, causal=causal, heads=args.heads, dim=args.dim, rows=rows))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(results, indent=1) + "\n")
+    console.print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()
