@@ -75,7 +75,7 @@ def measure(length: int, heads: int, dim: int, causal: bool, names: list[str], r
     rows = []
     for name, runs in compiled.items():
         row = {"name": name}
-        for kind, run in runs.items():
+        for kind in runs:
             memory, base = (r[kind].memory_analysis().temp_size_in_bytes for r in (runs, compiled["jax.nn"]))
             row[kind] = {
                 "seconds_min": min(times[name, kind]),

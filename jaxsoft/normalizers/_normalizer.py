@@ -65,7 +65,40 @@ class Normalizer(NamedTuple):
 
 
 def defined_by(define: Callable[..., Normalizer]) -> Callable:
-    """Marks a public function as the normalizer of a definition, for those who stream it."""
+    """Marks a public function as the normalizer of a definition, so that attention can stream it.
+
+    Args:
+      define: `(rows, **options) -> Normalizer`, with the options of the function. `rows.reduce(reductions)` runs row
+        reductions over the scores (each call a pass), `rows.count()` counts the entries, `rows.per_row(name, value)`
+        brings an option into the shape of the rows, `rows.detached()` are the rows without their gradient.
+
+    Returns:
+      A decorator, which returns the function itself.
+
+    Raises:
+      TypeError: `define` is not callable.
+
+    Example:
+      >>> # Weights that fall off linearly below the largest score.
+      >>> import jax, jax.numpy as jnp, jaxsoft
+      >>> from jaxsoft.attention import dot_product_attention
+      >>> from jaxsoft.normalizers import Normalizer, defined_by
+      >>> from jaxsoft.rows import reductions
+      >>> def terms(tile, state, params):
+      ...     return (jnp.where(tile.keep, jax.nn.relu(1 + tile.x - params["top"][..., None]), 0),)
+      >>> def coefficients(state, params):
+      ...     return (jnp.ones_like(params["top"]),)
+      >>> def define(rows):
+      ...     return Normalizer(None, terms, coefficients, params={"top": rows.reduce(reductions.maximum())})
+      >>> @defined_by(define)
+      ... def tent(scores, *, axis=-1, where=None):
+      ...     return jax.nn.relu(1 + scores - jnp.max(scores, axis, where=where, initial=-jnp.inf, keepdims=True))
+      >>> x = jnp.linspace(-1, 1, 24).reshape(1, 6, 2, 2)
+      >>> dot_product_attention(x, x, x, normalizer=tent).shape
+      (1, 6, 2, 2)
+    """
+    if not callable(define):
+        raise TypeError(f"define must be a function, got {_checks.describe(define)}")
 
     def mark(function: Callable) -> Callable:
         function.define = define

@@ -6,7 +6,6 @@ Most of them are `f(x_i) / sum_j f(x_j)`, `ratio(f)`, with no exponential and so
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxsoft import _checks
 from jaxsoft._numerics import safe_divide
-from jaxsoft.normalizers._exponential import SOFTMAX, rescale, with_sink
+from jaxsoft.normalizers._exponential import SOFTMAX, rescale
 from jaxsoft.normalizers._normalizer import Normalizer, defined_by, normalize
 from jaxsoft.rows import reductions
 from jaxsoft.rows._reduction import RowReduction, Tile
@@ -390,7 +389,7 @@ def _log_excess(tile: Tile, params) -> Tile:
     """`power * log(relu(n a / (sum a + eps) - offset))`, absent where that is 0: softmax makes the powers of it."""
     a = jax.nn.softplus(tile.x)
     excess = a * params["per_mass"][..., None] - params["offset"][..., None]
-    inside = tile.keep & (excess > 0)
+    inside = tile.keep & (excess > 8 * jnp.finfo(a.dtype).eps)  # less is rounding
     log = jnp.log(jnp.where(inside, excess, 1))
     return tile.with_scores(jnp.where(inside, params["power"][..., None] * log, -jnp.inf))
 
@@ -404,8 +403,8 @@ def _reweighted_attention_weights(rows, *, scale, power=15.0, offset=None, eps=1
         "offset": jnp.where(n <= 3, 0.0, 1.0) if offset is None else rows.per_row("offset", offset),
         "power": rows.per_row("power", power),
     }
-    weights = with_sink(SOFTMAX, jnp.full_like(n, math.log(eps) if eps > 0 else -math.inf))
-    weights = weights.preceded_by(_log_excess, **params)
+    # Powers of small excesses are far below eps: it is not added to their sum, which is taken relative to the largest.
+    weights = SOFTMAX.preceded_by(_log_excess, **params)
     return weights.preceded_by(_times_factor, factor=first.params["factor"])
 
 
@@ -431,7 +430,7 @@ def reweighted_attention_weights(
       power: 15 for long contexts; 3 is best at the training length.
       offset: a number, or an array that broadcasts to `[*rows]`. Default: 1, and 0 in rows of at most three present
         entries (the first three of a causal attention).
-      eps: added to both denominators.
+      eps: added to the denominator of A.
       axis: the axis that holds a row.
       where: booleans that broadcast to the scores, True = counts.
 

@@ -301,7 +301,11 @@ def _moments_update(state, tile, *args):
     y = jnp.maximum(tile.scores - finite_gauge(m_new)[..., None], -1e3)
     s, *higher = _moments_shift(state, m_new)
     powers = (y, y * y)
-    return (m_new, s + jnp.sum(w, axis=-1), *(u + jnp.einsum("...j,...j->...", w, p) for u, p in zip(higher, powers)))
+    return (
+        m_new,
+        s + jnp.sum(w, axis=-1),
+        *(u + jnp.einsum("...j,...j->...", w, p) for u, p in zip(higher, powers)),
+    )
 
 
 def _moments_merge(a, b, *args):

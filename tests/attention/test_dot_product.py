@@ -302,6 +302,40 @@ def test_scores_of_any_size(name, shift):
     np.testing.assert_allclose(out, exact, rtol=6e-3, atol=6e-3 * max(1, float(jnp.abs(exact).max())))
 
 
+def _tent_terms(tile, state, params):
+    below = tile.x - params["top"][..., None]
+    return (jnp.where(tile.keep, jax.nn.relu(params["width"][..., None] + below), 0),)
+
+
+def _tent_coefficients(state, params):
+    return (1 / params["width"],)
+
+
+def _tent(rows, *, width=1.0):
+    params = {"top": rows.reduce(jaxsoft.rows.reductions.maximum()), "width": rows.per_row("width", width)}
+    return norms.Normalizer(None, _tent_terms, _tent_coefficients, params=params)
+
+
+@norms.defined_by(_tent)
+def tent(scores, *, width=1.0, axis=-1, where=None):
+    """A user's normalizer: weights that fall off linearly below the largest score."""
+    top = jnp.max(scores, axis, where=where, initial=-jnp.inf, keepdims=True)
+    kept = True if where is None else where
+    return jnp.where(kept, jax.nn.relu(1 + (scores - top) / width), 0)
+
+
+def test_a_normalizer_of_the_user(x64):
+    keep = jnp.asarray(causal())
+    normalizer = partial(tent, width=2.0)
+    compare(
+        lambda *a: stored(*a, keep, normalizer=normalizer),
+        lambda *a: dot_product_attention(*a, normalizer=normalizer, is_causal=True, block_sizes=(4, 3)),
+        make(),
+    )
+    with pytest.raises(TypeError, match="define must be a function"):
+        norms.defined_by(3)
+
+
 def test_drop_in_for_jax_nn():
     q, k, v = make(dtype=np.float32)
     rng = np.random.default_rng(2)

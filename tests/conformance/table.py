@@ -248,18 +248,75 @@ ENTRIES: list[Entry] = [
     _loss(losses.decoupled_softmax_loss, "mask", labels="positive_mask"),
 ]
 
-# Exports that are no functions of rows of scores, and where they are tested instead.
-ELSEWHERE = {
-    "jaxsoft.LinearLogits": "tests/rows/test_linear_logits.py",
-    "jaxsoft.RowReduction": "tests/rows/test_reductions.py",
-    "jaxsoft.linear_logits": "tests/conformance/test_laws.py (every entry), tests/rows/test_linear_logits.py",
-    "jaxsoft.rows.Logits": "a type",
-    "jaxsoft.rows.Tile": "tests/rows/test_reductions.py",
-    "jaxsoft.rows.TopK": "tests/rows/test_reductions.py",
-    "jaxsoft.losses.weighted_sum": "tests/conformance/test_laws.py (every loss), tests/rows/test_weighted.py",
-    "jaxsoft.losses.weighted_mean": "tests/conformance/test_laws.py (every loss), tests/rows/test_weighted.py",
-    "jaxsoft.rows.weighted_sum": "jaxsoft.losses.weighted_sum",
+# Exports that are no functions of one row of scores, or not of its numbers alone (random ones), and the tests of their
+# laws: files that name them.
+_TESTED_IN = {
+    "tests/rows/test_linear_logits.py": "jaxsoft: LinearLogits linear_logits",
+    "tests/rows/test_reductions.py": "jaxsoft: RowReduction; jaxsoft.rows: Tile",
+    "tests/rows/test_weighted.py": "jaxsoft.losses: weighted_sum weighted_mean; jaxsoft.rows: weighted_sum",
+    "tests/normalizers/test_worked_numbers.py": (
+        "jaxsoft: gumbel_softmax; jaxsoft.normalizers: masked_logit_softmax quantized_softmax"
+    ),
+    "tests/normalizers/test_gating.py": (
+        "jaxsoft.normalizers: dense_to_sparse_gate drop_weak_experts feature_selection_gate merge_experts "
+        "gumbel_softmax_gate route_gradients soft_moe_dispatch_combine top_k_gate wina_mask"
+    ),
+    "tests/normalizers/test_masks.py": (
+        "jaxsoft.normalizers: exponential_temperature_schedule gumbel_sigmoid gumbel_softmax_interpolant "
+        "straight_through_one_hot"
+    ),
+    "tests/normalizers/test_pooling.py": "jaxsoft.normalizers: soft_pool",
+    "tests/normalizers/test_retrieval.py": (
+        "jaxsoft.normalizers: dual_inverted_softmax dynamic_inverted_softmax inverted_softmax"
+    ),
+    "tests/normalizers/test_similarity.py": (
+        "jaxsoft.normalizers: distance_quantile sdm_activation sdm_log_softmax similarity_count"
+    ),
+    "tests/normalizers/test_temperature.py": (
+        "jaxsoft.normalizers: noisy_logits quantized_softmax_bias_correction temperature_network"
+    ),
+    "tests/losses/test_routing.py": (
+        "jaxsoft.losses: importance_loss load_balance_loss modality_routing_kl router_z_loss"
+    ),
+    "tests/attention/test_dot_product.py": (
+        "jaxsoft.attention: dot_product_attention; jaxsoft.normalizers: Normalizer defined_by"
+    ),
+    "tests/attention/test_partial.py": (
+        "jaxsoft.attention: PartialAttention decode_attention flax_attention_fn merge_partial_attention "
+        "partial_attention"
+    ),
+    "tests/attention/test_linear.py": (
+        "jaxsoft.attention: lightning_attention lightning_slopes linear_attention magnitude_aware_linear_attention"
+    ),
+    "tests/attention/test_softmax_free.py": (
+        "jaxsoft.attention: gaussian_kernel_attention newton_pseudo_inverse softmax_free_attention"
+    ),
+    "tests/attention/test_hyper.py": (
+        "jaxsoft.attention: angular_lsh_buckets hyper_attention scatterbrain_attention"
+    ),
+    "tests/attention/test_reuse.py": (
+        "jaxsoft.attention: SharedSoftmax attention_entropy_regularizer long_context_log_mass "
+        "ngram_attention reuse_softmax_attention top_k_attention unified_softmax_attention urpe_attention"
+    ),
 }
+# What functions return or take, without laws of its own.
+_TYPES = (
+    "jaxsoft.attention.AttentionStatistics",
+    "jaxsoft.attention.NgramAttention",
+    "jaxsoft.normalizers.Interpolant",
+    "jaxsoft.normalizers.SoftMoE",
+    "jaxsoft.normalizers.TemperatureNetwork",
+    "jaxsoft.normalizers.TemperatureParameters",
+    "jaxsoft.rows.Logits",
+    "jaxsoft.rows.TopK",
+)
+ELSEWHERE = {
+    f"{module.strip()}.{name}": path
+    for path, exports in _TESTED_IN.items()
+    for group in exports.split(";")
+    for module, names in [group.split(":")]
+    for name in names.split()
+} | dict.fromkeys(_TYPES)
 
 _SAME = {f"jaxsoft.rows.{name}": f"jaxsoft.{name}" for name in rows.__all__ if name in jaxsoft.__all__} | {
     f"jaxsoft.normalizers.{name}": f"jaxsoft.{name}"
