@@ -162,10 +162,11 @@ class AttentionRows:
 
 
 def to_blocks(plan: Plan, rows: Array) -> Array:
-    """`[B, N, T, ...]` as `[nq, B, K, R, ...]`, padded with zeros to whole blocks."""
+    """`[B, N, T, ...]` as `[nq, B, K, R, ...]`, padded to whole blocks with the last row (0 may be no good value)."""
     rest = rows.shape[3:]
     pad = plan.nq * plan.bq - plan.queries
-    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, pad), *((0, 0) for _ in rest)))
+    if pad:
+        rows = jnp.pad(rows, ((0, 0), (0, 0), (0, pad), *((0, 0) for _ in rest)), mode="edge")
     rows = rows.reshape(plan.batch, plan.heads, plan.groups, plan.nq, plan.bq, *rest)
     return jnp.moveaxis(rows, 3, 0).reshape(*plan.rows, *rest)
 
