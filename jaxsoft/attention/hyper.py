@@ -13,8 +13,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import finite_gauge, log_or_neg_inf, safe_divide
-from jaxsoft.attention.linear import by_key_head, from_blocks, from_key_head, prepare, scale_of, to_blocks
-from jaxsoft.attention.reuse import merge, streamed
+from jaxsoft.attention._layout import (
+    by_key_head,
+    from_blocks,
+    from_key_head,
+    merge,
+    prepare,
+    scale_of,
+    streamed,
+    to_blocks,
+)
 from jaxsoft.rows._softmax import softmax_with
 from jaxsoft.rows._statistics import logsumexp as row_logsumexp
 

@@ -13,15 +13,15 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
-from jaxsoft._numerics import accumulation_dtype, finite_gauge, log_or_neg_inf, safe_divide
-from jaxsoft.attention._dot_product import dot_product_attention
-from jaxsoft.attention.linear import (
+from jaxsoft._numerics import accumulation_dtype, log_or_neg_inf, safe_divide
+from jaxsoft.attention._layout import (
     by_key_head,
     from_blocks,
     from_key_head,
     mask_of,
     prepare,
     scale_of,
+    streamed,
     to_blocks,
 )
 from jaxsoft.normalizers import sparse_softmax
@@ -30,57 +30,6 @@ from jaxsoft.rows import reductions
 from jaxsoft.rows._driver import check_axis, reduce_rows
 from jaxsoft.rows._logits import Logits
 from jaxsoft.rows._softmax import softmax_with
-
-# --- what the modules of this folder share ------------------------------------------------------------------
-
-
-def streamed(
-    query: Array,
-    key: Array,
-    value: Array,
-    where: Array | None,
-    *,
-    key_bias: Array | None = None,
-    normalizer: Callable | None = None,
-    **options: Any,
-) -> tuple[Array, Array]:
-    """`dot_product_attention` over any batch axes: output and log-sum-exp. `key_bias`: `[*batch, S, K]`."""
-    *batch, _, n, _ = query.shape
-
-    def flat(x):
-        return x.reshape(-1, *x.shape[len(batch) :])
-
-    bias = None
-    if key_bias is not None:
-        bias = jnp.repeat(flat(jnp.moveaxis(key_bias, -1, -2)), n // key.shape[-2], axis=1)[:, :, None, :]
-    mask = None if where is None else flat(where)[:, None, None, :]
-    if isinstance(normalizer, functools.partial):
-        normalizer = functools.partial(
-            normalizer.func,
-            **{
-                k: jnp.moveaxis(flat(v), -1, -2) if hasattr(v, "shape") else v
-                for k, v in normalizer.keywords.items()
-            },
-        )
-    out, logsumexp = dot_product_attention(
-        flat(query),
-        flat(key),
-        flat(value),
-        bias,
-        mask,
-        normalizer=normalizer,
-        return_residual=True,
-        **options,
-    )
-    return out.reshape(*batch, *out.shape[1:]), logsumexp.reshape(*batch, *logsumexp.shape[1:])
-
-
-def merge(out: Array, logsumexp: Array, other_out: Array, other_logsumexp: Array) -> tuple[Array, Array]:
-    """One softmax attention from those over two disjoint sets of keys."""
-    m = finite_gauge(jnp.maximum(logsumexp, other_logsumexp))
-    a, b = jnp.exp(logsumexp - m), jnp.exp(other_logsumexp - m)
-    both = a[..., None] * out + b[..., None] * other_out
-    return safe_divide(both, (a + b)[..., None]), m + log_or_neg_inf(a + b)
 
 
 def _by_query_blocks(function: Callable, queries: Any, block_size: int) -> Any:

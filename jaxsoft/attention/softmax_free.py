@@ -11,8 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, safe_divide
-from jaxsoft.attention.linear import mask_of, prepare, scale_of
-from jaxsoft.attention.reuse import streamed
+from jaxsoft.attention._layout import mask_of, prepare, scale_of, streamed
 
 
 def newton_pseudo_inverse(

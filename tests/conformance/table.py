@@ -145,7 +145,8 @@ def _normalizer(function, variant="", per_row=(), **options):
 
     def call(logits, given, *, where=None, axis=-1):
         arrays = {name: given[source] for name, source in dict(per_row).items()}
-        return function(logits, where=where, axis=axis, **arrays, **options)
+        fixed = {**options, "k": min(options["k"], logits.shape[axis])} if "k" in options else options
+        return function(logits, where=where, axis=axis, **arrays, **fixed)
 
     return Entry(
         f"{module}.{function.__name__}",
