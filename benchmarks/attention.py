@@ -68,7 +68,9 @@ def measure(length: int, heads: int, dim: int, causal: bool, names: list[str], r
     times = {(name, kind): [] for name in compiled for kind in ("forward", "both")}
     for _ in range(repeats):  # interleaved, so that a busy moment hits all alike
         for name, kind in times:
-            jax.block_until_ready(compiled[name][kind](*arrays))  # lest it pays for the pages of the one before
+            jax.block_until_ready(
+                compiled[name][kind](*arrays)
+            )  # lest it pays for the pages of the one before
             start = time.perf_counter()
             jax.block_until_ready(compiled[name][kind](*arrays))
             times[name, kind].append(time.perf_counter() - start)
@@ -110,7 +112,17 @@ def main() -> None:
         rows = measure(length, args.heads, args.dim, causal, names, args.repeats)
         kind = "causal" if causal else "full"
         table = Table(title=f"{kind}, T={length}, {args.heads} heads of {args.dim}, float32")
-        for title in ("", "forward ms", "ratio", "to softmax", "fwd + bwd ms", "ratio", "to softmax", "MB", "memory"):
+        for title in (
+            "",
+            "forward ms",
+            "ratio",
+            "to softmax",
+            "fwd + bwd ms",
+            "ratio",
+            "to softmax",
+            "MB",
+            "memory",
+        ):
             table.add_column(title, justify="right" if title else "left")
         for row in rows:
             cells = []
@@ -119,7 +131,10 @@ def main() -> None:
                 cells += [f"{1e3 * r['seconds_min']:.0f}", f"{r['time_ratio']:.2f}", f"{r['to_softmax']:.2f}"]
             memory = row["both"]
             table.add_row(
-                row["name"], *cells, f"{memory['temp_bytes'] / 1e6:.0f}", f"1/{1 / memory['memory_ratio']:.0f}"
+                row["name"],
+                *cells,
+                f"{memory['temp_bytes'] / 1e6:.0f}",
+                f"1/{1 / memory['memory_ratio']:.0f}",
             )
         console.print(table)
         results["runs"].append(dict(length=length, causal=causal, heads=args.heads, dim=args.dim, rows=rows))
