@@ -68,9 +68,8 @@ def measure(length: int, heads: int, dim: int, causal: bool, names: list[str], r
     times = {(name, kind): [] for name in compiled for kind in ("forward", "both")}
     for _ in range(repeats):  # interleaved, so that a busy moment hits all alike
         for name, kind in times:
-            jax.block_until_ready(
-                compiled[name][kind](*arrays)
-            )  # lest it pays for the pages of the one before
+            # Untimed, lest it pays for the memory that the one before gave back.
+            jax.block_until_ready(compiled[name][kind](*arrays))
             start = time.perf_counter()
             jax.block_until_ready(compiled[name][kind](*arrays))
             times[name, kind].append(time.perf_counter() - start)
@@ -112,17 +111,8 @@ def main() -> None:
         rows = measure(length, args.heads, args.dim, causal, names, args.repeats)
         kind = "causal" if causal else "full"
         table = Table(title=f"{kind}, T={length}, {args.heads} heads of {args.dim}, float32")
-        for title in (
-            "",
-            "forward ms",
-            "ratio",
-            "to softmax",
-            "fwd + bwd ms",
-            "ratio",
-            "to softmax",
-            "MB",
-            "memory",
-        ):
+        parts = ("forward ms", "ratio", "to softmax", "fwd + bwd ms", "ratio", "to softmax")
+        for title in ("", *parts, "MB", "memory"):
             table.add_column(title, justify="right" if title else "left")
         for row in rows:
             cells = []

@@ -465,6 +465,25 @@ def test_hidden_blocks_are_not_computed():
     assert len(counted) == 36
 
 
+def temporary_memory(f, length, heads=4, dim=64):
+    arrays = [jax.ShapeDtypeStruct((1, length, heads, dim), jnp.float32)] * 3
+    gradient = jax.jit(jax.grad(lambda *a: jnp.sum(f(*a)), (0, 1, 2)))
+    return gradient.lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.slow
+def test_memory():
+    """Temporary memory of the gradient: a small part of what stored scores take, and linear in the length."""
+    for is_causal, length, part in ((False, 4096, 20), (True, 8192, 60)):
+        ours = temporary_memory(partial(dot_product_attention, is_causal=is_causal), length)
+        assert ours * part <= temporary_memory(
+            partial(jax.nn.dot_product_attention, is_causal=is_causal), length
+        )
+    for name in ("softmax", "softpick", "entmax15"):
+        f = partial(dot_product_attention, normalizer=NORMALIZERS[name])
+        assert temporary_memory(f, 16384) <= 4.2 * temporary_memory(f, 4096)
+
+
 def _earlier(q, k):
     return k <= q
 
