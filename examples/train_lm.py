@@ -528,10 +528,10 @@ def make_parser() -> Parser:
     return parser
 
 
-def parse_arguments(parser: Parser) -> argparse.Namespace:
-    if parser.parse_args().quick:
+def parse_arguments(parser: Parser, given: list[str] | None = None) -> argparse.Namespace:
+    if parser.parse_args(given).quick:
         parser.set_defaults(**QUICK)
-    args = parser.parse_args()
+    args = parser.parse_args(given)
     if args.width % args.heads:
         parser.error(f"argument --heads: must divide --width {args.width}, got {args.heads}")
     for option in loss_options(args):
