@@ -34,3 +34,10 @@ def float64():
 def x64():
     with float64():
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled_programs():
+    """Gives back the memory of a file's compiled programs, gigabytes over all tests."""
+    yield
+    jax.clear_caches()
