@@ -17,7 +17,9 @@ from jaxsoft import losses
 PAGE = pathlib.Path(__file__).with_name("losses-table.md")
 
 # Exports of jaxsoft.losses that take a loss, and are none.
+# Means, and the losses of routers, which have no labels and a page of their own (api/gating.md).
 NOT_LOSSES = {"weighted_mean", "weighted_sum"}
+NOT_LOSSES |= {"importance_loss", "load_balance_loss", "modality_routing_kl", "router_z_loss"}
 
 
 class Loss(NamedTuple):

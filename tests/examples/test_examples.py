@@ -12,8 +12,6 @@ import jax
 import numpy as np
 import pytest
 
-import jaxsoft
-
 _ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -155,8 +153,9 @@ def test_tokenizer_loses_nothing(train_lm):
     assert len(tokenizer.tokens) <= 300
 
 
-def test_explicit_attention_equals_the_fast_one(train_lm):
+@pytest.mark.parametrize("name", ["softmax", "softpick", "softplus_attention_weights"])
+def test_streamed_attention_equals_that_of_stored_scores(train_lm, name):
     q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 7, 2, 5))
-    fast = train_lm.attend(jaxsoft.softmax, q, k, v)
-    explicit = train_lm.attend(lambda scores, where: jaxsoft.softmax(scores, where=where), q, k, v)
-    np.testing.assert_allclose(explicit, fast, atol=1e-5)
+    np.testing.assert_allclose(
+        train_lm.attend(name, True, q, k, v), train_lm.attend(name, False, q, k, v), atol=1e-5
+    )
