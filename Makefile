@@ -48,6 +48,9 @@ lint: .venv/ready-tests
 
 bench: .venv/ready
 	.venv/bin/python benchmarks/linear_cross_entropy.py
+	.venv/bin/python benchmarks/attention.py
+	.venv/bin/python benchmarks/normalizers.py
+	.venv/bin/python benchmarks/train_normalizers.py
 	.venv/bin/python benchmarks/optimizer_step.py
 
 docs: .venv/ready-docs
