@@ -17,6 +17,11 @@ def finite_gauge(m: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(m), m, 0)
 
 
+def is_present(x: jax.Array, where: jax.Array | None) -> jax.Array:
+    """Which entries of stored scores count: not masked, and not -inf."""
+    return x != -jnp.inf if where is None else (x != -jnp.inf) & where
+
+
 def log_or_neg_inf(s: jax.Array) -> jax.Array:
     """`log(s)`, and -inf with gradient 0 where `s` is 0."""
     positive = s != 0

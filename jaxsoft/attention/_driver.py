@@ -253,14 +253,13 @@ def _tile(plan: Plan, block: Operands, masks: Masks, keep: Array | None, i, j) -
     scores = _scores(plan, block, masks, i, j)
     if keep is not None:
         scores = jnp.where(as_rows(plan, keep), scores, -jnp.inf)
-    present = scores != -jnp.inf
     cols = jnp.arange(plan.bk, dtype=jnp.int32) + (j * plan.bk + plan.key_offset)
     if masks.key_offset is not None:
         offset = masks.key_offset
         cols = cols + (offset if offset.ndim == 0 else offset[:, None, None, None])
     values = () if block.value is None else (block.value,)
     columns = plan.keys + plan.key_offset if masks.key_offset is None else jnp.iinfo(jnp.int32).max
-    return Tile(jnp.where(present, scores, 0), scores, present, cols, columns, values)
+    return Tile.of(scores, cols, columns, values)
 
 
 def _at(tree: Any, i) -> Any:

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxsoft import _checks
-from jaxsoft._numerics import accumulation_dtype
+from jaxsoft._numerics import accumulation_dtype, is_present
 from jaxsoft.rows import reductions
 from jaxsoft.rows._driver import check_axis, reduce_rows, rows_of, shares
 from jaxsoft.rows._reduction import RowReduction, Tile
@@ -155,12 +155,11 @@ class DenseRows:
         """The weights, in the shape and dtype of the scores."""
         state = self.state(normalizer)
         x = jnp.moveaxis(self._scores, self._axis, -1).astype(self.dtype)
-        keep = x != -jnp.inf
-        if self._where is not None:
-            where = jnp.broadcast_to(self._where, self._scores.shape)
-            keep = keep & jnp.moveaxis(where, self._axis, -1)
+        where = self._where
+        if where is not None:
+            where = jnp.moveaxis(jnp.broadcast_to(where, self._scores.shape), self._axis, -1)
         cols = jnp.arange(x.shape[-1], dtype=jnp.int32)
-        tile = Tile(jnp.where(keep, x, 0), jnp.where(keep, x, -jnp.inf), keep, cols, x.shape[-1])
+        tile = Tile.of(jnp.where(is_present(x, where), x, -jnp.inf), cols, x.shape[-1])
         tile = changed(normalizer.before, tile, normalizer.params)
         terms = normalizer.terms(tile, state, normalizer.params)
         coefficients = normalizer.coefficients(state, normalizer.params)

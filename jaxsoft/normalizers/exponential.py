@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from jaxsoft import _checks
-from jaxsoft._numerics import accumulation_dtype, safe_divide
+from jaxsoft._numerics import accumulation_dtype, is_present, safe_divide
 from jaxsoft.normalizers._exponential import (
     SOFTMAX,
     SUM,
@@ -98,7 +98,7 @@ def log_softmax(
     axis = check_axis(scores, axis)
     x = scores.astype(accumulation_dtype(scores.dtype))
     partition = LogPartition(*(jnp.expand_dims(p, axis) for p in log_partition(x, axis=axis, where=where)))
-    present = x != -jnp.inf if where is None else where & (x != -jnp.inf)
+    present = is_present(x, where)
     return jnp.where(present, partition.log_softmax(jnp.where(present, x, 0)), -jnp.inf).astype(scores.dtype)
 
 

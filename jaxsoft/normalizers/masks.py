@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
-from jaxsoft._numerics import accumulation_dtype, as_ids
+from jaxsoft._numerics import accumulation_dtype, as_ids, is_present
 from jaxsoft.rows._driver import check_axis
 from jaxsoft.rows._logits import row_scalar
 from jaxsoft.rows._softmax import check_dense, softmax_with
@@ -25,12 +25,11 @@ def present_scores(scores: Any, axis: int, where: Any, name: str) -> tuple[Array
     axis = check_axis(scores, axis)
     x = jnp.asarray(scores)
     x = x.astype(accumulation_dtype(x.dtype))
-    present = x != -jnp.inf
     if where is not None:
         where = jnp.asarray(where) if isinstance(where, bool) else where
         _checks.boolean("where", where)
         _checks.broadcastable("where", where, scores.shape, "the shape of the scores")
-        present = where & present
+    present = is_present(x, where)
     return jnp.where(present, x, 0), present, axis
 
 

@@ -278,14 +278,10 @@ def tiles(x: Array, start, masks: Masks, arrays: list[Arrays], columns: int) -> 
         keeps.append(cut(masks.entries, start, size, x.ndim - 1))
     # Without a mask, the scores are read as they are: XLA's reductions on the CPU do not fuse a select.
     scores = jnp.where(functools.reduce(jnp.logical_and, keeps), x, -jnp.inf) if keeps else x
-    keep = scores != -jnp.inf
-    x = jnp.where(keep, scores, 0)
     cols = jnp.arange(size, dtype=jnp.int32) + start
     return [
-        Tile(
-            x,
+        Tile.of(
             scores,
-            keep,
             cols,
             columns,
             tuple(cut(c, start, size, 0) for c in a.col_args),

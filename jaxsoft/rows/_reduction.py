@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxsoft._numerics import is_present
+
 State = Any
 
 
@@ -32,10 +34,15 @@ class Tile(NamedTuple):
     col_args: tuple[jax.Array, ...] = ()
     entry_args: tuple[jax.Array, ...] = ()
 
+    @classmethod
+    def of(cls, scores: jax.Array, cols: jax.Array, columns: int, *arrays: tuple) -> Tile:
+        """The tile of scores in which -inf marks the absent entries."""
+        keep = is_present(scores, None)
+        return cls(jnp.where(keep, scores, 0), scores, keep, cols, columns, *arrays)
+
     def with_scores(self, scores: jax.Array) -> Tile:
         """The tile of other scores, in which -inf marks the absent entries."""
-        keep = scores != -jnp.inf
-        return self._replace(x=jnp.where(keep, scores, 0), scores=scores, keep=keep)
+        return Tile.of(scores, *self[3:])
 
     def with_values(self, x: jax.Array) -> Tile:
         """The tile of other scores for the entries that are present."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from jaxsoft._numerics import accumulation_dtype
+from jaxsoft._numerics import accumulation_dtype, is_present
 from jaxsoft.rows import reductions
 from jaxsoft.rows._driver import check_axis, reduce_rows
 from jaxsoft.rows._logits import LinearLogits, Logits
@@ -54,7 +54,7 @@ def _softmax(axis, method, x, where, reference):
 def _softmax_jvp(axis, method, primals, tangents):
     x, where, reference = primals
     y = _softmax(axis, method, x, where, reference)
-    present = x != -jnp.inf if where is None else (x != -jnp.inf) & where
+    present = is_present(x, where)
     t = jnp.where(present, tangents[0], 0)
     return y, y * (t - jnp.sum(y * t, axis=axis, keepdims=True))
 
