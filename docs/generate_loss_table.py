@@ -1,4 +1,4 @@
-"""Writes docs/losses-table.md: one row for each loss, from the list below.
+"""Writes docs/losses-table.md: one row for each loss, from the lists in docs/losses/*.toml.
 
   python docs/generate_loss_table.py           writes the page
   python docs/generate_loss_table.py --check   fails if the page is not what would be written
@@ -10,28 +10,27 @@ from __future__ import annotations
 
 import pathlib
 import sys
+import tomllib
 from typing import NamedTuple
 
 from jaxsoft import losses
 
 PAGE = pathlib.Path(__file__).with_name("losses-table.md")
-
-# Exports of jaxsoft.losses that take a loss, and are none.
-# Means, and the losses of routers, which have no labels and a page of their own (api/gating.md).
-NOT_LOSSES = {"weighted_mean", "weighted_sum"}
-NOT_LOSSES |= {"importance_loss", "load_balance_loss", "modality_routing_kl", "router_z_loss"}
+LISTS = sorted(PAGE.with_name("losses").glob("*.toml"))
 
 
 class Loss(NamedTuple):
-    """A row of the table.
+    """A row of the table: a `[[loss]]` of a list.
 
     Attributes:
       name: the function's name in `jaxsoft.losses`.
       formula: of one row, in the notation that the page explains.
-      statistics: the row reductions it is a function of (names of `jaxsoft.rows.reductions`).
-      passes: how often it reads the logits for its value; two where a statistic needs another one first. The
-        tests count it.
-      streams: whether it takes `linear_logits`.
+      statistics: what it is a function of: row reductions (names of `jaxsoft.rows.reductions`), or in words.
+      passes: how often it reads the logits for its value; two where a statistic needs another one first; 0 where it
+        reads none, or does not stream. The tests count it.
+      variant: options or labels that make another row of the same loss.
+      entry: the entry of the conformance table that stands for the row, if not the one of the loss's name.
+      cost: of value and gradient, where it does not follow from `passes`.
       reference: the paper.
     """
 
@@ -39,116 +38,26 @@ class Loss(NamedTuple):
     formula: str
     statistics: tuple[str, ...]
     passes: int
-    streams: bool
-    reference: str
+    variant: str = ""
+    entry: str = ""
+    cost: str = ""
+    reference: str = ""
+
+    @property
+    def streams(self) -> bool:
+        """Whether it takes `linear_logits`."""
+        return self.passes > 0
 
 
-LOSSES = (
-    Loss(
-        "cross_entropy",
-        "l",
-        ("label_statistics",),
-        1,
-        True,
-        "Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models",
-    ),
-    Loss(
-        "cross_entropy, label distributions",
-        "-sum_c q_c log p_c",
-        ("soft_label_statistics",),
-        1,
-        True,
-        "",
-    ),
-    Loss(
-        "cross_entropy, label_smoothing=a",
-        "(1 - a) l + a mean_c(lse - x_c)",
-        ("label_statistics", "sum"),
-        1,
-        True,
-        "Szegedy et al., Rethinking the Inception Architecture",
-    ),
-    Loss(
-        "cross_entropy, z_loss=k",
-        "l + k lse^2",
-        ("label_statistics",),
-        1,
-        True,
-        "Chowdhery et al., PaLM",
-    ),
-    Loss(
-        "poly_loss",
-        "l + sum_j epsilon_j (1 - p_y)^j",
-        ("label_statistics",),
-        1,
-        True,
-        "Leng et al., PolyLoss",
-    ),
-    Loss(
-        "poly1_cross_entropy",
-        "l + epsilon (1 - p_y)",
-        ("label_statistics",),
-        1,
-        True,
-        "Leng et al., PolyLoss",
-    ),
-    Loss(
-        "focal_loss",
-        "(1 - p_y)^gamma l",
-        ("label_statistics",),
-        1,
-        True,
-        "Lin et al., Focal Loss for Dense Object Detection",
-    ),
-    Loss(
-        "poly1_focal_loss",
-        "(1 - p_y)^gamma l + epsilon (1 - p_y)^(gamma + 1)",
-        ("label_statistics",),
-        1,
-        True,
-        "Leng et al., PolyLoss",
-    ),
-    Loss(
-        "dual_focal_loss",
-        "(1 - p_y + p_j)^gamma l, with j the class of the largest p below p_y",
-        ("label_statistics", "take", "maximum_below"),
-        2,
-        True,
-        "Tao et al., Dual Focal Loss for Calibration",
-    ),
-    Loss(
-        "max_suppression_loss",
-        "l + suppression (max_c x_c - mean_c x_c)",
-        ("label_statistics", "maximum", "mean"),
-        1,
-        True,
-        "Zhou et al., MaxSup",
-    ),
-    Loss(
-        "spherical_z_loss",
-        "softplus(a (b - z)) / a, with z = (x_y - mean_c x_c) / std_c x_c",
-        ("take", "moments"),
-        1,
-        True,
-        "de Brebisson and Vincent, The Z-loss",
-    ),
-    Loss(
-        "decoupled_softmax_loss",
-        "mean over positives i of softplus(lse_N - x_i)",
-        ("log_partition_excluding", "take"),
-        1,
-        True,
-        "Gupta et al., Dual-Encoders for Extreme Multi-Label Classification",
-    ),
-    Loss(
-        "decoupled_softmax_loss, boolean labels",
-        "the same",
-        ("weighted_log_partition", "mapped_sum"),
-        2,
-        True,
-        "Gupta et al., Dual-Encoders for Extreme Multi-Label Classification",
-    ),
-)
+def _rows():
+    for path in LISTS:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        yield path.stem, [Loss(**row) for row in content.get("loss", [])], content.get("not_losses", [])
+
+
+LOSSES = tuple(loss for _, rows, _ in _rows() for loss in rows)
+# Exports of jaxsoft.losses that are none: targets, weights, means, heads.
+NOT_LOSSES = {name for _, _, names in _rows() for name in names} | {"weighted_mean", "weighted_sum"}
 
 HEAD = """\
 <!-- Written by docs/generate_loss_table.py; do not edit. -->
@@ -160,23 +69,24 @@ In the formulas, `x` are the logits of the row, `y` its label, `lse` the log-sum
 classes that are not positive), `p = softmax(x)`, and `l = lse - x_y` the negative log-likelihood. Means run over
 the classes that are not masked.
 
-*Streams*: takes `linear_logits`, and never stores the logits. *Passes*: how often the logits are read, or
-computed, for the value. The gradient reads them as often again; in `weighted_sum` and `weighted_mean` a chunk of
-rows is computed once for all of it.
+*Streams*: takes `linear_logits`, and never stores the logits. *Cost*: of the value and of the gradient, in matrix
+products of the size of `hidden @ weight`: a pass over the logits computes them once for the value; its gradient
+computes them again, and takes two products for the gradients of `hidden` and `weight`. (`weighted_sum` and
+`weighted_mean` compute a chunk of rows once for all of it: 1 + 2.) A dash: the function reads no logits, or all of
+them at once.
 
-| loss | formula | statistics | streams | passes | reference |
+| loss | formula | statistics | streams | cost | reference |
 | --- | --- | --- | --- | --- | --- |
 """
 
 
 def check_complete() -> None:
-    """Raises if the list and the exports of `jaxsoft.losses` differ."""
-    listed = {loss.name.partition(",")[0] for loss in LOSSES}
-    exported = set(losses.__all__) - NOT_LOSSES
+    """Raises if the lists and the exports of `jaxsoft.losses` differ."""
+    listed = {loss.name for loss in LOSSES} | NOT_LOSSES
+    exported = set(losses.__all__)
     if listed != exported:
         raise SystemExit(
-            f"docs/generate_loss_table.py: without a row: {sorted(exported - listed)}; "
-            f"not exported: {sorted(listed - exported)}"
+            f"docs/losses: without a row: {sorted(exported - listed)}; not exported: {sorted(listed - exported)}"
         )
 
 
@@ -185,11 +95,11 @@ def page() -> str:
     check_complete()
     rows = []
     for loss in LOSSES:
-        name, _, variant = loss.name.partition(",")
-        link = f"[`{name}`][jaxsoft.losses.{name}]" + (f", {variant.strip()}" if variant else "")
-        statistics = ", ".join(f"`{s}`" for s in loss.statistics)
-        streams = "yes" if loss.streams else "no"
-        cells = link, f"`{loss.formula}`", statistics, streams, str(loss.passes), loss.reference
+        link = f"[`{loss.name}`][jaxsoft.losses.{loss.name}]" + (f", {loss.variant}" if loss.variant else "")
+        statistics = ", ".join(f"`{s}`" if s.isidentifier() else s for s in loss.statistics)
+        cost = loss.cost or (f"{loss.passes} + {3 * loss.passes}" if loss.streams else "-")
+        formula = loss.formula.replace("|", "\\|")
+        cells = link, f"`{formula}`", statistics, "yes" if loss.streams else "no", cost, loss.reference
         rows.append(f"| {' | '.join(cells)} |\n")
     return HEAD + "".join(rows)
 

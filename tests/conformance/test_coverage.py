@@ -61,7 +61,7 @@ def test_export_is_documented(export):
         for section in ("Args:", "Returns:", "Raises:", "Example:"):
             assert section in doc, f"docstring has no section {section}"
         assert ">>>" in doc
-    pages = "\n".join(path.read_text() for path in (ROOT / "docs" / "api").glob("*.md"))
+    pages = "\n".join(path.read_text() for path in (ROOT / "docs" / "api").rglob("*.md"))
     assert export in pages or canonical(export) in pages, "not on a page of docs/api"
 
 

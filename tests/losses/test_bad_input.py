@@ -1,8 +1,12 @@
 """Wrong arguments of the losses: an error that names the argument, what came and what was expected."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conformance.entry import make_inputs
+from conformance.table import ENTRIES, FAMILIES
 
 import jaxsoft
 from jaxsoft import losses
@@ -13,22 +17,20 @@ LOGITS = jaxsoft.linear_logits(np.ones((N, 3), np.float32), np.ones((3, C), np.f
 ONES = np.ones(N, np.float32)
 MASK = np.ones((N, C), bool)
 
-WITH_IDS = [
-    losses.cross_entropy,
-    losses.dual_focal_loss,
-    losses.focal_loss,
-    losses.max_suppression_loss,
-    losses.poly1_cross_entropy,
-    losses.poly1_focal_loss,
-    losses.poly_loss,
-    losses.spherical_z_loss,
-]
-SOFT = [losses.cross_entropy, losses.poly_loss, losses.poly1_cross_entropy]
-EVERY = [*WITH_IDS, losses.decoupled_softmax_loss]
+EVERY = sorted({e.function: e for e in ENTRIES if e.loss}, key=lambda f: f.__name__)
+WITH_IDS = [f for f in EVERY if any(e.function is f and e.inputs[0] == "labels" for e in ENTRIES)]
+WITH_POSITIVES = [f for f in EVERY if any(e.function is f and e.inputs[0] == "positives" for e in ENTRIES)]
+SOFT = [f for family in FAMILIES for f in getattr(family, "SOFT", [])]
+OPTIONS = [case for family in FAMILIES for case in getattr(family, "BAD_OPTIONS", [])]
+CE = losses.cross_entropy
 
 
-def labels_of(loss):
-    return Y[:, None] if loss is losses.decoupled_softmax_loss else Y
+def example(loss):
+    """A call `(logits, labels, **options)` of a loss with whatever else it needs, and labels that fit."""
+    entry = next(e for e in ENTRIES if e.function is loss)
+    given = make_inputs(0, (N,), C)
+    arrays = {option: given[source] for option, source in entry.arrays.items()}
+    return functools.partial(loss, **entry.options, **arrays), given[entry.inputs[0]]
 
 
 def check(words, kind, call):
@@ -39,26 +41,16 @@ def check(words, kind, call):
         assert word in str(error.value), str(error.value)
 
 
-def test_every_loss_is_here():
-    reducers = {"weighted_mean", "weighted_sum"}
-    of_routers = {
-        "importance_loss",
-        "load_balance_loss",
-        "modality_routing_kl",
-        "router_z_loss",
-    }  # test_routing.py
-    assert {f.__name__ for f in EVERY} == set(losses.__all__) - reducers - of_routers
-
-
 every = pytest.mark.parametrize("loss", EVERY, ids=lambda f: f.__name__)
 with_ids = pytest.mark.parametrize("loss", WITH_IDS, ids=lambda f: f.__name__)
+with_positives = pytest.mark.parametrize("loss", WITH_POSITIVES, ids=lambda f: f.__name__)
 logits_kinds = pytest.mark.parametrize("logits", [X, LOGITS], ids=["dense", "streamed"])
 
 
 @every
 @logits_kinds
 def test_logits_and_axis(loss, logits):
-    y = labels_of(loss)
+    loss, y = example(loss)
     check(["logits", "int64", "floating"], TypeError, lambda: loss(np.ones((N, C), int), y))
     check(["logits", "3.0", "floating"], TypeError, lambda: loss(3.0, y))
     check(["axis", "[-2, 2)", "(4, 6)", "got 2"], ValueError, lambda: loss(logits, y, axis=2))
@@ -68,6 +60,8 @@ def test_logits_and_axis(loss, logits):
 @with_ids
 @logits_kinds
 def test_labels(loss, logits):
+    soft = loss in SOFT
+    loss, _ = example(loss)
     check(["labels", "(4,)", "(3,)"], ValueError, lambda: loss(logits, Y[:3]))
     check(["labels", "(4,)", "(4, 6)"], ValueError, lambda: loss(logits, np.zeros((N, C), np.int32)))
     check(["labels", "(4,)", "()"], ValueError, lambda: loss(logits, np.int32(1)))
@@ -77,16 +71,17 @@ def test_labels(loss, logits):
     check(["labels", "array", "1 of type int"], TypeError, lambda: loss(logits, 1))
     check(["labels", "integer", "complex64"], TypeError, lambda: loss(logits, ONES.astype(np.complex64)))
     floats = Y.astype(np.float32)  # ids, stored as floats
-    if loss in SOFT:
+    if soft:
         check(["labels", "float32", "(4, 6)", "(4,)", "integers"], ValueError, lambda: loss(logits, floats))
     else:
         check(["labels", "integer", "float32", "(4,)"], TypeError, lambda: loss(logits, floats))
         check(["labels", "integer", "float32", "(4, 6)"], TypeError, lambda: loss(logits, X / C))
 
 
+@with_positives
 @logits_kinds
-def test_labels_of_many_positives(logits):
-    loss = losses.decoupled_softmax_loss
+def test_labels_of_many_positives(loss, logits):
+    loss, _ = example(loss)
     check(["labels", "(4, 'k')", "(4,)"], ValueError, lambda: loss(logits, Y))
     check(["labels", "(4, 'k')", "(3, 1)"], ValueError, lambda: loss(logits, Y[:3, None]))
     check(["labels", "(4, 6)", "(4, 5)", "booleans"], ValueError, lambda: loss(logits, MASK[:, :5]))
@@ -97,7 +92,7 @@ def test_labels_of_many_positives(logits):
 @every
 @logits_kinds
 def test_masks_and_weights(loss, logits):
-    y = labels_of(loss)
+    loss, y = example(loss)
     check(["where", "boolean", "float32"], TypeError, lambda: loss(logits, y, where=X))
     check(["where", "boolean", "of type list"], TypeError, lambda: loss(logits, y, where=[True] * C))
     check(["where", "broadcast", "(4, 6)", "(4,)"], ValueError, lambda: loss(logits, y, where=MASK[:, 0]))
@@ -114,46 +109,12 @@ def test_masks_and_weights(loss, logits):
     check(["ignore_index", "integer", "1.5"], TypeError, lambda: loss(logits, y, ignore_index=1.5))
 
 
-CE, FOCAL, DUAL = losses.cross_entropy, losses.focal_loss, losses.dual_focal_loss
-OPTIONS = [
-    (CE, dict(label_smoothing=-0.1), ValueError, ["label_smoothing", ">= 0 and <= 1", "-0.1"]),
-    (CE, dict(label_smoothing=1.5), ValueError, ["label_smoothing", ">= 0 and <= 1", "1.5"]),
-    (CE, dict(label_smoothing=float("nan")), ValueError, ["label_smoothing", ">= 0 and <= 1", "nan"]),
-    (CE, dict(label_smoothing="0.1"), TypeError, ["label_smoothing", "number", "'0.1'"]),
-    (CE, dict(label_smoothing=True), TypeError, ["label_smoothing", "number", "True"]),
-    (CE, dict(label_smoothing=ONES), TypeError, ["label_smoothing", "number", "(4,)"]),
-    (CE, dict(label_smoothing=None), TypeError, ["label_smoothing", "number", "None"]),
-    (CE, dict(smoothing="other"), ValueError, ["smoothing", "'uniform', 'others'", "'other'"]),
-    (CE, dict(smoothing=None), ValueError, ["smoothing", "'uniform', 'others'", "None"]),
-    (CE, dict(z_loss=-1e-4), ValueError, ["z_loss", ">= 0", "-0.0001"]),
-    (CE, dict(z_loss="1e-4"), TypeError, ["z_loss", ">= 0", "'1e-4'"]),
-    (CE, dict(class_weights=ONES), ValueError, ["class_weights", "(6,)", "(4,)"]),
-    (CE, dict(class_weights=X), ValueError, ["class_weights", "(6,)", "(4, 6)"]),
-    (CE, dict(class_weights=np.arange(C)), TypeError, ["class_weights", "floating", "int64"]),
-    (CE, dict(class_weights=[1.0] * C), TypeError, ["class_weights", "floating", "of type list"]),
-    (FOCAL, dict(gamma=-1.0), ValueError, ["gamma", ">= 0", "-1.0"]),
-    (FOCAL, dict(gamma=None), TypeError, ["gamma", ">= 0", "None"]),
-    (FOCAL, dict(class_weights=ONES), ValueError, ["class_weights", "(6,)", "(4,)"]),
-    (FOCAL, dict(class_weights=np.arange(C)), TypeError, ["class_weights", "floating", "int64"]),
-    (DUAL, dict(gamma=-1.0), ValueError, ["gamma", ">= 0", "-1.0"]),
-    (losses.poly1_focal_loss, dict(gamma=-1.0), ValueError, ["gamma", ">= 0", "-1.0"]),
-    (losses.poly1_focal_loss, dict(epsilon="x"), TypeError, ["epsilon", "number", "'x'"]),
-    (losses.poly1_cross_entropy, dict(epsilon=(1.0, 2.0)), TypeError, ["epsilon", "number", "(1.0, 2.0)"]),
-    (losses.poly_loss, dict(epsilon=(1.0, "b")), TypeError, ["epsilon[1]", "number", "'b'"]),
-    (losses.poly_loss, dict(epsilon=None), TypeError, ["epsilon", "number", "None"]),
-    (losses.poly_loss, dict(label_smoothing=2), ValueError, ["label_smoothing", ">= 0 and <= 1", "2"]),
-    (losses.max_suppression_loss, dict(suppression=-0.1), ValueError, ["suppression", ">= 0", "-0.1"]),
-    (losses.spherical_z_loss, dict(a=0.0), ValueError, ["a must be", "> 0", "0.0"]),
-    (losses.spherical_z_loss, dict(b="b"), TypeError, ["b must be", "number", "'b'"]),
-    (losses.spherical_z_loss, dict(eps=-1.0), ValueError, ["eps", ">= 0", "-1.0"]),
-]
-
-
 @logits_kinds
 @pytest.mark.parametrize("i", range(len(OPTIONS)))
 def test_options(i, logits):
     loss, options, kind, words = OPTIONS[i]
-    check(words, kind, lambda: loss(logits, Y, **options))
+    call, y = example(loss)
+    check(words, kind, lambda: call(logits, y, **options))
 
 
 @logits_kinds
