@@ -51,6 +51,7 @@ bench: .venv/ready
 	.venv/bin/python benchmarks/attention.py
 	.venv/bin/python benchmarks/normalizers.py
 	.venv/bin/python benchmarks/train_normalizers.py
+	.venv/bin/python benchmarks/two_heads.py
 	.venv/bin/python benchmarks/optimizer_step.py
 
 docs: .venv/ready-docs

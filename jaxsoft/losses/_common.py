@@ -89,9 +89,7 @@ def prepare(
     """
     axis = check_axis(logits, axis)
     rows = rows_of(logits.shape, axis)
-    if weights is not None:
-        _checks.floating("weights", weights)
-        _checks.shape("weights", weights, rows, "one number an example")
+    check_weights(weights, rows)
     if not hasattr(labels, "dtype"):
         raise TypeError(f"labels must be an array, got {_checks.describe(labels)}")
     if jnp.issubdtype(labels.dtype, jnp.floating):
@@ -113,6 +111,13 @@ def prepare(
         return Rows(logits, axis, where, None, labels, False, weights)
     keep = labels != ignore_index
     return Rows(logits, axis, where, keep, jnp.where(keep, labels, 0), False, weights)
+
+
+def check_weights(weights: Any, rows: tuple[int, ...]) -> None:
+    """Checks the weights of the examples."""
+    if weights is not None:
+        _checks.floating("weights", weights)
+        _checks.shape("weights", weights, rows, "one number an example")
 
 
 def is_zero(value: Any) -> bool:

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import as_ids, safe_divide
-from jaxsoft.losses._common import IGNORE_INDEX, Rows
+from jaxsoft.losses._common import IGNORE_INDEX, Rows, check_weights
 from jaxsoft.rows import reductions
 from jaxsoft.rows._driver import check_axis, rows_of
 from jaxsoft.rows._logits import Logits
@@ -58,9 +58,7 @@ def decoupled_softmax_loss(
     axis = check_axis(logits, axis)
     shape = rows_of(logits.shape, axis)
     columns = logits.shape[axis]
-    if weights is not None:
-        _checks.floating("weights", weights)
-        _checks.shape("weights", weights, shape, "one number an example")
+    check_weights(weights, shape)
     if not hasattr(labels, "dtype") or not (
         labels.dtype == jnp.bool_ or jnp.issubdtype(labels.dtype, jnp.integer)
     ):

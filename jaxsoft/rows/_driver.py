@@ -30,7 +30,7 @@ from jaxsoft.rows._reduction import RowReduction, Tile, is_reduction
 
 
 class Arrays(NamedTuple):
-    """The array arguments of one reduction (see `RowReduction`)."""
+    """The array arguments of one reduction (see `RowReduction`); among the `entry_args` may be expressions."""
 
     args: tuple
     col_args: tuple
@@ -102,14 +102,22 @@ def reduce_rows(
     n = math.prod(rows)
 
     def flat(a):
+        if isinstance(a, LinearLogits):
+            return a._flat()
         return None if a is None else a.reshape(n, *a.shape[len(rows) :])
 
+    expressions = [a for a in (logits, *_entries(arrays)) if isinstance(a, LinearLogits)]
     if isinstance(logits, LinearLogits):
         source = logits._flat()
-        block_size = block_size or logits.block_size or logits._default_block_size(n)
+        if source.filter_eps is not None and len(expressions) > 1:
+            raise ValueError(
+                "filter_eps of linear_logits must be None where two expressions are read at a time"
+            )
     else:
         source = DenseLogits(flat(jnp.moveaxis(jnp.asarray(logits), axis, -1)))
-        block_size = block_size or columns
+    if block_size is None:
+        sizes = [e.block_size or e._default_block_size(n * len(expressions)) for e in expressions]
+        block_size = min(sizes, default=columns)
     execute = getattr(source, "_run", None) or functools.partial(run, source)
     results = execute(
         functions,
@@ -177,6 +185,10 @@ def _arrays_of(reduction: RowReduction, rows: tuple[int, ...], columns: int) -> 
     return Arrays(tuple(reduction.args), tuple(reduction.col_args), tuple(reduction.entry_args))
 
 
+def _entries(arrays: list[Arrays]):
+    return [e for a in arrays for e in a.entry_args]
+
+
 # --- one pass --------------------------------------------------------------------------------------------
 
 
@@ -184,7 +196,7 @@ def _arrays_of(reduction: RowReduction, rows: tuple[int, ...], columns: int) -> 
 def run(source, functions: tuple[RowReduction, ...], block: int, masks: Masks, arrays: list[Arrays]) -> list:
     """Runs reductions (their arrays apart) over one source; returns the list of results."""
     source, masks, arrays = align_varying((source, masks, arrays))
-    source = mask_rows(source, masks)
+    source, arrays = mask_rows(source, masks, arrays)
     results: dict[int, Any] = {}
     for i, r in enumerate(functions):
         state = closed_form(r, source, masks, arrays[i])
@@ -206,6 +218,11 @@ def run(source, functions: tuple[RowReduction, ...], block: int, masks: Masks, a
 def stream(functions, block: int, source, masks: Masks, arrays: list[Arrays]) -> list:
     """The finished states of the reductions, with their derivatives attached."""
     states = _states(functions, block, *lax.stop_gradient((source, masks, arrays)))
+    return attach(functions, block, states, source, masks, arrays)
+
+
+def attach(functions, block: int, states, source, masks: Masks, arrays: list[Arrays]) -> list:
+    """Finished states, computed without derivatives, with those of their reductions attached."""
     floats, others = _partition(states)
     return _combine(_attach(functions, block, floats, others, source, masks, arrays), others)
 
@@ -215,10 +232,16 @@ def finalize(functions, states, arrays: list[Arrays]) -> list:
     return [r.finalize(s, *a.args) for r, s, a in zip(functions, states, arrays)]
 
 
-def mask_rows(source, masks: Masks):
+def mask_rows(source, masks: Masks, arrays: list[Arrays]):
     """Zeroes what the rows nobody reads are made of, lest a NaN there meets a matrix product."""
     keep = row_mask(masks)
-    return source if keep is None else source._mask_rows(keep)
+    if keep is None:
+        return source, arrays
+
+    def masked(entry):
+        return entry._mask_rows(keep) if isinstance(entry, LinearLogits) else entry
+
+    return source._mask_rows(keep), [a._replace(entry_args=tuple(map(masked, a.entry_args))) for a in arrays]
 
 
 def row_mask(masks: Masks) -> Array | None:
@@ -285,10 +308,17 @@ def tiles(x: Array, start, masks: Masks, arrays: list[Arrays], columns: int) -> 
             cols,
             columns,
             tuple(cut(c, start, size, 0) for c in a.col_args),
-            tuple(cut(e, start, size, x.ndim - 1) for e in a.entry_args),
+            tuple(entry_block(e, start, size, masks) for e in a.entry_args),
         )
         for a in arrays
     ]
+
+
+def entry_block(entry, start, size: int, masks: Masks) -> Array:
+    """A block of columns of one of the `entry_args`: cut from an array, computed for an expression."""
+    if isinstance(entry, LinearLogits):
+        return entry._block(start, size, col_mask(masks, start, size))
+    return cut(entry, start, size, entry.ndim - 1)
 
 
 def _states(functions, block, source, masks, arrays):
@@ -373,7 +403,7 @@ def _attach_jvp(functions, block, primals, tangents):
     def body(total, start, size, looped):
         # Without the barrier of prevent_cse, XLA would keep the block of the forward pass for the backward one.
         # Inside a loop it cannot; of dense scores nothing is recomputed but exponentials.
-        prevent_cse = not looped and isinstance(source, LinearLogits)
+        prevent_cse = not looped and any(isinstance(a, LinearLogits) for a in (source, *_entries(arrays)))
         part = jax.checkpoint(block_tangent, static_argnums=(2,), prevent_cse=prevent_cse)(
             dactive, start, size
         )
@@ -387,8 +417,9 @@ _attach.defjvp(_attach_jvp, symbolic_zeros=True)
 
 
 def _flags(arrays: Arrays):
-    for kind, flag in zip(arrays, (True, False, False)):
-        yield jax.tree.map(lambda _, flag=flag: flag, kind)
+    yield jax.tree.map(lambda _: True, arrays.args)
+    yield jax.tree.map(lambda _: False, arrays.col_args)
+    yield tuple(e._accumulates() if isinstance(e, LinearLogits) else False for e in arrays.entry_args)
 
 
 # --- the derivative by hand, block by block -----------------------------------------------------------------
@@ -420,7 +451,7 @@ def affine_cotangents(functions, states, cotangents, masks, source: LinearLogits
     blocks = [
         (
             tuple(cut(c, start, size, 0) for c in a.col_args),
-            tuple(cut(e, start, size, 1) for e in a.entry_args),
+            tuple(entry_block(e, start, size, masks) for e in a.entry_args),
         )
         for a in arrays
     ]

@@ -115,6 +115,11 @@ class LinearLogits:
             temperature=per_row(self.temperature),
         )
 
+    def _varies_by_row(self) -> LinearLogits:
+        """Which leaves have an entry a row, and are cut with the rows."""
+        flags = jax.tree.map(lambda a: a.ndim > 0, self)
+        return dataclasses.replace(flags, weight=False, bias=None if self.bias is None else False)
+
     def _mask_rows(self, keep: Array) -> LinearLogits:
         """Puts 0 into the rows nobody reads, so that a NaN in them meets no matrix product."""
 

@@ -103,7 +103,8 @@ class RowReduction(NamedTuple):
         low-rank matrix products). Optional, an optimization only.
       args: arrays with the rows' leading axes, `[*rows, ...]`, or trees of them.
       col_args: arrays with one leading axis over the columns, `[columns, ...]`.
-      entry_args: arrays shaped as the scores, `[*rows, columns]`.
+      entry_args: arrays shaped as the scores, `[*rows, columns]`, or `linear_logits` of that shape, which are
+        never stored either: a second row of scores, read beside the first.
 
     Example (the sum of softplus(x - theta) over each row, with its gradients for the scores and for theta):
 

@@ -113,7 +113,8 @@ def weighted_sum(
         logits by functions of jaxsoft, row by row. Hashable: a module-level function, not a new lambda each
         time; with no `jit` inside.
       logits: `[*rows, vocab]`. A `filter_eps` of `linear_logits` plays no part: nothing is recomputed here.
-      *row_args: arrays with the rows' leading axes: the labels, and whatever else differs by row.
+      *row_args: arrays with the rows' leading axes: the labels, and whatever else differs by row; or further
+        `linear_logits` (a teacher's), of which a chunk is stored as well.
       weights: `[*rows]` floats, 1 by default. A weight of 0 hides a loss that is not finite; to keep a NaN
         in the logits out of the gradient, mask the row or ignore its label.
       axis: the axis of a row.
@@ -153,7 +154,9 @@ def weighted_sum(
     for i, a in enumerate(row_args):
         if a.shape[: len(rows)] != rows:
             raise ValueError(f"row_args[{i}] must have leading axes {rows} (the rows), got shape {a.shape}")
-    row_args = tuple(a.reshape(n, *a.shape[len(rows) :]) for a in row_args)
+    row_args = tuple(
+        a._flat() if isinstance(a, LinearLogits) else a.reshape(n, *a.shape[len(rows) :]) for a in row_args
+    )
     weights = None if weights is None else weights.reshape(n)
     row_masks = None
     if (where := options.get("where")) is not None:
@@ -190,11 +193,21 @@ def _sum(values: Array, weights: Array | None) -> Array:
 
 
 class _ByRow(NamedTuple):
-    """What is cut into chunks with the rows: `[n, ...]` each."""
+    """What is cut into chunks with the rows: `[n, ...]` each; of further expressions, what they have by row."""
 
     args: tuple
     weights: Any
     where: Any
+
+    def is_cut(self) -> _ByRow:
+        """Which leaves are cut."""
+        flags = jax.tree.map(lambda _: True, self)
+        return flags._replace(
+            args=tuple(
+                a._varies_by_row() if isinstance(a, LinearLogits) else flag
+                for a, flag in zip(self.args, flags.args)
+            )
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +223,10 @@ class _Call:
         options = jax.tree.unflatten(self.treedef, leaves)
         if by_row.where is not None:
             options["where"] = by_row.where
-        values = self.loss(logits, *by_row.args, **options)
+        args = by_row.args
+        if isinstance(logits, ChunkLogits):
+            args = [a._block(0, a.vocab_size, None) if isinstance(a, LinearLogits) else a for a in args]
+        values = self.loss(logits, *args, **options)
         _checks.shape("loss(logits, ...)", values, logits.shape[:-1], "one value a row of logits")
         return _sum(values, by_row.weights)
 
@@ -236,14 +252,8 @@ def _weighted_forward(call: _Call, chunk: int, *primals):
     others, others_tree = jax.tree.flatten(others_of(logits, by_row, arrays))
     wanted = jax.tree.leaves(others_of(*perturbed))
     active = [i for i, (a, w) in enumerate(zip(others, wanted)) if w and _driver.is_float(a)]
-    per_row = jax.tree.leaves(
-        [
-            jax.tree.map(lambda _: False, logits.bias),
-            jax.tree.map(lambda a: a.ndim > 0, (logits.scale, logits.temperature)),
-            jax.tree.map(lambda _: True, by_row),
-            jax.tree.map(lambda _: False, arrays),
-        ]
-    )
+    cuts = logits._varies_by_row(), by_row.is_cut(), jax.tree.map(lambda _: False, arrays)
+    per_row = jax.tree.leaves(others_of(*cuts))
     need_product = perturbed[0].hidden or perturbed[0].weight
 
     def chunk_body(carry, row, size, looped):

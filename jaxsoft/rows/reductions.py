@@ -89,13 +89,14 @@ def _value_of(parts: Callable) -> Callable:
     return value
 
 
-def _lse_parts(state, *args):
+def partition_of(state, *args) -> LogPartition:
+    """The `LogPartition` of a state `(m, s = sum e^(x-m))`."""
     m, s = state
     shift = finite_gauge(m)
     return LogPartition(shift, jnp.zeros_like(shift), log_or_neg_inf(s))
 
 
-_lse_finalize = _value_of(_lse_parts)
+_lse_finalize = _value_of(partition_of)
 
 
 # logsumexp, mantissa and exponent (the two-pass softmax algorithm): e^x = a 2^e with e an integer kept as a
@@ -209,7 +210,7 @@ def log_partition(*, method: str = "online", reference: jax.Array | None = None)
             f"reference must be given with method='reference' and only then, got method={method!r}"
         )
     if method == "online":
-        return RowReduction(_lse_init, _lse_update, _lse_merge, _lse_parts, _keep_gauge)
+        return RowReduction(_lse_init, _lse_update, _lse_merge, partition_of, _keep_gauge)
     if method == "exponent":
         return RowReduction(_lse_init, _exponent_update, _exponent_merge, _exponent_parts, _keep_gauge)
     return RowReduction(
@@ -236,7 +237,7 @@ def weighted_logsumexp(weights: jax.Array) -> RowReduction:
 
 def weighted_log_partition(weights: jax.Array) -> RowReduction:
     """`weighted_logsumexp` in parts: see `LogPartition`."""
-    reduction = RowReduction(_lse_init, _weighted_lse_update, _lse_merge, _lse_parts, _keep_gauge)
+    reduction = RowReduction(_lse_init, _weighted_lse_update, _lse_merge, partition_of, _keep_gauge)
     if weights.ndim == 1:
         return reduction._replace(col_args=(weights,))
     return reduction._replace(entry_args=(weights,))
@@ -255,7 +256,7 @@ def _excluding_update(state, tile, ids):
 def log_partition_excluding(ids: jax.Array) -> RowReduction:
     """`log sum e^(x_j)`, in parts, over the columns not among `ids` (`[*rows, k]`; out of range names nothing)."""
     return RowReduction(
-        _lse_init, _excluding_update, _lse_merge, _lse_parts, _keep_gauge, args=(as_ids(ids),)
+        _lse_init, _excluding_update, _lse_merge, partition_of, _keep_gauge, args=(as_ids(ids),)
     )
 
 
@@ -464,7 +465,7 @@ def _label_merge(a, b, *args):
 
 
 def _label_finalize(state, ids):
-    partition = _lse_parts(state[0])
+    partition = partition_of(state[0])
     value, status = state[1]
     absent = value == -jnp.inf
     nll = -partition.log_softmax(jnp.where(absent, partition.shift, value))
@@ -524,7 +525,7 @@ def _soft_merge(a, b, *args):
 
 def _soft_finalize(state):
     m, s, u, q, lost = state
-    partition = _lse_parts((m, s))
+    partition = partition_of((m, s))
     nll = q * jnp.where(s == 0, 0, partition.log_sum) - u
     return LabelStatistics(_nll(nll, lost > 0, partition), partition)
 
@@ -537,6 +538,98 @@ def soft_label_statistics(labels: jax.Array) -> RowReduction:
     return RowReduction(
         _soft_init, _soft_update, _soft_merge, _soft_finalize, _keep_gauge, entry_args=(labels,)
     )
+
+
+# Two rows of scores, a and b, with the softmaxes p and q: (m, S, U = sum w (a-m), n, Z = sum e^(b-n),
+# V = sum w (b-n)) with w = e^(a-m). A new gauge n adds (n_old - n_new) S to V.
+
+
+class RelativeEntropy(NamedTuple):
+    """How the softmax p of one row of scores differs from the softmax q of another, each `[*rows]`.
+
+    Attributes:
+      divergence: `KL(p || q) = sum p log(p / q)`; 0 for an empty row.
+      entropy: of p.
+      partition: the log-partition function of p's scores, in parts.
+      other_partition: that of q's scores.
+    """
+
+    divergence: jax.Array
+    entropy: jax.Array
+    partition: LogPartition
+    other_partition: LogPartition
+
+
+def _pair_init(like):
+    low = jnp.full_like(like, -jnp.inf)
+    return low, like, like, low, like, like
+
+
+def _pair_shift(state, m_new, n_new):
+    m, s, u, n, z, v = state
+    c = _rescale(m, m_new)
+    d, e = (
+        jnp.where(m == -jnp.inf, 0, finite_gauge(a) - finite_gauge(b)) for a, b in ((m, m_new), (n, n_new))
+    )
+    return c * s, c * (u + d * s), z * _rescale(n, n_new), c * (v + e * s)
+
+
+def _pair_update(state, tile, swapped):
+    other = tile.entry_args[0].astype(tile.x.dtype)
+    keep = tile.keep & (other != -jnp.inf)
+    a, b = (jnp.where(keep, x, -jnp.inf) for x in ((other, tile.x) if swapped else (tile.x, other)))
+    tile_a, tile_b = tile._replace(scores=a), tile._replace(scores=b)
+    m, n = _running_max(state[0], tile_a), _running_max(state[3], tile_b)
+    w = _weights(tile_a, m)
+    ya, yb = (jnp.where(keep, x - finite_gauge(g)[..., None], 0) for x, g in ((a, m), (b, n)))
+    s, u, z, v = _pair_shift(state, m, n)
+    return (
+        m,
+        s + jnp.sum(w, axis=-1),
+        u + jnp.einsum("...j,...j->...", w, ya),
+        n,
+        z + jnp.sum(_weights(tile_b, n), axis=-1),
+        v + jnp.einsum("...j,...j->...", w, yb),
+    )
+
+
+def _update_under_scores(state, tile):
+    return _pair_update(state, tile, False)
+
+
+def _update_under_other(state, tile):
+    return _pair_update(state, tile, True)
+
+
+def _pair_merge(a, b):
+    m, n = jnp.maximum(a[0], b[0]), jnp.maximum(a[3], b[3])
+    s, u, z, v = map(jnp.add, _pair_shift(a, m, n), _pair_shift(b, m, n))
+    return m, s, u, n, z, v
+
+
+def _pair_neutral(state):
+    m, n = state[0], state[3]
+    zero = jnp.zeros_like(m)
+    return m, zero, zero, n, zero, zero
+
+
+def _pair_finalize(state):
+    m, s, u, n, z, v = state
+    p, q = partition_of((m, s)), partition_of((n, z))
+    some = s > 0
+    log_s, log_z = (jnp.where(some, a.log_sum, 0) for a in (p, q))
+    mean_a, mean_b = safe_divide(u, s), safe_divide(v, s)
+    entropy = log_s - mean_a
+    return RelativeEntropy((log_z - mean_b) - entropy, entropy, p, q)
+
+
+def relative_entropy(other: Any, *, reverse: bool = False) -> RowReduction:
+    """`KL(softmax(scores) || softmax(other))`, or with `reverse` that of `other` to the scores: `RelativeEntropy`.
+
+    `other` is `[*rows, columns]`, an array or `linear_logits`. An entry that is absent in one row is left out of both.
+    """
+    update = _update_under_other if reverse else _update_under_scores
+    return RowReduction(_pair_init, update, _pair_merge, _pair_finalize, _pair_neutral, entry_args=(other,))
 
 
 # Selections: the state is (value, column). Larger first, ties to the smaller column. Their derivative is that

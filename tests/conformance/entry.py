@@ -38,6 +38,7 @@ class Entry:
       loss: whether it takes labels, weights and ignore_index as losses do.
       thorough: whether the laws of the engine (block sizes, layouts, shards, the gradient in the forward pass) run in
         all their variants, or in one: enough for a function of reductions that other entries try.
+      constants: inputs that are constants to the gradient.
       function: the function itself, its options, and which of its options are inputs (by the inputs' names), of a loss.
       options: see `function`.
       arrays: see `function`.
@@ -58,6 +59,7 @@ class Entry:
     huge: float = 3e-6
     loss: bool = False
     thorough: bool = True
+    constants: tuple[str, ...] = ()
     function: Any = None
     options: Any = None
     arrays: Any = None

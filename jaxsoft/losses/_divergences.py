@@ -1,0 +1,94 @@
+"""The f-divergences `D_f(p || q) = sum_x q f(p / q)` that preference and policy losses are made of.
+
+In the formulas `t = p / q` and `x = log t`. In the names, p is the policy and q the target or the reference: the
+forward divergence has the target first, the reverse one the policy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.nn import softplus
+from jaxtyping import Array
+
+_LOG_2 = math.log(2)
+MAX_EXPONENT = 80.0  # e^80 is finite in float32, and so is its product with what it meets
+
+
+class Divergence(NamedTuple):
+    """An f-divergence.
+
+    Attributes:
+      derivative: `(x, alpha) -> f'(t)`.
+      term: `(log p, log q, alpha) -> q f(t)`, for positive p and q.
+      at_zero: `alpha -> f(0)`, the cost of a unit of q where p is 0.
+      slope: `alpha -> lim f(t) / t` for t to infinity, the cost of a unit of p where q is 0.
+    """
+
+    derivative: Callable[[Array, Any], Array]
+    term: Callable[[Array, Array, Any], Array]
+    at_zero: Callable[[Any], Any]
+    slope: Callable[[Any], Any]
+
+
+def _clamp(exponent: Array) -> Array:
+    return jnp.minimum(exponent, MAX_EXPONENT)
+
+
+def _js_term(a: Array, b: Array, alpha: Any) -> Array:
+    x = a - b
+    return jnp.exp(a) * (_LOG_2 - softplus(-x)) + jnp.exp(b) * (_LOG_2 - softplus(x))
+
+
+def _alpha_term(a: Array, b: Array, alpha: Any) -> Array:
+    geometric = jnp.exp((1 - alpha) * a + alpha * b)
+    return ((1 - alpha) * jnp.exp(a) + alpha * jnp.exp(b) - geometric) / (alpha * (1 - alpha))
+
+
+DIVERGENCES = {
+    "reverse_kl": Divergence(  # f = t log t
+        derivative=lambda x, alpha: x + 1,
+        term=lambda a, b, alpha: jnp.exp(a) * (a - b),
+        at_zero=lambda alpha: 0,
+        slope=lambda alpha: math.inf,
+    ),
+    "forward_kl": Divergence(  # f = -log t
+        derivative=lambda x, alpha: -jnp.exp(_clamp(-x)),
+        term=lambda a, b, alpha: jnp.exp(b) * (b - a),
+        at_zero=lambda alpha: math.inf,
+        slope=lambda alpha: 0,
+    ),
+    "jensen_shannon": Divergence(  # f = t log(2t / (1 + t)) + log(2 / (1 + t))
+        derivative=lambda x, alpha: _LOG_2 - softplus(-x),
+        term=_js_term,
+        at_zero=lambda alpha: _LOG_2,
+        slope=lambda alpha: _LOG_2,
+    ),
+    "alpha": Divergence(  # f = ((1 - a) t + a - t^(1 - a)) / (a (1 - a))
+        derivative=lambda x, alpha: -jnp.expm1(_clamp(-alpha * x)) / alpha,
+        term=_alpha_term,
+        at_zero=lambda alpha: 1 / (1 - alpha),
+        slope=lambda alpha: 1 / alpha,
+    ),
+    "total_variation": Divergence(  # f = |t - 1| / 2
+        derivative=lambda x, alpha: jnp.sign(x) / 2,
+        term=lambda a, b, alpha: jnp.abs(jnp.exp(a) - jnp.exp(b)) / 2,
+        at_zero=lambda alpha: 0.5,
+        slope=lambda alpha: 0.5,
+    ),
+    "forward_chi_squared": Divergence(  # f = (1 - t)^2 / t
+        derivative=lambda x, alpha: -jnp.expm1(_clamp(-2 * x)),
+        term=lambda a, b, alpha: (jnp.exp(b) - jnp.exp(a)) * jnp.expm1(_clamp(b - a)),
+        at_zero=lambda alpha: math.inf,
+        slope=lambda alpha: 1,
+    ),
+    "reverse_chi_squared": Divergence(  # f = (t - 1)^2
+        derivative=lambda x, alpha: 2 * jnp.expm1(_clamp(x)),
+        term=lambda a, b, alpha: (jnp.exp(a) - jnp.exp(b)) * jnp.expm1(_clamp(a - b)),
+        at_zero=lambda alpha: 1,
+        slope=lambda alpha: math.inf,
+    ),
+}

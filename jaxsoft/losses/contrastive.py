@@ -1,0 +1,256 @@
+"""Contrastive losses between pairs: a batch of similarities, of which none is stored if they are an expression.
+
+Row i of the logits holds the similarities of example i to all candidates, divided by the temperature;
+`cosine_logits(images, texts, transpose_weight=True, scale=1 / temperature)` makes them from embeddings.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxsoft import _checks
+from jaxsoft._numerics import accumulation_dtype, as_ids, safe_divide, weigh
+from jaxsoft.losses._common import IGNORE_INDEX, prepare
+from jaxsoft.rows import reductions
+from jaxsoft.rows._driver import check_axis, reduce_rows
+from jaxsoft.rows._logits import Logits
+from jaxsoft.rows._two_way import reduce_two_ways
+
+
+def info_nce_loss(
+    logits: Logits,
+    labels: Int[Array, "*rows"] | None = None,
+    *,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+    weights: Float[Array, "*rows"] | None = None,
+    ignore_index: int | None = IGNORE_INDEX,
+) -> Float[Array, "*rows"]:
+    """InfoNCE: `logsumexp_j(x_ij) - x_ii`, cross-entropy of each row against its own candidate.
+
+    One direction of `clip_loss`. With candidates gathered from all devices, `labels` are the global positions of
+    this device's pairs.
+
+    Args:
+      logits: `[*rows, candidates]`, similarities over the temperature, a floating array or `linear_logits`.
+      labels: `[*rows]`, the column of each row's positive. By default row i of a matrix has its positive in column i.
+      axis: the axis of the candidates.
+      where: mask that broadcasts to the logits, True = counts: leaves out, say, candidates known to be positives
+        too.
+      weights: `[*rows]`, multiply the losses.
+      ignore_index: label of rows to leave out.
+
+    Returns:
+      Losses `[*rows]`, float32 or wider.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape; no labels for logits that are not a matrix.
+
+    Reference:
+      van den Oord et al., "Representation Learning with Contrastive Predictive Coding"; Sohn, "Improved Deep Metric
+      Learning with Multi-class N-pair Loss Objective".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> logits = jnp.array([[9.0, 1.0, 3.0], [2.0, 8.0, 4.0], [0.0, 5.0, 6.0]])
+      >>> print(jaxsoft.losses.info_nce_loss(logits).mean().round(6))
+      0.112821
+    """
+    axis = check_axis(logits, axis)
+    if labels is None:
+        rows, candidates = _matrix(logits)
+        if axis != 1 or rows > candidates:
+            raise ValueError(
+                "labels must be given unless logits are a matrix with a column for each row and axis=-1, got shape "
+                f"{logits.shape} and axis {axis}"
+            )
+        labels = jnp.arange(rows, dtype=jnp.int32)
+    prepared = prepare(
+        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
+    )
+    return prepared.finish(prepared.reduce(prepared.label_statistics()).nll)
+
+
+def clip_loss(
+    logits: Logits,
+    *,
+    where: Bool[Array, " pairs"] | None = None,
+    weights: Float[Array, " pairs"] | None = None,
+) -> Float[Array, " pairs"]:
+    """CLIP: the mean of InfoNCE over rows and over columns, `(lse_j(x_ij) + lse_j(x_ji)) / 2 - x_ii`.
+
+    Both directions come from one pass over the similarities, so an expression is computed once, not twice, and
+    never stored. For pairs spread over devices, gather one side and use `info_nce_loss` for each direction.
+
+    Args:
+      logits: `[pairs, pairs]`, similarities over the temperature, a floating array or `linear_logits`.
+      where: `[pairs]`, False = the pair is absent, in its row and its column.
+      weights: `[pairs]`, multiply the losses.
+
+    Returns:
+      Losses `[pairs]`, float32 or wider; 0 for an absent pair. Exact for similarities of any size.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: logits that are not square, a mask or weights of a wrong shape.
+
+    Reference:
+      Radford et al., "Learning Transferable Visual Models From Natural Language Supervision".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> logits = jnp.array([[9.0, 1.0, 3.0], [2.0, 8.0, 4.0], [0.0, 5.0, 6.0]])
+      >>> print(jaxsoft.losses.clip_loss(logits).mean().round(6))
+      0.093133
+    """
+    check_axis(logits, -1)
+    n, keep = _pairs(logits, where, weights)
+    own = jnp.arange(n, dtype=jnp.int32)
+    (label, own_score), columns = reduce_two_ways(
+        logits, (reductions.label_statistics(own), reductions.take(own)), row_where=keep, column_where=keep
+    )
+    some = own_score > -jnp.inf
+    from_columns = -columns.log_softmax(jnp.where(some, own_score, columns.shift))
+    # A pair whose own similarity is absent costs +inf; one that does not take part costs 0.
+    loss = 0.5 * (label.nll + jnp.where(some, from_columns, jnp.where(label.present, jnp.inf, 0)))
+    return _finish(jnp.where(jnp.isnan(own_score), jnp.nan, loss), keep, weights)
+
+
+def siglip_loss(
+    logits: Logits,
+    *,
+    bias: float | Float[Array, ""] = 0.0,
+    where: Bool[Array, " pairs"] | None = None,
+    weights: Float[Array, " pairs"] | None = None,
+) -> Float[Array, " pairs"]:
+    """SigLIP: every pair of the batch as a binary problem, `sum_j softplus(-t_ij (x_ij + bias))`, t_ii = 1, else -1.
+
+    Each row is independent of the others, so it streams and shards without any exchange.
+
+    Args:
+      logits: `[pairs, pairs]`, similarities times the scale (learned, 10 at the start), a floating array or
+        `linear_logits`.
+      bias: added to every similarity; learned, -10 at the start.
+      where: `[pairs]`, False = the pair is absent, in its row and its column.
+      weights: `[pairs]`, multiply the losses.
+
+    Returns:
+      Losses `[pairs]`, one a row, float32 or wider. Their mean is the paper's loss.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: logits that are not square, a mask or weights of a wrong shape.
+
+    Reference:
+      Zhai et al., "Sigmoid Loss for Language Image Pre-Training".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> logits = jnp.array([[9.0, 1.0, 3.0], [2.0, 8.0, 4.0], [0.0, 5.0, 6.0]])
+      >>> print(jaxsoft.losses.siglip_loss(logits, bias=-10.0).mean().round(6))
+      2.489649
+    """
+    check_axis(logits, -1)
+    _checks.number("bias", bias)
+    n, keep = _pairs(logits, where, weights)
+    dtype = accumulation_dtype(logits.dtype)
+    bias = jnp.broadcast_to(jnp.asarray(bias, dtype), (n,))
+    own = jnp.arange(n, dtype=jnp.int32)
+    loss = reduce_rows(logits, reductions.mapped_sum(_binary, own, bias), where=keep, row_where=keep)
+    return _finish(loss, keep, weights)
+
+
+def supervised_contrastive_loss(
+    logits: Logits,
+    labels: Int[Array, " examples"],
+    *,
+    where: Bool[Array, " examples"] | None = None,
+    weights: Float[Array, " examples"] | None = None,
+) -> Float[Array, " examples"]:
+    """SupCon: `mean_{p in P_i} (logsumexp_{j != i}(x_ij) - x_ip)` over the other examples P_i of the same class.
+
+    Args:
+      logits: `[examples, examples]`, similarities of a batch to itself over the temperature (0.1), a floating array
+        or `linear_logits`.
+      labels: `[examples]`, any integers; equal ones are of the same class.
+      where: `[examples]`, False = the example is absent, in its row and its column.
+      weights: `[examples]`, multiply the losses.
+
+    Returns:
+      Losses `[examples]`, float32 or wider; 0 for an example without a second one of its class (which the paper
+      leaves out of the mean).
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: logits that are not square, labels, a mask or weights of a wrong shape.
+
+    Reference:
+      Khosla et al., "Supervised Contrastive Learning" (the form with the sum outside of the logarithm).
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> logits = jnp.array([[9.0, 1.0, 3.0], [2.0, 8.0, 4.0], [0.0, 5.0, 6.0]])
+      >>> print(jaxsoft.losses.supervised_contrastive_loss(logits, jnp.array([0, 1, 0])).round(4))
+      [0.1269 0.     5.0067]
+    """
+    check_axis(logits, -1)
+    n, keep = _pairs(logits, where, weights)
+    _checks.integers("labels", labels)
+    _checks.shape("labels", labels, (n,), "one class an example")
+    labels = as_ids(labels)
+    own = jnp.arange(n, dtype=jnp.int32)
+    others = reductions.log_partition_excluding(own[:, None])
+    partition = reduce_rows(logits, others, where=keep, row_where=keep)
+    shift = jnp.where(partition.log_sum == -jnp.inf, 0, partition.log_sum)
+    total, count = reduce_rows(
+        logits,
+        (
+            reductions.mapped_sum(_behind, own, labels, partition.shift, shift, col_args=(labels,)),
+            reductions.mapped_sum(_same, own, labels, col_args=(labels,)),
+        ),
+        where=keep,
+        row_where=keep,
+    )
+    return _finish(safe_divide(total, count), keep, weights)
+
+
+def _binary(x, cols, own, bias):
+    """The logistic loss of a pair, whose own column is the positive one."""
+    return jax.nn.softplus(jnp.where(cols == own, -(x + bias), x + bias))
+
+
+def _same(x, cols, own, label, labels):
+    return jnp.where((labels == label) & (cols != own), jnp.ones_like(x), 0)
+
+
+def _behind(x, cols, own, label, shift, log_sum, labels):
+    """`logsumexp - x` of a positive."""
+    return jnp.where((labels == label) & (cols != own), (shift - x) + log_sum, 0)
+
+
+def _matrix(logits: Any) -> tuple[int, int]:
+    return logits.shape if logits.ndim == 2 else (1, 0)
+
+
+def _pairs(logits: Any, where: Any, weights: Any) -> tuple[int, Any]:
+    """Checks square logits and what belongs to their pairs; returns their number and the mask."""
+    if logits.ndim != 2 or logits.shape[0] != logits.shape[1]:
+        raise ValueError(f"logits must be square, [pairs, pairs], got shape {logits.shape}")
+    n = logits.shape[0]
+    if weights is not None:
+        _checks.floating("weights", weights)
+        _checks.shape("weights", weights, (n,), "one number a pair")
+    if where is not None:
+        _checks.boolean("where", where)
+        _checks.shape("where", where, (n,), "one boolean a pair")
+    return n, where
+
+
+def _finish(loss: Array, keep: Any, weights: Any) -> Array:
+    loss = loss if keep is None else jnp.where(keep, loss, 0)
+    return loss if weights is None else weigh(loss, weights)

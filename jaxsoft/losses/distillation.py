@@ -1,0 +1,731 @@
+"""Distillation: losses that compare a row of student logits with a teacher's row.
+
+The teacher's logits may be an expression too: then neither `[*rows, classes]` array is ever stored. In the formulas
+`p` is the teacher's softmax, `q` the student's. A class that is absent (masked, or a logit of -inf) in one of the two
+rows is left out of both.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxsoft import _checks
+from jaxsoft._numerics import accumulation_dtype, as_ids, safe_divide
+from jaxsoft.losses._common import IGNORE_INDEX, Rows, check_weights, prepare
+from jaxsoft.rows import reductions
+from jaxsoft.rows._driver import check_axis, rows_of
+from jaxsoft.rows._logits import LinearLogits, Logits
+from jaxsoft.rows._statistics import check_range
+from jaxsoft.rows._statistics import temperature as tempered
+
+_DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon", "total_variation")
+
+
+def distillation_loss(
+    logits: Logits,
+    teacher_logits: Logits,
+    *,
+    temperature: float = 1.0,
+    divergence: str = "forward_kl",
+    stop_teacher_gradient: bool = True,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+    weights: Float[Array, "*rows"] | None = None,
+) -> Float[Array, "*rows"]:
+    """Knowledge distillation: `T^2 D(softmax(teacher / T), softmax(student / T))`.
+
+    The two KL divergences take one pass over both rows, the bounded divergences two. (For dense logits and no mask,
+    `optax.losses.kl_divergence` computes the forward one.)
+
+    Args:
+      logits: the student's, `[*rows, classes]`, a floating array or `linear_logits`.
+      teacher_logits: the teacher's, of the same shape, an array or `linear_logits` (of any other width).
+      temperature: T, positive. The factor T^2 keeps the size of the gradient.
+      divergence: `"forward_kl"`, KL(p || q), which covers what the teacher does; `"reverse_kl"`, KL(q || p), which
+        seeks its modes; `"jensen_shannon"`, the mean KL of both to their mean, at most log 2; or
+        `"total_variation"`, `sum |p - q| / 2`.
+      stop_teacher_gradient: whether the teacher is a constant.
+      axis: the axis of the classes.
+      where: mask that broadcasts to the logits, True = counts; `mask[..., None]` leaves out whole rows.
+      weights: `[*rows]`, multiply the losses.
+
+    Returns:
+      Losses `[*rows]`, float32 or wider; 0 for a row without classes.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape, out of range, or an unknown option.
+
+    Reference:
+      Hinton et al., "Distilling the Knowledge in a Neural Network"; Wijmans et al., "Cut Your Losses in
+      Large-Vocabulary Language Models" (never storing logits).
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> student, teacher = jnp.array([[2.0, 1.0, 0.1, -1.0, 0.5]]), jnp.array([[3.0, 0.5, 0.2, -2.0, 1.0]])
+      >>> print(jaxsoft.losses.distillation_loss(student, teacher, temperature=4.0).round(3))
+      [0.238]
+      >>> print(jaxsoft.losses.distillation_loss(student, teacher, divergence="jensen_shannon").round(6))
+      [0.035815]
+    """
+    _checks.option("divergence", divergence, _DIVERGENCES)
+    rows, teacher = _pair(logits, teacher_logits, temperature, stop_teacher_gradient, axis, where, weights)
+    reverse = divergence == "reverse_kl"
+    compared = rows.reduce(reductions.relative_entropy(teacher, reverse=not reverse))
+    if divergence.endswith("kl"):
+        loss = compared.divergence
+    else:
+        terms = _jensen_shannon if divergence == "jensen_shannon" else _total_variation
+        loss = rows.reduce(_second_pass(terms, compared, teacher))
+    return rows.finish(temperature * temperature * loss)
+
+
+def low_temperature_distillation_loss(
+    logits: Logits,
+    teacher_logits: Logits,
+    *,
+    temperature: float = 5.0,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+    weights: Float[Array, "*rows"] | None = None,
+) -> Float[Array, "*rows"]:
+    """LTD: cross-entropy of the student at temperature 1 to `softmax(teacher / temperature)`.
+
+    The student has no temperature, in training as at test, so its gradients are not masked in an adversarial
+    setting. *Reconstructed* from the paper's description; 5 is in the middle of its sweep.
+
+    Args:
+      logits: the student's, `[*rows, classes]`, a floating array or `linear_logits`.
+      teacher_logits: the teacher's, of the same shape, an array or `linear_logits`; a constant.
+      temperature: of the teacher, positive.
+      axis: the axis of the classes.
+      where: mask that broadcasts to the logits, True = counts.
+      weights: `[*rows]`, multiply the losses.
+
+    Returns:
+      Losses `[*rows]`, float32 or wider; 0 for a row without classes.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or out of range.
+
+    Reference:
+      Chen and Lee, "LTD: Low Temperature Distillation for Robust Adversarial Training".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> student, teacher = jnp.array([[2.0, 1.0, 0.1, -1.0, 0.5]]), jnp.array([[3.0, 0.5, 0.2, -2.0, 1.0]])
+      >>> print(jaxsoft.losses.low_temperature_distillation_loss(student, teacher).round(6))
+      [1.764328]
+    """
+    rows, teacher = _pair(logits, teacher_logits, 1.0, True, axis, where, weights)
+    _checks.number("temperature", temperature, above=0)
+    if isinstance(teacher, LinearLogits):
+        teacher = teacher / temperature
+    else:
+        teacher = teacher.astype(accumulation_dtype(teacher.dtype)) / temperature
+    compared = rows.reduce(reductions.relative_entropy(teacher, reverse=True))
+    return rows.finish(compared.divergence + compared.entropy)
+
+
+def alpha_divergence(
+    logits: Logits,
+    teacher_logits: Logits,
+    *,
+    alpha: float,
+    clip: float | None = None,
+    stop_teacher_gradient: bool = True,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+    weights: Float[Array, "*rows"] | None = None,
+) -> Float[Array, "*rows"]:
+    """`(sum_c q_c (p_c / q_c)^alpha - 1) / (alpha (alpha - 1))`, between KL(p || q) at 1 and KL(q || p) at 0.
+
+    A large alpha punishes a student that misses what the teacher does, a negative one a student that does what the
+    teacher does not. Two passes over both rows, one at alpha 0 and 1.
+
+    Args:
+      logits: the student's, `[*rows, classes]`, a floating array or `linear_logits`.
+      teacher_logits: the teacher's, of the same shape, an array or `linear_logits`.
+      alpha: a static number.
+      clip: the largest `(p / q)^alpha` that counts; at alpha 0 the largest `p / q`; at 1 nothing is clipped. The
+        gradient is then the paper's, `sum_c w_c grad(-log q_c)` with constant weights `w = q ((p/q)^alpha / alpha +
+        1 / (alpha (alpha - 1)))`, which without clipping is the true one; it is of first order only.
+      stop_teacher_gradient: whether the teacher is a constant. With `clip` it always is.
+      axis: the axis of the classes.
+      where: mask that broadcasts to the logits, True = counts.
+      weights: `[*rows]`, multiply the losses.
+
+    Returns:
+      Divergences `[*rows]`, float32 or wider; 0 for a row without classes.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or out of range.
+
+    Reference:
+      Wang et al., "AlphaNet: Improved Training of Supernets with Alpha-Divergence".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> student, teacher = jnp.array([[2.0, 1.0, 0.1, -1.0, 0.5]]), jnp.array([[3.0, 0.5, 0.2, -2.0, 1.0]])
+      >>> print(jaxsoft.losses.alpha_divergence(student, teacher, alpha=-1.0).round(6))
+      [0.252114]
+      >>> print(jaxsoft.losses.alpha_divergence(student, teacher, alpha=-1.0, clip=5.0).round(6))
+      [0.247898]
+    """
+    alpha = _static("alpha", alpha)
+    clip = _clip(clip)
+    rows, teacher = _pair(
+        logits, teacher_logits, 1.0, stop_teacher_gradient or clip is not None, axis, where, weights
+    )
+    return rows.finish(_alpha_divergence(rows, teacher, alpha, clip))
+
+
+def adaptive_alpha_divergence_loss(
+    logits: Logits,
+    teacher_logits: Logits,
+    *,
+    alpha_min: float = -1.0,
+    alpha_max: float = 1.0,
+    clip: float | None = 5.0,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+    weights: Float[Array, "*rows"] | None = None,
+) -> Float[Array, "*rows"]:
+    """AlphaNet: the larger of two alpha divergences, example by example.
+
+    Of `alpha_min` and `alpha_max` the one counts that punishes more: over- or underestimated uncertainty.
+
+    Args:
+      logits: the student's, `[*rows, classes]`, a floating array or `linear_logits`.
+      teacher_logits: the teacher's, of the same shape, an array or `linear_logits`; a constant.
+      alpha_min: a static number.
+      alpha_max: a static number above `alpha_min`.
+      clip: as in `alpha_divergence`; None for the exact divergences.
+      axis: the axis of the classes.
+      where: mask that broadcasts to the logits, True = counts.
+      weights: `[*rows]`, multiply the losses.
+
+    Returns:
+      Losses `[*rows]`, float32 or wider; 0 for a row without classes.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or out of range.
+
+    Reference:
+      Wang et al., "AlphaNet: Improved Training of Supernets with Alpha-Divergence".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> student, teacher = jnp.array([[2.0, 1.0, 0.1, -1.0, 0.5]]), jnp.array([[3.0, 0.5, 0.2, -2.0, 1.0]])
+      >>> print(jaxsoft.losses.adaptive_alpha_divergence_loss(student, teacher).round(6))
+      [0.247898]
+    """
+    alpha_min, alpha_max = _static("alpha_min", alpha_min), _static("alpha_max", alpha_max)
+    if alpha_max <= alpha_min:
+        raise ValueError(f"alpha_max must be above alpha_min={alpha_min}, got {alpha_max}")
+    clip = _clip(clip)
+    rows, teacher = _pair(logits, teacher_logits, 1.0, True, axis, where, weights)
+    low, high = (_alpha_divergence(rows, teacher, a, clip) for a in (alpha_min, alpha_max))
+    return rows.finish(jnp.maximum(low, high))
+
+
+def ensemble_distillation_loss(
+    logits: Logits,
+    teacher_logits: Sequence[Logits],
+    *,
+    teacher_weights: Float[Array, " teachers"] | None = None,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+    weights: Float[Array, "*rows"] | None = None,
+) -> Float[Array, "*rows"]:
+    """KL of the student to the mean of several teachers' probabilities (not of their logits), without hard labels.
+
+    Two passes over all rows: the log-partition functions first.
+
+    Args:
+      logits: the student's, `[*rows, classes]`, a floating array or `linear_logits`.
+      teacher_logits: a list of the teachers', each of the same shape, an array or `linear_logits`; constants.
+      teacher_weights: `[teachers]`, non-negative, normalized to sum 1; uniform by default.
+      axis: the axis of the classes.
+      where: mask that broadcasts to the logits, True = counts. A class that is -inf for one teacher has
+        probability 0 there only.
+      weights: `[*rows]`, multiply the losses.
+
+    Returns:
+      Losses `[*rows]`, float32 or wider; 0 for a row without classes.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape, no teachers.
+
+    Reference:
+      Shen and Savvides, "MEAL V2: Boosting Vanilla ResNet-50 to 80%+ Top-1 Accuracy on ImageNet without Tricks"
+      (without its discriminator).
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> student = jnp.array([[2.0, 1.0, 0.1, -1.0, 0.5]])
+      >>> teachers = [jnp.array([[3.0, 0.5, 0.2, -2.0, 1.0]]), jnp.array([[1.0, 1.5, 0.0, 0.0, 0.5]])]
+      >>> print(jaxsoft.losses.ensemble_distillation_loss(student, teachers).round(6))
+      [0.011987]
+    """
+    if not isinstance(teacher_logits, (list, tuple)) or not teacher_logits:
+        raise TypeError(
+            f"teacher_logits must be a list of one teacher's logits or more, got {_checks.describe(teacher_logits)}"
+        )
+    k = len(teacher_logits)
+    pairs = [
+        _pair(logits, t, 1.0, True, axis, where, weights, name=f"teacher_logits[{i}]")
+        for i, t in enumerate(teacher_logits)
+    ]
+    rows, teachers = pairs[0][0], tuple(teacher for _, teacher in pairs)
+    dtype = accumulation_dtype(logits.dtype)
+    shares = jnp.full((k,), 1 / k, dtype)
+    if teacher_weights is not None:
+        _checks.floating("teacher_weights", teacher_weights)
+        _checks.shape("teacher_weights", teacher_weights, (k,), "one number a teacher")
+        shares = (teacher_weights / jnp.sum(teacher_weights)).astype(dtype)
+    wanted = [reductions.log_partition(), *map(_partition_of_entry, teachers)]
+    partitions = rows.reduce(wanted)
+    parts = [a for partition in partitions for a in _floored(partition)]
+    log_shares = [jnp.broadcast_to(a, parts[0].shape) for a in jnp.log(shares)]
+    return rows.finish(
+        rows.reduce(reductions.mapped_sum(_to_mixture, *parts, *log_shares, entry_args=teachers))
+    )
+
+
+def progressive_self_distillation_loss(
+    logits: Logits,
+    labels: Int[Array, "*rows"],
+    previous: Float[Array, "*rows classes"],
+    *,
+    alpha: float | Float[Array, ""],
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+    weights: Float[Array, "*rows"] | None = None,
+    ignore_index: int | None = IGNORE_INDEX,
+) -> Float[Array, "*rows"]:
+    """PS-KD: cross-entropy to `(1 - alpha) onehot(label) + alpha previous`, the model's own earlier predictions.
+
+    Args:
+      logits: `[*rows, classes]`, a floating array or `linear_logits`.
+      labels: class ids `[*rows]`, as in `cross_entropy`.
+      previous: probabilities of the logits' shape, from the epoch before; a constant.
+      alpha: in [0, 1], may be traced; `0.8 (epoch + 1) / epochs` in the paper, and 0 while there is no history.
+      axis: the axis of the classes.
+      where: class mask that broadcasts to the logits, True = counts.
+      weights: `[*rows]`, multiply the losses.
+      ignore_index: class id of examples to leave out.
+
+    Returns:
+      Losses `[*rows]`, float32 or wider.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or out of range.
+
+    Reference:
+      Kim et al., "Self-Knowledge Distillation with Progressive Refinement of Targets".
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsoft
+      >>> logits, labels = jnp.array([[2.0, 1.0, 0.1, -1.0, 0.5]]), jnp.array([0])
+      >>> previous = jax.nn.softmax(jnp.array([[3.0, 0.5, 0.2, -2.0, 1.0]]))
+      >>> print(jaxsoft.losses.progressive_self_distillation_loss(logits, labels, previous, alpha=0.4).round(6))
+      [0.713424]
+    """
+    _checks.number("alpha", alpha, at_least=0, at_most=1)
+    rows = prepare(
+        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
+    )
+    _checks.floating("previous", previous)
+    _checks.shape("previous", previous, logits.shape, "the shape of the logits")
+    previous = jnp.moveaxis(lax.stop_gradient(previous), rows.axis, -1)
+    hard, soft = rows.reduce((rows.label_statistics(), reductions.soft_label_statistics(previous)))
+    return rows.finish((1 - alpha) * hard.nll + alpha * soft.nll)
+
+
+def top_k_distillation_loss(
+    logits: Logits,
+    teacher_ids: Int[Array, "*rows k"],
+    teacher_probabilities: Float[Array, "*rows k"],
+    *,
+    tail: str = "bucket",
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+    weights: Float[Array, "*rows"] | None = None,
+) -> Float[Array, "*rows"]:
+    """KL of the student to a teacher of whom the k largest probabilities are known, `sum_k p_k log(p_k / q_k)`.
+
+    A stored teacher fits in k numbers a token, and the student's q at k classes comes from one pass.
+
+    Args:
+      logits: the student's, `[*rows, classes]`, a floating array or `linear_logits`.
+      teacher_ids: `[*rows, k]` distinct class ids.
+      teacher_probabilities: `[*rows, k]`, what the teacher gives them; entries of 0 pad shorter lists. Constants.
+      tail: what becomes of the rest of the teacher's mass, `1 - sum_k p_k`: `"bucket"` compares it with the rest of
+        the student's as one more class (a lower bound of the full KL); `"drop"` leaves it out (whose minimum is not
+        at the teacher); `"renormalize"` scales the k probabilities to sum 1.
+      axis: the axis of the classes.
+      where: class mask that broadcasts to the logits, True = counts.
+      weights: `[*rows]`, multiply the losses.
+
+    Returns:
+      Losses `[*rows]`, float32 or wider; +inf where a class with p > 0 is absent from the student's row.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape, or an unknown option.
+
+    Reference:
+      Hinton et al., "Distilling the Knowledge in a Neural Network".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> student, ids = jnp.array([[2.0, 1.0, 0.1, -1.0, 0.5]]), jnp.array([[0, 1]])
+      >>> print(jaxsoft.losses.top_k_distillation_loss(student, ids, jnp.array([[0.7, 0.2]])).round(6))
+      [0.066761]
+    """
+    _checks.option("tail", tail, ("bucket", "drop", "renormalize"))
+    axis = check_axis(logits, axis)
+    shape = rows_of(logits.shape, axis)
+    _checks.integers("teacher_ids", teacher_ids)
+    if teacher_ids.shape[:-1] != shape or teacher_ids.ndim != len(shape) + 1:
+        raise ValueError(f"teacher_ids must have shape {(*shape, 'k')}, got shape {teacher_ids.shape}")
+    _checks.floating("teacher_probabilities", teacher_probabilities)
+    _checks.shape("teacher_probabilities", teacher_probabilities, teacher_ids.shape, "that of teacher_ids")
+    check_weights(weights, shape)
+    check_range("teacher_ids", teacher_ids, logits.shape[axis], None)
+    rows = Rows(logits, axis, where, None, as_ids(teacher_ids), False, weights)
+    dtype = accumulation_dtype(logits.dtype)
+    p = lax.stop_gradient(teacher_probabilities).astype(dtype)
+    if tail == "renormalize":
+        p = safe_divide(p, jnp.sum(p, axis=-1, keepdims=True))
+    scores, partition = rows.reduce((reductions.take(rows.labels), reductions.log_partition()))
+    shift, correction, log_sum = (a[..., None] for a in partition)
+    absent = scores == -jnp.inf
+    log_q = reductions.LogPartition(shift, correction, log_sum).log_softmax(jnp.where(absent, shift, scores))
+    given = p > 0
+    kl = jnp.where(given, p * (jnp.log(jnp.where(given, p, 1)) - log_q), 0 * log_q)
+    loss = jnp.sum(jnp.where(absent & given, jnp.inf, kl), axis=-1)
+    if tail == "bucket":
+        kept = jnp.sum(jnp.where(absent | ~given, 0, jnp.exp(log_q)), axis=-1)
+        rest_p, rest_q = jnp.maximum(1 - jnp.sum(p, axis=-1), 0), jnp.maximum(1 - kept, _TINY)
+        some = rest_p > _ROUNDING
+        rest_p = jnp.where(some, rest_p, 1)
+        loss = loss + jnp.where(some, rest_p * (jnp.log(rest_p) - jnp.log(rest_q)), 0)
+    return rows.finish(jnp.where(partition.log_sum == -jnp.inf, 0, loss))
+
+
+_TINY, _ROUNDING = 1e-30, 1e-6  # the sum of k rounded probabilities is 1 to within a few units of 1e-7
+
+
+def binary_distillation_loss(
+    logits: Logits,
+    teacher_logits: Logits,
+    *,
+    beta: float = 1.0,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+    weights: Float[Array, "*rows"] | None = None,
+) -> Float[Array, "*rows"]:
+    """BCKD: `sum_c |sigmoid(t_c) - sigmoid(s_c)|^beta BCE(s_c, sigmoid(t_c))`, each class a binary problem.
+
+    For detectors and other models trained with sigmoids, to whom softmax distillation is not the same protocol. The
+    factor is not a constant to the gradient; the loss is 0 at s = t.
+
+    Args:
+      logits: the student's s, `[*rows, classes]`, a floating array or `linear_logits`.
+      teacher_logits: the teacher's t, of the same shape, an array or `linear_logits`; a constant.
+      beta: exponent, 0 or more; 0 is plain binary cross-entropy to the teacher.
+      axis: the axis of the classes.
+      where: class mask that broadcasts to the logits, True = counts.
+      weights: `[*rows]`, multiply the losses.
+
+    Returns:
+      Losses `[*rows]`, float32 or wider; 0 for a row without classes.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or out of range.
+
+    Reference:
+      Yang et al., "Bridging Cross-task Protocol Inconsistency for Distillation in Dense Object Detection".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> student, teacher = jnp.array([[1.0, 0.5]]), jnp.array([[2.0, -1.0]])
+      >>> print(jaxsoft.losses.binary_distillation_loss(student, teacher).round(6))
+      [0.361572]
+    """
+    _checks.number("beta", beta, at_least=0)
+    rows, teacher = _pair(logits, teacher_logits, 1.0, True, axis, where, weights)
+    shape = rows_of(logits.shape, rows.axis)
+    beta = jnp.broadcast_to(jnp.asarray(beta, accumulation_dtype(logits.dtype)), shape)
+    return rows.finish(rows.reduce(reductions.mapped_sum(_binary_terms, beta, entry_args=(teacher,))))
+
+
+def squared_log_prob_loss(
+    logits: Logits,
+    labels: Int[Array, "*rows"],
+    teacher_log_prob: Float[Array, "*rows"],
+    *,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+    weights: Float[Array, "*rows"] | None = None,
+    ignore_index: int | None = IGNORE_INDEX,
+) -> Float[Array, "*rows"]:
+    """SEL: `(log q_y - teacher_log_prob)^2`, where of the teacher only the probability of the sampled label is known.
+
+    Unlike cross-entropy weighted with that probability, it is not biased. *Reconstructed* from the paper's setting.
+
+    Args:
+      logits: the student's, `[*rows, classes]`, a floating array or `linear_logits`.
+      labels: class ids `[*rows]`, as in `cross_entropy`.
+      teacher_log_prob: `[*rows]`, the teacher's log-probability of the label; a constant.
+      axis: the axis of the classes.
+      where: class mask that broadcasts to the logits, True = counts.
+      weights: `[*rows]`, multiply the losses.
+      ignore_index: class id of examples to leave out.
+
+    Returns:
+      Losses `[*rows]`, float32 or wider.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape.
+
+    Reference:
+      Zhao and Zhu, "Towards the Fundamental Limits of Knowledge Transfer over Finite Domains".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> logits, labels = jnp.array([[2.0, 1.0, 0.1, -1.0, 0.5]]), jnp.array([0])
+      >>> print(jaxsoft.losses.squared_log_prob_loss(logits, labels, jnp.log(jnp.array([0.7]))).round(6))
+      [0.050961]
+    """
+    rows = prepare(
+        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
+    )
+    _checks.floating("teacher_log_prob", teacher_log_prob)
+    _checks.shape("teacher_log_prob", teacher_log_prob, rows_of(logits.shape, rows.axis), "one number a row")
+    target = lax.stop_gradient(teacher_log_prob)
+    if rows.keep is not None:
+        target = jnp.where(rows.keep, target, 0)
+    label = rows.reduce(rows.label_statistics())
+    return rows.finish(jnp.where(label.present, jnp.square(label.nll + target), 0))
+
+
+def adapt_soft_labels(
+    labels: Int[Array, "*rows"],
+    teacher_probabilities: Float[Array, "*rows classes"],
+    *,
+    discard_below: float,
+    trust_above: float,
+    label_smoothing: float = 0.1,
+) -> tuple[Float[Array, "*rows classes"], Float[Array, "*rows"]]:
+    """FerKD: the teacher's label where it is sure, the smoothed hard label where it is not, none where it is lost.
+
+    By the teacher's largest probability m of a crop: below `discard_below` the crop is left out (weight 0); above
+    `trust_above` it keeps the soft label; between, it gets `(1 - a) onehot + a / classes`. *Reconstructed*; the
+    thresholds depend on the data and have no defaults.
+
+    Args:
+      labels: class ids `[*rows]`.
+      teacher_probabilities: `[*rows, classes]`.
+      discard_below: in [0, 1].
+      trust_above: in [0, 1], not less than `discard_below`.
+      label_smoothing: the a of the hard label, in [0, 1].
+
+    Returns:
+      Label distributions `[*rows, classes]` for `cross_entropy`, and its `weights` `[*rows]`, 0 or 1.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or out of range.
+
+    Reference:
+      Shen, "FerKD: Surgical Label Adaptation for Efficient Distillation".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> p = jnp.array([[0.9, 0.1], [0.6, 0.4], [0.5, 0.5]])
+      >>> q, weights = jaxsoft.losses.adapt_soft_labels(jnp.array([0, 1, 1]), p, discard_below=0.55, trust_above=0.8)
+      >>> print(q[:, 0].round(2), weights)
+      [0.9  0.05 0.05] [1. 1. 0.]
+    """
+    _checks.number("discard_below", discard_below, at_least=0, at_most=1)
+    _checks.number("trust_above", trust_above, at_least=0, at_most=1)
+    _checks.number("label_smoothing", label_smoothing, at_least=0, at_most=1)
+    if all(map(_checks.is_concrete_number, (discard_below, trust_above))) and trust_above < discard_below:
+        raise ValueError(f"trust_above must be at least discard_below={discard_below}, got {trust_above}")
+    _checks.floating("teacher_probabilities", teacher_probabilities)
+    _checks.integers("labels", labels)
+    _checks.shape("labels", labels, teacher_probabilities.shape[:-1], "one id a row of teacher_probabilities")
+    p = lax.stop_gradient(teacher_probabilities)
+    classes = p.shape[-1]
+    hard = (1 - label_smoothing) * jax.nn.one_hot(labels, classes, dtype=p.dtype) + label_smoothing / classes
+    largest = jnp.max(p, axis=-1)
+    q = jnp.where((largest >= trust_above)[..., None], p, hard)
+    return q, (largest >= discard_below).astype(accumulation_dtype(p.dtype))
+
+
+# --- what they share -------------------------------------------------------------------------------------
+
+
+def _pair(
+    logits, teacher_logits, temperature, stop_teacher, axis, where, weights, *, name="teacher_logits"
+) -> tuple[Rows, Any]:
+    """The checked student's rows, and the teacher's scores as one of the `entry_args` of a reduction."""
+    axis = check_axis(logits, axis)
+    _checks.floating(name, teacher_logits)
+    _checks.shape(name, teacher_logits, logits.shape, "the shape of logits")
+    _checks.number("temperature", temperature, above=0)
+    check_weights(weights, rows_of(logits.shape, axis))
+    teacher = lax.stop_gradient(teacher_logits) if stop_teacher else teacher_logits
+    if not (_checks.is_concrete_number(temperature) and float(temperature) == 1):
+        if not isinstance(logits, LinearLogits):
+            logits = logits.astype(accumulation_dtype(logits.dtype))
+        if not isinstance(teacher, LinearLogits):
+            teacher = teacher.astype(accumulation_dtype(teacher.dtype))
+        logits, teacher = (tempered(x, temperature, axis=axis) for x in (logits, teacher))
+    if not isinstance(teacher, LinearLogits):
+        teacher = jnp.moveaxis(jnp.asarray(teacher), axis, -1)
+    return Rows(logits, axis, where, None, None, False, weights), teacher
+
+
+def _static(name: str, value: Any) -> float:
+    if not _checks.is_concrete_number(value):
+        raise TypeError(f"{name} must be a static number, got {_checks.describe(value)}")
+    _checks.number(name, value)
+    return float(value)
+
+
+def _clip(clip: Any) -> float | None:
+    if clip is None:
+        return None
+    value = _static("clip", clip)
+    _checks.number("clip", value, above=0)
+    return value
+
+
+def _floored(partition: reductions.LogPartition) -> tuple[Array, Array]:
+    """Shift and log-sum, with 0 for the log-sum of nothing."""
+    empty = partition.log_sum == -jnp.inf
+    return partition.shift, jnp.where(empty, 0, partition.log_sum)
+
+
+def _second_pass(terms, compared: reductions.RelativeEntropy, teacher):
+    """The sum of `terms(log q, log p)`, from `relative_entropy(teacher, reverse=True)`."""
+    own, other = compared.other_partition, compared.partition
+    return reductions.mapped_sum(
+        _of_log_probabilities(terms), *_floored(own), *_floored(other), entry_args=(teacher,)
+    )
+
+
+@functools.cache
+def _of_log_probabilities(terms):
+    def function(x, cols, shift, log_sum, teacher_shift, teacher_log_sum, t):
+        absent = t == -jnp.inf
+        t = jnp.where(absent, teacher_shift, t)
+        values = terms((x - shift) - log_sum, (t.astype(x.dtype) - teacher_shift) - teacher_log_sum)
+        return jnp.where(absent, 0, values)
+
+    return function
+
+
+def _jensen_shannon(log_q, log_p):
+    log_mean = jnp.logaddexp(log_q, log_p) - jnp.log(2.0)
+    return 0.5 * (jnp.exp(log_p) * (log_p - log_mean) + jnp.exp(log_q) * (log_q - log_mean))
+
+
+def _total_variation(log_q, log_p):
+    return 0.5 * jnp.abs(jnp.exp(log_p) - jnp.exp(log_q))
+
+
+def _alpha_divergence(rows: Rows, teacher, alpha: float, clip) -> Array:
+    exact = clip is None
+    compared = rows.reduce(reductions.relative_entropy(teacher, reverse=not (alpha == 0 and exact)))
+    if alpha == 1 or (alpha == 0 and exact):
+        return compared.divergence
+    value = rows.reduce(_second_pass(_alpha_terms(alpha, clip), compared, teacher))
+    if exact:
+        return value
+    surrogate = rows.reduce(_second_pass(_surrogate_terms(alpha, clip), compared, teacher))
+    return surrogate + lax.stop_gradient(value - surrogate)
+
+
+def _ratio(log_q, log_p, alpha: float, clip: float):
+    """`(p / q)^alpha`, and `p / q` for alpha 0, clipped."""
+    power = 1.0 if alpha == 0 else alpha
+    return jnp.minimum(jnp.exp(jnp.minimum(power * (log_p - log_q), 80)), clip)
+
+
+@functools.cache
+def _alpha_terms(alpha: float, clip: float | None):
+    def exact(log_q, log_p):
+        return (jnp.exp(alpha * log_p + (1 - alpha) * log_q) - jnp.exp(log_q)) / (alpha * (alpha - 1))
+
+    def clipped(log_q, log_p):
+        r = _ratio(log_q, log_p, alpha, clip)
+        return jnp.exp(log_q) * (-jnp.log(r) if alpha == 0 else (r - 1) / (alpha * (alpha - 1)))
+
+    return exact if clip is None else clipped
+
+
+@functools.cache
+def _surrogate_terms(alpha: float, clip: float):
+    """What has the paper's gradient: `-w log q` with constant weights."""
+
+    def terms(log_q, log_p):
+        r = _ratio(log_q, log_p, alpha, clip)
+        weight = jnp.log(r) - 1 if alpha == 0 else r / alpha + 1 / (alpha * (alpha - 1))
+        return -lax.stop_gradient(jnp.exp(log_q) * weight) * log_q
+
+    return terms
+
+
+def _entry(x, cols, t):
+    return t.astype(x.dtype)
+
+
+def _partition_of_entry(teacher):
+    """The log-partition function of a teacher's row, in parts."""
+    return reductions.mapped_logsumexp(_entry, entry_args=(teacher,))._replace(
+        finalize=reductions.partition_of
+    )
+
+
+def _to_mixture(x, cols, *args):
+    """`p log(p / q)` for the mixture p of k teachers; args: shift and log-sum of each row, shares, teachers."""
+    k = (len(args) - 2) // 4
+    parts, log_shares, teachers = args[: 2 * k + 2], args[2 * k + 2 : 3 * k + 2], args[3 * k + 2 :]
+    log_q = (x - parts[0]) - parts[1]
+    log_each = [
+        (t.astype(x.dtype) - parts[2 * i + 2]) - parts[2 * i + 3] + log_shares[i]
+        for i, t in enumerate(teachers)
+    ]
+    log_p = functools.reduce(jnp.logaddexp, log_each)
+    some = log_p > -jnp.inf
+    return jnp.where(some, jnp.exp(log_p) * (jnp.where(some, log_p, 0) - log_q), 0)
+
+
+def _binary_terms(x, cols, beta, t):
+    t = t.astype(x.dtype)
+    absent = t == -jnp.inf
+    t = jnp.where(absent, 0, t)
+    p = jax.nn.sigmoid(t)
+    distance = jnp.abs(p - jax.nn.sigmoid(x))
+    apart = distance > 0
+    factor = jnp.where(beta == 0, 1, jnp.where(apart, jnp.where(apart, distance, 1) ** beta, 0))
+    return jnp.where(absent, 0, factor * (jax.nn.softplus(x) - p * x))

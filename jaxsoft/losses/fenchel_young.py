@@ -1,0 +1,221 @@
+"""Fenchel-Young losses of sparsemax and entmax: convex, and exactly 0 where the label leads by enough.
+
+The Fenchel-Young loss of a convex function `Omega` on the simplex is `Omega*(x) + Omega(q) - <q, x>` for the logits x
+and a distribution q, with `Omega*(x) = max_p <p, x> - Omega(p)`. Its gradient is `p(x) - q`, where `p(x)` is that
+maximizer: softmax for the negative Shannon entropy (the loss is then cross-entropy minus the entropy of q), and
+alpha-entmax for the negative Tsallis entropy `Omega(p) = (sum_c p_c^alpha - 1) / (alpha (alpha - 1))`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from jaxsoft import _checks
+from jaxsoft._numerics import accumulation_dtype, safe_divide
+from jaxsoft.losses._common import IGNORE_INDEX, Rows, prepare
+from jaxsoft.losses._labels import label_score
+from jaxsoft.losses.classification import Labels
+from jaxsoft.normalizers._normalizer import per_row
+from jaxsoft.normalizers.rectified import positive_power
+from jaxsoft.normalizers.sparse import _entmax, _excess
+from jaxsoft.rows import reductions
+from jaxsoft.rows._logits import Logits
+from jaxsoft.rows._reduction import RowReduction
+from jaxsoft.rows._weighted import ChunkLogits
+
+
+def entmax_loss(
+    logits: Logits,
+    labels: Labels,
+    *,
+    alpha: float = 1.5,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+    weights: Float[Array, "*rows"] | None = None,
+    ignore_index: int | None = IGNORE_INDEX,
+) -> Float[Array, "*rows"]:
+    """The Fenchel-Young loss of `entmax`: `Omega*(x) - x_y`, or `Omega*(x) + Omega(q) - <q, x>` for distributions q.
+
+    With `u_c = relu((alpha - 1) (x_c - t))`, where the threshold t makes the `u_c^(1 / (alpha - 1))` sum to 1,
+    `Omega*(x) = t + (sum_c u_c^(alpha / (alpha - 1)) + 1 / (alpha - 1)) / alpha`. The gradient is `entmax(x) - q`,
+    with exact zeros. For class ids the loss is 0 where `x_y - x_c >= 1 / (alpha - 1)` for all other classes.
+
+    For `linear_logits` nothing is stored either: the threshold is found by Newton's method in passes over the logits,
+    whose number depends on the data. No gradient is needed of them, for `Omega*` is stationary in t, so that the
+    gradient costs what that of cross-entropy costs. Derivatives are right up to the second.
+
+    Args:
+      logits: `[*rows, columns]`, a floating array or `linear_logits`.
+      labels: class ids `[*rows]`, or distributions of the logits' shape, as in `cross_entropy`.
+      alpha: 2 is `sparsemax_loss`, 1 is cross-entropy (minus the entropy of q): a number of 1 or more. Nearer to 1
+        than 1e-3, a number is taken as 1. Differentiable if it is traced (then above 1, not nearer than that).
+      axis: the axis of the classes.
+      where: class mask that broadcasts to the logits, True = counts.
+      weights: `[*rows]`, multiply the losses.
+      ignore_index: class id of examples to leave out.
+
+    Returns:
+      Losses `[*rows]`, float32 or wider.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or out of range.
+
+    Reference:
+      Blondel et al., "Learning with Fenchel-Young Losses"; Peters et al., "Sparse Sequence-to-Sequence Models".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> logits = jnp.array([[2.0, 1.0, 0.1, -1.0, 0.5], [0.2, 1.5, -0.3, 0.8, -1.2]])
+      >>> print(jaxsoft.losses.entmax_loss(logits, jnp.array([0, 3]), alpha=1.5).round(6))
+      [0.064231 0.831366]
+    """
+    _checks.number("alpha", alpha, at_least=1)
+    rows = prepare(logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index)
+    if _checks.is_concrete_number(alpha) and abs(float(alpha) - 1) < 1e-3:
+        nll = rows.reduce(rows.label_statistics()).nll
+        return rows.finish(nll + _of_labels(rows, 1.0) if rows.soft else nll)
+
+    # All but the three sums of the last pass is a constant to the derivative.
+    params = lax.stop_gradient(_entmax(_Fixed(rows), alpha=alpha).params)
+    top, tau = params["top"], params["tau"]
+    exponent = 1 / (float(alpha) - 1) if _checks.is_concrete_number(alpha) else None
+    alpha = jnp.asarray(alpha, tau.dtype).reshape(())
+    params["slope"] = jnp.broadcast_to(alpha - 1, tau.shape)
+    conjugate = _conjugate(exponent)._replace(args=(params,))
+    wanted = {"conjugate": conjugate, "count": reductions.count()}
+    if rows.soft:
+        q = rows.labels
+        wanted["score"] = reductions.mapped_sum(_weighted_score, top, entry_args=(q,))
+        wanted["support"] = reductions.weighted_sum((q > 0).astype(tau.dtype))
+    else:
+        wanted["score"] = label_score(rows.labels)
+    out = rows.reduce(wanted)
+
+    powers, mass, curvature = out["conjugate"]
+    # Relative to the largest logit, (tau + 1) / (alpha - 1) - 1 / alpha = t + 1 / (alpha (alpha - 1)), uncancelled.
+    value = (tau + 1) / (alpha - 1) + (powers - 1) / alpha
+    # Along t, `value` is a parabola near its minimum: what tau lacks of it, and the second derivative.
+    value = value - safe_divide((mass - 1) ** 2, 2 * curvature)
+    if rows.soft:
+        total = jnp.sum(q, axis=-1)
+        loss = total * value - out["score"] + _of_labels(rows, alpha)
+        absent = out["support"][1] < jnp.sum(q > 0, axis=-1)
+    else:
+        absent = out["score"] == -jnp.inf
+        loss = value + (top - jnp.where(absent, 0, out["score"]))
+    return rows.finish(jnp.where(out["count"] > 0, jnp.where(absent, jnp.inf, loss), 0))
+
+
+def entmax15_loss(logits: Logits, labels: Labels, **options) -> Float[Array, "*rows"]:
+    """The Fenchel-Young loss of `entmax15`, which is `entmax_loss` with alpha = 1.5.
+
+    Args:
+      logits: `[*rows, columns]`, a floating array or `linear_logits`.
+      labels: class ids `[*rows]` or distributions of the logits' shape.
+      **options: as in `entmax_loss`, but for alpha.
+
+    Returns:
+      Losses `[*rows]`, float32 or wider; 0 where the label leads by 2.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape.
+
+    Reference:
+      Peters et al., "Sparse Sequence-to-Sequence Models".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> logits = jnp.array([[2.0, 1.0, 0.1, -1.0, 0.5]])
+      >>> print(jaxsoft.losses.entmax15_loss(logits, jnp.array([0])).round(6))
+      [0.064231]
+    """
+    return entmax_loss(logits, labels, alpha=1.5, **options)
+
+
+def sparsemax_loss(logits: Logits, labels: Labels, **options) -> Float[Array, "*rows"]:
+    """The sparsemax loss, `sum_{c: x_c > t} (x_c^2 - t^2) / 2 - x_y + 1 / 2`: `entmax_loss` with alpha = 2.
+
+    A smooth multi-class Huber loss with the gradient `sparsemax(x) - q`.
+
+    Args:
+      logits: `[*rows, columns]`, a floating array or `linear_logits`.
+      labels: class ids `[*rows]` or distributions of the logits' shape.
+      **options: as in `entmax_loss`, but for alpha.
+
+    Returns:
+      Losses `[*rows]`, float32 or wider; 0 where the label leads by 1.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape.
+
+    Reference:
+      Martins and Astudillo, "From Softmax to Sparsemax: A Sparse Model of Attention and Multi-Label Classification".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> logits = jnp.array([[0.5, 0.2, 0.1], [0.5, 0.2, 0.1]])
+      >>> print(jaxsoft.losses.sparsemax_loss(logits, jnp.array([0, -100])).round(6))
+      [0.143333 0.      ]
+    """
+    return entmax_loss(logits, labels, alpha=2.0, **options)
+
+
+class _Fixed:
+    """The rows of a loss as the search of the threshold reads them (see `DenseRows`), without a gradient."""
+
+    def __init__(self, rows: Rows):
+        logits = rows.logits
+        if isinstance(logits, ChunkLogits):
+            # The search is a loop, which the record that such logits keep cannot follow; the chunk is stored anyway.
+            logits = logits._block(0, logits.vocab_size, None)
+        self._rows = rows._replace(logits=lax.stop_gradient(logits))
+        self.dtype = accumulation_dtype(rows.logits.dtype)
+
+    def reduce(self, wanted: Any) -> Any:
+        return self._rows.reduce(wanted)
+
+    def detached(self) -> _Fixed:
+        return self
+
+    def per_row(self, name: str, value: Any) -> Array:
+        shape = self._rows.logits.shape
+        return per_row(name, value, shape[: self._rows.axis] + shape[self._rows.axis + 1 :], self.dtype)
+
+
+@functools.cache
+def _conjugate(exponent: float | None) -> RowReduction:
+    """`sum u^(r + 1)`, its derivative in t, and, as a constant, the second: `sum u^r` and `sum u^(r - 1)`."""
+
+    def init(like, params):
+        return like, like, like
+
+    def update(state, tile, params):
+        u = _excess(tile, params)
+        r = 1 / params["slope"][..., None] if exponent is None else exponent
+        p = positive_power(u, r)
+        lower = (u > 0).astype(u.dtype) if exponent == 1 else positive_power(lax.stop_gradient(u), r - 1)
+        sums = (p * jnp.maximum(u, 0), p, lax.stop_gradient(lower))
+        return tuple(s + jnp.sum(part, axis=-1) for s, part in zip(state, sums))
+
+    return RowReduction(init, update)
+
+
+def _weighted_score(x, cols, top, q):
+    return q.astype(x.dtype) * (x - top.astype(x.dtype))
+
+
+def _of_labels(rows: Rows, alpha: Any) -> Array:
+    """`Omega(q)` of the labels' distributions."""
+    q = rows.labels.astype(accumulation_dtype(rows.labels.dtype))
+    safe = jnp.where(q > 0, q, 1)
+    if _checks.is_concrete_number(alpha) and alpha == 1:
+        return jnp.sum(jnp.where(q > 0, q * jnp.log(safe), 0), axis=-1)
+    return (jnp.sum(jnp.where(q > 0, safe**alpha, 0), axis=-1) - 1) / (alpha * (alpha - 1))

@@ -1,0 +1,503 @@
+"""Losses of rows with many positives, and of columns: multi-label softmax, soft top-k, proxy anchors.
+
+In the formulas `x` are the scores of a row and `P` its positives. `decoupled_softmax_loss` is the one of these losses
+in which positives do not compete with each other.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxsoft import _checks
+from jaxsoft._numerics import accumulation_dtype, as_ids, safe_divide
+from jaxsoft.losses._common import IGNORE_INDEX, Rows
+from jaxsoft.normalizers._normalizer import per_row
+from jaxsoft.normalizers.masks import present_scores
+from jaxsoft.rows import reductions
+from jaxsoft.rows._driver import check_axis, reduce_rows, rows_of
+from jaxsoft.rows._logits import Logits
+from jaxsoft.rows._reduction import RowReduction
+from jaxsoft.rows._statistics import check_range
+from jaxsoft.rows._weighted import ChunkLogits
+
+Positives = Int[Array, "*rows k"] | Bool[Array, "*rows columns"]
+
+
+# --- the positives of a row, as ids or as booleans -----------------------------------------------------------
+
+
+class _Positives(NamedTuple):
+    """The checked positives of a loss.
+
+    Attributes:
+      rows: the rows; those without positives are ignored. `labels` are ids `[*rows, k]` (0 where padded), or
+        booleans `[*rows, columns]`.
+      given: `[*rows, k]`, False where ids are padded; None for booleans.
+    """
+
+    rows: Rows
+    given: Any
+
+    @property
+    def taken(self) -> Any:
+        """The reduction to the scores of positives that are ids; nothing for booleans."""
+        return reductions.take(self.rows.labels) if self.given is not None else ()
+
+    def sum(self, scores: Any, term: Any, *args: Array) -> tuple[Array, Array]:
+        """The sum of `term(x, cols, *args, positive)` over the positives, and how many they are.
+
+        A positive that is absent costs +inf if it is an id, and does not count if it is a boolean.
+        """
+        if self.given is None:
+            mask = (self.rows.labels,)
+            return self.rows.reduce(
+                (
+                    reductions.mapped_sum(term, *args, entry_args=mask),
+                    reductions.mapped_sum(_one, entry_args=mask),
+                )
+            )
+        absent = self.given & (scores == -jnp.inf)
+        x = jnp.where(self.given & ~absent, scores, 0)
+        terms = term(x, None, *(a[..., None] for a in args), self.given & ~absent)
+        terms = terms * jnp.where(jnp.isnan(x), jnp.nan, 1)  # an id out of range: NaN in the whole gradient
+        total = jnp.sum(jnp.where(absent, jnp.inf, terms), axis=-1)
+        return total, jnp.sum(self.given, axis=-1).astype(total.dtype)
+
+
+def _positives(logits, labels, *, axis, where, weights, ignore_index) -> _Positives:
+    axis = check_axis(logits, axis)
+    shape = rows_of(logits.shape, axis)
+    if weights is not None:
+        _checks.floating("weights", weights)
+        _checks.shape("weights", weights, shape, "one number an example")
+    _checks.integer("ignore_index", ignore_index)
+    if not hasattr(labels, "dtype") or not (
+        labels.dtype == jnp.bool_ or jnp.issubdtype(labels.dtype, jnp.integer)
+    ):
+        raise TypeError(f"labels must be integer class ids or booleans, got {_checks.describe(labels)}")
+    if labels.dtype == jnp.bool_:
+        _checks.shape("labels", labels, logits.shape, "booleans of the logits' shape")
+        labels = jnp.moveaxis(labels, axis, -1)
+        return _Positives(Rows(logits, axis, where, jnp.any(labels, axis=-1), labels, False, weights), None)
+    if labels.ndim != len(shape) + 1 or labels.shape[:-1] != shape:
+        raise ValueError(
+            f"labels must have shape {(*shape, 'k')} (k class ids a row), got shape {labels.shape}"
+        )
+    check_range("labels", labels, logits.shape[axis], ignore_index)
+    labels = as_ids(labels)
+    given = labels != ignore_index
+    rows = Rows(logits, axis, where, jnp.any(given, axis=-1), jnp.where(given, labels, 0), False, weights)
+    return _Positives(rows, given)
+
+
+def _one(x, cols, positive):
+    return jnp.where(positive, jnp.ones_like(x), 0)
+
+
+# --- softmax -------------------------------------------------------------------------------------------------
+
+
+def multi_positive_softmax_loss(
+    logits: Logits,
+    labels: Positives,
+    *,
+    reduction: str = "mean",
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+    weights: Float[Array, "*rows"] | None = None,
+    ignore_index: int = IGNORE_INDEX,
+) -> Float[Array, "*rows"]:
+    """Softmax with many positives, the multi-label InfoNCE: `mean_{i in P} (logsumexp(x) - x_i)`.
+
+    The positives stand in the denominator and so compete with each other: the least value, for n positives, is
+    `log n`. `decoupled_softmax_loss` leaves them out. With one positive both are cross-entropy.
+
+    Args:
+      logits: `[*rows, columns]`, a floating array or `linear_logits`.
+      labels: the positives P: distinct class ids, integers `[*rows, k]`, padded with `ignore_index`; or booleans
+        of the logits' shape (True = positive). An id out of range gives NaN.
+      reduction: `"mean"` or `"sum"` over the positives of a row. (Never over rows.)
+      axis: the axis of the classes.
+      where: class mask that broadcasts to the logits, True = counts. A masked positive costs +inf where it is
+        given by its id, and does not count where it is a boolean.
+      weights: `[*rows]`, multiply the losses.
+      ignore_index: pads the ids of rows with fewer than k positives.
+
+    Returns:
+      Losses `[*rows]`, float32 or wider; 0 for a row without positives.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape, or an unknown reduction.
+
+    Reference:
+      Gupta et al., "Dual-Encoders for Extreme Multi-Label Classification" (the baseline).
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> logits = jnp.array([[2.0, 1.0, 0.1, -1.0, 0.5]])
+      >>> print(jaxsoft.losses.multi_positive_softmax_loss(logits, jnp.array([[0, 4]])).round(6))
+      [1.33242]
+    """
+    _checks.option("reduction", reduction, ("mean", "sum"))
+    positives = _positives(logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index)
+    partition, scores = positives.rows.reduce((reductions.log_partition(), positives.taken))
+    present = partition.log_sum != -jnp.inf
+    total, count = positives.sum(
+        scores, _softmax_term, partition.shift, jnp.where(present, partition.log_sum, 0)
+    )
+    loss = safe_divide(total, count) if reduction == "mean" else total
+    return positives.rows.finish(jnp.where(present, loss, 0))
+
+
+def _softmax_term(x, cols, shift, log_sum, positive):
+    return jnp.where(positive, (shift - x) + log_sum, 0)
+
+
+# --- soft top-k ----------------------------------------------------------------------------------------------
+#
+# The threshold tau (the papers' t is -tau) solves sum_c sigmoid(u_c) = k, with u_c = alpha ((x_c - top) - tau); `top`,
+# the largest score, is a gauge that keeps scores of any size exact.
+
+
+class _Crossing(NamedTuple):
+    """Sums over a row, each `[*rows]`: `excess = sum_c sigmoid(u_c) - k` is `(above - k) + rest`.
+
+    Attributes:
+      above: how many u are positive.
+      rest: what their sigmoids lack of 1, negative, plus the sigmoids of the others: nothing cancels in it.
+      slope: the sum of `sigmoid(u) (1 - sigmoid(u))`.
+    """
+
+    above: Array
+    rest: Array
+    slope: Array
+
+
+def _crossing_init(like, top, tau, alpha):
+    return _Crossing(like, like, like)
+
+
+def _crossing_update(state, tile, top, tau, alpha):
+    u = alpha[..., None] * ((tile.x - top[..., None]) - tau[..., None])
+    above = u > 0
+    small = jax.nn.sigmoid(jnp.where(above, -u, u))
+    return _Crossing(
+        state.above + tile.sum(above.astype(u.dtype)),
+        state.rest + tile.sum(jnp.where(above, -small, small)),
+        state.slope + tile.sum(small * (1 - small)),
+    )
+
+
+def _crossing(top, tau, alpha) -> RowReduction:
+    return RowReduction(_crossing_init, _crossing_update, args=(top, tau, alpha))
+
+
+def _times(x, cols, alpha):
+    return alpha * x
+
+
+_MOST_STEPS = 100
+
+
+def _search(rows: Rows, k: Array, alpha: Array) -> tuple[Array, Array, Array]:
+    """The gauge `top`, the threshold above it, and whether there is one (0 < k < entries); no derivatives."""
+    top, n, lse = rows.reduce(
+        (reductions.maximum(), reductions.count(), reductions.mapped_logsumexp(_times, alpha))
+    )
+    solvable, empty = (k > 0) & (k < n), n == 0
+    top = jnp.where(empty, 0, top)
+    n = jnp.where(empty, 1, n)
+    k = jnp.where(solvable, k, n / 2)
+    # With the mass sum_c e^(alpha (x_c - top)), the sum of the sigmoids is at most mass e^(-alpha tau) and
+    # n sigmoid(-alpha tau), at least mass sigmoid(-alpha tau).
+    log_k, log_mass = jnp.log(k), jnp.where(empty, 0, lse - alpha * top)
+    beyond = jnp.exp(log_mass) - k
+    hi = jnp.minimum(jnp.log(n - k), log_mass)
+    lo = jnp.where(beyond > 0, jnp.log(jnp.where(beyond > 0, beyond, 1)), -jnp.inf)
+    eps = float(jnp.finfo(top.dtype).eps)
+    margin = 16 * eps * (1 + jnp.abs(log_k) + jnp.abs(log_mass))  # what rounding may have taken away
+    lo, hi = (lo - log_k - margin) / alpha, (hi - log_k + margin) / alpha
+    start = hi
+
+    def tolerance(tau):  # the error that a step of Newton's method leaves is of the order of its square
+        return 0.5 * eps**0.5 / alpha + 4 * eps * jnp.abs(tau)
+
+    # Newton's method; where a step leaves the interval, or is not half of the one before, the interval is halved, and
+    # while it has no lower end, the distance from the start is tripled.
+    def body(carry):
+        step, lo, hi, tau, last = carry
+        at = rows.reduce(_crossing(top, tau, alpha))
+        excess = (at.above - k) + at.rest
+        lo, hi = jnp.where(excess >= 0, tau, lo), jnp.where(excess <= 0, tau, hi)
+        lowest = jnp.where(lo == -jnp.inf, tau - 2 * (start - tau) - 4 / alpha, lo)
+        move = jnp.where(excess == 0, 0, excess / (alpha * at.slope))
+        good = (tau + move >= lowest) & (tau + move <= hi) & (jnp.abs(move) <= last / 2)
+        other = jnp.where(lo == -jnp.inf, lowest, lo + (hi - lo) / 2)
+        new = jnp.where(good | (jnp.abs(move) <= tolerance(tau)), tau + move, other)
+        return step + 1, lo, hi, new, jnp.abs(new - tau)
+
+    def unfinished(carry):
+        step, _, _, tau, last = carry
+        return (step < _MOST_STEPS) & jnp.any(last > tolerance(tau))  # a row of NaN is finished
+
+    carry = (jnp.int32(0), lo, hi, start, jnp.full_like(start, jnp.inf))
+    _, _, _, tau, _ = lax.while_loop(unfinished, body, carry)
+    return top, tau, solvable
+
+
+class _Threshold(NamedTuple):
+    """The threshold of soft top-k with its derivatives, each `[*rows]`; see `_search`."""
+
+    top: Array
+    tau: Array
+    alpha: Array
+    k: Array
+    solvable: Array
+
+
+def _threshold(rows: Rows, k: Any, alpha: Any, wanted: Any = ()) -> tuple[_Threshold, Any]:
+    """The threshold, and the results of other reductions, from a pass that is made anyway."""
+    dtype, shape = accumulation_dtype(rows.logits.dtype), rows_of(rows.logits.shape, rows.axis)
+    k, alpha = (per_row(name, value, shape, dtype) for name, value in (("k", k), ("alpha", alpha)))
+    fixed = rows._replace(logits=_detached(rows.logits))
+    top, tau, solvable = lax.stop_gradient(_search(fixed, *lax.stop_gradient((k, alpha))))
+    tiny = 1e10 * float(jnp.finfo(dtype).tiny)
+
+    # Two steps of Newton's method, of length 0, give tau its derivatives, the second ones too.
+    def attach(tau, at):
+        excess = at.rest - k
+        slope = jnp.where(at.slope > tiny, alpha * at.slope, jnp.inf)
+        return tau + (excess - lax.stop_gradient(excess)) / slope
+
+    at, results = rows.reduce((_crossing(top, tau, alpha), wanted))
+    tau = attach(tau, at)
+    tau = attach(tau, rows.reduce(_crossing(top, tau, alpha)))
+    return _Threshold(top, tau, alpha, k, solvable), results
+
+
+def _detached(logits: Logits) -> Any:
+    """The logits without derivatives, for passes in a loop."""
+    logits = lax.stop_gradient(logits)
+    if isinstance(logits, ChunkLogits):  # notes each pass over it, and has its scores stored
+        return logits._block(0, logits.vocab_size, None)
+    return logits
+
+
+def _check_top_k(k: Any, alpha: Any, columns: int) -> None:
+    if _checks.is_concrete_number(k):
+        _checks.number("k", k, above=0)
+        if float(k) >= columns:
+            raise ValueError(f"k must be less than the length of a row, which is {columns}, got {k}")
+    _checks.number("alpha", alpha, above=0)
+
+
+def soft_top_k(
+    scores: Float[Array, "*rows columns"],
+    k: float | Float[Array, "#*rows"],
+    *,
+    alpha: float | Float[Array, ""] = 2.0,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+) -> Float[Array, "*rows columns"]:
+    """Soft top-k: `s_i = sigmoid(alpha (x_i + t))`, with t such that the row sums to k.
+
+    Large `alpha` is the hard choice of the k largest. The threshold is found by Newton's method; its derivatives
+    are those of the equation it solves, of first and second order, for the scores, k and alpha. Where more than 34 /
+    alpha (float32) lies between the k-th score and the next, any threshold in the gap is right to rounding, and
+    the derivatives are those at the one that was found.
+
+    Args:
+      scores: `[*rows, columns]`, floating.
+      k: the sum of a row: a number above 0 and below the number of columns, or a floating array that broadcasts to
+        `[*rows]`. It need not be an integer.
+      alpha: the steepness, positive.
+      axis: the axis that holds a row.
+      where: booleans that broadcast to the scores, True = counts.
+
+    Returns:
+      Numbers in (0, 1) of the scores' shape and dtype; 0 for absent entries. A row that has k entries or fewer gets
+      1 for all of them, one whose k is 0 or less gets 0, both without a gradient.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or out of range.
+
+    Reference:
+      Gupta et al., "Dual-Encoders for Extreme Multi-Label Classification".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> x = jnp.array([2.0, 1.0, 0.1, -1.0, 0.5])
+      >>> print(jaxsoft.losses.soft_top_k(x, 2).round(4))
+      [0.9064 0.5671 0.178  0.0234 0.3252]
+    """
+    x, present, axis = present_scores(scores, axis, where, "soft_top_k")
+    _check_top_k(k, alpha, x.shape[axis])
+    rows = Rows(x, axis, present, None, None, False, None)
+    at, _ = _threshold(rows, k, alpha)
+    top, tau, steepness, number, solvable = (jnp.expand_dims(a, axis) for a in at)
+    s = jnp.where(solvable, jax.nn.sigmoid(steepness * ((x - top) - tau)), number > 0)
+    return jnp.where(present, s, 0).astype(scores.dtype)
+
+
+def soft_top_k_loss(
+    logits: Logits,
+    labels: Positives,
+    *,
+    k: float | Float[Array, "#*rows"] = 5,
+    alpha: float | Float[Array, ""] = 2.0,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+    weights: Float[Array, "*rows"] | None = None,
+    ignore_index: int = IGNORE_INDEX,
+) -> Float[Array, "*rows"]:
+    """Soft top-k loss: `-mean_{i in P} log s_i` with `s = soft_top_k(x, k, alpha)`: positives belong to the first k.
+
+    It does not ask how a positive ranks among the first k. The search of the threshold reads the logits about ten
+    times more: for `linear_logits` that is the price of not storing them. (Of rows with more than k positives
+    the paper samples k; here all count, and cannot all have s = 1.)
+
+    Args:
+      logits: `[*rows, columns]`, a floating array or `linear_logits`.
+      labels: the positives P: distinct class ids, integers `[*rows, k]`, padded with `ignore_index`; or booleans
+        of the logits' shape (True = positive). An id out of range gives NaN.
+      k: how many are to be first: a number above 0 and below the number of classes, or a floating array that
+        broadcasts to `[*rows]`.
+      alpha: the steepness, positive. The paper's is 2.
+      axis: the axis of the classes.
+      where: class mask that broadcasts to the logits, True = counts. A masked positive costs +inf where it is
+        given by its id, and does not count where it is a boolean.
+      weights: `[*rows]`, multiply the losses.
+      ignore_index: pads the ids of rows with fewer positives than others.
+
+    Returns:
+      Losses `[*rows]`, float32 or wider; 0 for a row without positives, or with k classes or fewer.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or out of range.
+
+    Reference:
+      Gupta et al., "Dual-Encoders for Extreme Multi-Label Classification".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> logits = jnp.array([[2.0, 1.0, 0.1, -1.0, 0.5]])
+      >>> print(jaxsoft.losses.soft_top_k_loss(logits, jnp.array([[0, 4]]), k=2).round(6))
+      [0.610863]
+    """
+    positives = _positives(logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index)
+    _check_top_k(k, alpha, positives.rows.columns)
+    at, scores = _threshold(positives.rows, k, alpha, positives.taken)
+    total, count = positives.sum(scores, _soft_top_k_term, at.top, at.tau, at.alpha)
+    hopeless = jnp.where((at.k <= 0) & (count > 0), jnp.inf, 0)
+    return positives.rows.finish(jnp.where(at.solvable, safe_divide(total, count), hopeless))
+
+
+def _soft_top_k_term(x, cols, top, tau, alpha, positive):
+    return jnp.where(positive, jax.nn.softplus(-alpha * ((x - top) - tau)), 0)
+
+
+# --- proxy anchors -------------------------------------------------------------------------------------------
+
+
+def proxy_anchor_loss(
+    similarities: Logits,
+    labels: Int[Array, " items"],
+    *,
+    margin: float | Float[Array, ""] = 0.1,
+    alpha: float | Float[Array, ""] = 32.0,
+    axis: int = 0,
+    where: Bool[Array, ...] | None = None,
+    ignore_index: int | None = IGNORE_INDEX,
+) -> Float[Array, ""]:
+    """Proxy-anchor loss: each class's proxy pulls its hardest items and pushes the hardest others, over a batch.
+
+    For the similarities s of a proxy and the items, `softplus(logsumexp_{positive}(-alpha (s - margin)))`, averaged
+    over the proxies that have positives in the batch, plus `softplus(logsumexp_{negative}(alpha (s + margin)))`,
+    averaged over all proxies.
+
+    Args:
+      similarities: `[items, classes]`, cosines; or with `axis=1` `[classes, items]`, which may be
+        `linear_logits(proxies, items, transpose_weight=True)`: streamed, never stored.
+      labels: `[items]`, the class of each item. An id out of range gives NaN.
+      margin: how far similarities are to be from 0.
+      alpha: the inverse temperature, positive.
+      axis: the axis of the items, 0 or 1.
+      where: booleans that broadcast to the similarities, True = counts. A proxy without items is left out.
+      ignore_index: class id of items to leave out; None for none.
+
+    Returns:
+      A scalar, float32 or wider; 0 where nothing counts.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or out of range.
+
+    Reference:
+      Kim et al., "Proxy Anchor Loss for Deep Metric Learning".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> s = jnp.array([[0.9, 0.1], [0.7, 0.3], [-0.2, 0.6]])
+      >>> print(jaxsoft.losses.proxy_anchor_loss(s, jnp.array([0, 0, 1]), alpha=4.0).round(6))
+      1.432494
+    """
+    axis = check_axis(similarities, axis)
+    if similarities.ndim != 2:
+        raise ValueError(
+            f"similarities must have two axes, items and classes, got shape {similarities.shape}"
+        )
+    _checks.number("margin", margin)
+    _checks.number("alpha", alpha, above=0)
+    items, classes = similarities.shape[axis], similarities.shape[1 - axis]
+    _checks.integers("labels", labels)
+    _checks.shape("labels", labels, (items,), "one class id an item")
+    if ignore_index is not None:
+        ignore_index = _checks.integer("ignore_index", ignore_index)
+    check_range("labels", labels, classes, ignore_index)
+    labels = as_ids(labels)
+    keep = jnp.ones(items, bool) if ignore_index is None else labels != ignore_index
+    if where is not None:
+        _checks.boolean("where", where)
+        _checks.broadcastable("where", where, similarities.shape, "the shape of the similarities")
+    counts = jnp.expand_dims(keep, 1 - axis)
+    where = counts if where is None else counts & where
+
+    dtype = accumulation_dtype(similarities.dtype)
+    proxies = jnp.arange(classes, dtype=labels.dtype)
+    numbers = (jnp.broadcast_to(jnp.asarray(a, dtype), classes) for a in (margin, alpha))
+    of_proxy = dict(col_args=(labels,))
+    args = (proxies, *numbers)
+    pull, push, n = reduce_rows(
+        similarities,
+        (
+            reductions.mapped_logsumexp(_pull, *args, **of_proxy),
+            reductions.mapped_logsumexp(_push, *args, **of_proxy),
+            reductions.count(),
+        ),
+        axis=axis,
+        where=where,
+    )
+
+    def mean(lse, counted):
+        values = jnp.where(counted, jax.nn.softplus(lse), 0)
+        return safe_divide(jnp.sum(values), jnp.sum(counted).astype(dtype))
+
+    out_of_range = jnp.any(keep & ((labels < 0) | (labels >= classes)))
+    loss = mean(pull, pull != -jnp.inf) + mean(push, n > 0)
+    return loss * jnp.where(out_of_range, jnp.nan, 1).astype(dtype)
+
+
+def _pull(x, cols, proxy, margin, alpha, labels):
+    return jnp.where(labels == proxy, -alpha * (x - margin), -jnp.inf)
+
+
+def _push(x, cols, proxy, margin, alpha, labels):
+    return jnp.where(labels == proxy, -jnp.inf, alpha * (x + margin))

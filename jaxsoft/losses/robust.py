@@ -1,0 +1,733 @@
+"""Losses for wrong labels and for adversarial examples: bounded, normalized, and with a margin term.
+
+In the formulas `x` are the logits of a row, `y` its label, `p = softmax(x)`, `l = logsumexp(x) - x_y` the negative
+log-likelihood, and `C` the number of classes that are not masked. A loss that reads a row through `l` alone is one
+short definition `phi(l)`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxsoft import _checks
+from jaxsoft._numerics import accumulation_dtype, safe_divide
+from jaxsoft.losses._common import IGNORE_INDEX, Rows, prepare
+from jaxsoft.losses.classification import _miss, _power
+from jaxsoft.rows import reductions
+from jaxsoft.rows._driver import check_axis
+from jaxsoft.rows._logits import LinearLogits, Logits
+from jaxsoft.rows._reduction import RowReduction, Tile
+from jaxsoft.rows.reductions import LogPartition, _keep_gauge, _rescale, _running_max, _weights
+
+# --- functions of the negative log-likelihood ------------------------------------------------------------
+
+
+def _box_cox(nll: Array, q: Any) -> Array:
+    """`(1 - p_y^q) / q`, and its limit `l` at q = 0; for q < 0 the exponent is held at 80."""
+    zero = jnp.asarray(q) == 0
+    limit = nll * (1 - q * nll / 2)  # with the derivative for q
+    return jnp.where(zero, limit, -jnp.expm1(jnp.minimum(-q * nll, 80.0)) / jnp.where(zero, 1, q))
+
+
+def _reverse(nll: Array, label_floor: Any) -> Array:
+    return -jnp.log(label_floor) * _miss(nll)
+
+
+def _unless_absent(nll: Array, phi: Callable[[Array], Array]) -> Array:
+    """`phi(nll)`, and +inf with gradient 0 where the label is on an absent class."""
+    absent = nll == jnp.inf
+    return jnp.where(absent, jnp.inf, phi(jnp.where(absent, 0, nll)))
+
+
+def _loss_of_nll(phi: Callable[[Array], Array], logits: Logits, labels: Array, **arguments: Any) -> Array:
+    """The loss `phi(l)`; the arguments are those of `prepare`."""
+    rows = prepare(logits, labels, soft=False, **arguments)
+    return rows.finish(_unless_absent(rows.reduce(rows.label_statistics()).nll, phi))
+
+
+def comp_sum_loss(
+    logits: Logits,
+    labels: Int[Array, "*rows"],
+    *,
+    tau: float = 1.0,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+    weights: Float[Array, "*rows"] | None = None,
+    ignore_index: int | None = IGNORE_INDEX,
+) -> Float[Array, "*rows"]:
+    """Comp-sum loss: `((1 + u)^(1 - tau) - 1) / (1 - tau)` of `u = sum_{c != y} e^(x_c - x_y) = e^l - 1`.
+
+    One family from the sum-exponential loss `u` (tau = 0) over cross-entropy `log(1 + u)` (tau = 1) to the mean
+    absolute error `1 - p_y` (tau = 2). For 1 < tau < 2 it is `generalized_cross_entropy` with `q = tau - 1`. Its
+    gradient is `p_y^(tau - 1)` times that of cross-entropy. *Reconstructed* from the paper's standard definitions.
+
+    Args:
+      logits: `[*rows, columns]`, a floating array or `linear_logits`.
+      labels: class ids `[*rows]`, as in `cross_entropy`.
+      tau: which of the family, 0 or more. Below 1 the loss grows like `e^((1 - tau) l)`; this exponent is held at
+        80, beyond which the gradient is 0.
+      axis: the axis of the classes.
+      where: class mask that broadcasts to the logits, True = counts. A label on a masked class costs +inf.
+      weights: `[*rows]`, multiply the losses.
+      ignore_index: class id of examples to leave out.
+
+    Returns:
+      Losses `[*rows]`, float32 or wider; in `[0, 1 / (tau - 1)]` for tau > 1.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or out of range.
+
+    Reference:
+      Mao, Mohri and Zhong, "Cross-Entropy Loss Functions: Theoretical Analysis and Applications".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> logits = jnp.array([[2.0, 1.0, 0.1, -1.0, 0.5]])
+      >>> print(jaxsoft.losses.comp_sum_loss(logits, jnp.array([0]), tau=1.5).round(6))
+      [0.505282]
+    """
+    _checks.number("tau", tau, at_least=0)
+    return _loss_of_nll(
+        lambda nll: _box_cox(nll, tau - 1),
+        logits,
+        labels,
+        axis=axis,
+        where=where,
+        weights=weights,
+        ignore_index=ignore_index,
+    )
+
+
+def generalized_cross_entropy(
+    logits: Logits,
+    labels: Int[Array, "*rows"],
+    *,
+    q: float = 0.7,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+    weights: Float[Array, "*rows"] | None = None,
+    ignore_index: int | None = IGNORE_INDEX,
+) -> Float[Array, "*rows"]:
+    """Generalized cross-entropy (GCE): `(1 - p_y^q) / q`, between cross-entropy and the mean absolute error.
+
+    The gradient is `p_y^q` times that of cross-entropy: labels that the model finds unlikely count less. It is
+    `comp_sum_loss` with `tau = 1 + q`.
+
+    Args:
+      logits: `[*rows, columns]`, a floating array or `linear_logits`.
+      labels: class ids `[*rows]`, as in `cross_entropy`.
+      q: 0 (the limit, cross-entropy) to 1 (`1 - p_y`) in the paper; larger values are allowed.
+      axis: the axis of the classes.
+      where: class mask that broadcasts to the logits, True = counts. A label on a masked class costs +inf.
+      weights: `[*rows]`, multiply the losses.
+      ignore_index: class id of examples to leave out.
+
+    Returns:
+      Losses `[*rows]`, float32 or wider, in `[0, 1 / q]`.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or out of range.
+
+    Reference:
+      Zhang and Sabuncu, "Generalized Cross Entropy Loss for Training Deep Neural Networks with Noisy Labels"; Ma et
+      al., "Normalized Loss Functions for Deep Learning with Noisy Labels".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> logits = jnp.array([[2.0, 1.0, 0.1, -1.0, 0.5]])
+      >>> print(jaxsoft.losses.generalized_cross_entropy(logits, jnp.array([0])).round(6))
+      [0.478311]
+    """
+    _checks.number("q", q, at_least=0)
+    return _loss_of_nll(
+        lambda nll: _box_cox(nll, q),
+        logits,
+        labels,
+        axis=axis,
+        where=where,
+        weights=weights,
+        ignore_index=ignore_index,
+    )
+
+
+def mean_absolute_error_loss(
+    logits: Logits,
+    labels: Int[Array, "*rows"],
+    *,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+    weights: Float[Array, "*rows"] | None = None,
+    ignore_index: int | None = IGNORE_INDEX,
+) -> Float[Array, "*rows"]:
+    """Mean absolute error (MAE): `1 - p_y`, half of `sum_c |p_c - [c = y]|`.
+
+    Symmetric: summed over all labels it is `C - 1` whatever the logits, hence its tolerance of wrong labels (and
+    its slow start: the gradient is `p_y` times that of cross-entropy).
+
+    Args:
+      logits: `[*rows, columns]`, a floating array or `linear_logits`.
+      labels: class ids `[*rows]`, as in `cross_entropy`.
+      axis: the axis of the classes.
+      where: class mask that broadcasts to the logits, True = counts. A label on a masked class costs +inf.
+      weights: `[*rows]`, multiply the losses.
+      ignore_index: class id of examples to leave out.
+
+    Returns:
+      Losses `[*rows]`, float32 or wider, in [0, 1].
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape.
+
+    Reference:
+      Ghosh, Kumar and Sastry, "Robust Loss Functions under Label Noise for Deep Neural Networks"; Ma et al.,
+      "Normalized Loss Functions for Deep Learning with Noisy Labels".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> logits = jnp.array([[2.0, 1.0, 0.1, -1.0, 0.5]])
+      >>> print(jaxsoft.losses.mean_absolute_error_loss(logits, jnp.array([0])).round(6))
+      [0.441455]
+    """
+    return _loss_of_nll(
+        _miss, logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index
+    )
+
+
+def reverse_cross_entropy(
+    logits: Logits,
+    labels: Int[Array, "*rows"],
+    *,
+    label_floor: float = 1e-4,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+    weights: Float[Array, "*rows"] | None = None,
+    ignore_index: int | None = IGNORE_INDEX,
+) -> Float[Array, "*rows"]:
+    """Reverse cross-entropy (RCE): `-sum_c p_c log q_c = -log(label_floor) (1 - p_y)`, q the one-hot label.
+
+    A multiple of `mean_absolute_error_loss`: 9.210340 times, by default.
+
+    Args:
+      logits: `[*rows, columns]`, a floating array or `linear_logits`.
+      labels: class ids `[*rows]`, as in `cross_entropy`.
+      label_floor: what the zeros of q are replaced by, between 0 and 1.
+      axis: the axis of the classes.
+      where: class mask that broadcasts to the logits, True = counts. A label on a masked class costs +inf.
+      weights: `[*rows]`, multiply the losses.
+      ignore_index: class id of examples to leave out.
+
+    Returns:
+      Losses `[*rows]`, float32 or wider, in `[0, -log(label_floor)]`.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or out of range.
+
+    Reference:
+      Wang et al., "Symmetric Cross Entropy for Robust Learning with Noisy Labels"; Ma et al., "Normalized Loss
+      Functions for Deep Learning with Noisy Labels".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> logits = jnp.array([[2.0, 1.0, 0.1, -1.0, 0.5]])
+      >>> print(jaxsoft.losses.reverse_cross_entropy(logits, jnp.array([0])).round(6))
+      [4.065949]
+    """
+    _checks.number("label_floor", label_floor, above=0, below=1)
+    return _loss_of_nll(
+        lambda nll: _reverse(nll, label_floor),
+        logits,
+        labels,
+        axis=axis,
+        where=where,
+        weights=weights,
+        ignore_index=ignore_index,
+    )
+
+
+def symmetric_cross_entropy(
+    logits: Logits,
+    labels: Int[Array, "*rows"],
+    *,
+    alpha: float = 0.1,
+    beta: float = 1.0,
+    label_floor: float = 1e-4,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+    weights: Float[Array, "*rows"] | None = None,
+    ignore_index: int | None = IGNORE_INDEX,
+) -> Float[Array, "*rows"]:
+    """Symmetric cross-entropy (SCE): `alpha` times cross-entropy plus `beta` times `reverse_cross_entropy`.
+
+    Args:
+      logits: `[*rows, columns]`, a floating array or `linear_logits`.
+      labels: class ids `[*rows]`, as in `cross_entropy`.
+      alpha: coefficient of the cross-entropy, 0 or more; 0.1 is for CIFAR-10.
+      beta: coefficient of the reverse cross-entropy, 0 or more.
+      label_floor: as in `reverse_cross_entropy`.
+      axis: the axis of the classes.
+      where: class mask that broadcasts to the logits, True = counts. A label on a masked class costs +inf.
+      weights: `[*rows]`, multiply the losses.
+      ignore_index: class id of examples to leave out.
+
+    Returns:
+      Losses `[*rows]`, float32 or wider.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or out of range.
+
+    Reference:
+      Wang et al., "Symmetric Cross Entropy for Robust Learning with Noisy Labels".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> logits = jnp.array([[2.0, 1.0, 0.1, -1.0, 0.5]])
+      >>> print(jaxsoft.losses.symmetric_cross_entropy(logits, jnp.array([0])).round(6))
+      [4.124191]
+    """
+    _checks.number("alpha", alpha, at_least=0)
+    _checks.number("beta", beta, at_least=0)
+    _checks.number("label_floor", label_floor, above=0, below=1)
+    return _loss_of_nll(
+        lambda nll: alpha * nll + beta * _reverse(nll, label_floor),
+        logits,
+        labels,
+        axis=axis,
+        where=where,
+        weights=weights,
+        ignore_index=ignore_index,
+    )
+
+
+# --- losses divided by their sum over all labels ---------------------------------------------------------
+
+_ACTIVE = ("cross_entropy", "focal", "generalized")
+_PASSIVE = ("mae", "reverse")
+
+
+# sum_c p_c^q: (m, sum w, sum w^q) with w = e^(x-m).
+
+
+def _powers_init(like, q):
+    return jnp.full_like(like, -jnp.inf), like, like
+
+
+def _powers_update(state, tile, q):
+    m, s, powers = state
+    m_new = _running_max(m, tile)
+    c = _rescale(m, m_new)
+    y = jnp.where(tile.keep, tile.x - jnp.where(tile.keep, m_new[..., None], 0), 0)
+    return (
+        m_new,
+        s * c + jnp.sum(_weights(tile, m_new), axis=-1),
+        powers * c**q + tile.sum(jnp.exp(q[..., None] * y)),
+    )
+
+
+def _powers_merge(a, b, q):
+    m = jnp.maximum(a[0], b[0])
+    ca, cb = _rescale(a[0], m), _rescale(b[0], m)
+    return m, a[1] * ca + b[1] * cb, a[2] * ca**q + b[2] * cb**q
+
+
+def _powers_finalize(state, q):
+    _, s, powers = state
+    return powers / jnp.where(s > 0, s, 1) ** q
+
+
+def _sum_of_powers(q: Array) -> RowReduction:
+    """`sum_c p_c^q` under softmax for positive q `[*rows]`; 0 for an empty row."""
+    return RowReduction(_powers_init, _powers_update, _powers_merge, _powers_finalize, _keep_gauge, args=(q,))
+
+
+def _phi(loss: str, nll: Array, q: Any, gamma: Any) -> Array:
+    """The loss of a name as a function of `l`, without the constant factors that a quotient cancels."""
+    if loss == "cross_entropy":
+        return nll
+    if loss == "focal":
+        return _power(_miss(nll), gamma) * nll
+    if loss == "generalized":
+        return -jnp.expm1(-q * nll)
+    return _miss(nll)
+
+
+def _focal_term(x, cols, shift, log_sum, gamma):
+    """The focal loss of class c, of `l_c = logsumexp - x_c` (held at 0 for the zeros of absent entries)."""
+    nll = log_sum - (x - shift)
+    return _phi("focal", jnp.where(nll < 0, 0, nll), None, gamma)
+
+
+def _normalized(rows: Rows, loss: str, q: Any, gamma: Any) -> tuple[Array, Callable[[Array], Array]]:
+    """The negative log-likelihood of the labels, and the function of it that is the normalized loss."""
+
+    def by_row(number):
+        return jnp.broadcast_to(jnp.asarray(number, accumulation_dtype(rows.logits.dtype)), rows.labels.shape)
+
+    wanted = {"label": rows.label_statistics(), "count": reductions.count()}
+    if loss == "cross_entropy":
+        wanted["sum"] = reductions.sum()
+    elif loss == "generalized":
+        wanted["powers"] = _sum_of_powers(by_row(q))
+    out = rows.reduce(wanted)
+    (nll, partition), count = out["label"], out["count"]
+    if loss == "cross_entropy":
+        total = count * jnp.where(count > 0, partition.value, 0) - out["sum"]
+    elif loss == "generalized":
+        total = count - out["powers"]
+    elif loss == "focal":
+        log_sum = jnp.where(count > 0, partition.log_sum, 0)
+        total = rows.reduce(reductions.mapped_sum(_focal_term, partition.shift, log_sum, by_row(gamma)))
+    else:
+        total = count - 1
+    total = jnp.where(count > 1, total, 0)  # a single class costs 0
+    return nll, lambda nll: safe_divide(_phi(loss, nll, q, gamma), total)
+
+
+def normalized_loss(
+    logits: Logits,
+    labels: Int[Array, "*rows"],
+    *,
+    loss: str = "cross_entropy",
+    q: float = 0.7,
+    gamma: float = 0.5,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+    weights: Float[Array, "*rows"] | None = None,
+    ignore_index: int | None = IGNORE_INDEX,
+) -> Float[Array, "*rows"]:
+    """A loss divided by its sum over all labels, `L(y) / sum_c L(c)`: in [0, 1], and symmetric.
+
+    With `l_c = logsumexp(x) - x_c` the losses are
+
+    * `"cross_entropy"` (NCE): `l_y / (C logsumexp(x) - sum_c x_c)`, in one pass;
+    * `"focal"` (NFL): of `(1 - p_c)^gamma l_c`, in two passes;
+    * `"generalized"` (NGCE): `(1 - p_y^q) / (C - sum_c p_c^q)`, in one pass;
+    * `"mae"` and `"reverse"` (NMAE, NRCE): `(1 - p_y) / (C - 1)`, the same for both.
+
+    These are the definitions. The authors' code differs in three places: its NFL holds the factors `(1 - p_c)^gamma`
+    constant, its NMAE is half of the definition, and its NRCE multiplies by `C - 1` where the definition divides.
+
+    Args:
+      logits: `[*rows, columns]`, a floating array or `linear_logits`.
+      labels: class ids `[*rows]`, as in `cross_entropy`.
+      loss: which loss is normalized, one of the names above.
+      q: of `"generalized"`, positive; the paper takes 0.7 on CIFAR-100, 0.1 on MNIST and CIFAR-10. Towards 0 the
+        limit is NCE, but the quotient loses precision: `C - sum_c p_c^q` is a difference.
+      gamma: of `"focal"`, 0 or more.
+      axis: the axis of the classes.
+      where: class mask that broadcasts to the logits, True = counts. A label on a masked class costs +inf.
+      weights: `[*rows]`, multiply the losses.
+      ignore_index: class id of examples to leave out.
+
+    Returns:
+      Losses `[*rows]`, float32 or wider; 0 where there is a single class.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape, out of range, or an unknown loss.
+
+    Reference:
+      Ma et al., "Normalized Loss Functions for Deep Learning with Noisy Labels".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> logits = jnp.array([[2.0, 1.0, 0.1, -1.0, 0.5]])
+      >>> for name in ("cross_entropy", "focal", "generalized", "mae"):
+      ...     print(jaxsoft.losses.normalized_loss(logits, jnp.array([0]), loss=name).round(6))
+      [0.056479]
+      [0.040082]
+      [0.095272]
+      [0.110364]
+    """
+    _checks.option("loss", loss, _ACTIVE + _PASSIVE)
+    _checks.number("q", q, above=0)
+    _checks.number("gamma", gamma, at_least=0)
+    rows = prepare(
+        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
+    )
+    return rows.finish(_unless_absent(*_normalized(rows, loss, q, gamma)))
+
+
+def active_passive_loss(
+    logits: Logits,
+    labels: Int[Array, "*rows"],
+    *,
+    active: str = "cross_entropy",
+    passive: str = "mae",
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    q: float = 0.7,
+    gamma: float = 0.5,
+    label_floor: float = 1e-4,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+    weights: Float[Array, "*rows"] | None = None,
+    ignore_index: int | None = IGNORE_INDEX,
+) -> Float[Array, "*rows"]:
+    """Active-passive loss (APL): `alpha normalized_loss(active) + beta passive`.
+
+    The active term raises `p_y`, the passive one lowers the other classes' probabilities; both tolerate wrong
+    labels, and together they learn faster than one of them alone.
+
+    Args:
+      logits: `[*rows, columns]`, a floating array or `linear_logits`.
+      labels: class ids `[*rows]`, as in `cross_entropy`.
+      active: the loss to normalize: `"cross_entropy"`, `"focal"` or `"generalized"`.
+      passive: `"mae"` (`mean_absolute_error_loss`) or `"reverse"` (`reverse_cross_entropy`), as it is.
+      alpha: coefficient of the active term, 0 or more. The paper's (alpha, beta) are (1, 10) on MNIST, (1, 1) on
+        CIFAR-10, and on CIFAR-100 (10, 1) with `"mae"`, (10, 0.1) with `"reverse"`.
+      beta: coefficient of the passive term, 0 or more.
+      q: of `"generalized"`, as in `normalized_loss`.
+      gamma: of `"focal"`, as in `normalized_loss`.
+      label_floor: of `"reverse"`, as in `reverse_cross_entropy`.
+      axis: the axis of the classes.
+      where: class mask that broadcasts to the logits, True = counts. A label on a masked class costs +inf.
+      weights: `[*rows]`, multiply the losses.
+      ignore_index: class id of examples to leave out.
+
+    Returns:
+      Losses `[*rows]`, float32 or wider.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape, out of range, or an unknown loss.
+
+    Reference:
+      Ma et al., "Normalized Loss Functions for Deep Learning with Noisy Labels".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> logits = jnp.array([[2.0, 1.0, 0.1, -1.0, 0.5]])
+      >>> print(jaxsoft.losses.active_passive_loss(logits, jnp.array([0])).round(6))
+      [0.497934]
+      >>> print(jaxsoft.losses.active_passive_loss(logits, jnp.array([0]), passive="reverse").round(6))
+      [4.122428]
+    """
+    _checks.option("active", active, _ACTIVE)
+    _checks.option("passive", passive, _PASSIVE)
+    _checks.number("alpha", alpha, at_least=0)
+    _checks.number("beta", beta, at_least=0)
+    _checks.number("q", q, above=0)
+    _checks.number("gamma", gamma, at_least=0)
+    _checks.number("label_floor", label_floor, above=0, below=1)
+    rows = prepare(
+        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
+    )
+    nll, normalized = _normalized(rows, active, q, gamma)
+
+    def phi(nll):
+        other = _miss(nll) if passive == "mae" else _reverse(nll, label_floor)
+        return alpha * normalized(nll) + beta * other
+
+    return rows.finish(_unless_absent(nll, phi))
+
+
+# --- two rows of logits: of an example and of its adversarial one ----------------------------------------
+# The second row rides along as an entry argument, so that either may be an expression. What the first row
+# lacks, the second lacks, too.
+
+
+def _second_tile(tile: Tile) -> Tile:
+    """The tile of the second row of logits."""
+    second = tile.entry_args[0].astype(tile.x.dtype)
+    return tile.with_scores(jnp.where(tile.keep, second, -jnp.inf))
+
+
+@functools.cache
+def _on_second(function: Callable | None) -> Callable | None:
+    if function is None:
+        return None
+
+    def run(state, tile, *args):
+        return function(state, _second_tile(tile), *args)
+
+    return run
+
+
+def _of_second(reduction: RowReduction, second: Logits) -> RowReduction:
+    """A reduction, of the second row of logits."""
+    return reduction._replace(
+        update=_on_second(reduction.update), share=_on_second(reduction.share), entry_args=(second,)
+    )
+
+
+def _log_softmax(tile: Tile, partition: LogPartition) -> Array:
+    """The log-probabilities of a tile; finite for absent entries."""
+    parts = LogPartition(*(part[..., None] for part in partition))
+    return parts.log_softmax(jnp.where(tile.keep, tile.x, parts.shift))
+
+
+def _pair_init(like, *args):
+    return like
+
+
+@functools.cache
+def _pair_update(term: Callable) -> Callable:
+    def update(state, tile, first, second, *args):
+        other = _second_tile(tile)
+        values = term(_log_softmax(tile, first), _log_softmax(other, second), *(a[..., None] for a in args))
+        return state + tile.sum(jnp.where(tile.keep & ~other.keep, jnp.inf, values))
+
+    return update
+
+
+def _pair_sum(
+    term: Callable,
+    second: Logits,
+    first_partition: LogPartition,
+    second_partition: LogPartition,
+    *args: Array,
+) -> RowReduction:
+    """`sum_c term(log p_c, log p'_c, *args)` over two rows of logits; +inf if the second alone lacks a class."""
+    return RowReduction(
+        _pair_init, _pair_update(term), args=(first_partition, second_partition, *args), entry_args=(second,)
+    )
+
+
+def _check_second(rows: Rows, second: Logits) -> Logits:
+    """Checks the adversarial logits, and moves their axis last."""
+    _checks.floating("adversarial_logits", second)
+    _checks.shape("adversarial_logits", second, rows.logits.shape, "the shape of logits")
+    check_axis(second, rows.axis)
+    return second if isinstance(second, LinearLogits) else jnp.moveaxis(jnp.asarray(second), rows.axis, -1)
+
+
+def _root(square: Array) -> Array:
+    """The square root, with gradient 0 at 0."""
+    positive = square != 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
+
+
+def _squared_margin_change(log_p, log_q, change):
+    """`(d'_c - d_c)^2` for the margins `d_c = x_y - x_c = log p_y - log p_c`."""
+    return jnp.square((log_q - log_p) + change)
+
+
+def smooth_adversarial_comp_sum_loss(
+    logits: Logits,
+    adversarial_logits: Logits,
+    labels: Int[Array, "*rows"],
+    *,
+    tau: float = 1.0,
+    nu: float = 1.0,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+    weights: Float[Array, "*rows"] | None = None,
+    ignore_index: int | None = IGNORE_INDEX,
+) -> Float[Array, "*rows"]:
+    """Smooth adversarial comp-sum loss: `comp_sum_loss(x, y) + nu ||d' - d||_2`, with margins `d_c = x_y - x_c`.
+
+    The norm runs over the classes other than y; d' are the margins of the adversarial logits, which the caller
+    finds (by projected gradient ascent on the norm, say). Both arguments get gradients, and either may be
+    `linear_logits`. Where the two rows differ by a shift only, the norm and its gradient are 0. *Reconstructed* from
+    the paper's standard definitions.
+
+    Args:
+      logits: `[*rows, columns]` of the examples, a floating array or `linear_logits`.
+      adversarial_logits: logits of the perturbed examples, of the same shape. A class that only they lack costs
+        +inf.
+      labels: class ids `[*rows]`, as in `cross_entropy`.
+      tau: as in `comp_sum_loss`.
+      nu: coefficient of the norm, 0 or more; the paper tunes it between 1 and 10.
+      axis: the axis of the classes.
+      where: class mask that broadcasts to the logits, True = counts. A label on a masked class costs +inf.
+      weights: `[*rows]`, multiply the losses.
+      ignore_index: class id of examples to leave out.
+
+    Returns:
+      Losses `[*rows]`, float32 or wider.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or out of range.
+
+    Reference:
+      Mao, Mohri and Zhong, "Cross-Entropy Loss Functions: Theoretical Analysis and Applications".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> logits, adversarial = jnp.array([[2.0, 1.0, 0.1, -1.0, 0.5]]), jnp.array([[1.6, 1.2, 0.0, -0.8, 0.6]])
+      >>> loss = jaxsoft.losses.smooth_adversarial_comp_sum_loss
+      >>> print(loss(logits, adversarial, jnp.array([0])).round(4))
+      [1.612]
+    """
+    _checks.number("tau", tau, at_least=0)
+    _checks.number("nu", nu, at_least=0)
+    rows = prepare(
+        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
+    )
+    second = _check_second(rows, adversarial_logits)
+    label = rows.label_statistics()
+    (nll, partition), (other_nll, other) = rows.reduce((label, _of_second(label, second)))
+    absent = (nll == jnp.inf) | (other_nll == jnp.inf)
+    change = jnp.where(absent, 0, other_nll - nll)
+    square = rows.reduce(_pair_sum(_squared_margin_change, second, partition, other, change))
+    lacking = absent | (square == jnp.inf)
+    loss = _box_cox(jnp.where(absent, 0, nll), tau - 1) + nu * _root(jnp.where(lacking, 0, square))
+    return rows.finish(jnp.where(lacking, jnp.inf, loss))
+
+
+def _kl(log_p, log_q):
+    return jnp.exp(log_p) * (log_p - log_q)
+
+
+def trades_loss(
+    logits: Logits,
+    adversarial_logits: Logits,
+    labels: Int[Array, "*rows"] | Float[Array, "*rows columns"],
+    *,
+    beta: float = 6.0,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+    weights: Float[Array, "*rows"] | None = None,
+    ignore_index: int | None = IGNORE_INDEX,
+) -> Float[Array, "*rows"]:
+    """TRADES: `cross_entropy(x, y) + beta KL(p || p')`, with p' the softmax of the adversarial logits.
+
+    Both arguments get gradients, and either may be `linear_logits`. `adversarial_brier_loss` is its counterpart in
+    squared errors. *Reconstructed*: the standard form.
+
+    Args:
+      logits: `[*rows, columns]` of the examples, a floating array or `linear_logits`.
+      adversarial_logits: logits of the perturbed examples, of the same shape. A class that only they lack costs
+        +inf.
+      labels: class ids `[*rows]` or distributions of the logits' shape, as in `cross_entropy`.
+      beta: coefficient of the divergence, 0 or more.
+      axis: the axis of the classes.
+      where: class mask that broadcasts to the logits, True = counts. A label on a masked class costs +inf.
+      weights: `[*rows]`, multiply the losses.
+      ignore_index: class id of examples to leave out.
+
+    Returns:
+      Losses `[*rows]`, float32 or wider.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or out of range.
+
+    Reference:
+      Zhang et al., "Theoretically Principled Trade-off between Robustness and Accuracy".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> logits, adversarial = jnp.array([[2.0, 1.0, 0.1, -1.0, 0.5]]), jnp.array([[1.6, 1.2, 0.0, -0.8, 0.6]])
+      >>> print(jaxsoft.losses.trades_loss(logits, adversarial, jnp.array([0])).round(6))
+      [0.80112]
+    """
+    _checks.number("beta", beta, at_least=0)
+    rows = prepare(logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index)
+    second = _check_second(rows, adversarial_logits)
+    (nll, partition), other = rows.reduce(
+        (rows.label_statistics(), _of_second(reductions.log_partition(), second))
+    )
+    divergence = rows.reduce(_pair_sum(_kl, second, partition, other))
+    return rows.finish(_unless_absent(divergence, lambda divergence: nll + beta * divergence))

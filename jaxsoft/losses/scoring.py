@@ -1,0 +1,465 @@
+"""Proper scores other than the logarithmic one, the entropy bonus, and scores of how hard an example is.
+
+In the formulas `x` are the logits of a row, `y` its label, `p = softmax(x)`, and q the label as a distribution.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from jaxsoft import _checks
+from jaxsoft._numerics import accumulation_dtype
+from jaxsoft.losses._common import IGNORE_INDEX, Rows, prepare
+from jaxsoft.losses.classification import Labels, _miss
+from jaxsoft.losses.robust import (
+    _check_second,
+    _log_softmax,
+    _of_second,
+    _pair_init,
+    _pair_sum,
+    _root,
+    _unless_absent,
+)
+from jaxsoft.rows import reductions
+from jaxsoft.rows._logits import Logits
+from jaxsoft.rows._reduction import RowReduction
+from jaxsoft.rows.reductions import LogPartition
+
+# The squared error of a class id y is `(1 - p_y)^2 (1 + S)`, with S the sum of squares of the softmax over the
+# other classes: no difference of large terms, and its root is smooth.
+
+_SQUARES = reductions.sum_of_squared_probabilities()
+
+
+def _others_init(like, ids):
+    return _SQUARES.init(like)
+
+
+def _others_update(state, tile, ids):
+    return _SQUARES.update(
+        state, tile.with_scores(jnp.where(tile.cols == ids[..., None], -jnp.inf, tile.scores))
+    )
+
+
+def _others_merge(a, b, ids):
+    return _SQUARES.merge(a, b)
+
+
+def _others_finalize(state, ids):
+    return _SQUARES.finalize(state)
+
+
+def _squares_of_others(ids: Array) -> RowReduction:
+    """The sum of squares of the softmax over the columns other than `ids` (`[*rows]`); 0 if there are none."""
+    return RowReduction(
+        _others_init, _others_update, _others_merge, _others_finalize, _SQUARES.neutral, args=(ids,)
+    )
+
+
+@functools.cache
+def _distance_update(term: Callable) -> Callable:
+    def update(state, tile, partition):
+        q = jnp.where(tile.keep, tile.entry_args[0].astype(tile.x.dtype), 0)
+        return state + tile.sum(term(jnp.exp(_log_softmax(tile, partition)) - q))
+
+    return update
+
+
+def _distance(term: Callable, partition: LogPartition, distributions: Array) -> RowReduction:
+    """`sum_c term(p_c - q_c)` for distributions q `[*rows, columns]`."""
+    return RowReduction(_pair_init, _distance_update(term), args=(partition,), entry_args=(distributions,))
+
+
+def _squared_error(rows: Rows, **more: RowReduction) -> tuple[Array, dict[str, Any]]:
+    """`sum_c (p_c - q_c)^2`, +inf where the label is absent; and what the first pass found."""
+    if not rows.soft:
+        more = {"others": _squares_of_others(rows.labels), **more}
+    out = rows.reduce({"label": rows.label_statistics(), **more})
+    nll, partition = out["label"]
+    if rows.soft:
+        square = rows.reduce(_distance(jnp.square, partition, rows.labels))
+        return _unless_absent(nll, lambda nll: square), out
+    return _unless_absent(nll, lambda nll: jnp.square(_miss(nll)) * (1 + out["others"])), out
+
+
+def brier_loss(
+    logits: Logits,
+    labels: Labels,
+    *,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+    weights: Float[Array, "*rows"] | None = None,
+    ignore_index: int | None = IGNORE_INDEX,
+) -> Float[Array, "*rows"]:
+    """Brier score: `sum_c (p_c - q_c)^2`, the squared error of the probabilities; `sum_c p_c^2 - 2 p_y + 1`.
+
+    A proper score, bounded by 2. Class ids take one pass, label distributions two. Evaluated without cancellation,
+    so that it is exact to a few units in the last place of the loss, also near 0.
+
+    Args:
+      logits: `[*rows, columns]`, a floating array or `linear_logits`.
+      labels: class ids `[*rows]` or distributions of the logits' shape, as in `cross_entropy`.
+      axis: the axis of the classes.
+      where: class mask that broadcasts to the logits, True = counts. A label on a masked class costs +inf.
+      weights: `[*rows]`, multiply the losses.
+      ignore_index: class id of examples to leave out.
+
+    Returns:
+      Losses `[*rows]`, float32 or wider, in [0, 2] for class ids.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape.
+
+    Reference:
+      Brier, "Verification of Forecasts Expressed in Terms of Probability"; Pang et al., "Robustness and Accuracy
+      Could Be Reconcilable by (Proper) Definition".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> logits = jnp.array([[2.0, 1.0, 0.1, -1.0, 0.5]])
+      >>> print(jaxsoft.losses.brier_loss(logits, jnp.array([0])).round(6))
+      [0.260388]
+      >>> print(jaxsoft.losses.brier_loss(logits, jnp.full((1, 5), 0.2)).round(6))
+      [0.177478]
+    """
+    rows = prepare(logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index)
+    return rows.finish(_squared_error(rows)[0])
+
+
+def _squared_change(log_p, log_q):
+    return jnp.square(jnp.exp(log_q) - jnp.exp(log_p))
+
+
+def adversarial_brier_loss(
+    logits: Logits,
+    adversarial_logits: Logits,
+    labels: Labels,
+    *,
+    beta: float = 4.0,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+    weights: Float[Array, "*rows"] | None = None,
+    ignore_index: int | None = IGNORE_INDEX,
+) -> Float[Array, "*rows"]:
+    """SCORE: `brier_loss(x, q) + beta sum_c (p'_c - p_c)^2`, with p' the softmax of the adversarial logits.
+
+    `trades_loss` in squared errors, which obey the triangle inequality that the KL divergence lacks. Both arguments
+    get gradients, and either may be `linear_logits`. The label smoothing of the authors' code, 0 in their runs, is
+    that of the label distributions one passes.
+
+    Args:
+      logits: `[*rows, columns]` of the examples, a floating array or `linear_logits`.
+      adversarial_logits: logits of the perturbed examples, of the same shape. A class that only they lack costs
+        +inf.
+      labels: class ids `[*rows]` or distributions of the logits' shape, as in `cross_entropy`.
+      beta: coefficient of the second term, 0 or more: 4 in the authors' runs (1 by default in their code).
+      axis: the axis of the classes.
+      where: class mask that broadcasts to the logits, True = counts. A label on a masked class costs +inf.
+      weights: `[*rows]`, multiply the losses.
+      ignore_index: class id of examples to leave out.
+
+    Returns:
+      Losses `[*rows]`, float32 or wider.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or out of range.
+
+    Reference:
+      Pang et al., "Robustness and Accuracy Could Be Reconcilable by (Proper) Definition".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> logits, adversarial = jnp.array([[2.0, 1.0, 0.1, -1.0, 0.5]]), jnp.array([[1.6, 1.2, 0.0, -0.8, 0.6]])
+      >>> print(jaxsoft.losses.adversarial_brier_loss(logits, adversarial, jnp.array([0])).round(6))
+      [0.359392]
+    """
+    _checks.number("beta", beta, at_least=0)
+    rows = prepare(logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index)
+    second = _check_second(rows, adversarial_logits)
+    error, out = _squared_error(rows, second=_of_second(reductions.log_partition(), second))
+    change = rows.reduce(_pair_sum(_squared_change, second, out["label"].partition, out["second"]))
+    return rows.finish(_unless_absent(change, lambda change: error + beta * change))
+
+
+def spherical_score_loss(
+    logits: Logits,
+    labels: Int[Array, "*rows"],
+    *,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+    weights: Float[Array, "*rows"] | None = None,
+    ignore_index: int | None = IGNORE_INDEX,
+) -> Float[Array, "*rows"]:
+    """Spherical score: `-p_y / sqrt(sum_c p_c^2)`, a proper score between -1 (sure and right) and 0.
+
+    Args:
+      logits: `[*rows, columns]`, a floating array or `linear_logits`.
+      labels: class ids `[*rows]`, as in `cross_entropy`.
+      axis: the axis of the classes.
+      where: class mask that broadcasts to the logits, True = counts. A label on a masked class costs +inf.
+      weights: `[*rows]`, multiply the losses.
+      ignore_index: class id of examples to leave out.
+
+    Returns:
+      Losses `[*rows]`, float32 or wider, in [-1, 0]; the loss of a perfect prediction is -1, not 0.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape.
+
+    Reference:
+      Gneiting and Raftery, "Strictly Proper Scoring Rules, Prediction, and Estimation".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> logits = jnp.array([[2.0, 1.0, 0.1, -1.0, 0.5]])
+      >>> print(jaxsoft.losses.spherical_score_loss(logits, jnp.array([0])).round(6))
+      [-0.909101]
+    """
+    rows = prepare(
+        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
+    )
+    label, squares = rows.reduce((rows.label_statistics(), reductions.sum_of_squared_probabilities()))
+    norm = jnp.sqrt(jnp.where(label.present, squares, 1))
+    loss = _unless_absent(label.nll, lambda nll: -jnp.exp(-nll) / norm)
+    return rows.finish(jnp.where(label.present, loss, 0))
+
+
+def confidence_penalty_loss(
+    logits: Logits,
+    labels: Labels,
+    *,
+    beta: float = 0.1,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+    weights: Float[Array, "*rows"] | None = None,
+    ignore_index: int | None = IGNORE_INDEX,
+) -> Float[Array, "*rows"]:
+    """Cross-entropy with a confidence penalty: `l - beta H(p)`, H the entropy of the prediction in nats.
+
+    Args:
+      logits: `[*rows, columns]`, a floating array or `linear_logits`.
+      labels: class ids `[*rows]` or distributions of the logits' shape, as in `cross_entropy`.
+      beta: coefficient of the entropy; 0.1 to 1 are usual for classifiers. A negative one asks for confidence.
+      axis: the axis of the classes.
+      where: class mask that broadcasts to the logits, True = counts. A label on a masked class costs +inf.
+      weights: `[*rows]`, multiply the losses.
+      ignore_index: class id of examples to leave out.
+
+    Returns:
+      Losses `[*rows]`, float32 or wider; below 0 where the label is likely and `beta H` larger than l.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape.
+
+    Reference:
+      Pereyra et al., "Regularizing Neural Networks by Penalizing Confident Output Distributions".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> logits = jnp.array([[2.0, 1.0, 0.1, -1.0, 0.5]])
+      >>> print(jaxsoft.losses.confidence_penalty_loss(logits, jnp.array([0])).round(6))
+      [0.46072]
+    """
+    _checks.number("beta", beta)
+    rows = prepare(logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index)
+    label, moments = rows.reduce((rows.label_statistics(), reductions.softmax_moments(variance=False)))
+    return rows.finish(label.nll - beta * moments.entropy)
+
+
+# --- how hard an example is ------------------------------------------------------------------------------
+
+
+def el2n_score(
+    logits: Logits,
+    labels: Labels,
+    *,
+    norm: str = "l2",
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+    weights: Float[Array, "*rows"] | None = None,
+    ignore_index: int | None = IGNORE_INDEX,
+) -> Float[Array, "*rows"]:
+    """EL2N: `||p - q||_2`, the norm of the error of the prediction; the root of `brier_loss`.
+
+    Large for examples that are hard, or labelled wrongly. The paper takes its mean over several networks early in
+    training and keeps the examples with the largest scores.
+
+    Args:
+      logits: `[*rows, columns]`, a floating array or `linear_logits`.
+      labels: class ids `[*rows]` or distributions of the logits' shape, as in `cross_entropy`.
+      norm: `"l2"`, in `[0, sqrt 2]`; `"l1"`, the sum of absolute errors, in [0, 2]; or `"margin"`,
+        `max_{c != y} p_c - p_y` in [-1, 1] (class ids only).
+      axis: the axis of the classes.
+      where: class mask that broadcasts to the logits, True = counts. A label on a masked class scores +inf.
+      weights: `[*rows]`, multiply the scores.
+      ignore_index: class id of examples to leave out.
+
+    Returns:
+      Scores `[*rows]`, float32 or wider.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape, an unknown norm, or `"margin"` with label distributions.
+
+    Reference:
+      Paul, Ganguli and Dziugaite, "Deep Learning on a Data Diet: Finding Important Examples Early in Training".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> logits = jnp.array([[2.0, 1.0, 0.1, -1.0, 0.5], [0.2, 1.5, -0.3, 0.8, -1.2]])
+      >>> print(jaxsoft.losses.el2n_score(logits, jnp.array([0, 3])).round(6))
+      [0.510282 0.917304]
+      >>> print(jaxsoft.losses.el2n_score(logits, jnp.array([0, 3]), norm="margin").round(6))
+      [-0.353068  0.251503]
+    """
+    _checks.option("norm", norm, ("l2", "l1", "margin"))
+    rows = prepare(logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index)
+    if norm == "margin" and rows.soft:
+        raise ValueError("norm='margin' needs class ids as labels, got distributions")
+    if norm == "l2":
+        return rows.finish(_error_norm(rows))
+    wanted = {"label": rows.label_statistics()}
+    if norm == "margin":
+        bound = jnp.full(rows.labels.shape, jnp.inf, accumulation_dtype(rows.logits.dtype))
+        wanted["top"] = reductions.maximum_below(bound, rows.labels)
+    out = rows.reduce(wanted)
+    nll, partition = out["label"]
+    if norm == "margin":
+        some = out["top"] > -jnp.inf
+        log_p = partition.log_softmax(jnp.where(some, out["top"], partition.shift))
+        rival = jnp.where(some, jnp.exp(log_p), 0)
+        score = _unless_absent(nll, lambda nll: rival - jnp.exp(-nll))
+    elif rows.soft:
+        distance = rows.reduce(_distance(jnp.abs, partition, rows.labels))
+        score = _unless_absent(nll, lambda nll: distance)
+    else:
+        score = _unless_absent(nll, lambda nll: 2 * _miss(nll))
+    return rows.finish(jnp.where(out["label"].present, score, 0))
+
+
+def _error_norm(rows: Rows) -> Array:
+    """`||p - q||_2`, +inf where the label is absent."""
+    if rows.soft:
+        return _root(_squared_error(rows)[0])
+    label, others = rows.reduce((rows.label_statistics(), _squares_of_others(rows.labels)))
+    return _unless_absent(label.nll, lambda nll: _miss(nll) * jnp.sqrt(1 + others))
+
+
+def grand_score_linear(
+    logits: Logits,
+    labels: Labels,
+    features: Float[Array, "*rows d"],
+    *,
+    bias: bool = False,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+    weights: Float[Array, "*rows"] | None = None,
+    ignore_index: int | None = IGNORE_INDEX,
+) -> Float[Array, "*rows"]:
+    """GraNd of the last layer alone: `el2n_score * ||h||_2`, h its input features, without any gradient.
+
+    The gradient of cross-entropy for the weight of a linear layer is the outer product of h and `p - q`.
+
+    Args:
+      logits: `[*rows, columns]`, a floating array or `linear_logits`.
+      labels: class ids `[*rows]` or distributions of the logits' shape, as in `cross_entropy`.
+      features: `[*rows, d]`, what the last layer multiplies with its weight.
+      bias: whether the layer has a bias, whose gradient then counts: `sqrt(1 + ||h||^2)` in place of `||h||`.
+      axis: the axis of the classes.
+      where: class mask that broadcasts to the logits, True = counts. A label on a masked class scores +inf.
+      weights: `[*rows]`, multiply the scores.
+      ignore_index: class id of examples to leave out.
+
+    Returns:
+      Scores `[*rows]`, float32 or wider.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape.
+
+    Reference:
+      Paul, Ganguli and Dziugaite, "Deep Learning on a Data Diet: Finding Important Examples Early in Training".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> logits, h = jnp.array([[2.0, 1.0, 0.1, -1.0, 0.5]]), jnp.array([[1.0, 2.0, 2.0]])
+      >>> print(jaxsoft.losses.grand_score_linear(logits, jnp.array([0]), h).round(6))
+      [1.530846]
+    """
+    rows = prepare(logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index)
+    shape = tuple(n for i, n in enumerate(logits.shape) if i != rows.axis)
+    _checks.floating("features", features)
+    if features.ndim != len(shape) + 1 or features.shape[:-1] != shape:
+        raise ValueError(f"features must have shape {(*shape, 'd')}, got shape {tuple(features.shape)}")
+    if not isinstance(bias, bool):
+        raise TypeError(f"bias must be True or False, got {_checks.describe(bias)}")
+    if rows.keep is not None:
+        features = jnp.where(rows.keep[..., None], features, 0)
+    h = features.astype(accumulation_dtype(features.dtype))
+    return rows.finish(_error_norm(rows) * _root(jnp.sum(jnp.square(h), axis=-1) + bias))
+
+
+def grand_score(
+    loss: Callable[..., Float[Array, ""]],
+    params: PyTree,
+    *batch: PyTree,
+    chunk_size: int | None = None,
+) -> Float[Array, " examples"]:
+    """GraNd: `||grad_params loss(params, example)||_2` for each example of a batch, over all parameters.
+
+    Args:
+      loss: `(params, *example) -> scalar`, the loss of a single example.
+      params: a tree of floating arrays.
+      *batch: arrays, or trees of them, with the examples along their first axis; `loss` gets them without it.
+      chunk_size: how many examples are differentiated at a time; by default all, which takes memory for as many
+        gradients of all parameters.
+
+    Returns:
+      Scores `[examples]`, float32 or wider.
+
+    Raises:
+      TypeError: no loss that can be called, a chunk size that is no static integer.
+      ValueError: a batch without arrays or of unequal sizes, a loss that is not scalar, a chunk size below 1.
+
+    Reference:
+      Paul, Ganguli and Dziugaite, "Deep Learning on a Data Diet: Finding Important Examples Early in Training".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> def loss(weight, h, label):
+      ...     return jaxsoft.losses.cross_entropy(h @ weight, label)
+      >>> h, labels = jnp.eye(2, 3), jnp.array([0, 3])
+      >>> weight = jnp.array([[2.0, 1.0, 0.1, -1.0, 0.5], [0.2, 1.5, -0.3, 0.8, -1.2], [0.0] * 5])
+      >>> print(jaxsoft.losses.grand_score(loss, weight, h, labels).round(6))
+      [0.510282 0.917304]
+    """
+    if not callable(loss):
+        raise TypeError(f"loss must be a function (params, *example) -> scalar, got {_checks.describe(loss)}")
+    sizes = {jnp.shape(a)[:1] for a in jax.tree.leaves(batch)}
+    if len(sizes) != 1 or () in sizes:
+        raise ValueError(f"batch must hold arrays with one first axis of examples, got sizes {sorted(sizes)}")
+    if chunk_size is not None:
+        chunk_size = _checks.integer("chunk_size", chunk_size, at_least=1)
+    example = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a)[1:], jnp.result_type(a)), batch)
+    value = jax.eval_shape(loss, params, *example)
+    if getattr(value, "shape", None) != ():
+        raise ValueError(f"loss must return a scalar for one example, got {_checks.describe(value)}")
+
+    def score(example):
+        gradient = jax.tree.leaves(jax.grad(loss)(params, *example))
+        squares = [jnp.sum(jnp.square(g.astype(accumulation_dtype(g.dtype)))) for g in gradient]
+        return _root(sum(squares, jnp.zeros(())))
+
+    batch = jax.tree.map(jnp.asarray, batch)
+    return jax.vmap(score)(batch) if chunk_size is None else lax.map(score, batch, batch_size=chunk_size)
