@@ -27,7 +27,7 @@ class Loss(NamedTuple):
       formula: of one row, in the notation that the page explains.
       statistics: what it is a function of: row reductions (names of `jaxsoft.rows.reductions`), or in words.
       passes: how often it reads the logits for its value; two where a statistic needs another one first; 0 where it
-        reads none, or does not stream. The tests count it.
+        reads none, or does not stream. The tests count it for the entries of the conformance table.
       variant: options or labels that make another row of the same loss.
       entry: the entry of the conformance table that stands for the row, if not the one of the loss's name.
       cost: of value and gradient, where it does not follow from `passes`.
@@ -49,15 +49,11 @@ class Loss(NamedTuple):
         return self.passes > 0
 
 
-def _rows():
-    for path in LISTS:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-        yield path.stem, [Loss(**row) for row in content.get("loss", [])], content.get("not_losses", [])
-
-
-LOSSES = tuple(loss for _, rows, _ in _rows() for loss in rows)
+_CONTENT = {path.stem: tomllib.loads(path.read_text(encoding="utf-8")) for path in LISTS}
+FAMILIES = {family: tuple(Loss(**row) for row in c["loss"]) for family, c in _CONTENT.items() if "loss" in c}
 # Exports of jaxsoft.losses that are none: targets, weights, means, heads.
-NOT_LOSSES = {name for _, _, names in _rows() for name in names} | {"weighted_mean", "weighted_sum"}
+NOT_LOSSES = {name for c in _CONTENT.values() for name in c.get("not_losses", [])}
+NOT_LOSSES |= {"weighted_mean", "weighted_sum"}
 
 HEAD = """\
 <!-- Written by docs/generate_loss_table.py; do not edit. -->
@@ -74,7 +70,9 @@ products of the size of `hidden @ weight`: a pass over the logits computes them 
 computes them again, and takes two products for the gradients of `hidden` and `weight`. (`weighted_sum` and
 `weighted_mean` compute a chunk of rows once for all of it: 1 + 2.) A dash: the function reads no logits, or all of
 them at once.
+"""
 
+COLUMNS = """\
 | loss | formula | statistics | streams | cost | reference |
 | --- | --- | --- | --- | --- | --- |
 """
@@ -82,7 +80,7 @@ them at once.
 
 def check_complete() -> None:
     """Raises if the lists and the exports of `jaxsoft.losses` differ."""
-    listed = {loss.name for loss in LOSSES} | NOT_LOSSES
+    listed = {loss.name for rows in FAMILIES.values() for loss in rows} | NOT_LOSSES
     exported = set(losses.__all__)
     if listed != exported:
         raise SystemExit(
@@ -90,18 +88,24 @@ def check_complete() -> None:
         )
 
 
+def line(loss: Loss) -> str:
+    """A line of the table."""
+    link = f"[`{loss.name}`][jaxsoft.losses.{loss.name}]" + (f", {loss.variant}" if loss.variant else "")
+    statistics = ", ".join(f"`{s}`" if s.isidentifier() else s for s in loss.statistics)
+    cost = loss.cost or (f"{loss.passes} + {3 * loss.passes}" if loss.streams else "-")
+    formula = loss.formula.replace("|", "\\|")
+    cells = link, f"`{formula}`", statistics, "yes" if loss.streams else "no", cost, loss.reference
+    return f"| {' | '.join(cells)} |\n"
+
+
 def page() -> str:
     """The text of the page."""
     check_complete()
-    rows = []
-    for loss in LOSSES:
-        link = f"[`{loss.name}`][jaxsoft.losses.{loss.name}]" + (f", {loss.variant}" if loss.variant else "")
-        statistics = ", ".join(f"`{s}`" if s.isidentifier() else s for s in loss.statistics)
-        cost = loss.cost or (f"{loss.passes} + {3 * loss.passes}" if loss.streams else "-")
-        formula = loss.formula.replace("|", "\\|")
-        cells = link, f"`{formula}`", statistics, "yes" if loss.streams else "no", cost, loss.reference
-        rows.append(f"| {' | '.join(cells)} |\n")
-    return HEAD + "".join(rows)
+    sections = [HEAD]
+    for family, rows in FAMILIES.items():
+        title = family.replace("_", " ").capitalize()
+        sections.append(f"\n## {title}\n\n{COLUMNS}{''.join(map(line, rows))}")
+    return "".join(sections)
 
 
 def main() -> None:

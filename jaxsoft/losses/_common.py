@@ -123,3 +123,18 @@ def check_weights(weights: Any, rows: tuple[int, ...]) -> None:
 def is_zero(value: Any) -> bool:
     """Whether a hyper-parameter is known to be 0 (a traced one is not)."""
     return _checks.is_concrete_number(value) and float(value) == 0
+
+
+def miss_of(nll: Array) -> Array:
+    """`1 - p_y`, exact for probabilities near 1."""
+    return -jnp.expm1(-nll)
+
+
+def power_of(base: Array, exponent: Any) -> Array:
+    """`base ** exponent` for a base of 0 or more, with a finite gradient at 0 (0^0 = 1)."""
+    return jnp.maximum(base, 1e-12) ** exponent
+
+
+def poison_of(score: Array) -> Array:
+    """1, and NaN for a label out of range: as a factor it spoils the gradient, too."""
+    return jnp.where(jnp.isnan(score), jnp.nan, 1).astype(score.dtype)

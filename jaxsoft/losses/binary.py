@@ -17,9 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype
-from jaxsoft.losses._common import IGNORE_INDEX, prepare
-from jaxsoft.losses.classification import _power
-from jaxsoft.losses.imbalance import _poison
+from jaxsoft.losses._common import IGNORE_INDEX, poison_of, power_of, prepare
 from jaxsoft.rows import reductions
 from jaxsoft.rows._driver import rows_of
 from jaxsoft.rows._logits import Logits
@@ -131,7 +129,7 @@ def sigmoid_focal_loss(
 
 def _focal(x, t, gamma, positive, negative):
     miss = t * jax.nn.sigmoid(-x) + (1 - t) * jax.nn.sigmoid(x)
-    return (t * positive + (1 - t) * negative) * _power(miss, gamma) * _cross_entropy(x, t)
+    return (t * positive + (1 - t) * negative) * power_of(miss, gamma) * _cross_entropy(x, t)
 
 
 def gumbel_optimized_loss(
@@ -295,7 +293,7 @@ def quality_focal_loss(
         _checks.broadcastable("where", where, tuple(logits.shape), "the shape of the logits")
         x, t = jnp.where(where, x, 0), jnp.where(where, t, 0)
     error = jnp.abs(t * jax.nn.sigmoid(-x) - (1 - t) * jax.nn.sigmoid(x))
-    loss = _power(error, gamma) * _cross_entropy(x, t)
+    loss = power_of(error, gamma) * _cross_entropy(x, t)
     if alpha is not None:
         loss = (t * alpha + (1 - t) * (1 - alpha)) * loss
     return loss if where is None else jnp.where(where, loss, 0)
@@ -323,6 +321,8 @@ def _sum_over_classes(
     if rows.soft:
         targets = rows.labels
         if rows.where is not None:
+            _checks.boolean("where", rows.where)
+            _checks.broadcastable("where", rows.where, logits.shape, "the shape of the logits")
             keep = jnp.broadcast_to(rows.where, logits.shape)
             targets = jnp.where(jnp.moveaxis(keep, rows.axis, -1), targets, 0)
         total = reductions.mapped_sum(
@@ -332,7 +332,7 @@ def _sum_over_classes(
     total = reductions.mapped_sum(_of_ids(term), *args, rows.labels, col_args=(class_weights,))
     loss, score, count = rows.reduce((total, reductions.take(rows.labels), reductions.count()))
     loss = jnp.where((score == -jnp.inf) & (count > 0), jnp.inf, loss)
-    return rows.finish(loss * _poison(score))
+    return rows.finish(loss * poison_of(score))
 
 
 @functools.cache

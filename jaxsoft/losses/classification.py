@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import safe_divide
-from jaxsoft.losses._common import IGNORE_INDEX, is_zero, prepare
+from jaxsoft.losses._common import IGNORE_INDEX, is_zero, miss_of, power_of, prepare
 from jaxsoft.rows import reductions
 from jaxsoft.rows._logits import Logits
 
@@ -183,7 +183,7 @@ def poly_loss(
         log_overlap = partition.log_softmax(out["overlap"].shift) + out["overlap"].log_sum
         miss = 1 - jnp.where(present, jnp.exp(jnp.where(present, log_overlap, 0)), 1)
     else:
-        miss = _miss(loss)
+        miss = miss_of(loss)
     if smooth:
         total, count = out["all"]
         a = label_smoothing
@@ -274,7 +274,7 @@ def focal_loss(
         logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
     )
     loss = rows.reduce(rows.label_statistics()).nll
-    focus = _power(_miss(loss), gamma)
+    focus = power_of(miss_of(loss), gamma)
     loss = (lax.stop_gradient(focus) if stop_weight_gradient else focus) * loss
     if class_weights is not None:
         _checks.floating("class_weights", class_weights)
@@ -330,8 +330,8 @@ def poly1_focal_loss(
         logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
     )
     loss = rows.reduce(rows.label_statistics()).nll
-    miss = _miss(loss)
-    focus = _power(miss, gamma)
+    miss = miss_of(loss)
+    focus = power_of(miss, gamma)
     return rows.finish(focus * loss + epsilon * focus * miss)
 
 
@@ -383,7 +383,7 @@ def dual_focal_loss(
     some = below > -jnp.inf
     log_p = partition.log_softmax(jnp.where(some, below, partition.shift))
     runner_up = jnp.where(some, jnp.exp(log_p), 0)
-    return rows.finish(_power(_miss(loss) + runner_up, gamma) * loss)
+    return rows.finish(power_of(miss_of(loss) + runner_up, gamma) * loss)
 
 
 def max_suppression_loss(
@@ -430,13 +430,3 @@ def max_suppression_loss(
     label, top, mean = rows.reduce((rows.label_statistics(), reductions.maximum(), reductions.mean()))
     excess = jnp.where(label.present, jnp.where(label.present, top, 0) - mean, 0)
     return rows.finish(label.nll + suppression * excess)
-
-
-def _miss(nll: Array) -> Array:
-    """`1 - p_y`, exact for probabilities near 1."""
-    return -jnp.expm1(-nll)
-
-
-def _power(base: Array, exponent: Any) -> Array:
-    """`base ** exponent` for a base of 0 or more, with a finite gradient at 0 (0^0 = 1)."""
-    return jnp.maximum(base, 1e-12) ** exponent

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, as_ids, safe_divide
 from jaxsoft.losses._common import IGNORE_INDEX, Rows, check_weights, prepare
+from jaxsoft.losses._pairs import check_second, of_second, pair_sum
 from jaxsoft.rows import reductions
 from jaxsoft.rows._driver import check_axis, rows_of
 from jaxsoft.rows._logits import LinearLogits, Logits
@@ -295,7 +296,8 @@ def ensemble_distillation_loss(
         _checks.floating("teacher_weights", teacher_weights)
         _checks.shape("teacher_weights", teacher_weights, (k,), "one number a teacher")
         shares = (teacher_weights / jnp.sum(teacher_weights)).astype(dtype)
-    wanted = [reductions.log_partition(), *map(_partition_of_entry, teachers)]
+    each = reductions.log_partition()
+    wanted = [each, *(of_second(each, teacher) for teacher in teachers)]
     partitions = rows.reduce(wanted)
     parts = [a for partition in partitions for a in _floored(partition)]
     log_shares = [jnp.broadcast_to(a, parts[0].shape) for a in jnp.log(shares)]
@@ -471,8 +473,8 @@ def binary_distillation_loss(
     _checks.number("beta", beta, at_least=0)
     rows, teacher = _pair(logits, teacher_logits, 1.0, True, axis, where, weights)
     shape = rows_of(logits.shape, rows.axis)
-    beta = jnp.broadcast_to(jnp.asarray(beta, accumulation_dtype(logits.dtype)), shape)
-    return rows.finish(rows.reduce(reductions.mapped_sum(_binary_terms, beta, entry_args=(teacher,))))
+    exponent = jnp.broadcast_to(jnp.asarray(beta, accumulation_dtype(logits.dtype)), shape)
+    return rows.finish(rows.reduce(reductions.mapped_sum(_binary_terms, exponent, entry_args=(teacher,))))
 
 
 def squared_log_prob_loss(
@@ -588,19 +590,16 @@ def _pair(
 ) -> tuple[Rows, Any]:
     """The checked student's rows, and the teacher's scores as one of the `entry_args` of a reduction."""
     axis = check_axis(logits, axis)
-    _checks.floating(name, teacher_logits)
-    _checks.shape(name, teacher_logits, logits.shape, "the shape of logits")
     _checks.number("temperature", temperature, above=0)
     check_weights(weights, rows_of(logits.shape, axis))
-    teacher = lax.stop_gradient(teacher_logits) if stop_teacher else teacher_logits
+    teacher = check_second(name, teacher_logits, logits, axis)
+    teacher = lax.stop_gradient(teacher) if stop_teacher else teacher
     if not (_checks.is_concrete_number(temperature) and float(temperature) == 1):
         if not isinstance(logits, LinearLogits):
             logits = logits.astype(accumulation_dtype(logits.dtype))
         if not isinstance(teacher, LinearLogits):
             teacher = teacher.astype(accumulation_dtype(teacher.dtype))
-        logits, teacher = (tempered(x, temperature, axis=axis) for x in (logits, teacher))
-    if not isinstance(teacher, LinearLogits):
-        teacher = jnp.moveaxis(jnp.asarray(teacher), axis, -1)
+        logits, teacher = tempered(logits, temperature, axis=axis), tempered(teacher, temperature)
     return Rows(logits, axis, where, None, None, False, weights), teacher
 
 
@@ -627,21 +626,7 @@ def _floored(partition: reductions.LogPartition) -> tuple[Array, Array]:
 
 def _second_pass(terms, compared: reductions.RelativeEntropy, teacher):
     """The sum of `terms(log q, log p)`, from `relative_entropy(teacher, reverse=True)`."""
-    own, other = compared.other_partition, compared.partition
-    return reductions.mapped_sum(
-        _of_log_probabilities(terms), *_floored(own), *_floored(other), entry_args=(teacher,)
-    )
-
-
-@functools.cache
-def _of_log_probabilities(terms):
-    def function(x, cols, shift, log_sum, teacher_shift, teacher_log_sum, t):
-        absent = t == -jnp.inf
-        t = jnp.where(absent, teacher_shift, t)
-        values = terms((x - shift) - log_sum, (t.astype(x.dtype) - teacher_shift) - teacher_log_sum)
-        return jnp.where(absent, 0, values)
-
-    return function
+    return pair_sum(terms, teacher, compared.other_partition, compared.partition, lacking=0.0)
 
 
 def _jensen_shannon(log_q, log_p):
@@ -653,15 +638,15 @@ def _total_variation(log_q, log_p):
     return 0.5 * jnp.abs(jnp.exp(log_p) - jnp.exp(log_q))
 
 
-def _alpha_divergence(rows: Rows, teacher, alpha: float, clip) -> Array:
-    exact = clip is None
-    compared = rows.reduce(reductions.relative_entropy(teacher, reverse=not (alpha == 0 and exact)))
-    if alpha == 1 or (alpha == 0 and exact):
-        return compared.divergence
-    value = rows.reduce(_second_pass(_alpha_terms(alpha, clip), compared, teacher))
-    if exact:
-        return value
-    surrogate = rows.reduce(_second_pass(_surrogate_terms(alpha, clip), compared, teacher))
+def _alpha_divergence(rows: Rows, teacher, alpha: float, clip: float | None) -> Array:
+    if alpha == 1 or (alpha == 0 and clip is None):
+        return rows.reduce(reductions.relative_entropy(teacher, reverse=alpha == 1)).divergence
+    compared = rows.reduce(reductions.relative_entropy(teacher, reverse=True))
+    if clip is None:
+        return rows.reduce(_second_pass(_exact_terms(alpha), compared, teacher))
+    value, surrogate = rows.reduce(
+        [_second_pass(terms(alpha, clip), compared, teacher) for terms in (_clipped_terms, _surrogate_terms)]
+    )
     return surrogate + lax.stop_gradient(value - surrogate)
 
 
@@ -672,15 +657,20 @@ def _ratio(log_q, log_p, alpha: float, clip: float):
 
 
 @functools.cache
-def _alpha_terms(alpha: float, clip: float | None):
-    def exact(log_q, log_p):
+def _exact_terms(alpha: float):
+    def terms(log_q, log_p):
         return (jnp.exp(alpha * log_p + (1 - alpha) * log_q) - jnp.exp(log_q)) / (alpha * (alpha - 1))
 
-    def clipped(log_q, log_p):
+    return terms
+
+
+@functools.cache
+def _clipped_terms(alpha: float, clip: float):
+    def terms(log_q, log_p):
         r = _ratio(log_q, log_p, alpha, clip)
         return jnp.exp(log_q) * (-jnp.log(r) if alpha == 0 else (r - 1) / (alpha * (alpha - 1)))
 
-    return exact if clip is None else clipped
+    return terms
 
 
 @functools.cache
@@ -693,17 +683,6 @@ def _surrogate_terms(alpha: float, clip: float):
         return -lax.stop_gradient(jnp.exp(log_q) * weight) * log_q
 
     return terms
-
-
-def _entry(x, cols, t):
-    return t.astype(x.dtype)
-
-
-def _partition_of_entry(teacher):
-    """The log-partition function of a teacher's row, in parts."""
-    return reductions.mapped_logsumexp(_entry, entry_args=(teacher,))._replace(
-        finalize=reductions.partition_of
-    )
 
 
 def _to_mixture(x, cols, *args):

@@ -261,7 +261,8 @@ def optimal_mmd_weights(
     pair = keep[..., :, None] & keep[..., None, :]
     kernel = jnp.where(pair, jnp.exp(_log_kernel(x, x, bandwidth)) + ridge * identity, identity)
     mean = jnp.where(keep, kernel_mean.astype(x.dtype), 0)
-    return jax.scipy.linalg.solve(kernel, mean[..., None], assume_a="pos")[..., 0]
+    factor = jax.scipy.linalg.cho_factor(kernel)
+    return jax.scipy.linalg.cho_solve(factor, mean[..., None])[..., 0]
 
 
 # --- two rows of logits ----------------------------------------------------------------------------------

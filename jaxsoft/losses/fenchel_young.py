@@ -26,7 +26,7 @@ from jaxsoft.normalizers.sparse import _entmax, _excess
 from jaxsoft.rows import reductions
 from jaxsoft.rows._logits import Logits
 from jaxsoft.rows._reduction import RowReduction
-from jaxsoft.rows._weighted import ChunkLogits
+from jaxsoft.rows._weighted import detached
 
 
 def entmax_loss(
@@ -78,15 +78,16 @@ def entmax_loss(
     _checks.number("alpha", alpha, at_least=1)
     rows = prepare(logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index)
     if _checks.is_concrete_number(alpha) and abs(float(alpha) - 1) < 1e-3:
-        nll = rows.reduce(rows.label_statistics()).nll
-        return rows.finish(nll + _of_labels(rows, 1.0) if rows.soft else nll)
+        label = rows.reduce(rows.label_statistics())
+        entropy = jnp.where(label.present, -_of_labels(rows, 1.0), 0) if rows.soft else 0
+        return rows.finish(label.nll - entropy)
 
     # All but the three sums of the last pass is a constant to the derivative.
     params = lax.stop_gradient(_entmax(_Fixed(rows), alpha=alpha).params)
     top, tau = params["top"], params["tau"]
     exponent = 1 / (float(alpha) - 1) if _checks.is_concrete_number(alpha) else None
-    alpha = jnp.asarray(alpha, tau.dtype).reshape(())
-    params["slope"] = jnp.broadcast_to(alpha - 1, tau.shape)
+    a = jnp.asarray(alpha, tau.dtype).reshape(())
+    params["slope"] = jnp.broadcast_to(a - 1, tau.shape)
     conjugate = _conjugate(exponent)._replace(args=(params,))
     wanted = {"conjugate": conjugate, "count": reductions.count()}
     if rows.soft:
@@ -99,12 +100,12 @@ def entmax_loss(
 
     powers, mass, curvature = out["conjugate"]
     # Relative to the largest logit, (tau + 1) / (alpha - 1) - 1 / alpha = t + 1 / (alpha (alpha - 1)), uncancelled.
-    value = (tau + 1) / (alpha - 1) + (powers - 1) / alpha
+    value = (tau + 1) / (a - 1) + (powers - 1) / a
     # Along t, `value` is a parabola near its minimum: what tau lacks of it, and the second derivative.
     value = value - safe_divide((mass - 1) ** 2, 2 * curvature)
     if rows.soft:
         total = jnp.sum(q, axis=-1)
-        loss = total * value - out["score"] + _of_labels(rows, alpha)
+        loss = total * value - out["score"] + _of_labels(rows, a)
         absent = out["support"][1] < jnp.sum(q > 0, axis=-1)
     else:
         absent = out["score"] == -jnp.inf
@@ -172,11 +173,7 @@ class _Fixed:
     """The rows of a loss as the search of the threshold reads them (see `DenseRows`), without a gradient."""
 
     def __init__(self, rows: Rows):
-        logits = rows.logits
-        if isinstance(logits, ChunkLogits):
-            # The search is a loop, which the record that such logits keep cannot follow; the chunk is stored anyway.
-            logits = logits._block(0, logits.vocab_size, None)
-        self._rows = rows._replace(logits=lax.stop_gradient(logits))
+        self._rows = rows._replace(logits=detached(rows.logits))
         self.dtype = accumulation_dtype(rows.logits.dtype)
 
     def reduce(self, wanted: Any) -> Any:

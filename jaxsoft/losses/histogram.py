@@ -146,8 +146,8 @@ def hl_gauss_targets(
     Example:
       >>> import jax.numpy as jnp, jaxsoft
       >>> edges = jnp.linspace(-1.0, 1.0, 6)
-      >>> print(jaxsoft.losses.hl_gauss_targets(jnp.array(0.3), edges, sigma=0.3).round(4))
-      [0.0014 0.0469 0.3248 0.4766 0.1503]
+      >>> print((100 * jaxsoft.losses.hl_gauss_targets(jnp.array(0.3), edges, sigma=0.3)).round())
+      [ 0.  5. 32. 48. 15.]
     """
     _checks.floating("target", target)
     _check_support("edges", edges)
@@ -225,7 +225,7 @@ def categorical_projection_targets(
       >>> next_probabilities = jnp.array([0.0, 0.5, 0.0, 0.5, 0.0])
       >>> moved = 0.25 + 0.5 * centers  # reward + discount * centers
       >>> print(jaxsoft.losses.categorical_projection_targets(moved, next_probabilities, centers))
-      [0.   0.   0.5  0.5  0.  ]
+      [0.  0.  0.5 0.5 0. ]
     """
     _checks.floating("atoms", atoms)
     _checks.floating("probabilities", probabilities)

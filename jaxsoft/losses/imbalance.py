@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, log_or_neg_inf, safe_divide
-from jaxsoft.losses._common import IGNORE_INDEX, prepare
+from jaxsoft.losses._common import IGNORE_INDEX, poison_of, prepare
 from jaxsoft.losses.classification import cross_entropy
 from jaxsoft.rows import reductions
 from jaxsoft.rows._logits import Logits, linear_logits
@@ -95,7 +95,7 @@ def logit_adjusted_cross_entropy(
     at = jnp.clip(rows.labels, 0, rows.columns - 1)
     absent = (score == -jnp.inf) | ~some[at]
     nll = -partition.log_softmax(jnp.where(absent, partition.shift, score)) - adjustment[at]
-    loss = jnp.where(absent, jnp.inf, nll) * _poison(score)
+    loss = jnp.where(absent, jnp.inf, nll) * poison_of(score)
     return rows.finish(jnp.where(partition.log_sum == -jnp.inf, 0, loss))
 
 
@@ -106,11 +106,6 @@ def _frequencies(name: str, counts: Any) -> Array:
     ):
         raise TypeError(f"{name} must be an array of numbers, got {_checks.describe(counts)}")
     return jnp.asarray(counts, accumulation_dtype(counts.dtype))
-
-
-def _poison(score: Array) -> Array:
-    """1, and NaN for a label out of range: as a factor it spoils the gradient, too."""
-    return jnp.where(jnp.isnan(score), jnp.nan, 1).astype(score.dtype)
 
 
 def class_balanced_weights(
@@ -363,6 +358,7 @@ def emma_loss(
     rows = prepare(
         logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
     )
+    score = rows.reduce(reductions.take(rows.labels))
     _checks.floating("margin_lipschitz", margin_lipschitz)
     if margin_lipschitz.ndim == 1 and len(logits.shape) > 1:
         _checks.shape("margin_lipschitz", margin_lipschitz, (rows.columns,), "one number a class")
@@ -377,7 +373,6 @@ def emma_loss(
         if rows.keep is not None:
             margin_lipschitz = jnp.where(rows.keep[..., None], margin_lipschitz, 0)
         arrays = {"entry_args": (margin_lipschitz,)}
-    score = rows.reduce(reductions.take(rows.labels))
     absent = score == -jnp.inf
     base = jnp.where(absent, 0, score)
     reach = jnp.broadcast_to(jnp.asarray(radius, base.dtype), base.shape)

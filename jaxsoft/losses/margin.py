@@ -21,10 +21,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
-from jaxsoft._numerics import accumulation_dtype, as_ids
+from jaxsoft._numerics import accumulation_dtype, as_ids, finite_gauge, log_or_neg_inf
 from jaxsoft.losses._common import IGNORE_INDEX, Rows, prepare
 from jaxsoft.rows import reductions
-from jaxsoft.rows._driver import check_axis, reduce_rows, rows_of
+from jaxsoft.rows._driver import check_axis, rows_of
 from jaxsoft.rows._logits import LinearLogits, Logits, linear_logits
 from jaxsoft.rows._softmax import check_dense
 from jaxsoft.rows._statistics import check_range
@@ -221,7 +221,7 @@ def normalized_softmax_loss(
       ValueError: an argument of a wrong shape or out of range.
 
     Reference:
-      Zhai and Wu, "Classification is a Strong Baseline for Deep Metric Learning"; Ferreira et al., "Hyperspherical
+      Zhai and Wu, "Classification is a Strong Baseline for Deep Metric Learning"; Pereira et al., "Hyperspherical
       embedding for novel class classification".
 
     Example:
@@ -273,7 +273,8 @@ def additive_margin_loss(
       ValueError: an argument of a wrong shape or out of range.
 
     Reference:
-      Wang et al., "CosFace: Large Margin Cosine Loss for Deep Face Recognition".
+      Wang et al., "CosFace: Large Margin Cosine Loss for Deep Face Recognition"; Zeinali et al., "BUT System
+      Description to VoxCeleb Speaker Recognition Challenge 2019" (both margins, for speakers).
 
     Example:
       >>> import jax.numpy as jnp, jaxsoft
@@ -327,7 +328,8 @@ def additive_angular_margin_loss(
       ValueError: an argument of a wrong shape or out of range.
 
     Reference:
-      Deng et al., "ArcFace: Additive Angular Margin Loss for Deep Face Recognition".
+      Deng et al., "ArcFace: Additive Angular Margin Loss for Deep Face Recognition"; Zeinali et al., "BUT System
+      Description to VoxCeleb Speaker Recognition Challenge 2019" (both margins, for speakers).
 
     Example:
       >>> import jax.numpy as jnp, jaxsoft
@@ -705,8 +707,16 @@ def circle_loss(
     )
     absent = given & (taken == -jnp.inf)
     scores = positive(jnp.where(absent, 0, taken), s[..., None], m[..., None])
-    positives = reduce_rows(scores, reductions.log_partition(), where=given & ~absent)
+    positives = _log_partition(jnp.where(given & ~absent, scores, -jnp.inf))
     return rows.finish(_compete(negatives, positives, jnp.any(absent, axis=-1)))
+
+
+def _log_partition(x: Array) -> LogPartition:
+    """The log-sum-exp, in parts, of the few scores of the positives; -inf marks an absent one."""
+    shift = finite_gauge(jnp.max(x, axis=-1, initial=-jnp.inf))
+    return LogPartition(
+        shift, jnp.zeros_like(shift), log_or_neg_inf(jnp.sum(jnp.exp(x - shift[..., None]), axis=-1))
+    )
 
 
 def _positives(cosines, labels, axis, where, weights, ignore_index) -> tuple[Rows, Array | None]:

@@ -23,7 +23,7 @@ from jaxsoft.rows._driver import check_axis, reduce_rows, rows_of
 from jaxsoft.rows._logits import Logits
 from jaxsoft.rows._reduction import RowReduction
 from jaxsoft.rows._statistics import check_range
-from jaxsoft.rows._weighted import ChunkLogits
+from jaxsoft.rows._weighted import detached
 
 Positives = Int[Array, "*rows k"] | Bool[Array, "*rows columns"]
 
@@ -217,9 +217,11 @@ def _search(rows: Rows, k: Array, alpha: Array) -> tuple[Array, Array, Array]:
     # With the mass sum_c e^(alpha (x_c - top)), the sum of the sigmoids is at most mass e^(-alpha tau) and
     # n sigmoid(-alpha tau), at least mass sigmoid(-alpha tau).
     log_k, log_mass = jnp.log(k), jnp.where(empty, 0, lse - alpha * top)
-    beyond = jnp.exp(log_mass) - k
+    mass = jnp.exp(log_mass)
     hi = jnp.minimum(jnp.log(n - k), log_mass)
-    lo = jnp.where(beyond > 0, jnp.log(jnp.where(beyond > 0, beyond, 1)), -jnp.inf)
+    lo = jnp.where(
+        mass > 2 * k, jnp.log(jnp.maximum(mass - k, k)), -jnp.inf
+    )  # only where rounding cannot hurt
     eps = float(jnp.finfo(top.dtype).eps)
     margin = 16 * eps * (1 + jnp.abs(log_k) + jnp.abs(log_mass))  # what rounding may have taken away
     lo, hi = (lo - log_k - margin) / alpha, (hi - log_k + margin) / alpha
@@ -265,7 +267,7 @@ def _threshold(rows: Rows, k: Any, alpha: Any, wanted: Any = ()) -> tuple[_Thres
     """The threshold, and the results of other reductions, from a pass that is made anyway."""
     dtype, shape = accumulation_dtype(rows.logits.dtype), rows_of(rows.logits.shape, rows.axis)
     k, alpha = (per_row(name, value, shape, dtype) for name, value in (("k", k), ("alpha", alpha)))
-    fixed = rows._replace(logits=_detached(rows.logits))
+    fixed = rows._replace(logits=detached(rows.logits))
     top, tau, solvable = lax.stop_gradient(_search(fixed, *lax.stop_gradient((k, alpha))))
     tiny = 1e10 * float(jnp.finfo(dtype).tiny)
 
@@ -279,14 +281,6 @@ def _threshold(rows: Rows, k: Any, alpha: Any, wanted: Any = ()) -> tuple[_Thres
     tau = attach(tau, at)
     tau = attach(tau, rows.reduce(_crossing(top, tau, alpha)))
     return _Threshold(top, tau, alpha, k, solvable), results
-
-
-def _detached(logits: Logits) -> Any:
-    """The logits without derivatives, for passes in a loop."""
-    logits = lax.stop_gradient(logits)
-    if isinstance(logits, ChunkLogits):  # notes each pass over it, and has its scores stored
-        return logits._block(0, logits.vocab_size, None)
-    return logits
 
 
 def _check_top_k(k: Any, alpha: Any, columns: int) -> None:
@@ -308,9 +302,9 @@ def soft_top_k(
     """Soft top-k: `s_i = sigmoid(alpha (x_i + t))`, with t such that the row sums to k.
 
     Large `alpha` is the hard choice of the k largest. The threshold is found by Newton's method; its derivatives
-    are those of the equation it solves, of first and second order, for the scores, k and alpha. Where more than 34 /
-    alpha (float32) lies between the k-th score and the next, any threshold in the gap is right to rounding, and
-    the derivatives are those at the one that was found.
+    are those of the equation it solves, of first and second order, for the scores, k and alpha. Where more than
+    about 120 / alpha (float32) lies between the k-th score and the next, the sigmoids are 1 and 0, any threshold in
+    the gap is right, and it is taken for a constant.
 
     Args:
       scores: `[*rows, columns]`, floating.

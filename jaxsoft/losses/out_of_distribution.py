@@ -11,8 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, finite_gauge
-from jaxsoft.losses._common import IGNORE_INDEX, Rows, prepare
-from jaxsoft.losses.imbalance import _poison
+from jaxsoft.losses._common import IGNORE_INDEX, Rows, poison_of, prepare
 from jaxsoft.rows import reductions
 from jaxsoft.rows._driver import check_axis, rows_of
 from jaxsoft.rows._logits import Logits, row_scalar
@@ -170,7 +169,7 @@ def dro_temperature_loss(
     absent = score == -jnp.inf
     robust = jnp.where(absent, jnp.inf, (top - jnp.where(absent, top, score)) + excess)
     loss = robust + t * (rho - jnp.log(jnp.maximum(count, 1)))
-    return rows.finish(jnp.where(count > 0, loss, 0) * _poison(score))
+    return rows.finish(jnp.where(count > 0, loss, 0) * poison_of(score))
 
 
 # T logsumexp(x / T) in one pass, the state (m, s = sum e^((x - m) / T)). The maximum is taken off before the division,

@@ -7,7 +7,6 @@ short definition `phi(l)`.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,13 +15,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, safe_divide
-from jaxsoft.losses._common import IGNORE_INDEX, Rows, prepare
-from jaxsoft.losses.classification import _miss, _power
+from jaxsoft.losses._common import IGNORE_INDEX, Rows, miss_of, power_of, prepare
+from jaxsoft.losses._pairs import check_second, of_second, pair_sum
 from jaxsoft.rows import reductions
-from jaxsoft.rows._driver import check_axis
-from jaxsoft.rows._logits import LinearLogits, Logits
-from jaxsoft.rows._reduction import RowReduction, Tile
-from jaxsoft.rows.reductions import LogPartition, _keep_gauge, _rescale, _running_max, _weights
+from jaxsoft.rows._logits import Logits
+from jaxsoft.rows._reduction import RowReduction
+from jaxsoft.rows.reductions import _keep_gauge, _rescale, _running_max, _weights
 
 # --- functions of the negative log-likelihood ------------------------------------------------------------
 
@@ -35,7 +33,7 @@ def _box_cox(nll: Array, q: Any) -> Array:
 
 
 def _reverse(nll: Array, label_floor: Any) -> Array:
-    return -jnp.log(label_floor) * _miss(nll)
+    return -jnp.log(label_floor) * miss_of(nll)
 
 
 def _unless_absent(nll: Array, phi: Callable[[Array], Array]) -> Array:
@@ -197,7 +195,7 @@ def mean_absolute_error_loss(
       [0.441455]
     """
     return _loss_of_nll(
-        _miss, logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index
+        miss_of, logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index
     )
 
 
@@ -354,10 +352,10 @@ def _phi(loss: str, nll: Array, q: Any, gamma: Any) -> Array:
     if loss == "cross_entropy":
         return nll
     if loss == "focal":
-        return _power(_miss(nll), gamma) * nll
+        return power_of(miss_of(nll), gamma) * nll
     if loss == "generalized":
         return -jnp.expm1(-q * nll)
-    return _miss(nll)
+    return miss_of(nll)
 
 
 def _focal_term(x, cols, shift, log_sum, gamma):
@@ -525,80 +523,13 @@ def active_passive_loss(
     nll, normalized = _normalized(rows, active, q, gamma)
 
     def phi(nll):
-        other = _miss(nll) if passive == "mae" else _reverse(nll, label_floor)
+        other = miss_of(nll) if passive == "mae" else _reverse(nll, label_floor)
         return alpha * normalized(nll) + beta * other
 
     return rows.finish(_unless_absent(nll, phi))
 
 
-# --- two rows of logits: of an example and of its adversarial one ----------------------------------------
-# The second row rides along as an entry argument, so that either may be an expression. What the first row
-# lacks, the second lacks, too.
-
-
-def _second_tile(tile: Tile) -> Tile:
-    """The tile of the second row of logits."""
-    second = tile.entry_args[0].astype(tile.x.dtype)
-    return tile.with_scores(jnp.where(tile.keep, second, -jnp.inf))
-
-
-@functools.cache
-def _on_second(function: Callable | None) -> Callable | None:
-    if function is None:
-        return None
-
-    def run(state, tile, *args):
-        return function(state, _second_tile(tile), *args)
-
-    return run
-
-
-def _of_second(reduction: RowReduction, second: Logits) -> RowReduction:
-    """A reduction, of the second row of logits."""
-    return reduction._replace(
-        update=_on_second(reduction.update), share=_on_second(reduction.share), entry_args=(second,)
-    )
-
-
-def _log_softmax(tile: Tile, partition: LogPartition) -> Array:
-    """The log-probabilities of a tile; finite for absent entries."""
-    parts = LogPartition(*(part[..., None] for part in partition))
-    return parts.log_softmax(jnp.where(tile.keep, tile.x, parts.shift))
-
-
-def _pair_init(like, *args):
-    return like
-
-
-@functools.cache
-def _pair_update(term: Callable) -> Callable:
-    def update(state, tile, first, second, *args):
-        other = _second_tile(tile)
-        values = term(_log_softmax(tile, first), _log_softmax(other, second), *(a[..., None] for a in args))
-        return state + tile.sum(jnp.where(tile.keep & ~other.keep, jnp.inf, values))
-
-    return update
-
-
-def _pair_sum(
-    term: Callable,
-    second: Logits,
-    first_partition: LogPartition,
-    second_partition: LogPartition,
-    *args: Array,
-) -> RowReduction:
-    """`sum_c term(log p_c, log p'_c, *args)` over two rows of logits; +inf if the second alone lacks a class."""
-    return RowReduction(
-        _pair_init, _pair_update(term), args=(first_partition, second_partition, *args), entry_args=(second,)
-    )
-
-
-def _check_second(rows: Rows, second: Logits) -> Logits:
-    """Checks the adversarial logits, and moves their axis last."""
-    _checks.floating("adversarial_logits", second)
-    _checks.shape("adversarial_logits", second, rows.logits.shape, "the shape of logits")
-    check_axis(second, rows.axis)
-    return second if isinstance(second, LinearLogits) else jnp.moveaxis(jnp.asarray(second), rows.axis, -1)
+# --- an example and its adversarial one --------------------------------------------------------------------
 
 
 def _root(square: Array) -> Array:
@@ -665,12 +596,12 @@ def smooth_adversarial_comp_sum_loss(
     rows = prepare(
         logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
     )
-    second = _check_second(rows, adversarial_logits)
+    second = check_second("adversarial_logits", adversarial_logits, logits, rows.axis)
     label = rows.label_statistics()
-    (nll, partition), (other_nll, other) = rows.reduce((label, _of_second(label, second)))
+    (nll, partition), (other_nll, other) = rows.reduce((label, of_second(label, second)))
     absent = (nll == jnp.inf) | (other_nll == jnp.inf)
     change = jnp.where(absent, 0, other_nll - nll)
-    square = rows.reduce(_pair_sum(_squared_margin_change, second, partition, other, change))
+    square = rows.reduce(pair_sum(_squared_margin_change, second, partition, other, change))
     lacking = absent | (square == jnp.inf)
     loss = _box_cox(jnp.where(absent, 0, nll), tau - 1) + nu * _root(jnp.where(lacking, 0, square))
     return rows.finish(jnp.where(lacking, jnp.inf, loss))
@@ -725,9 +656,9 @@ def trades_loss(
     """
     _checks.number("beta", beta, at_least=0)
     rows = prepare(logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index)
-    second = _check_second(rows, adversarial_logits)
+    second = check_second("adversarial_logits", adversarial_logits, logits, rows.axis)
     (nll, partition), other = rows.reduce(
-        (rows.label_statistics(), _of_second(reductions.log_partition(), second))
+        (rows.label_statistics(), of_second(reductions.log_partition(), second))
     )
-    divergence = rows.reduce(_pair_sum(_kl, second, partition, other))
+    divergence = rows.reduce(pair_sum(_kl, second, partition, other))
     return rows.finish(_unless_absent(divergence, lambda divergence: nll + beta * divergence))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,27 +15,28 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxsoft import _checks
-from jaxsoft._numerics import accumulation_dtype
+from jaxsoft._numerics import accumulation_dtype, finite_gauge, log_or_neg_inf
 from jaxsoft.losses._common import IGNORE_INDEX, Rows, prepare
-from jaxsoft.losses.classification import Labels, _miss
-from jaxsoft.losses.robust import (
-    _check_second,
-    _log_softmax,
-    _of_second,
-    _pair_init,
-    _pair_sum,
-    _root,
-    _unless_absent,
-)
+from jaxsoft.losses._pairs import check_second, log_softmax_of, of_second, pair_sum, zero_init
+from jaxsoft.losses.classification import Labels
+from jaxsoft.losses.robust import _root, _unless_absent
 from jaxsoft.rows import reductions
 from jaxsoft.rows._logits import Logits
 from jaxsoft.rows._reduction import RowReduction
 from jaxsoft.rows.reductions import LogPartition
 
-# The squared error of a class id y is `(1 - p_y)^2 (1 + S)`, with S the sum of squares of the softmax over the
-# other classes: no difference of large terms, and its root is smooth.
+# The error of a class id y is a function of `1 - p_y = sigmoid(lse_O - x_y)` and of S, the sum of squares of the
+# softmax over the other classes O: `||p - e_y||^2 = (1 - p_y)^2 (1 + S)`. Nothing cancels, and the root is smooth.
 
 _SQUARES = reductions.sum_of_squared_probabilities()
+
+
+class _Others(NamedTuple):
+    """Of the columns other than the label: the log-sum-exp, in two parts, and the sum of squares of the softmax."""
+
+    shift: Array
+    log_sum: Array
+    squares: Array
 
 
 def _others_init(like, ids):
@@ -53,11 +54,12 @@ def _others_merge(a, b, ids):
 
 
 def _others_finalize(state, ids):
-    return _SQUARES.finalize(state)
+    m, s, _ = state
+    return _Others(finite_gauge(m), log_or_neg_inf(s), _SQUARES.finalize(state))
 
 
-def _squares_of_others(ids: Array) -> RowReduction:
-    """The sum of squares of the softmax over the columns other than `ids` (`[*rows]`); 0 if there are none."""
+def _others(ids: Array) -> RowReduction:
+    """See `_Others`; `ids` are `[*rows]`."""
     return RowReduction(
         _others_init, _others_update, _others_merge, _others_finalize, _SQUARES.neutral, args=(ids,)
     )
@@ -67,26 +69,33 @@ def _squares_of_others(ids: Array) -> RowReduction:
 def _distance_update(term: Callable) -> Callable:
     def update(state, tile, partition):
         q = jnp.where(tile.keep, tile.entry_args[0].astype(tile.x.dtype), 0)
-        return state + tile.sum(term(jnp.exp(_log_softmax(tile, partition)) - q))
+        return state + tile.sum(term(jnp.exp(log_softmax_of(tile, partition)) - q))
 
     return update
 
 
 def _distance(term: Callable, partition: LogPartition, distributions: Array) -> RowReduction:
     """`sum_c term(p_c - q_c)` for distributions q `[*rows, columns]`."""
-    return RowReduction(_pair_init, _distance_update(term), args=(partition,), entry_args=(distributions,))
+    return RowReduction(zero_init, _distance_update(term), args=(partition,), entry_args=(distributions,))
 
 
-def _squared_error(rows: Rows, **more: RowReduction) -> tuple[Array, dict[str, Any]]:
-    """`sum_c (p_c - q_c)^2`, +inf where the label is absent; and what the first pass found."""
-    if not rows.soft:
-        more = {"others": _squares_of_others(rows.labels), **more}
-    out = rows.reduce({"label": rows.label_statistics(), **more})
-    nll, partition = out["label"]
+def _error(rows: Rows, norm: str, **more: RowReduction) -> tuple[Array, dict[str, Any]]:
+    """The norm `"l1"`, `"l2"` or `"squared l2"` of p - q, and the results of more reductions of the first pass."""
     if rows.soft:
-        square = rows.reduce(_distance(jnp.square, partition, rows.labels))
-        return _unless_absent(nll, lambda nll: square), out
-    return _unless_absent(nll, lambda nll: jnp.square(_miss(nll)) * (1 + out["others"])), out
+        out = rows.reduce({"label": rows.label_statistics(), **more})
+        nll, partition = out["label"]
+        total = rows.reduce(_distance(jnp.abs if norm == "l1" else jnp.square, partition, rows.labels))
+        value = _root(total) if norm == "l2" else total
+        return _unless_absent(nll, lambda nll: value), out
+    out = rows.reduce({"score": reductions.take(rows.labels), "others": _others(rows.labels), **more})
+    score, (shift, log_sum, squares) = out["score"], out["others"]
+    absent = score == -jnp.inf
+    miss = jax.nn.sigmoid((shift - jnp.where(absent, 0, score)) + log_sum)
+    if norm == "l1":
+        value = 2 * miss
+    else:
+        value = miss * jnp.sqrt(1 + squares) if norm == "l2" else jnp.square(miss) * (1 + squares)
+    return jnp.where(absent, jnp.where(log_sum > -jnp.inf, jnp.inf, 0), value), out
 
 
 def brier_loss(
@@ -100,8 +109,8 @@ def brier_loss(
 ) -> Float[Array, "*rows"]:
     """Brier score: `sum_c (p_c - q_c)^2`, the squared error of the probabilities; `sum_c p_c^2 - 2 p_y + 1`.
 
-    A proper score, bounded by 2. Class ids take one pass, label distributions two. Evaluated without cancellation,
-    so that it is exact to a few units in the last place of the loss, also near 0.
+    A proper score. Class ids take one pass, label distributions two. For class ids it is evaluated without
+    cancellation: its relative error is small near 0, too.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
@@ -131,7 +140,7 @@ def brier_loss(
       [0.177478]
     """
     rows = prepare(logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index)
-    return rows.finish(_squared_error(rows)[0])
+    return rows.finish(_error(rows, "squared l2")[0])
 
 
 def _squared_change(log_p, log_q):
@@ -184,9 +193,10 @@ def adversarial_brier_loss(
     """
     _checks.number("beta", beta, at_least=0)
     rows = prepare(logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index)
-    second = _check_second(rows, adversarial_logits)
-    error, out = _squared_error(rows, second=_of_second(reductions.log_partition(), second))
-    change = rows.reduce(_pair_sum(_squared_change, second, out["label"].partition, out["second"]))
+    second = check_second("adversarial_logits", adversarial_logits, logits, rows.axis)
+    partition = reductions.log_partition()
+    error, out = _error(rows, "squared l2", first=partition, second=of_second(partition, second))
+    change = rows.reduce(pair_sum(_squared_change, second, out["first"], out["second"]))
     return rows.finish(_unless_absent(change, lambda change: error + beta * change))
 
 
@@ -327,33 +337,15 @@ def el2n_score(
     rows = prepare(logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index)
     if norm == "margin" and rows.soft:
         raise ValueError("norm='margin' needs class ids as labels, got distributions")
-    if norm == "l2":
-        return rows.finish(_error_norm(rows))
-    wanted = {"label": rows.label_statistics()}
-    if norm == "margin":
-        bound = jnp.full(rows.labels.shape, jnp.inf, accumulation_dtype(rows.logits.dtype))
-        wanted["top"] = reductions.maximum_below(bound, rows.labels)
-    out = rows.reduce(wanted)
-    nll, partition = out["label"]
-    if norm == "margin":
-        some = out["top"] > -jnp.inf
-        log_p = partition.log_softmax(jnp.where(some, out["top"], partition.shift))
-        rival = jnp.where(some, jnp.exp(log_p), 0)
-        score = _unless_absent(nll, lambda nll: rival - jnp.exp(-nll))
-    elif rows.soft:
-        distance = rows.reduce(_distance(jnp.abs, partition, rows.labels))
-        score = _unless_absent(nll, lambda nll: distance)
-    else:
-        score = _unless_absent(nll, lambda nll: 2 * _miss(nll))
-    return rows.finish(jnp.where(out["label"].present, score, 0))
-
-
-def _error_norm(rows: Rows) -> Array:
-    """`||p - q||_2`, +inf where the label is absent."""
-    if rows.soft:
-        return _root(_squared_error(rows)[0])
-    label, others = rows.reduce((rows.label_statistics(), _squares_of_others(rows.labels)))
-    return _unless_absent(label.nll, lambda nll: _miss(nll) * jnp.sqrt(1 + others))
+    if norm != "margin":
+        return rows.finish(_error(rows, norm)[0])
+    bound = jnp.full(rows.labels.shape, jnp.inf, accumulation_dtype(rows.logits.dtype))
+    label, top = rows.reduce((rows.label_statistics(), reductions.maximum_below(bound, rows.labels)))
+    some = top > -jnp.inf
+    log_p = label.partition.log_softmax(jnp.where(some, top, label.partition.shift))
+    rival = jnp.where(some, jnp.exp(log_p), 0)
+    score = _unless_absent(label.nll, lambda nll: rival - jnp.exp(-nll))
+    return rows.finish(jnp.where(label.present, score, 0))
 
 
 def grand_score_linear(
@@ -407,7 +399,7 @@ def grand_score_linear(
     if rows.keep is not None:
         features = jnp.where(rows.keep[..., None], features, 0)
     h = features.astype(accumulation_dtype(features.dtype))
-    return rows.finish(_error_norm(rows) * _root(jnp.sum(jnp.square(h), axis=-1) + bias))
+    return rows.finish(_error(rows, "l2")[0] * _root(jnp.sum(jnp.square(h), axis=-1) + bias))
 
 
 def grand_score(

@@ -53,10 +53,10 @@ def tversky_loss(
     * `kind=1`: `tp = (|x| + |t| - |x - t|) / 2`, `fp = |x| - tp`, `fn = |t| - tp`, all powers of `norm`;
     * `kind=2`: `tp = x t`, `fp = max(x - t, 0)`, `fn = max(t - x, 0)`, the last two to the power of `norm`.
 
-    Both are 0 at `x = t` for soft labels, unlike the usual soft Jaccard and Dice losses, and equal to those for
-    labels of 0 and 1 (with `norm=1`). It is common to add a cross-entropy, with a weight of 0.25 to 0.75 on this
-    loss. Errors are of a few units in the last place of the accumulation dtype; at `x = t` the gradient of
-    `|x - t|` is 0.
+    Both are 0 at `x = t` for soft labels, unlike the usual soft Jaccard and Dice losses, and equal to those (such as
+    `optax.losses.dice_loss`) for labels of 0 and 1, with `norm=1`. It is common to add a cross-entropy, with a
+    weight of 0.25 to 0.75 on this loss. Errors are of a few units in the last place of the accumulation dtype; at
+    `x = t` the gradient of `|x - t|` is 0.
 
     Args:
       logits: `[*pixels, classes]`, a floating array; the first axis that is not `axis` counts the images.

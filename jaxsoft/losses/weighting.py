@@ -233,7 +233,8 @@ def easy_llp_weights(
       1.8 -0.42
     """
     arrays = []
-    for name, value in (("proportions", proportions), ("priors", priors), ("bag_size", bag_size)):
+    given: dict[str, Any] = {"proportions": proportions, "priors": priors, "bag_size": bag_size}
+    for name, value in given.items():
         if not hasattr(value, "dtype"):
             _checks.number(name, value, **({"above": 0} if name == "bag_size" else {}))
         elif name != "bag_size":
@@ -302,7 +303,7 @@ def easy_llp_loss(
     _checks.shape("priors", priors, (logits.shape[axis],), "one number a class")
     if getattr(bag_size, "ndim", 0) > 0:
         _checks.shape("bag_size", bag_size, rows_of(logits.shape, axis), "a number, or one an example")
-        bag_size = bag_size[..., None]
+        bag_size = jnp.expand_dims(bag_size, -1)
     q = easy_llp_weights(jnp.moveaxis(proportions, axis, -1), priors=priors, bag_size=bag_size)
     rows = prepare(logits, jnp.moveaxis(q, -1, axis), axis=axis, where=where, weights=weights)
     return rows.finish(rows.reduce(rows.label_statistics()).nll)

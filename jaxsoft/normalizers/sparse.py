@@ -155,9 +155,8 @@ def _entmax(rows, *, alpha: Any = 1.5):
 
     lo = -jnp.ones_like(top)
     hi = -(safe_divide(jnp.ones_like(n), n) ** still)
-    _, _, _, tau, _ = lax.while_loop(
-        unfinished, search, (jnp.int32(0), lo, hi, lo, jnp.asarray(jnp.inf, rows.dtype))
-    )
+    far = jnp.max(jnp.full_like(top, jnp.inf), initial=0)  # over the mesh axes of the rows
+    _, _, _, tau, _ = lax.while_loop(unfinished, search, (jnp.int32(0), lo, hi, lo, far))
     # Two steps that are differentiated give tau its derivatives, to third order.
     tau = lax.stop_gradient(tau)
     for _ in range(2):

@@ -91,10 +91,17 @@ class ChunkLogits(LinearLogits):
         return _driver.finalize(functions, put_back(floats), arrays)
 
 
+def detached(logits: Logits) -> Any:
+    """Logits without derivatives, for passes in a loop, which the record that a chunk keeps cannot follow."""
+    if isinstance(logits, ChunkLogits):
+        logits = logits._block(0, logits.vocab_size, None)
+    return lax.stop_gradient(logits)
+
+
 def weighted_sum(
     loss: Callable[..., Array],
     logits: Logits,
-    *row_args: Array,
+    *row_args: Array | LinearLogits,
     weights: Float[Array, "*rows"] | None = None,
     axis: int = -1,
     chunk_size: int | None = None,
@@ -154,7 +161,7 @@ def weighted_sum(
     for i, a in enumerate(row_args):
         if a.shape[: len(rows)] != rows:
             raise ValueError(f"row_args[{i}] must have leading axes {rows} (the rows), got shape {a.shape}")
-    row_args = tuple(
+    by_row = tuple(
         a._flat() if isinstance(a, LinearLogits) else a.reshape(n, *a.shape[len(rows) :]) for a in row_args
     )
     weights = None if weights is None else weights.reshape(n)
@@ -173,13 +180,13 @@ def weighted_sum(
     constants = tuple(leaf if a is None else None for leaf, a in zip(leaves, arrays))
     # A chunk cannot pass through jit, and needs not.
     loss = loss.__wrapped__ if type(loss).__name__ == "PjitFunction" else loss
-    if any(_explicitly_sharded(a) for a in jax.tree.leaves((logits, row_args, weights, row_masks))):
+    if any(_explicitly_sharded(a) for a in jax.tree.leaves((logits, by_row, weights, row_masks))):
         raise ValueError(
             "logits, labels and weights must not be sharded over Explicit mesh axes, for rows are cut into "
             "chunks: call weighted_sum inside jax.shard_map, or use the loss itself, (weights * loss(...)).sum()"
         )
     call = _Call(loss, treedef, constants)
-    operands = _driver.align_varying((logits._flat(), _ByRow(row_args, weights, row_masks), arrays))
+    operands = _driver.align_varying((logits._flat(), _ByRow(by_row, weights, row_masks), arrays))
     return _weighted(call, min(chunk_size or _CHUNK_ROWS, max(n, 1)), *operands)
 
 

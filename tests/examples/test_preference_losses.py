@@ -5,9 +5,12 @@ import pathlib
 import re
 import sys
 
+import pytest
+
 _PATH = pathlib.Path(__file__).parents[2] / "examples" / "preference_losses.py"
 
 
+@pytest.mark.slow  # compiles seven training loops
 def test_table(monkeypatch, capsys):
     spec = importlib.util.spec_from_file_location(_PATH.stem, _PATH)
     example = importlib.util.module_from_spec(spec)

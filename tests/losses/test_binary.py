@@ -219,3 +219,10 @@ def test_bad_quality_focal_loss(args, options, kind, words):
     with pytest.raises(kind) as error:
         QUALITY(*args, **options)
     assert all(word in str(error.value) for word in words), error.value
+
+
+@summed
+def test_a_bad_mask_of_targets(loss):
+    for where, kind, word in ((X[0], TypeError, "boolean"), (X[0, :5] > 0, ValueError, "broadcast")):
+        with pytest.raises(kind, match=f"where.*{word}"):
+            loss(jnp.asarray(X), jnp.asarray(T), where=where)

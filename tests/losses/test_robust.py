@@ -221,7 +221,7 @@ def test_large_losses_stay_finite():
     for i in (1, 2, 3, 4):  # bounded, or held at a bound
         assert not jnp.any(wrong[i][1])
     right = run(-x)
-    for value, g in right:
+    for value, _ in right:
         close(value, np.zeros(3))
     assert all(jnp.all(jnp.isfinite(g)) for _, g in wrong + right)
 

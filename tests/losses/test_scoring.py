@@ -137,8 +137,8 @@ def test_no_precision_is_lost_near_zero():
         p = jax.nn.softmax(jnp.asarray(np.asarray(x, np.float64)))
         rest = jnp.sum(p[:, 1:], -1)
         exact = np.asarray(rest**2 + jnp.sum(p[:, 1:] ** 2, -1))
-    np.testing.assert_allclose(values[0][0], exact, rtol=3e-5)
-    np.testing.assert_allclose(values[1][0], np.sqrt(exact), rtol=2e-5)
+    np.testing.assert_allclose(values[0][0], exact, rtol=1e-5, atol=1e-37)
+    np.testing.assert_allclose(values[1][0], np.sqrt(exact), rtol=1e-5)
     assert all(jnp.all(jnp.isfinite(g)) for _, g in values)
     sure = jnp.array([[200.0, 0.0]])
     for loss in (EL2N, lambda x, y: EL2N(x, jax.nn.one_hot(y, 2)), SPHERICAL):
@@ -205,20 +205,25 @@ def params_and_batch(dtype=np.float64):
 
 def test_grand_score_is_the_norm_of_each_gradient(x64):
     params, images, labels = params_and_batch()
-    expected = []
+    expected, gradient_of = [], jax.jit(jax.grad(classifier))
     for image, label in zip(images, labels):
-        gradient = jax.grad(classifier)(params, image, label)
+        gradient = gradient_of(params, image, label)
         expected.append(np.sqrt(sum(np.sum(np.asarray(g) ** 2) for g in jax.tree.leaves(gradient))))
-    close(GRAND(classifier, params, images, labels), expected, 1e-13)
-    for size in (1, 2, 5, 8):
-        score = jax.jit(lambda p, size=size: GRAND(classifier, p, images, labels, chunk_size=size))(params)
+
+    @jax.jit
+    def run(params):
+        networks = jax.tree.map(lambda a: jnp.stack([a, 2 * a]), params)
+        return [
+            GRAND(classifier, params, images, labels),
+            *(GRAND(classifier, params, images, labels, chunk_size=size) for size in (2, 8)),
+            GRAND(lambda p, b: classifier(p, b["x"], b["y"]), params, {"x": images, "y": labels}),
+            jax.vmap(lambda p: GRAND(classifier, p, images, labels))(networks)[0],
+        ]
+
+    for score in run(params):
         close(score, expected, 1e-13)
-    # a batch that is a tree; over several networks
-    tree = GRAND(lambda p, b: classifier(p, b["x"], b["y"]), params, {"x": images, "y": labels})
-    close(tree, expected, 1e-13)
-    networks = jax.tree.map(lambda a: jnp.stack([a, 2 * a]), params)
-    close(jax.vmap(lambda p: GRAND(classifier, p, images, labels))(networks)[0], expected, 1e-13)
-    check_grads(lambda p: GRAND(classifier, p, images, labels), (params,), 1, modes=["rev"])
+    close(GRAND(classifier, params, images, labels), expected, 1e-13)
+    check_grads(jax.jit(lambda p: GRAND(classifier, p, images, labels)), (params,), 1, modes=["rev"])
     # nothing to learn
     zero = GRAND(lambda p, x: jnp.sum(0 * p["first"]) + x, params, jnp.arange(3.0))
     np.testing.assert_array_equal(zero, np.zeros(3))
@@ -228,10 +233,11 @@ def test_grand_score_is_the_norm_of_each_gradient(x64):
 
 def test_grand_score_of_half_precision():
     params, images, labels = params_and_batch(jnp.bfloat16)
-    score = GRAND(classifier, params, images, labels)
+    run = jax.jit(lambda p, x: GRAND(classifier, p, x, labels))
+    score = run(params, images)
     assert score.dtype == jnp.float32
     wide = jax.tree.map(lambda a: a.astype(jnp.float32), (params, images))
-    np.testing.assert_allclose(score, GRAND(classifier, *wide, labels), rtol=0.05)
+    np.testing.assert_allclose(score, run(*wide), rtol=0.05)
 
 
 def test_the_last_layer_alone(x64):
@@ -266,9 +272,9 @@ def test_the_last_layer_of_ignored_examples():
     labels, hidden = labels.at[1].set(-100), hidden.at[1].set(jnp.nan).at[2].set(0)
     x = jnp.asarray(np.random.default_rng(7).normal(size=(5, 6)), jnp.float32).at[1].set(jnp.nan)
     f = lambda x, h: GRAND_LINEAR(x, labels, h)
-    values, pullback = jax.vjp(f, x, hidden)
+    values, *gradients = jax.jit(lambda *a: (f(*a), *jax.grad(lambda *a: f(*a).sum(), (0, 1))(*a)))(x, hidden)
     assert values[1] == 0 and values[2] == 0 and jnp.all(values[jnp.array([0, 3, 4])] > 0)
-    for g in pullback(jnp.ones(5)):
+    for g in gradients:
         assert jnp.all(jnp.isfinite(g)) and not jnp.any(g[1])
     low = GRAND_LINEAR(x.astype(jnp.bfloat16), labels, hidden.astype(jnp.bfloat16))
     assert low.dtype == jnp.float32
@@ -298,7 +304,7 @@ X, Y, H = jnp.ones((4, 6)), jnp.zeros(4, int), jnp.ones((4, 3))
         (lambda: GRAND(jnp.dot, X[0]), ValueError, r"batch must hold arrays .* got sizes \[\]"),
         (lambda: GRAND(classifier, {}, X, Y[:3]), ValueError, r"got sizes \[\(3,\), \(4,\)\]"),
         (lambda: GRAND(classifier, {}, 1.0), ValueError, r"got sizes \[\(\)\]"),
-        (lambda: GRAND(jnp.multiply, X[0], X), ValueError, r"loss must return a scalar .* shape=\(6,\)"),
+        (lambda: GRAND(jnp.multiply, X[0], X), ValueError, r"loss must return a scalar .* shape \(6,\)"),
         (
             lambda: GRAND(jnp.dot, X[0], X, chunk_size=0),
             ValueError,

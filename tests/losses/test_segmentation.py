@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import float64
 from jax.sharding import PartitionSpec as P
@@ -41,9 +42,7 @@ def oracle(
     w = np.ones(x.shape[:-1]) if weights is None else weights
 
     def one(x, t, w):
-        tp, x_size, t_size, distance = (
-            (w * a).sum() for a in (x * t, x**norm, t**norm, abs(x - t) ** norm)
-        )
+        tp, x_size, t_size, distance = ((w * a).sum() for a in (x * t, x**norm, t**norm, abs(x - t) ** norm))
         if kind == 1:
             tp = (x_size + t_size - distance) / 2
             fp, fn = x_size - tp, t_size - tp
@@ -56,7 +55,9 @@ def oracle(
     matrix = np.array(
         [
             [
-                one(x[..., c], t[..., c], w) if classes == "all" or ((t[..., c] > 0.01) & (w > 0)).any() else np.nan
+                one(x[..., c], t[..., c], w)
+                if classes == "all" or ((t[..., c] > 0.01) & (w > 0)).any()
+                else np.nan
                 for c in range(x.shape[-1])
             ]
             for x, t, w in parts
@@ -123,6 +124,21 @@ def test_hard_labels_give_the_usual_soft_losses(x64):
             close(jax.jit(functools.partial(loss, **options))(IMAGES, IDS), np.mean(1 - score), 1e-12)
     soft = jax.jit(functools.partial(jaccard_metric_loss, classes="present"))(IMAGES, t)
     close(jax.jit(jaccard_metric_loss)(IMAGES, IDS), soft, 1e-12)
+
+
+def test_hard_labels_give_the_loss_of_optax(x64):
+    t = jnp.asarray(np.eye(6)[IDS])
+    theirs = functools.partial(optax.losses.dice_loss, smooth=1.0)
+    ours = functools.partial(tversky_loss, aggregation="image", classes="all", smoothing=1.0)
+    for alpha, beta in ((0.5, 0.5), (0.2, 0.9)):
+        both = [
+            jax.jit(lambda x, f=f, a=alpha, b=beta: jax.vjp(lambda x: f(x, t, alpha=a, beta=b), x))(IMAGES)
+            for f in (theirs, ours)
+        ]
+        (expected, pull_theirs), (values, pull_ours) = both
+        close(values, expected, 1e-12)
+        cotangent = jnp.asarray([0.3, -1.2, 2.0])
+        close(pull_ours(cotangent)[0], pull_theirs(cotangent)[0], 1e-12)
 
 
 @pytest.mark.parametrize("labels", [IDS, SOFT], ids=["ids", "soft"])
@@ -221,7 +237,10 @@ def test_a_batch_over_two_devices(x64):
     for aggregation in ("batch", "class"):
         loss = functools.partial(tversky_loss, aggregation=aggregation)
         sharded = jax.shard_map(
-            functools.partial(loss, axis_name="data"), mesh=mesh, in_specs=(P("data"), P("data")), out_specs=P()
+            functools.partial(loss, axis_name="data"),
+            mesh=mesh,
+            in_specs=(P("data"), P("data")),
+            out_specs=P(),
         )
         with jax.set_mesh(mesh):
             put = [jax.device_put(a, jax.sharding.NamedSharding(mesh, P("data"))) for a in (logits, ids)]

@@ -2,8 +2,8 @@
 
 TESTED_IN = {
     "tests/losses/test_regularizers.py": (
-        "jaxsoft.losses: domain_adversarial_loss domain_adversarial_schedule effective_entropy_loss forward_forward_loss "
-        "generalized_gaussian_rate generalized_gaussian_shape gradient_reversal infomax_code_loss matrix_nuclear_norm "
-        "norm_loss vq_commitment_loss"
+        "jaxsoft.losses: domain_adversarial_loss domain_adversarial_schedule effective_entropy_loss "
+        "forward_forward_loss generalized_gaussian_rate generalized_gaussian_shape gradient_reversal infomax_code_loss "
+        "matrix_nuclear_norm norm_loss vq_commitment_loss"
     ),
 }

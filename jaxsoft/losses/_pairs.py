@@ -1,0 +1,94 @@
+"""Two rows of logits at a time: of a student and a teacher, of an example and its adversarial one.
+
+The second row rides along as an entry argument of a reduction, so that either may be an expression. What the first
+row lacks, the second lacks, too.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxsoft import _checks
+from jaxsoft.rows._driver import check_axis
+from jaxsoft.rows._logits import LinearLogits, Logits
+from jaxsoft.rows._reduction import RowReduction, Tile
+from jaxsoft.rows.reductions import LogPartition
+
+
+def check_second(name: str, second: Any, logits: Logits, axis: int) -> Logits:
+    """Checks a second row of logits, and moves its axis last."""
+    _checks.floating(name, second)
+    _checks.shape(name, second, logits.shape, "the shape of logits")
+    check_axis(second, axis)
+    return second if isinstance(second, LinearLogits) else jnp.moveaxis(jnp.asarray(second), axis, -1)
+
+
+def _second_tile(tile: Tile) -> Tile:
+    second = tile.entry_args[0].astype(tile.x.dtype)
+    return tile.with_scores(jnp.where(tile.keep, second, -jnp.inf))
+
+
+@functools.cache
+def _on_second(function: Callable | None) -> Callable | None:
+    if function is None:
+        return None
+
+    def run(state, tile, *args):
+        return function(state, _second_tile(tile), *args)
+
+    return run
+
+
+def of_second(reduction: RowReduction, second: Logits) -> RowReduction:
+    """A reduction, of the second row of logits."""
+    return reduction._replace(
+        update=_on_second(reduction.update), share=_on_second(reduction.share), entry_args=(second,)
+    )
+
+
+def log_softmax_of(tile: Tile, partition: LogPartition) -> Array:
+    """The log-probabilities of a tile; finite for absent entries."""
+    parts = LogPartition(*(part[..., None] for part in partition))
+    return parts.log_softmax(jnp.where(tile.keep, tile.x, parts.shift))
+
+
+def zero_init(like, *args):
+    """The state of an empty sum."""
+    return like
+
+
+@functools.cache
+def _pair_update(term: Callable, lacking: float) -> Callable:
+    def update(state, tile, first, second, *args):
+        other = _second_tile(tile)
+        values = term(
+            log_softmax_of(tile, first), log_softmax_of(other, second), *(a[..., None] for a in args)
+        )
+        return state + tile.sum(jnp.where(tile.keep & ~other.keep, lacking, values))
+
+    return update
+
+
+def pair_sum(
+    term: Callable,
+    second: Logits,
+    first_partition: LogPartition,
+    second_partition: LogPartition,
+    *args: Array,
+    lacking: float = float("inf"),
+) -> RowReduction:
+    """`sum_c term(log p_c, log p'_c, *args)` over two rows of logits; `lacking` where the second alone lacks a class.
+
+    `term` is a module-level or cached function.
+    """
+    return RowReduction(
+        zero_init,
+        _pair_update(term, lacking),
+        args=(first_partition, second_partition, *args),
+        entry_args=(second,),
+    )
