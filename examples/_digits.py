@@ -1,6 +1,7 @@
 """What the examples on handwritten digits share: the images, a small network, training by Adam, the table."""
 
 import argparse
+import functools
 from collections.abc import Callable
 
 import jax
@@ -68,10 +69,16 @@ def print_table(args: argparse.Namespace, contestants: dict[str, Callable], eval
     """Prints a row for each contestant: mean and deviation over the seeds of what `evaluate(loss, key)` measures."""
     print(f"{args.steps} steps; mean +- deviation over {args.seeds} seeds")
     keys = jax.vmap(jax.random.key)(jnp.arange(args.seeds))
+    names: list[str] = []
+
+    def measure(loss, key):
+        metrics = evaluate(loss, key)
+        names[:] = metrics
+        return list(metrics.values())
+
     for i, (name, loss) in enumerate(contestants.items()):
-        run = jax.jit(jax.vmap(lambda key, loss=loss: evaluate(loss, key)))
-        metrics = jax.device_get(run(keys))
+        metrics = jax.device_get(jax.jit(jax.vmap(functools.partial(measure, loss)))(keys))
         if i == 0:
-            print(f"{'loss':44}" + "".join(f"{metric:>20}" for metric in metrics))
-        cells = (f"{f'{m.mean():.4f} +- {m.std():.4f}':>20}" for m in metrics.values())
+            print(f"{'loss':44}" + "".join(f"{metric:>20}" for metric in names))
+        cells = (f"{f'{m.mean():.4f} +- {m.std():.4f}':>20}" for m in metrics)
         print(f"{name:44}" + "".join(cells), flush=True)

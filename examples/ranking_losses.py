@@ -8,20 +8,17 @@ of many positives, and of pairs and lists, are told the digits.
   python examples/ranking_losses.py --steps 300 --seeds 3
 """
 
-import argparse
 import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from flax import nnx
-from sklearn.datasets import load_digits
+from _digits import Network, arguments, fit, load, print_table
 
 from jaxsoft import losses
 
-ITEMS, BATCH, WIDTH, FEATURES = 600, 64, 64, 16
-TEMPERATURE = 0.1
+BATCH, TEMPERATURE = 64, 0.1
+ITEMS, ITEM_DIGITS, QUERIES, QUERY_DIGITS = load()
 
 
 def of_pairs(loss, scale=1.0, **options):
@@ -69,52 +66,11 @@ LOSSES = {
     "list_mle": of_lists(losses.list_mle_loss),
     "approx_ndcg": of_lists(losses.approx_ndcg_loss, 1.0, temperature=0.1),
 }
-METRICS = ("recall@5", "NDCG@10", "R-precision")
 
 
-class Embedding(nnx.Module):
-    """An image `[..., 64]` to a unit vector `[..., FEATURES]`."""
-
-    def __init__(self, rngs: nnx.Rngs):
-        self.layer, self.head = nnx.Linear(64, WIDTH, rngs=rngs), nnx.Linear(WIDTH, FEATURES, rngs=rngs)
-
-    def __call__(self, x):
-        """The embedding."""
-        x = self.head(jax.nn.relu(self.layer(x)))
-        return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-6)
-
-
-def load() -> tuple:
-    """Items and their digits; queries and theirs."""
-    images, digits = load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(digits))
-    images, digits = images[order].astype(np.float32) / 16, digits[order].astype(np.int32)
-    return (*map(jnp.asarray, (images[:ITEMS], digits[:ITEMS], images[ITEMS:], digits[ITEMS:])),)
-
-
-def train(seed, loss, steps: int, images, digits):
-    """Trains an embedding; returns the function of images."""
-    init_key, batch_key = jax.random.split(jax.random.key(seed))
-    graph, params = nnx.split(Embedding(nnx.Rngs(init_key)))
-    optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
-    same = digits[:, None] == digits
-
-    def step(state, key):
-        first, second = jax.random.split(key)
-        query = jax.random.randint(first, (BATCH,), 0, len(digits))
-        partner = jax.random.categorical(second, jnp.where(same[query], 0.0, -jnp.inf))
-
-        def batch_loss(params):
-            embed = nnx.merge(graph, params)
-            return loss(embed(images[query]) @ embed(images[partner]).T, same[query][:, partner])
-
-        params, opt_state = state
-        updates, opt_state = optimizer.update(jax.grad(batch_loss)(params), opt_state)
-        return (optax.apply_updates(params, updates), opt_state), None
-
-    state = (params, optimizer.init(params))
-    (params, _), _ = jax.lax.scan(step, state, jax.random.split(batch_key, steps))
-    return nnx.merge(graph, params)
+def embed(model, images):
+    """Embeddings of length 1."""
+    return losses.l2_normalize(model(images))
 
 
 def measure(cosines, relevant):
@@ -127,47 +83,31 @@ def measure(cosines, relevant):
     discount = 1 / jnp.log2(2 + jnp.arange(10))
     count = relevant.sum(-1)
     first = jnp.arange(ranked.shape[-1]) < count[:, None]
-    return (
-        ranked[:, :5].any(-1).mean(),
-        (ranked[:, :10] @ discount / discount.sum()).mean(),
-        ((ranked & first).sum(-1) / count).mean(),
-    )
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=300, help="steps of training (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="embeddings a row of the table (%(default)s)")
-    args = parser.parse_args()
-    for flag in ("steps", "seeds"):
-        if getattr(args, flag) < 1:
-            parser.error(f"--{flag} must be 1 or more, got {getattr(args, flag)}")
-    return args
+    return {
+        "recall@5": ranked[:, :5].any(-1).mean(),
+        "NDCG@10": (ranked[:, :10] @ discount / discount.sum()).mean(),
+        "R-precision": ((ranked & first).sum(-1) / count).mean(),
+    }
 
 
 def main() -> None:
-    args = parse_arguments()
-    items, item_digits, queries, query_digits = load()
-    relevant = query_digits[:, None] == item_digits
+    """Prints the table."""
+    args = arguments(__doc__, steps=300)
+    same = ITEM_DIGITS[:, None] == ITEM_DIGITS
+    relevant = QUERY_DIGITS[:, None] == ITEM_DIGITS
 
-    @functools.partial(jax.jit, static_argnums=(1,))
-    def evaluate(seeds, loss):
-        def one(seed):
-            embed = train(seed, loss, args.steps, items, item_digits)
-            return measure(embed(queries) @ embed(items).T, relevant)
+    def evaluate(loss, key):
+        def batch_loss(model, key):
+            first, second = jax.random.split(key)
+            query = jax.random.randint(first, (BATCH,), 0, len(ITEMS))
+            partner = jax.random.categorical(second, jnp.where(same[query], 0.0, -jnp.inf))
+            cosines = embed(model, ITEMS[query]) @ embed(model, ITEMS[partner]).T
+            return loss(cosines, same[query][:, partner])
 
-        return jax.vmap(one)(seeds)
+        model = fit(key, functools.partial(Network, outputs=16), batch_loss, args.steps)
+        return measure(embed(model, QUERIES) @ embed(model, ITEMS).T, relevant)
 
-    print(
-        f"{len(queries)} queries, {len(items)} items, {args.steps} steps; mean +- deviation, {args.seeds} seeds"
-    )
-    print(f"{'loss':24}" + "".join(f"{metric:>18}" for metric in METRICS))
-    for name, loss in LOSSES.items():
-        values = jax.device_get(evaluate(jnp.arange(args.seeds), loss))
-        cells = (f"{v.mean():.4f} +- {v.std():.4f}" for v in values)
-        print(f"{name:24}" + "".join(f"{cell:>18}" for cell in cells), flush=True)
+    print_table(args, LOSSES, evaluate)
 
 
 if __name__ == "__main__":

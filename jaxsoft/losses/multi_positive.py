@@ -328,8 +328,8 @@ def soft_top_k(
     Example:
       >>> import jax.numpy as jnp, jaxsoft
       >>> x = jnp.array([2.0, 1.0, 0.1, -1.0, 0.5])
-      >>> print(jaxsoft.losses.soft_top_k(x, 2).round(4))
-      [0.9064 0.5671 0.178  0.0234 0.3252]
+      >>> print(", ".join(f"{s:.4f}" for s in jaxsoft.losses.soft_top_k(x, 2)))
+      0.9064, 0.5671, 0.1780, 0.0234, 0.3252
     """
     x, present, axis = present_scores(scores, axis, where, "soft_top_k")
     _check_top_k(k, alpha, x.shape[axis])
