@@ -73,15 +73,14 @@ def embed(model, images):
     return losses.l2_normalize(model(images))
 
 
-def measure(cosines, relevant):
-    """Means over the queries of three metrics, for `[queries, items]`.
+def measure(cosines, relevant, count):
+    """Means over the queries of three metrics, for `[queries, items]`; `count` items are relevant to each query.
 
     Recall at 5: whether a relevant item is among the first five. R-precision: of the first R items, R the number of
     relevant ones, the part that is relevant.
     """
     ranked = jnp.take_along_axis(relevant, jnp.argsort(-cosines, axis=-1), axis=-1)
     discount = 1 / jnp.log2(2 + jnp.arange(10))
-    count = relevant.sum(-1)
     first = jnp.arange(ranked.shape[-1]) < count[:, None]
     return {
         "recall@5": ranked[:, :5].any(-1).mean(),
@@ -95,6 +94,7 @@ def main() -> None:
     args = arguments(__doc__, steps=300)
     same = ITEM_DIGITS[:, None] == ITEM_DIGITS
     relevant = QUERY_DIGITS[:, None] == ITEM_DIGITS
+    count = relevant.sum(-1)  # here: the compiler is slow to add up constants
 
     def evaluate(loss, key):
         def batch_loss(model, key):
@@ -105,7 +105,7 @@ def main() -> None:
             return loss(cosines, same[query][:, partner])
 
         model = fit(key, functools.partial(Network, outputs=16), batch_loss, args.steps)
-        return measure(embed(model, QUERIES) @ embed(model, ITEMS).T, relevant)
+        return measure(embed(model, QUERIES) @ embed(model, ITEMS).T, relevant, count)
 
     print_table(args, LOSSES, evaluate)
 

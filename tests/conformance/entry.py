@@ -7,6 +7,7 @@ change the formula are entries of their own.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -115,6 +116,13 @@ def loss_entry(function, variant="", labels="labels", arrays=(), **options):
       arrays: options that come from the inputs: names, or a mapping from option to input.
       **options: of the entry (fields of `Entry`), or else of the loss.
     """
+    clash = (
+        set(inspect.signature(function).parameters)
+        & set(Entry.__dataclass_fields__)
+        & set(options) - {"where"}
+    )
+    if clash:
+        raise ValueError(f"{function.__name__} and Entry both have {clash}: wrap the loss under another name")
     entry_options = {k: options.pop(k) for k in list(options) if k in Entry.__dataclass_fields__}
     sources = dict(arrays) if isinstance(arrays, dict) else {name: name for name in arrays}
 
@@ -164,5 +172,6 @@ def normalizer_entry(function, variant="", per_row=(), **options):
         variant,
         tuple(dict(per_row).values()),
         dense_only=True,
+        thorough=False,
         **{"low": 1e-2, **entry_options},
     )

@@ -182,7 +182,7 @@ def test_a_row_without_entries(entry):
 
 @pytest.mark.parametrize(
     ("entry", "dtype"),
-    [(e, jnp.bfloat16) for e in ENTRIES] + [(e, jnp.float16) for e in ENTRIES if e.thorough],
+    [(e, jnp.bfloat16) for e in ENTRIES] + [(e, jnp.float16) for e in ENTRIES if e.thorough or e.dense_only],
     ids=lambda v: v.id if isinstance(v, Entry) else v.__name__,
 )
 def test_half_precision_is_accumulated_in_float32(entry, dtype):
