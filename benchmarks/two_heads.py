@@ -46,7 +46,7 @@ def clip_two_passes(x, y):
 
 def distil_dense(h, w, h2, w2):
     teacher = jax.lax.stop_gradient(jax.nn.log_softmax(h2 @ w2))
-    return optax.kl_divergence_with_log_targets(jax.nn.log_softmax(h @ w), teacher).mean()
+    return optax.losses.kl_divergence_with_log_targets(jax.nn.log_softmax(h @ w), teacher).mean()
 
 
 def distil_ours(h, w, h2, w2):

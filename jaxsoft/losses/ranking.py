@@ -356,7 +356,8 @@ def list_mle_loss(
     """ListMLE: `sum_i (logsumexp_{j >= i} x_j - x_i)`, sorted by relevance: minus the log-likelihood of that order.
 
     The Plackett-Luce model draws the items one by one, each by the softmax over those that are left. Items of
-    equal relevance are in the order of their index.
+    equal relevance are in the order of their index, which the loss then asks for: it is for grades with few ties. (Of
+    relevance 0 or 1, take `multi_positive_softmax_loss` or `decoupled_softmax_loss`.)
 
     Args:
       scores: `[*rows, n]`, a floating array.
