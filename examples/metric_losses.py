@@ -113,7 +113,7 @@ def main() -> None:
             batch = jax.random.choice(key, len(labels), (70,), replace=False)
             return loss(net, images[batch], labels[batch]).mean()
 
-        net = fit(key, Embedding, mean_loss, args.steps if loss else 0)
+        net = fit(key, Embedding, mean_loss, args.steps) if loss else Embedding(nnx.Rngs(key))
         metrics = {name: retrieve(net(x), y) for name, (x, y) in tests.items()}
         return {
             f"{metric}, {name}": m[i]
