@@ -12,7 +12,7 @@ from jaxsoft._numerics import as_ids, weigh
 from jaxsoft.rows import reductions
 from jaxsoft.rows._driver import check_axis, reduce_rows, rows_of
 from jaxsoft.rows._logits import Logits
-from jaxsoft.rows._statistics import check_ids
+from jaxsoft.rows._statistics import check_ids, check_range
 
 IGNORE_INDEX = -100
 
@@ -111,6 +111,38 @@ def prepare(
         return Rows(logits, axis, where, None, labels, False, weights)
     keep = labels != ignore_index
     return Rows(logits, axis, where, keep, jnp.where(keep, labels, 0), False, weights)
+
+
+def prepare_positives(
+    logits: Logits, labels: Array, *, axis: int, where: Any, weights: Any, ignore_index: int
+) -> tuple[Rows, Array | None]:
+    """`prepare` for a loss with many positives a row, given by padded ids `[*rows, k]` or by booleans.
+
+    Returns:
+      The rows, of which those without positives are ignored; their `labels` are ids, 0 where padded, or booleans
+      `[*rows, columns]`. And which ids are no padding, `[*rows, k]`; None for booleans.
+    """
+    axis = check_axis(logits, axis)
+    shape = rows_of(logits.shape, axis)
+    check_weights(weights, shape)
+    _checks.integer("ignore_index", ignore_index)
+    if not hasattr(labels, "dtype") or not (
+        labels.dtype == jnp.bool_ or jnp.issubdtype(labels.dtype, jnp.integer)
+    ):
+        raise TypeError(f"labels must be integer class ids or booleans, got {_checks.describe(labels)}")
+    if labels.dtype == jnp.bool_:
+        _checks.shape("labels", labels, logits.shape, "booleans of the logits' shape")
+        labels = jnp.moveaxis(labels, axis, -1)
+        return Rows(logits, axis, where, jnp.any(labels, axis=-1), labels, False, weights), None
+    if labels.ndim != len(shape) + 1 or labels.shape[:-1] != shape:
+        raise ValueError(
+            f"labels must have shape {(*shape, 'k')} (k class ids a row), got shape {labels.shape}"
+        )
+    check_range("labels", labels, logits.shape[axis], ignore_index)
+    labels = as_ids(labels)
+    given = labels != ignore_index
+    keep = jnp.any(given, axis=-1)
+    return Rows(logits, axis, where, keep, jnp.where(given, labels, 0), False, weights), given
 
 
 def check_weights(weights: Any, rows: tuple[int, ...]) -> None:

@@ -21,13 +21,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
-from jaxsoft._numerics import accumulation_dtype, as_ids, finite_gauge, log_or_neg_inf
-from jaxsoft.losses._common import IGNORE_INDEX, Rows, prepare
+from jaxsoft._numerics import accumulation_dtype, finite_gauge, log_or_neg_inf
+from jaxsoft.losses._common import IGNORE_INDEX, Rows, prepare, prepare_positives
 from jaxsoft.rows import reductions
 from jaxsoft.rows._driver import check_axis, rows_of
 from jaxsoft.rows._logits import LinearLogits, Logits, linear_logits
 from jaxsoft.rows._softmax import check_dense
-from jaxsoft.rows._statistics import check_range
 from jaxsoft.rows.reductions import LogPartition
 
 
@@ -687,7 +686,9 @@ def circle_loss(
     _checks.number("scale", scale, above=0)
     _checks.number("margin", margin, at_least=0)
     _checks.option("stop_weight_gradient", stop_weight_gradient, (False, True))
-    rows, given = _positives(cosines, labels, axis, where, weights, ignore_index)
+    rows, given = prepare_positives(
+        cosines, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index
+    )
     s, m = _by_row(rows, scale, margin)
     positive, negative = _circle(bool(stop_weight_gradient))
     if given is None:
@@ -717,29 +718,3 @@ def _log_partition(x: Array) -> LogPartition:
     return LogPartition(
         shift, jnp.zeros_like(shift), log_or_neg_inf(jnp.sum(jnp.exp(x - shift[..., None]), axis=-1))
     )
-
-
-def _positives(cosines, labels, axis, where, weights, ignore_index) -> tuple[Rows, Array | None]:
-    """The checked arguments of a loss with many positives a row, and which ids are no padding (None: booleans)."""
-    axis = check_axis(cosines, axis)
-    shape = rows_of(cosines.shape, axis)
-    if weights is not None:
-        _checks.floating("weights", weights)
-        _checks.shape("weights", weights, shape, "one number an example")
-    _checks.integer("ignore_index", ignore_index)
-    if not hasattr(labels, "dtype") or not (
-        labels.dtype == jnp.bool_ or jnp.issubdtype(labels.dtype, jnp.integer)
-    ):
-        raise TypeError(f"labels must be integer class ids or booleans, got {_checks.describe(labels)}")
-    if labels.dtype == jnp.bool_:
-        _checks.shape("labels", labels, cosines.shape, "booleans of the logits' shape")
-        positive = jnp.moveaxis(labels, axis, -1)
-        return Rows(cosines, axis, where, jnp.any(positive, axis=-1), positive, False, weights), None
-    if labels.ndim != len(shape) + 1 or labels.shape[:-1] != shape:
-        raise ValueError(
-            f"labels must have shape {(*shape, 'k')} (k class ids a row), got shape {labels.shape}"
-        )
-    check_range("labels", labels, cosines.shape[axis], ignore_index)
-    labels = as_ids(labels)
-    given = labels != ignore_index
-    return Rows(cosines, axis, where, jnp.any(given, axis=-1), labels, False, weights), given

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, as_ids, safe_divide
-from jaxsoft.losses._common import IGNORE_INDEX, Rows
+from jaxsoft.losses._common import IGNORE_INDEX, Rows, prepare_positives
 from jaxsoft.normalizers._normalizer import per_row
 from jaxsoft.normalizers.masks import present_scores
 from jaxsoft.rows import reductions
@@ -69,30 +69,8 @@ class _Positives(NamedTuple):
         return total, jnp.sum(self.given, axis=-1).astype(total.dtype)
 
 
-def _positives(logits, labels, *, axis, where, weights, ignore_index) -> _Positives:
-    axis = check_axis(logits, axis)
-    shape = rows_of(logits.shape, axis)
-    if weights is not None:
-        _checks.floating("weights", weights)
-        _checks.shape("weights", weights, shape, "one number an example")
-    _checks.integer("ignore_index", ignore_index)
-    if not hasattr(labels, "dtype") or not (
-        labels.dtype == jnp.bool_ or jnp.issubdtype(labels.dtype, jnp.integer)
-    ):
-        raise TypeError(f"labels must be integer class ids or booleans, got {_checks.describe(labels)}")
-    if labels.dtype == jnp.bool_:
-        _checks.shape("labels", labels, logits.shape, "booleans of the logits' shape")
-        labels = jnp.moveaxis(labels, axis, -1)
-        return _Positives(Rows(logits, axis, where, jnp.any(labels, axis=-1), labels, False, weights), None)
-    if labels.ndim != len(shape) + 1 or labels.shape[:-1] != shape:
-        raise ValueError(
-            f"labels must have shape {(*shape, 'k')} (k class ids a row), got shape {labels.shape}"
-        )
-    check_range("labels", labels, logits.shape[axis], ignore_index)
-    labels = as_ids(labels)
-    given = labels != ignore_index
-    rows = Rows(logits, axis, where, jnp.any(given, axis=-1), jnp.where(given, labels, 0), False, weights)
-    return _Positives(rows, given)
+def _positives(logits, labels, **arguments) -> _Positives:
+    return _Positives(*prepare_positives(logits, labels, **arguments))
 
 
 def _one(x, cols, positive):

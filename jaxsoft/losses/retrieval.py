@@ -6,13 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsoft import _checks
-from jaxsoft._numerics import as_ids, safe_divide
-from jaxsoft.losses._common import IGNORE_INDEX, Rows, check_weights
+from jaxsoft._numerics import safe_divide
+from jaxsoft.losses._common import IGNORE_INDEX, prepare_positives
 from jaxsoft.rows import reductions
-from jaxsoft.rows._driver import check_axis, rows_of
 from jaxsoft.rows._logits import Logits
-from jaxsoft.rows._statistics import check_range
 
 
 def decoupled_softmax_loss(
@@ -55,41 +52,22 @@ def decoupled_softmax_loss(
       >>> print(jaxsoft.losses.decoupled_softmax_loss(logits, jnp.array([[0, 4]])).round(6))
       [0.857026]
     """
-    axis = check_axis(logits, axis)
-    shape = rows_of(logits.shape, axis)
-    columns = logits.shape[axis]
-    check_weights(weights, shape)
-    if not hasattr(labels, "dtype") or not (
-        labels.dtype == jnp.bool_ or jnp.issubdtype(labels.dtype, jnp.integer)
-    ):
-        raise TypeError(f"labels must be integer class ids or booleans, got {_checks.describe(labels)}")
-
-    if labels.dtype == jnp.bool_:
-        _checks.shape("labels", labels, logits.shape, "booleans of the logits' shape")
-        positive = jnp.moveaxis(labels, axis, -1)
-        rows = Rows(logits, axis, where, jnp.any(positive, axis=-1), positive, False, weights)
-        negatives = rows.reduce(reductions.weighted_log_partition((~positive).astype(jnp.float32)))
+    rows, given = prepare_positives(
+        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index
+    )
+    if given is None:
+        negatives = rows.reduce(reductions.weighted_log_partition((~rows.labels).astype(jnp.float32)))
         loss, count = rows.reduce(
             (
-                reductions.mapped_sum(_against, *_floored(negatives), entry_args=(positive,)),
-                reductions.mapped_sum(_counted, entry_args=(positive,)),
+                reductions.mapped_sum(_against, *_floored(negatives), entry_args=(rows.labels,)),
+                reductions.mapped_sum(_counted, entry_args=(rows.labels,)),
             )
         )
         return rows.finish(safe_divide(loss, count))
-
-    if labels.ndim != len(shape) + 1 or labels.shape[:-1] != shape:
-        raise ValueError(
-            f"labels must have shape {(*shape, 'k')} (k class ids a row), got shape {labels.shape}"
-        )
-    _checks.integer("ignore_index", ignore_index)
-    check_range("labels", labels, columns, ignore_index)
-    labels = as_ids(labels)
-    given = labels != ignore_index
-    rows = Rows(logits, axis, where, jnp.any(given, axis=-1), labels, False, weights)
     negatives, positives = rows.reduce(
         (
-            reductions.log_partition_excluding(jnp.where(given, labels, -1)),
-            reductions.take(jnp.where(given, labels, 0)),
+            reductions.log_partition_excluding(jnp.where(given, rows.labels, -1)),
+            reductions.take(rows.labels),
         )
     )
     shift, log_sum = (a[..., None] for a in _floored(negatives))
