@@ -18,7 +18,7 @@ from jaxsoft.attention._driver import Plan
 from jaxsoft.attention._weights import AttentionRows, from_blocks, to_blocks, weighted_values
 from jaxsoft.normalizers._exponential import exponent, is_exponential
 from jaxsoft.normalizers._normalizer import Normalizer, per_row
-from jaxsoft.rows import reductions
+from jaxsoft.rows import _gauge, reductions
 
 
 @jax.tree_util.register_dataclass
@@ -340,7 +340,7 @@ def _reference_coefficient(state, params):
 
 _UNIFIED = Normalizer(
     reductions.RowReduction(
-        _reference_init, _reference_update, reductions._reference_merge, neutral=reductions._keep_gauge
+        _reference_init, _reference_update, reductions._reference_merge, neutral=_gauge.keep_gauge
     ),
     _reference_terms,
     _reference_coefficient,

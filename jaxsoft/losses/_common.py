@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -165,6 +166,18 @@ def miss_of(nll: Array) -> Array:
 def power_of(base: Array, exponent: Any) -> Array:
     """`base ** exponent` for a base of 0 or more, with a finite gradient at 0 (0^0 = 1)."""
     return jnp.maximum(base, 1e-12) ** exponent
+
+
+def root_of(square: Array) -> Array:
+    """The square root, with gradient 0 at 0."""
+    positive = square != 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
+
+
+def unless_absent(nll: Array, phi: Callable[[Array], Array]) -> Array:
+    """`phi(nll)`, and +inf with gradient 0 where the label is on an absent class."""
+    absent = nll == jnp.inf
+    return jnp.where(absent, jnp.inf, phi(jnp.where(absent, 0, nll)))
 
 
 def poison_of(score: Array) -> Array:

@@ -15,12 +15,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, safe_divide
-from jaxsoft.losses._common import IGNORE_INDEX, Rows, miss_of, power_of, prepare
+from jaxsoft.losses._common import IGNORE_INDEX, Rows, miss_of, power_of, prepare, root_of, unless_absent
 from jaxsoft.losses._pairs import check_second, of_second, pair_sum
 from jaxsoft.rows import reductions
 from jaxsoft.rows._logits import Logits
-from jaxsoft.rows._reduction import RowReduction
-from jaxsoft.rows.reductions import _keep_gauge, _rescale, _running_max, _weights
 
 # --- functions of the negative log-likelihood ------------------------------------------------------------
 
@@ -36,16 +34,10 @@ def _reverse(nll: Array, label_floor: Any) -> Array:
     return -jnp.log(label_floor) * miss_of(nll)
 
 
-def _unless_absent(nll: Array, phi: Callable[[Array], Array]) -> Array:
-    """`phi(nll)`, and +inf with gradient 0 where the label is on an absent class."""
-    absent = nll == jnp.inf
-    return jnp.where(absent, jnp.inf, phi(jnp.where(absent, 0, nll)))
-
-
 def _loss_of_nll(phi: Callable[[Array], Array], logits: Logits, labels: Array, **arguments: Any) -> Array:
     """The loss `phi(l)`; the arguments are those of `prepare`."""
     rows = prepare(logits, labels, soft=False, **arguments)
-    return rows.finish(_unless_absent(rows.reduce(rows.label_statistics()).nll, phi))
+    return rows.finish(unless_absent(rows.reduce(rows.label_statistics()).nll, phi))
 
 
 def comp_sum_loss(
@@ -312,41 +304,6 @@ _ACTIVE = ("cross_entropy", "focal", "generalized")
 _PASSIVE = ("mae", "reverse")
 
 
-# sum_c p_c^q: (m, sum w, sum w^q) with w = e^(x-m).
-
-
-def _powers_init(like, q):
-    return jnp.full_like(like, -jnp.inf), like, like
-
-
-def _powers_update(state, tile, q):
-    m, s, powers = state
-    m_new = _running_max(m, tile)
-    c = _rescale(m, m_new)
-    y = jnp.where(tile.keep, tile.x - jnp.where(tile.keep, m_new[..., None], 0), 0)
-    return (
-        m_new,
-        s * c + jnp.sum(_weights(tile, m_new), axis=-1),
-        powers * c**q + tile.sum(jnp.exp(q[..., None] * y)),
-    )
-
-
-def _powers_merge(a, b, q):
-    m = jnp.maximum(a[0], b[0])
-    ca, cb = _rescale(a[0], m), _rescale(b[0], m)
-    return m, a[1] * ca + b[1] * cb, a[2] * ca**q + b[2] * cb**q
-
-
-def _powers_finalize(state, q):
-    _, s, powers = state
-    return powers / jnp.where(s > 0, s, 1) ** q
-
-
-def _sum_of_powers(q: Array) -> RowReduction:
-    """`sum_c p_c^q` under softmax for positive q `[*rows]`; 0 for an empty row."""
-    return RowReduction(_powers_init, _powers_update, _powers_merge, _powers_finalize, _keep_gauge, args=(q,))
-
-
 def _phi(loss: str, nll: Array, q: Any, gamma: Any) -> Array:
     """The loss of a name as a function of `l`, without the constant factors that a quotient cancels."""
     if loss == "cross_entropy":
@@ -374,7 +331,7 @@ def _normalized(rows: Rows, loss: str, q: Any, gamma: Any) -> tuple[Array, Calla
     if loss == "cross_entropy":
         wanted["sum"] = reductions.sum()
     elif loss == "generalized":
-        wanted["powers"] = _sum_of_powers(by_row(q))
+        wanted["powers"] = reductions.sum_of_powered_probabilities(by_row(q))
     out = rows.reduce(wanted)
     (nll, partition), count = out["label"], out["count"]
     if loss == "cross_entropy":
@@ -452,7 +409,7 @@ def normalized_loss(
     rows = prepare(
         logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
     )
-    return rows.finish(_unless_absent(*_normalized(rows, loss, q, gamma)))
+    return rows.finish(unless_absent(*_normalized(rows, loss, q, gamma)))
 
 
 def active_passive_loss(
@@ -526,16 +483,10 @@ def active_passive_loss(
         other = miss_of(nll) if passive == "mae" else _reverse(nll, label_floor)
         return alpha * normalized(nll) + beta * other
 
-    return rows.finish(_unless_absent(nll, phi))
+    return rows.finish(unless_absent(nll, phi))
 
 
 # --- an example and its adversarial one --------------------------------------------------------------------
-
-
-def _root(square: Array) -> Array:
-    """The square root, with gradient 0 at 0."""
-    positive = square != 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
 
 
 def _squared_margin_change(log_p, log_q, change):
@@ -603,7 +554,7 @@ def smooth_adversarial_comp_sum_loss(
     change = jnp.where(absent, 0, other_nll - nll)
     square = rows.reduce(pair_sum(_squared_margin_change, second, partition, other, change))
     lacking = absent | (square == jnp.inf)
-    loss = _box_cox(jnp.where(absent, 0, nll), tau - 1) + nu * _root(jnp.where(lacking, 0, square))
+    loss = _box_cox(jnp.where(absent, 0, nll), tau - 1) + nu * root_of(jnp.where(lacking, 0, square))
     return rows.finish(jnp.where(lacking, jnp.inf, loss))
 
 
@@ -661,4 +612,4 @@ def trades_loss(
         (rows.label_statistics(), of_second(reductions.log_partition(), second))
     )
     divergence = rows.reduce(pair_sum(_kl, second, partition, other))
-    return rows.finish(_unless_absent(divergence, lambda divergence: nll + beta * divergence))
+    return rows.finish(unless_absent(divergence, lambda divergence: nll + beta * divergence))

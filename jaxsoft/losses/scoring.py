@@ -16,10 +16,9 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, finite_gauge, log_or_neg_inf
-from jaxsoft.losses._common import IGNORE_INDEX, Rows, prepare
+from jaxsoft.losses._common import IGNORE_INDEX, Rows, prepare, root_of, unless_absent
 from jaxsoft.losses._pairs import check_second, log_softmax_of, of_second, pair_sum, zero_init
 from jaxsoft.losses.classification import Labels
-from jaxsoft.losses.robust import _root, _unless_absent
 from jaxsoft.rows import reductions
 from jaxsoft.rows._logits import Logits
 from jaxsoft.rows._reduction import RowReduction
@@ -85,8 +84,8 @@ def _error(rows: Rows, norm: str, **more: RowReduction) -> tuple[Array, dict[str
         out = rows.reduce({"label": rows.label_statistics(), **more})
         nll, partition = out["label"]
         total = rows.reduce(_distance(jnp.abs if norm == "l1" else jnp.square, partition, rows.labels))
-        value = _root(total) if norm == "l2" else total
-        return _unless_absent(nll, lambda nll: value), out
+        value = root_of(total) if norm == "l2" else total
+        return unless_absent(nll, lambda nll: value), out
     out = rows.reduce({"score": reductions.take(rows.labels), "others": _others(rows.labels), **more})
     score, (shift, log_sum, squares) = out["score"], out["others"]
     absent = score == -jnp.inf
@@ -197,7 +196,7 @@ def adversarial_brier_loss(
     partition = reductions.log_partition()
     error, out = _error(rows, "squared l2", first=partition, second=of_second(partition, second))
     change = rows.reduce(pair_sum(_squared_change, second, out["first"], out["second"]))
-    return rows.finish(_unless_absent(change, lambda change: error + beta * change))
+    return rows.finish(unless_absent(change, lambda change: error + beta * change))
 
 
 def spherical_score_loss(
@@ -240,7 +239,7 @@ def spherical_score_loss(
     )
     label, squares = rows.reduce((rows.label_statistics(), reductions.sum_of_squared_probabilities()))
     norm = jnp.sqrt(jnp.where(label.present, squares, 1))
-    loss = _unless_absent(label.nll, lambda nll: -jnp.exp(-nll) / norm)
+    loss = unless_absent(label.nll, lambda nll: -jnp.exp(-nll) / norm)
     return rows.finish(jnp.where(label.present, loss, 0))
 
 
@@ -344,7 +343,7 @@ def el2n_score(
     some = top > -jnp.inf
     log_p = label.partition.log_softmax(jnp.where(some, top, label.partition.shift))
     rival = jnp.where(some, jnp.exp(log_p), 0)
-    score = _unless_absent(label.nll, lambda nll: rival - jnp.exp(-nll))
+    score = unless_absent(label.nll, lambda nll: rival - jnp.exp(-nll))
     return rows.finish(jnp.where(label.present, score, 0))
 
 
@@ -399,7 +398,7 @@ def grand_score_linear(
     if rows.keep is not None:
         features = jnp.where(rows.keep[..., None], features, 0)
     h = features.astype(accumulation_dtype(features.dtype))
-    return rows.finish(_error(rows, "l2")[0] * _root(jnp.sum(jnp.square(h), axis=-1) + bias))
+    return rows.finish(_error(rows, "l2")[0] * root_of(jnp.sum(jnp.square(h), axis=-1) + bias))
 
 
 def grand_score(
@@ -451,7 +450,7 @@ def grand_score(
     def score(example):
         gradient = jax.tree.leaves(jax.grad(loss)(params, *example))
         squares = [jnp.sum(jnp.square(g.astype(accumulation_dtype(g.dtype)))) for g in gradient]
-        return _root(sum(squares, jnp.zeros(())))
+        return root_of(sum(squares, jnp.zeros(())))
 
     batch = jax.tree.map(jnp.asarray, batch)
     return jax.vmap(score)(batch) if chunk_size is None else lax.map(score, batch, batch_size=chunk_size)

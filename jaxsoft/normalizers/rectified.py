@@ -17,7 +17,7 @@ from jaxsoft import _checks
 from jaxsoft._numerics import safe_divide
 from jaxsoft.normalizers._exponential import SOFTMAX, rescale
 from jaxsoft.normalizers._normalizer import Normalizer, defined_by, normalize
-from jaxsoft.rows import reductions
+from jaxsoft.rows import _gauge, reductions
 from jaxsoft.rows._reduction import RowReduction, Tile
 
 Scores = Float[Array, "*rows columns"]
@@ -64,7 +64,7 @@ def _softpick_init(like, params):
 
 
 def _softpick_update(state, tile, params):
-    m = reductions._running_max(state[0], tile)
+    m = _gauge.running_max(state[0], tile)
     # The magnitude of an absent entry, which stands at x = 0, is 0.
     return m, state[1] * rescale(state, (m,), params) + jnp.sum(_magnitude(tile.x, m), axis=-1)
 
@@ -83,7 +83,7 @@ def _softpick_coefficients(state, params):
 
 
 _SOFTPICK = Normalizer(
-    RowReduction(_softpick_init, _softpick_update, _softpick_merge, neutral=reductions._keep_gauge),
+    RowReduction(_softpick_init, _softpick_update, _softpick_merge, neutral=_gauge.keep_gauge),
     _softpick_terms,
     _softpick_coefficients,
     rescale,

@@ -16,31 +16,11 @@ from jax import lax
 
 from jaxsoft import _checks
 from jaxsoft._numerics import as_ids, finite_gauge, log_or_neg_inf, safe_divide
+from jaxsoft.rows._gauge import exponentials, keep_gauge, rescale, running_max
 from jaxsoft.rows._reduction import RowReduction, Tile
 
 # ---------------------------------------------------------------------------------------------------------
-# The exponential family. A state (m, *sums) stands for sums of e^(x - m) f(x): m is a gauge, any value that
-# avoids overflow is right, and changing it multiplies every sum by e^(m_old - m_new).
-
-
-def _running_max(m: jax.Array, tile: Tile) -> jax.Array:
-    tile_max = jnp.max(tile.scores, axis=-1, initial=-jnp.inf)
-    return lax.stop_gradient(jnp.maximum(m, tile_max))
-
-
-def _rescale(m_old: jax.Array, m_new: jax.Array) -> jax.Array:
-    return jnp.where(m_old == -jnp.inf, 0, jnp.exp(finite_gauge(m_old) - finite_gauge(m_new)))
-
-
-def _weights(tile: Tile, m: jax.Array) -> jax.Array:
-    """`e^(x - m)`, 0 for absent entries."""
-    return jnp.exp(tile.scores - finite_gauge(m)[..., None])
-
-
-def _keep_gauge(state):
-    """The empty state in the gauge of a finished one: `(m, s, ...) -> (m, 0, ...)`."""
-    return (state[0], *jax.tree.map(jnp.zeros_like, state[1:]))
-
+# The exponential family: states (m, *sums) as in `_gauge`.
 
 # logsumexp, running maximum: (m, s = sum e^(x-m)); log-sum-exp = m + log s.
 
@@ -51,13 +31,13 @@ def _lse_init(like, *args):
 
 def _lse_update(state, tile, *args):
     m, s = state
-    m_new = _running_max(m, tile)
-    return m_new, s * _rescale(m, m_new) + jnp.sum(_weights(tile, m_new), axis=-1)
+    m_new = running_max(m, tile)
+    return m_new, s * rescale(m, m_new) + jnp.sum(exponentials(tile, m_new), axis=-1)
 
 
 def _lse_merge(a, b, *args):
     m = jnp.maximum(a[0], b[0])
-    return m, a[1] * _rescale(a[0], m) + b[1] * _rescale(b[0], m)
+    return m, a[1] * rescale(a[0], m) + b[1] * rescale(b[0], m)
 
 
 class LogPartition(NamedTuple):
@@ -156,7 +136,7 @@ def _reference_update(state, tile, reference):
     hi, s = state
     # Clamped where the sum is thrown away anyway: an infinite term would make NaN of a zero cotangent.
     terms = jnp.exp(jnp.minimum(tile.scores - lax.stop_gradient(reference)[..., None], 80))
-    return _running_max(hi, tile), s + jnp.sum(terms, axis=-1)
+    return running_max(hi, tile), s + jnp.sum(terms, axis=-1)
 
 
 def _reference_merge(a, b, *args):
@@ -210,11 +190,11 @@ def log_partition(*, method: str = "online", reference: jax.Array | None = None)
             f"reference must be given with method='reference' and only then, got method={method!r}"
         )
     if method == "online":
-        return RowReduction(_lse_init, _lse_update, _lse_merge, partition_of, _keep_gauge)
+        return RowReduction(_lse_init, _lse_update, _lse_merge, partition_of, keep_gauge)
     if method == "exponent":
-        return RowReduction(_lse_init, _exponent_update, _exponent_merge, _exponent_parts, _keep_gauge)
+        return RowReduction(_lse_init, _exponent_update, _exponent_merge, _exponent_parts, keep_gauge)
     return RowReduction(
-        _reference_init, _reference_update, _reference_merge, _reference_parts, _keep_gauge, args=(reference,)
+        _reference_init, _reference_update, _reference_merge, _reference_parts, keep_gauge, args=(reference,)
     )
 
 
@@ -225,9 +205,9 @@ def log_partition(*, method: str = "online", reference: jax.Array | None = None)
 def _weighted_lse_update(state, tile, *args):
     m, s = state
     b = (tile.col_args or tile.entry_args)[0].astype(tile.x.dtype)
-    m_new = _running_max(m, tile.with_scores(jnp.where(b > 0, tile.scores, -jnp.inf)))
+    m_new = running_max(m, tile.with_scores(jnp.where(b > 0, tile.scores, -jnp.inf)))
     terms = jnp.exp(jnp.minimum(tile.scores - finite_gauge(m_new)[..., None], 80))
-    return m_new, s * _rescale(m, m_new) + jnp.sum(b * terms, axis=-1)
+    return m_new, s * rescale(m, m_new) + jnp.sum(b * terms, axis=-1)
 
 
 def weighted_logsumexp(weights: jax.Array) -> RowReduction:
@@ -237,7 +217,7 @@ def weighted_logsumexp(weights: jax.Array) -> RowReduction:
 
 def weighted_log_partition(weights: jax.Array) -> RowReduction:
     """`weighted_logsumexp` in parts: see `LogPartition`."""
-    reduction = RowReduction(_lse_init, _weighted_lse_update, _lse_merge, partition_of, _keep_gauge)
+    reduction = RowReduction(_lse_init, _weighted_lse_update, _lse_merge, partition_of, keep_gauge)
     if weights.ndim == 1:
         return reduction._replace(col_args=(weights,))
     return reduction._replace(entry_args=(weights,))
@@ -256,7 +236,7 @@ def _excluding_update(state, tile, ids):
 def log_partition_excluding(ids: jax.Array) -> RowReduction:
     """`log sum e^(x_j)`, in parts, over the columns not among `ids` (`[*rows, k]`; out of range names nothing)."""
     return RowReduction(
-        _lse_init, _excluding_update, _lse_merge, partition_of, _keep_gauge, args=(as_ids(ids),)
+        _lse_init, _excluding_update, _lse_merge, partition_of, keep_gauge, args=(as_ids(ids),)
     )
 
 
@@ -290,14 +270,14 @@ def _entropy_init(like, *args):
 
 def _moments_shift(state, m_new):
     m, s, u, *rest = state
-    c = _rescale(m, m_new)
+    c = rescale(m, m_new)
     d = jnp.where(m == -jnp.inf, 0, finite_gauge(m) - finite_gauge(m_new))
     return c * s, c * (u + d * s), *(c * (q + 2 * d * u + d * d * s) for q in rest)
 
 
 def _moments_update(state, tile, *args):
-    m_new = _running_max(state[0], tile)
-    w = _weights(tile, m_new)
+    m_new = running_max(state[0], tile)
+    w = exponentials(tile, m_new)
     # Finite where w is 0, by a maximum rather than a select: XLA's reductions on the CPU fuse it.
     y = jnp.maximum(tile.scores - finite_gauge(m_new)[..., None], -1e3)
     s, *higher = _moments_shift(state, m_new)
@@ -329,7 +309,7 @@ def _moments_finalize(state, *args):
 def softmax_moments(*, variance: bool = True) -> RowReduction:
     """Log-sum-exp, expected score, entropy and variance under softmax, in one state: see `SoftmaxMoments`."""
     init = _moments_init if variance else _entropy_init
-    return RowReduction(init, _moments_update, _moments_merge, _moments_finalize, _keep_gauge)
+    return RowReduction(init, _moments_update, _moments_merge, _moments_finalize, keep_gauge)
 
 
 # Sum of squared probabilities: (m, sum w, sum w^2).
@@ -341,14 +321,14 @@ def _squares_init(like):
 
 def _squares_update(state, tile):
     m, s, s2 = state
-    m_new = _running_max(m, tile)
-    c, w = _rescale(m, m_new), _weights(tile, m_new)
+    m_new = running_max(m, tile)
+    c, w = rescale(m, m_new), exponentials(tile, m_new)
     return m_new, s * c + jnp.sum(w, axis=-1), s2 * c * c + jnp.sum(w * w, axis=-1)
 
 
 def _squares_merge(a, b, *args):
     m = jnp.maximum(a[0], b[0])
-    ca, cb = _rescale(a[0], m), _rescale(b[0], m)
+    ca, cb = rescale(a[0], m), rescale(b[0], m)
     return m, a[1] * ca + b[1] * cb, a[2] * ca * ca + b[2] * cb * cb
 
 
@@ -359,7 +339,44 @@ def _squares_finalize(state):
 
 def sum_of_squared_probabilities() -> RowReduction:
     """`sum_j p_j^2` under softmax (1 - Gini impurity); 0 for an empty row."""
-    return RowReduction(_squares_init, _squares_update, _squares_merge, _squares_finalize, _keep_gauge)
+    return RowReduction(_squares_init, _squares_update, _squares_merge, _squares_finalize, keep_gauge)
+
+
+# Sum of powers of probabilities: (m, sum w, sum w^q) with w = e^(x-m).
+
+
+def _powers_init(like, q):
+    return jnp.full_like(like, -jnp.inf), like, like
+
+
+def _powers_update(state, tile, q):
+    m, s, powers = state
+    m_new = running_max(m, tile)
+    c = rescale(m, m_new)
+    y = jnp.where(tile.keep, tile.x - jnp.where(tile.keep, m_new[..., None], 0), 0)
+    return (
+        m_new,
+        s * c + jnp.sum(exponentials(tile, m_new), axis=-1),
+        powers * c**q + tile.sum(jnp.exp(q[..., None] * y)),
+    )
+
+
+def _powers_merge(a, b, q):
+    m = jnp.maximum(a[0], b[0])
+    ca, cb = rescale(a[0], m), rescale(b[0], m)
+    return m, a[1] * ca + b[1] * cb, a[2] * ca**q + b[2] * cb**q
+
+
+def _powers_finalize(state, q):
+    _, s, powers = state
+    return powers / jnp.where(s > 0, s, 1) ** q
+
+
+def sum_of_powered_probabilities(power: jax.Array) -> RowReduction:
+    """`sum_j p_j^power` under softmax for positive powers `[*rows]`; 0 for an empty row."""
+    return RowReduction(
+        _powers_init, _powers_update, _powers_merge, _powers_finalize, keep_gauge, args=(power,)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -477,7 +494,7 @@ def _nll(nll, absent, partition):
 
 
 def _label_share(state, tile, ids):
-    m, s = _lse_update(_keep_gauge(state[0]), tile)
+    m, s = _lse_update(keep_gauge(state[0]), tile)
     return [m, s, *_take_share(state[1], tile, ids)]
 
 
@@ -502,15 +519,15 @@ def _soft_init(like):
 def _soft_shift(state, m_new):
     m, s, u, q, lost = state
     d = jnp.where(m == -jnp.inf, 0, finite_gauge(m) - finite_gauge(m_new))
-    return s * _rescale(m, m_new), u + d * q, q, lost
+    return s * rescale(m, m_new), u + d * q, q, lost
 
 
 def _soft_update(state, tile):
     q = tile.entry_args[0].astype(tile.x.dtype)
-    m_new = _running_max(state[0], tile)
+    m_new = running_max(state[0], tile)
     kept = jnp.where(tile.keep, q, 0)
     block = (
-        jnp.sum(_weights(tile, m_new), axis=-1),
+        jnp.sum(exponentials(tile, m_new), axis=-1),
         jnp.sum(kept * (tile.x - finite_gauge(m_new)[..., None]), axis=-1),
         jnp.sum(kept, axis=-1),
         jnp.sum(jnp.where(tile.keep, 0, lax.stop_gradient(q)), axis=-1),
@@ -536,7 +553,7 @@ def soft_label_statistics(labels: jax.Array) -> RowReduction:
     See `LabelStatistics`; `+inf` where q puts mass on an absent entry.
     """
     return RowReduction(
-        _soft_init, _soft_update, _soft_merge, _soft_finalize, _keep_gauge, entry_args=(labels,)
+        _soft_init, _soft_update, _soft_merge, _soft_finalize, keep_gauge, entry_args=(labels,)
     )
 
 
@@ -567,11 +584,11 @@ def _pair_init(like):
 
 def _pair_shift(state, m_new, n_new):
     m, s, u, n, z, v = state
-    c = _rescale(m, m_new)
+    c = rescale(m, m_new)
     d, e = (
         jnp.where(m == -jnp.inf, 0, finite_gauge(a) - finite_gauge(b)) for a, b in ((m, m_new), (n, n_new))
     )
-    return c * s, c * (u + d * s), z * _rescale(n, n_new), c * (v + e * s)
+    return c * s, c * (u + d * s), z * rescale(n, n_new), c * (v + e * s)
 
 
 def _pair_update(state, tile, swapped):
@@ -579,8 +596,8 @@ def _pair_update(state, tile, swapped):
     keep = tile.keep & (other != -jnp.inf)
     a, b = (jnp.where(keep, x, -jnp.inf) for x in ((other, tile.x) if swapped else (tile.x, other)))
     tile_a, tile_b = tile._replace(scores=a), tile._replace(scores=b)
-    m, n = _running_max(state[0], tile_a), _running_max(state[3], tile_b)
-    w = _weights(tile_a, m)
+    m, n = running_max(state[0], tile_a), running_max(state[3], tile_b)
+    w = exponentials(tile_a, m)
     ya, yb = (jnp.where(keep, x - finite_gauge(g)[..., None], 0) for x, g in ((a, m), (b, n)))
     s, u, z, v = _pair_shift(state, m, n)
     return (
@@ -588,7 +605,7 @@ def _pair_update(state, tile, swapped):
         s + jnp.sum(w, axis=-1),
         u + jnp.einsum("...j,...j->...", w, ya),
         n,
-        z + jnp.sum(_weights(tile_b, n), axis=-1),
+        z + jnp.sum(exponentials(tile_b, n), axis=-1),
         v + jnp.einsum("...j,...j->...", w, yb),
     )
 
@@ -1011,7 +1028,7 @@ def mapped_logsumexp(function: Callable, *args, col_args: tuple = (), entry_args
         *_mapped_lse_functions(function),
         _lse_merge,
         _lse_finalize,
-        _keep_gauge,
+        keep_gauge,
         args=args,
         col_args=tuple(col_args),
         entry_args=tuple(entry_args),

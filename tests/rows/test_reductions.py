@@ -57,6 +57,8 @@ def make_inputs(seed=1):
         bound=jnp.asarray([0.5, 1.0, 0.3, 0.0, 99.5, -9.0]),
         reference=jnp.asarray(rng.normal(size=N) + np.array([0, 0, 0, 0, 100, 0])),
         theta=jnp.asarray(rng.normal(size=N)),
+        power=jnp.asarray([0.3, 1.0, 0.7, 2.0, 1.5, 0.5]),
+        other=jnp.asarray(rng.normal(size=(N, V)) * 2).at[0, 1].set(-INF),
     )
 
 
@@ -105,6 +107,25 @@ def probabilities(x):
     xs, keep, some = split(x)
     lse = jnp.where(some, plain_lse(x), 0)
     return jnp.where(keep, jnp.exp(jnp.where(keep, xs - lse[:, None], 0)), 0), xs, some
+
+
+def plain_powers(x, given):
+    p, *_ = probabilities(x)
+    return jnp.sum(jnp.where(p > 0, jnp.where(p > 0, p, 1) ** given["power"][:, None], 0), axis=-1)
+
+
+def plain_relative_entropy(x, other):
+    """Divergence, entropy and both log-sum-exps; an entry absent in one row is left out of both."""
+    both = (x > -jnp.inf) & (other > -jnp.inf)
+    x, other = (jnp.where(both, a, -jnp.inf) for a in (x, other))
+    (p, xs, some), ys = probabilities(x), split(other)[0]
+    log_p, log_q = (a - jnp.where(some, plain_lse(b), 0)[:, None] for a, b in ((xs, x), (ys, other)))
+    entropy = -jnp.sum(p * log_p, axis=-1)
+    return jnp.sum(p * (log_p - log_q), axis=-1), entropy, plain_lse(x), plain_lse(other)
+
+
+def relative_entropy_view(result):
+    return result.divergence, result.entropy, result.partition.value, result.other_partition.value
 
 
 def plain_softmax_moments(x, given):
@@ -272,6 +293,26 @@ CASES = [
         lambda g: r.sum_of_squared_probabilities(),
         lambda x, g: jnp.sum(probabilities(x)[0] ** 2, -1),
     ),
+    Case(
+        "sum_of_powered_probabilities",
+        lambda g: r.sum_of_powered_probabilities(g["power"]),
+        plain_powers,
+        ("power",),
+    ),
+    Case(
+        "relative_entropy",
+        lambda g: r.relative_entropy(g["other"]),
+        lambda x, g: plain_relative_entropy(x, g["other"]),
+        ("other",),
+        relative_entropy_view,
+    ),
+    Case(
+        "relative_entropy[reverse]",
+        lambda g: r.relative_entropy(g["other"], reverse=True),
+        lambda x, g: plain_relative_entropy(g["other"], x),
+        ("other",),
+        relative_entropy_view,
+    ),
     Case("take", lambda g: r.take(g["ids"]), lambda x, g: plain_take(x, g["ids"]), ("ids",)),
     Case("take[k]", lambda g: r.take(g["some"]), lambda x, g: plain_take(x, g["some"]), ("some",)),
     Case("label_statistics", lambda g: r.label_statistics(g["ids"]), plain_label, ("ids",), label_view),
@@ -327,7 +368,10 @@ def test_every_public_factory_has_a_row():
     public = {
         name
         for name, value in vars(reductions).items()
-        if inspect.isfunction(value) and value.__module__ == reductions.__name__ and not name.startswith("_")
+        if inspect.isfunction(value)
+        and value.__module__ == reductions.__name__
+        and value.__annotations__.get("return") == "RowReduction"
+        and not name.startswith("_")
     }
     assert public == {case.factory for case in CASES}
 
@@ -497,7 +541,13 @@ def test_parts_merge_in_any_order(case, x64):
 
     a, b, c = of(x, 0, cuts[0]), of(x, *cuts), of(x, cuts[1], V)
     absent = of(jnp.full_like(x, -INF), *cuts)  # a part without entries, in all rows
-    merge, finish = reduction.merge, lambda s: case.view(reduction.finalize(s, *args))
+
+    def merge(one, other):
+        return reduction.merge(one, other, *args)
+
+    def finish(state):
+        return case.view(reduction.finalize(state, *args))
+
     expected = case.reference(x, given)
     for state in (
         merge(merge(a, b), c),
