@@ -1,8 +1,10 @@
 """The laws that every optimizer and transform of `jaxsoft.optimizers` obeys, in one table."""
 
-import doctest
 import functools
+import importlib
 import os
+import pathlib
+import pkgutil
 import subprocess
 import sys
 import textwrap
@@ -12,31 +14,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optimizers.families
 import pytest
 
 from jaxsoft import optimizers as o
 
-# name -> factory of a fresh transform. Intervals are short so that resets happen within the tests.
-DIRECTIONS = {
-    "scale_by_lion_k": o.scale_by_lion_k,
-    "scale_by_spam": functools.partial(o.scale_by_spam, reset_every=4, warmup_steps=2, clip_start=2),
-    "scale_by_stable_spam": functools.partial(o.scale_by_stable_spam, reset_every=4, total_steps=50),
-    "spike_clip_by_second_moment": functools.partial(o.spike_clip_by_second_moment, clip_start=2),
-    "adaptive_spike_clip": o.adaptive_spike_clip,
-    "adaptive_gradient_norm": o.adaptive_gradient_norm,
-    "momentum_reset": lambda: o.momentum_reset(o.scale_by_lion_k(kappa="sq"), 4, 2),
-    "perpendicular_gradient": o.perpendicular_gradient,
-}
-READY = {
-    "lion_k_l2": functools.partial(o.lion_k, 1e-2, kappa="l2"),
-    "lion_k_bf16": functools.partial(o.lion_k, 1e-2, mu_dtype=jnp.bfloat16),
-    "spam": functools.partial(o.spam, 1e-2, reset_every=4, warmup_steps=2, clip_start=2, weight_decay=0.1),
-    "stable_spam": functools.partial(o.stable_spam, 1e-2, reset_every=4, weight_decay=0.1),
-}
-ALL = DIRECTIONS | READY
+CASES = {}
+for _family in pkgutil.iter_modules(optimizers.families.__path__):
+    CASES |= importlib.import_module(f"optimizers.families.{_family.name}").CASES
 
-every = pytest.mark.parametrize("name", ALL)
-ready = pytest.mark.parametrize("name", READY)
+
+def over(keep=lambda case: True):
+    """Runs a test for each case that `keep` says."""
+    return pytest.mark.parametrize("name", [name for name, case in CASES.items() if keep(case)])
+
+
+every = over()
 
 
 def params_tree(dtype=jnp.float32):
@@ -73,20 +66,10 @@ def all_finite(tree):
 
 
 @pytest.mark.parametrize("objective", ["quadratic", "rosenbrock"])
-@pytest.mark.parametrize(
-    "name", ["lion_k", "lion_k_huber", "lion_k_entropic", "spam", "stable_spam", "reset"]
-)
+@over(lambda case: case.converges is not None)
 def test_converges(name, objective):
     steps = 4000
-    lr = optax.cosine_decay_schedule(1e-2, steps)
-    tx = {
-        "lion_k": o.lion_k(lr, weight_decay=0.0),
-        "lion_k_huber": o.lion_k(lr, kappa=o.kappa_huber(0.1), weight_decay=0.0),
-        "lion_k_entropic": o.lion_k(lr, kappa=o.kappa_entropic(10.0), weight_decay=0.0),
-        "spam": o.spam(lr, warmup_steps=50),
-        "stable_spam": o.stable_spam(lr, reset_every=500, total_steps=steps),
-        "reset": optax.chain(o.momentum_reset(optax.adam(lr), 500, 50)),
-    }[name]
+    tx = CASES[name].converges(optax.cosine_decay_schedule(1e-2, steps))
     if objective == "quadratic":
         start, goal = jnp.array([-1.0, 10.0, 1.0]), jnp.array([1.0, -1.0, 1.0])
         loss = lambda x: jnp.sum((x - goal) ** 2)
@@ -106,47 +89,47 @@ def test_converges(name, objective):
 @every
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_keeps_structure_and_dtypes_with_float32_state(name, dtype):
-    tx, params = ALL[name](), params_tree(dtype)
+    tx, params = CASES[name].make(), params_tree(dtype)
     state = tx.init(params)
     grads = gradients(0, params)
     updates, new_state = jax.jit(tx.update)(grads, state, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, grads)
     chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
     low = [x for x in jax.tree.leaves(state) if x.dtype == jnp.bfloat16]
-    assert bool(low) == (name == "lion_k_bf16")
+    assert bool(low) == CASES[name].low_precision
 
 
 @every
 def test_bfloat16_parameters_follow_float32(name):
-    tx = ALL[name]()
+    tx = CASES[name].make()
     params = params_tree(jnp.bfloat16)
     grads = gradients(0, params)
     wide = functools.partial(jax.tree.map, lambda x: x.astype(jnp.float32))
     update = jax.jit(tx.update)
     low, _ = update(grads, tx.init(params), params)
     high, _ = update(wide(grads), tx.init(wide(params)), wide(params))
-    if "perpendicular" in name:  # a leaf of one element is noise, seen as such only if its dtype is known
+    if CASES[name].rescales_noise:
         low["scalar"] = high["scalar"] = None
     chex.assert_trees_all_close(wide(low), high, rtol=2e-2, atol=1e-6)
 
 
 @every
 def test_jit_is_eager(name):
-    tx, params = ALL[name](), params_tree()
+    tx, params = CASES[name].make(), params_tree()
     eager = run(tx, params, 3, update=tx.update)
     chex.assert_trees_all_close(run(tx, params, 3), eager, rtol=1e-5, atol=1e-6)
 
 
 @every
 def test_accepts_python_scalars_as_leaves(name):
-    tx, params = ALL[name](), {"a": 1.0, "b": jnp.ones(2)}
+    tx, params = CASES[name].make(), {"a": 1.0, "b": jnp.ones(2)}
     updates, _ = tx.update({"a": 0.5, "b": jnp.array([0.25, -0.5])}, tx.init(params), params)
     assert all_finite(updates)
 
 
 @every
 def test_ignores_extra_arguments(name):
-    tx, params = optax.with_extra_args_support(ALL[name]()), params_tree()
+    tx, params = optax.with_extra_args_support(CASES[name].make()), params_tree()
     grads = gradients(0, params)
     plain, _ = tx.update(grads, tx.init(params), params)
     extra, _ = tx.update(grads, tx.init(params), params, value=1.0, anything=None)
@@ -157,22 +140,22 @@ def test_ignores_extra_arguments(name):
 def test_masked_leaves_are_untouched(name):
     params = params_tree()
     mask = {"matrix": True, "nested": False, "scalar": False, "empty": True}
-    tx = optax.masked(ALL[name](), mask)
+    tx = optax.masked(CASES[name].make(), mask)
     grads = gradients(0, params)
     updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
     updates, _ = jax.jit(tx.update)(grads, state, params)
     chex.assert_trees_all_equal(updates["nested"], grads["nested"])
     chex.assert_trees_all_equal(updates["scalar"], grads["scalar"])
     alone = {"matrix": params["matrix"]}
-    lonely = ALL[name]()
+    lonely = CASES[name].make()
     _, state = lonely.update({"matrix": grads["matrix"]}, lonely.init(alone), alone)
     expected, _ = lonely.update({"matrix": grads["matrix"]}, state, alone)
     chex.assert_trees_all_close(updates["matrix"], expected["matrix"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", [n for n in ALL if n != "momentum_reset"])
+@over(lambda case: case.injectable)
 def test_inject_hyperparams(name):
-    factory = ALL[name]
+    factory = CASES[name].make
     function, args, kwargs = (
         (factory.func, factory.args, factory.keywords)
         if isinstance(factory, functools.partial)
@@ -189,11 +172,11 @@ def test_inject_hyperparams(name):
 def test_partition(name):
     params = params_tree()
     labels = {"matrix": "ours", "nested": "sgd", "scalar": "sgd", "empty": "ours"}
-    tx = optax.partition({"ours": ALL[name](), "sgd": optax.sgd(0.5)}, labels)
+    tx = optax.partition({"ours": CASES[name].make(), "sgd": optax.sgd(0.5)}, labels)
     grads = gradients(0, params)
     updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
     chex.assert_trees_all_close(updates["nested"][0], -0.5 * grads["nested"][0])
-    alone, lonely = {"matrix": params["matrix"]}, ALL[name]()
+    alone, lonely = {"matrix": params["matrix"]}, CASES[name].make()
     expected, _ = lonely.update({"matrix": grads["matrix"]}, lonely.init(alone), alone)
     chex.assert_trees_all_close(updates["matrix"], expected["matrix"], rtol=1e-5)
 
@@ -201,7 +184,7 @@ def test_partition(name):
 @every
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_apply_if_finite(name, dtype):
-    tx = optax.apply_if_finite(ALL[name](), 3)
+    tx = optax.apply_if_finite(CASES[name].make(), 3)
     params, state = run(tx, params_tree(dtype), 2)
     grads = jax.tree.map(lambda g: g * jnp.asarray(jnp.nan, g.dtype), gradients(9, params))
     updates, skipped = jax.jit(tx.update)(grads, state, params)
@@ -212,7 +195,7 @@ def test_apply_if_finite(name, dtype):
 
 @every
 def test_multi_steps(name):
-    inner, params = ALL[name](), params_tree()
+    inner, params = CASES[name].make(), params_tree()
     tx = optax.MultiSteps(inner, every_k_schedule=2)
     first, second = gradients(0, params), gradients(1, params)
     updates, state = jax.jit(tx.update)(first, tx.init(params), params)
@@ -226,7 +209,7 @@ def test_multi_steps(name):
 @every
 def test_state_survives_serialization_bit_for_bit(name):
     serialization = pytest.importorskip("flax.serialization")
-    tx, start = ALL[name](), params_tree()
+    tx, start = CASES[name].make(), params_tree()
     params, state = run(tx, start, 3)
     data = serialization.to_bytes(state)
     restored = serialization.from_bytes(tx.init(start), data)
@@ -239,14 +222,14 @@ def test_state_survives_serialization_bit_for_bit(name):
 
 @every
 def test_init_under_eval_shape(name):
-    tx, params = ALL[name](), params_tree()
+    tx, params = CASES[name].make(), params_tree()
     shapes = jax.eval_shape(tx.init, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(shapes, tx.init(params))
 
 
 @every
 def test_tree_map_params(name):
-    tx, params = ALL[name](), params_tree()
+    tx, params = CASES[name].make(), params_tree()
     state = optax.tree_map_params(tx, jnp.ones_like, tx.init(params))
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         assert np.all(np.asarray(leaf) == (0 if "count" in jax.tree_util.keystr(path) else 1)), path
@@ -254,7 +237,7 @@ def test_tree_map_params(name):
 
 @every
 def test_scan_and_donation(name):
-    tx, params = ALL[name](), params_tree()
+    tx, params = CASES[name].make(), params_tree()
     grads = [gradients(step, params) for step in range(6)]
     stacked = jax.tree.map(lambda *g: jnp.stack(g), *grads)
 
@@ -270,7 +253,7 @@ def test_scan_and_donation(name):
 
 @every
 def test_vmap_is_a_loop(name):
-    tx = ALL[name]()
+    tx = CASES[name].make()
     members = [gradients(100 + i, params_tree()) for i in range(3)]
     stack = lambda *trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)
     params, state = stack(*members), jax.vmap(tx.init)(stack(*members))
@@ -290,20 +273,20 @@ def test_vmap_is_a_loop(name):
 
 @every
 def test_zero_gradients_stay_finite(name):
-    tx, params = ALL[name](), params_tree()
+    tx, params = CASES[name].make(), params_tree()
     state, update = tx.init(params), jax.jit(tx.update)
     zeros = jax.tree.map(jnp.zeros_like, params)
     for _ in range(5):
         updates, state = update(zeros, state, params)
         assert all_finite((updates, state))
-        if name in DIRECTIONS:
+        if not CASES[name].ready:
             chex.assert_trees_all_equal(updates, zeros)
 
 
 @every
 def test_gradient_through_a_step(name):
     """Learned optimization and hyper-gradients differentiate through `update`."""
-    tx, params = ALL[name](), {"w": jnp.array([1.0, -2.0, 0.5])}
+    tx, params = CASES[name].make(), {"w": jnp.array([1.0, -2.0, 0.5])}
 
     def objective(scale):
         p, state = params, tx.init(params)
@@ -315,24 +298,17 @@ def test_gradient_through_a_step(name):
     assert np.isfinite(jax.grad(objective)(1.5))
 
 
-@ready
+@over(lambda case: case.ready)
 def test_needs_params(name):
-    tx, params = READY[name](), params_tree()
+    tx, params = CASES[name].make(), params_tree()
     with pytest.raises(ValueError, match="params"):
         tx.update(gradients(0, params), tx.init(params))
 
 
-@pytest.mark.parametrize(
-    ("name", "leaves"),
-    [(n, 0.0) for n in ALL if not n.startswith("lion_k_")]
-    # The direction is needed for its norm first. One leaf, as the plain update of optax.lion.
-    + [("lion_k_l2", 1.0)]
-    # The unrounded momentum is not stored, so the old one is needed for it: a copy in bfloat16.
-    + [("lion_k_bf16", 0.5)],
-)
-def test_temporary_memory(name, leaves):
+@every
+def test_temporary_memory(name):
     """A donated step stores next to nothing beyond parameters, gradients and state."""
-    tx = ALL[name]() if name in READY else optax.chain(ALL[name](), optax.sgd(1e-2))
+    tx = CASES[name].make() if CASES[name].ready else optax.chain(CASES[name].make(), optax.sgd(1e-2))
     params = jnp.ones(1_000_000)
     grads, state = jnp.ones_like(params), tx.init(params)
 
@@ -341,18 +317,13 @@ def test_temporary_memory(name, leaves):
         return optax.apply_updates(params, updates), state
 
     compiled = jax.jit(step, donate_argnums=(1, 2)).lower(grads, params, state).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes <= (leaves + 0.01) * params.nbytes
+    assert compiled.memory_analysis().temp_size_in_bytes <= (CASES[name].temporary + 0.01) * params.nbytes
 
 
-@every
+@over(lambda case: case.spike is not None)
 def test_spike_is_bounded(name):
     """One gradient a million times too large moves the parameters by no more than a few usual steps."""
-    if name in ("spike_clip_by_second_moment", "adaptive_spike_clip", "adaptive_gradient_norm"):
-        tx = optax.chain(ALL[name](), optax.sgd(1e-2))
-    elif name in READY:
-        tx = READY[name]()
-    else:
-        pytest.skip("a direction of a ready optimizer, or not made against spikes")
+    tx = CASES[name].make() if CASES[name].ready else optax.chain(CASES[name].make(), optax.sgd(1e-2))
     params = {"w": jnp.linspace(-1.0, 1.0, 50)}
     update = jax.jit(tx.update)
     trajectories = []
@@ -367,8 +338,7 @@ def test_spike_is_bounded(name):
         trajectories.append(p["w"])
     usual = np.linalg.norm(trajectories[0] - params["w"])
     deviation = np.linalg.norm(trajectories[1] - trajectories[0])
-    # AdaClip lets a thousandth of a spike through by design, on its own.
-    assert deviation < {"adaptive_spike_clip": 1e6 * 0.04}.get(name, 3.0) * usual
+    assert deviation < CASES[name].spike * usual
 
 
 def test_sharded_parameters_keep_their_sharding_and_values():
@@ -423,14 +393,12 @@ def test_sharded_parameters_keep_their_sharding_and_values():
     assert "passed" in result.stdout, result.stderr[-3000:]
 
 
-@pytest.mark.parametrize("module", ["lion", "spike_aware", "perpendicular"])
-def test_examples_of_the_docstrings(module):
-    result = doctest.testmod(sys.modules[f"jaxsoft.optimizers.{module}"])
-    assert result.attempted and not result.failed
-
-
 def test_every_export_is_documented_and_under_test():
-    tested = {"lion_k", "spam", "stable_spam"} | set(DIRECTIONS)
+    """In the laws above, or in a file of its own that calls it by name."""
+    own = "".join(
+        path.read_text(encoding="utf-8") for path in pathlib.Path(__file__).parent.glob("test_*.py")
+    )
+    tested = {name for case in CASES.values() for name in case.exports}
     for name in o.__all__:
         assert getattr(o, name).__doc__
-        assert name in tested or name.endswith("State") or name.startswith("kappa_"), name
+        assert name in tested or name.endswith("State") or f"{name}(" in own, name
