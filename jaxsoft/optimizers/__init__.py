@@ -16,7 +16,24 @@ from jaxsoft.optimizers.lion import (
     lion_k,
     scale_by_lion_k,
 )
-from jaxsoft.optimizers.perpendicular import perpendicular_gradient
+from jaxsoft.optimizers.perpendicular import (
+    perpendicular_gradient,
+)
+from jaxsoft.optimizers.radial import (
+    adamp,
+    project_out_radial,
+    scale_by_adamp,
+    scale_by_sgdp,
+    sgdp,
+)
+from jaxsoft.optimizers.second_order import (
+    ScaleByMfacState,
+    ScaleByShampooState,
+    gradient_regularized_newton_step,
+    scale_by_mfac,
+    scale_by_shampoo,
+    shampoo,
+)
 from jaxsoft.optimizers.spike_aware import (
     AdaptiveGradientNormState,
     AdaptiveSpikeClipState,
@@ -38,11 +55,15 @@ __all__ = [
     "AdaptiveGradientNormState",
     "AdaptiveSpikeClipState",
     "MomentumResetState",
+    "ScaleByMfacState",
+    "ScaleByShampooState",
     "ScaleBySpamState",
     "ScaleByStableSpamState",
     "SpikeClipBySecondMomentState",
+    "adamp",
     "adaptive_gradient_norm",
     "adaptive_spike_clip",
+    "gradient_regularized_newton_step",
     "kappa_entropic",
     "kappa_group_l2",
     "kappa_huber",
@@ -52,9 +73,16 @@ __all__ = [
     "lion_k",
     "momentum_reset",
     "perpendicular_gradient",
+    "project_out_radial",
+    "scale_by_adamp",
     "scale_by_lion_k",
+    "scale_by_mfac",
+    "scale_by_sgdp",
+    "scale_by_shampoo",
     "scale_by_spam",
     "scale_by_stable_spam",
+    "sgdp",
+    "shampoo",
     "spam",
     "spike_clip_by_second_moment",
     "stable_spam",
