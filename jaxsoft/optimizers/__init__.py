@@ -6,6 +6,11 @@
 
 from __future__ import annotations
 
+from jaxsoft.optimizers.diffgrad import (
+    ScaleByDiffgradState,
+    diffgrad,
+    scale_by_diffgrad,
+)
 from jaxsoft.optimizers.lion import (
     kappa_entropic,
     kappa_group_l2,
@@ -55,6 +60,7 @@ __all__ = [
     "AdaptiveGradientNormState",
     "AdaptiveSpikeClipState",
     "MomentumResetState",
+    "ScaleByDiffgradState",
     "ScaleByMfacState",
     "ScaleByShampooState",
     "ScaleBySpamState",
@@ -63,6 +69,7 @@ __all__ = [
     "adamp",
     "adaptive_gradient_norm",
     "adaptive_spike_clip",
+    "diffgrad",
     "gradient_regularized_newton_step",
     "kappa_entropic",
     "kappa_group_l2",
@@ -75,6 +82,7 @@ __all__ = [
     "perpendicular_gradient",
     "project_out_radial",
     "scale_by_adamp",
+    "scale_by_diffgrad",
     "scale_by_lion_k",
     "scale_by_mfac",
     "scale_by_sgdp",

@@ -1,0 +1,30 @@
+"""diffGrad."""
+
+import functools
+
+import jax.numpy as jnp
+from optimizers.case import Case
+
+from jaxsoft import optimizers as o
+
+# The kept gradient is read for the update and overwritten with the new one: a copy of a leaf.
+CASES = {
+    "scale_by_diffgrad": Case(
+        o.scale_by_diffgrad,
+        converges=lambda lr: o.diffgrad(2 * lr, b2=0.99),
+        exports=("scale_by_diffgrad",),
+        temporary=1.0,
+    ),
+    "diffgrad": Case(
+        functools.partial(o.diffgrad, 1e-2, weight_decay=0.1),
+        ready=True,
+        exports=("diffgrad",),
+        temporary=1.0,
+    ),
+    "diffgrad_bf16": Case(
+        functools.partial(o.diffgrad, 1e-2, mu_dtype=jnp.bfloat16, previous_dtype=jnp.bfloat16),
+        ready=True,
+        temporary=0.5,
+        low_precision=True,
+    ),
+}
