@@ -3,6 +3,7 @@
 import functools
 
 import jax.numpy as jnp
+import optax
 from optimizers.case import Case
 
 from jaxsoft import optimizers as o
@@ -11,7 +12,7 @@ from jaxsoft import optimizers as o
 CASES = {
     "scale_by_diffgrad": Case(
         o.scale_by_diffgrad,
-        converges=lambda lr: o.diffgrad(2 * lr, b2=0.99),
+        converges=lambda lr: optax.chain(o.diffgrad(lr, b2=0.99), optax.scale(2.0)),
         exports=("scale_by_diffgrad",),
         temporary=1.0,
     ),
@@ -24,7 +25,7 @@ CASES = {
     "diffgrad_bf16": Case(
         functools.partial(o.diffgrad, 1e-2, mu_dtype=jnp.bfloat16, previous_dtype=jnp.bfloat16),
         ready=True,
-        temporary=0.5,
+        temporary=1.0,
         low_precision=True,
     ),
 }
