@@ -21,6 +21,13 @@ from jaxsoft.optimizers.lion import (
     lion_k,
     scale_by_lion_k,
 )
+from jaxsoft.optimizers.low_rank import (
+    LimitNormGrowthState,
+    ScaleByFiraState,
+    fira,
+    limit_norm_growth,
+    scale_by_fira,
+)
 from jaxsoft.optimizers.perpendicular import (
     perpendicular_gradient,
 )
@@ -55,12 +62,27 @@ from jaxsoft.optimizers.spike_aware import (
     spike_clip_by_second_moment,
     stable_spam,
 )
+from jaxsoft.optimizers.zeroth_order import (
+    Mezo,
+    MezoState,
+    forward_gradient,
+    mezo,
+    quantize_projection,
+    random_direction,
+    shared_randomness_update,
+    zo_projection,
+    zo_value_and_grad,
+)
 
 __all__ = [
     "AdaptiveGradientNormState",
     "AdaptiveSpikeClipState",
+    "LimitNormGrowthState",
+    "Mezo",
+    "MezoState",
     "MomentumResetState",
     "ScaleByDiffgradState",
+    "ScaleByFiraState",
     "ScaleByMfacState",
     "ScaleByShampooState",
     "ScaleBySpamState",
@@ -70,6 +92,8 @@ __all__ = [
     "adaptive_gradient_norm",
     "adaptive_spike_clip",
     "diffgrad",
+    "fira",
+    "forward_gradient",
     "gradient_regularized_newton_step",
     "kappa_entropic",
     "kappa_group_l2",
@@ -77,12 +101,17 @@ __all__ = [
     "kappa_lp",
     "kappa_nuclear",
     "kappa_soft",
+    "limit_norm_growth",
     "lion_k",
+    "mezo",
     "momentum_reset",
     "perpendicular_gradient",
     "project_out_radial",
+    "quantize_projection",
+    "random_direction",
     "scale_by_adamp",
     "scale_by_diffgrad",
+    "scale_by_fira",
     "scale_by_lion_k",
     "scale_by_mfac",
     "scale_by_sgdp",
@@ -91,7 +120,10 @@ __all__ = [
     "scale_by_stable_spam",
     "sgdp",
     "shampoo",
+    "shared_randomness_update",
     "spam",
     "spike_clip_by_second_moment",
     "stable_spam",
+    "zo_projection",
+    "zo_value_and_grad",
 ]

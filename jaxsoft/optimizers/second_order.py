@@ -1,0 +1,508 @@
+"""Preconditioners made of gradients (Shampoo, M-FAC) and a regularized Newton step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.scipy.sparse.linalg
+import optax
+from jax import lax
+
+from jaxsoft import _checks
+from jaxsoft.optimizers import _common
+from jaxsoft.optimizers._common import Mask, Scalar
+
+# Shampoo.
+
+
+def _transpose(x: jax.Array) -> jax.Array:
+    return jnp.swapaxes(x, -1, -2)
+
+
+def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.matmul(x, y, precision="highest")
+
+
+def _damped_eigh(a: jax.Array, eps: Any) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues of `a + eps max(eigenvalue) I`, negative rounding errors taken as 0, and eigenvectors."""
+    values, vectors = jnp.linalg.eigh(a)
+    values = jnp.maximum(values, 0)
+    return values + eps * values[..., -1:], vectors
+
+
+def _power(values: jax.Array, exponent: Any) -> jax.Array:
+    """`values ** -exponent`, and 0 where `values` is 0."""
+    return jnp.where(values > 0, jnp.where(values > 0, values, 1) ** -exponent, 0)
+
+
+@jax.custom_jvp
+def _inverse_power(a: jax.Array, exponent: Any, eps: Any) -> jax.Array:
+    """`(a + eps max(eigenvalue) I) ** -exponent` of symmetric positive semidefinite matrices; 0 for `a = 0`."""
+    values, vectors = _damped_eigh(a, eps)
+    return _matmul(vectors * _power(values, exponent)[..., None, :], _transpose(vectors))
+
+
+@_inverse_power.defjvp
+def _inverse_power_jvp(primals, tangents):
+    # Through eigenvectors the derivative is infinite where eigenvalues are equal. That of the matrix function is
+    # not: in the basis of the eigenvectors it multiplies entry (i, j) by the divided difference of the power.
+    a, exponent, eps = primals
+    da, dexponent, deps = tangents
+    values, vectors = _damped_eigh(a, eps)
+    powers = _power(values, exponent)
+    da = _matmul(_matmul(_transpose(vectors), da), vectors)
+    top = values[..., -1] / (1 + eps)
+    ridge = deps * top + eps * da[..., -1, -1]
+    da = da + ridge[..., None, None] * jnp.eye(a.shape[-1], dtype=a.dtype)
+
+    x, y = values[..., :, None], values[..., None, :]
+    gap = x - y
+    close = jnp.abs(gap) <= jnp.finfo(a.dtype).eps ** (1 / 3) * jnp.maximum(x, y)
+    slope = -exponent * _power((x + y) / 2, exponent + 1)
+    difference = (powers[..., :, None] - powers[..., None, :]) / jnp.where(close, 1, gap)
+    tangent = da * jnp.where(close, slope, difference)
+    log_values = jnp.log(jnp.where(values > 0, values, 1))
+    tangent -= dexponent * (powers * log_values)[..., None] * jnp.eye(a.shape[-1], dtype=a.dtype)
+    out = _matmul(vectors * powers[..., None, :], _transpose(vectors))
+    return out, _matmul(_matmul(vectors, tangent), _transpose(vectors))
+
+
+def _is_matrix(x: jax.Array) -> bool:
+    """Whether a statistic of `ScaleByShampooState` is in use; an unused one has shape (0,)."""
+    return x.ndim >= 2
+
+
+def _matrix_norm(x: jax.Array) -> jax.Array:
+    square = jnp.sum(x * x, axis=(-2, -1), keepdims=True)
+    return jnp.sqrt(jnp.where(square > 0, square, 1)) * (square > 0)
+
+
+class ScaleByShampooState(NamedTuple):
+    """State of `scale_by_shampoo`: steps taken, momentum (or None), and statistics like the parameters.
+
+    `left` and `right` hold the matrices of each leaf, `left_root` and `right_root` their cached roots, `nu` the
+    squares of the entries. What a leaf does not need is an array of shape (0,).
+    """
+
+    count: jax.Array
+    mu: Any
+    nu: Any
+    left: Any
+    right: Any
+    left_root: Any
+    right_root: Any
+
+
+def scale_by_shampoo(
+    b2: Scalar | None = None,
+    eps: Scalar = 1e-6,
+    *,
+    b1: Scalar | None = None,
+    exponent: Scalar = 0.25,
+    trace_normalize: bool = True,
+    precondition_every: Scalar = 10,
+    grafting: Literal["none", "sgd", "diagonal"] = "none",
+    max_dim: int = 8192,
+) -> optax.GradientTransformationExtraArgs:
+    """The direction of Shampoo: each matrix of gradients, whitened from the left and from the right.
+
+    For a leaf with gradient G of shape [..., a, b] (leading axes are a batch of matrices), at step t:
+
+        L <- L + G G^T        R <- R + G^T G                    with b2:  L <- b2 L + (1 - b2) G G^T, ...
+        direction = tr(L)^(2 exponent - 1/2)  L^-exponent  G  R^-exponent
+
+    With `exponent` 1/4, the default, it is Shampoo, and the factor is 1. One step of the power iteration for
+    the Kronecker product nearest to Adagrad's matrix H gives `H ~ (L x R) / tr(L)`, and hence
+    `H^(-1/2) G = tr(L)^(1/2) L^(-1/2) G R^(-1/2)`: this is `exponent` 1/2. The factor makes the direction
+    independent of the scale of the gradients. With `b2` the matrices are corrected for their start at 0. The
+    roots are taken of `L + eps max(eigenvalue) I` by eigendecompositions under `lax.cond`, in each of the first
+    `precondition_every` steps, where the matrices change most, and then at its multiples.
+
+    A leaf with fewer than two axes takes Adagrad's direction `g / sqrt(v)`, with `v` the sum (or corrected
+    mean) of its squares, and 0 where `v` is 0. A matrix with one side longer than `max_dim` is whitened from the
+    other side only, `L^(-1/2) G`, and one with two such sides is treated entry by entry.
+
+    Args:
+      b2: Decay of the statistics, in [0, 1). None: they are sums, as in Adagrad.
+      eps: Damping relative to the largest eigenvalue, positive.
+      b1: Decay of a moving average of the direction (corrected for its start at 0), in [0, 1). None: no momentum.
+      exponent: Power of the inverse matrices, positive: 1/4 or 1/2.
+      trace_normalize: Multiply by the factor with tr(L). It matters for an `exponent` other than 1/4.
+      precondition_every: Steps between two computations of the roots, at least 1. Old roots amplify what is new
+        in a gradient: with more than 1 and `exponent` 1/2, use `grafting`.
+      grafting: `"none"`; or take the norm of each matrix of the direction from another method: `"sgd"`, the
+        gradient, or `"diagonal"`, that of `g / sqrt(v)`, which keeps `v` for every leaf.
+      max_dim: Longest side, a static integer, that gets a matrix of its own.
+
+    Returns:
+      A gradient transformation. State: for an [a, b] leaf `2 (a^2 + b^2)` float32 numbers, and `a b` each for `b1`
+      and `grafting="diagonal"`. Updates keep the dtype of the gradients. Under `optax.inject_hyperparams`,
+      `max_dim` must be listed in `static_args`.
+
+    Raises:
+      TypeError: for a `trace_normalize` that is not a bool or a `max_dim` that is not a static integer.
+      ValueError: for a rate or a number out of range, or an unknown `grafting`.
+
+    References:
+      "A New Perspective on Shampoo's Preconditioner"; "Shampoo: Preconditioned Stochastic Tensor Optimization".
+      The rules for long sides and the damping relative to the largest eigenvalue are ours.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> tx = scale_by_shampoo()
+      >>> g = jnp.array([[3.0, 0.0], [0.0, -0.1]])
+      >>> print(tx.update(g, tx.init(g))[0].round(2) + 0.0)
+      [[ 1.  0.]
+       [ 0. -1.]]
+    """
+    if b2 is not None:
+        _common.check_beta("b2", b2)
+    _checks.number("eps", eps, above=0)
+    if b1 is not None:
+        _common.check_beta("b1", b1)
+    _checks.number("exponent", exponent, above=0)
+    if not isinstance(trace_normalize, bool):
+        raise TypeError(f"trace_normalize must be a bool, got {_checks.describe(trace_normalize)}")
+    _common.check_steps("precondition_every", precondition_every, at_least=1)
+    _checks.option("grafting", grafting, ("none", "sgd", "diagonal"))
+    max_dim = _checks.integer("max_dim", max_dim, at_least=1)
+
+    def sides(p: Any) -> tuple[int, int]:
+        """The sides of a leaf's matrices which get a statistic, 0 for those which do not."""
+        shape = jnp.shape(p)
+        if len(shape) < 2 or 0 in shape:
+            return 0, 0
+        return shape[-2] * (shape[-2] <= max_dim), shape[-1] * (shape[-1] <= max_dim)
+
+    def init(params: optax.Params) -> ScaleByShampooState:
+        def statistics(side):
+            def zeros(p):
+                n = sides(p)[side]
+                return jnp.zeros((*jnp.shape(p)[:-2], n, n) if n else (0,), _common.wide(p))
+
+            return jax.tree.map(zeros, params)
+
+        def second_moment(p):
+            needed = grafting == "diagonal" or not any(sides(p))
+            return jnp.zeros_like(p, dtype=_common.wide(p)) if needed else jnp.zeros((0,), _common.wide(p))
+
+        return ScaleByShampooState(
+            count=jnp.zeros([], jnp.int32),
+            mu=None if b1 is None else _common.moments_like(params),
+            nu=jax.tree.map(second_moment, params),
+            left=statistics(0),
+            right=statistics(1),
+            left_root=statistics(0),
+            right_root=statistics(1),
+        )
+
+    def accumulate(old: jax.Array, new: jax.Array) -> jax.Array:
+        return old + new if b2 is None else b2 * old + (1 - b2) * new
+
+    def update(updates: optax.Updates, state: Any, params: Any = None, **extra: Any):
+        del params, extra
+        count = jnp.asarray(optax.safe_increment(state.count))
+        correction = 1 if b2 is None else _common.bias_correction(b2, count)
+        g = _common.widen(updates)
+        left = jax.tree.map(
+            lambda g, s: accumulate(s, _matmul(g, _transpose(g))) if _is_matrix(s) else s, g, state.left
+        )
+        right = jax.tree.map(
+            lambda g, s: accumulate(s, _matmul(_transpose(g), g)) if _is_matrix(s) else s, g, state.right
+        )
+        nu = jax.tree.map(lambda g, v: accumulate(v, g * g) if v.shape == g.shape else v, g, state.nu)
+
+        def root(s, other):
+            return _inverse_power(s / correction, exponent if _is_matrix(other) else 0.5, eps)
+
+        def left_root(s, other):
+            if not _is_matrix(s):
+                return s
+            if not (_is_matrix(other) and trace_normalize):
+                return root(s, other)
+            trace = jnp.trace(s, axis1=-2, axis2=-1)[..., None, None] / correction
+            return root(s, other) * _power(trace, 0.5 - 2 * exponent)
+
+        def right_root(s, other):
+            return root(s, other) if _is_matrix(s) else s
+
+        def roots():
+            return jax.tree.map(left_root, left, right), jax.tree.map(right_root, right, left)
+
+        left_roots, right_roots = state.left_root, state.right_root
+        if any(_is_matrix(s) for s in jax.tree.leaves((left, right))):
+            due = (count <= precondition_every) | (count % precondition_every == 0)
+            left_roots, right_roots = lax.cond(due, roots, lambda: (left_roots, right_roots))
+
+        def by_entry(g, v):
+            v = v / correction
+            return jnp.where(v > 0, g / jnp.sqrt(jnp.where(v > 0, v, 1)), 0)
+
+        def direction(g, v, left, right):
+            if not (_is_matrix(left) or _is_matrix(right)):
+                return by_entry(g, v)
+            u = _matmul(left, g) if _is_matrix(left) else g
+            u = _matmul(u, right) if _is_matrix(right) else u
+            if grafting == "none":
+                return u
+            norm = _matrix_norm(u)
+            target = _matrix_norm(g if grafting == "sgd" else by_entry(g, v))
+            return u * (target / jnp.where(norm > 0, norm, 1))
+
+        u = jax.tree.map(direction, g, nu, left_roots, right_roots)
+        mu = state.mu
+        if b1 is not None:
+            mu = _common.moving_average(b1, mu, u)
+            start = _common.bias_correction(b1, count)
+            u = jax.tree.map(lambda m: m / start, mu)
+        new_state = ScaleByShampooState(count, mu, nu, left, right, left_roots, right_roots)
+        return _common.cast_like(u, updates), new_state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def shampoo(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: Scalar | None = 0.9,
+    b2: Scalar | None = None,
+    eps: Scalar = 1e-6,
+    *,
+    exponent: Scalar = 0.25,
+    trace_normalize: bool = True,
+    precondition_every: Scalar = 10,
+    grafting: Literal["none", "sgd", "diagonal"] = "diagonal",
+    max_dim: int = 8192,
+    weight_decay: Scalar = 0.0,
+    mask: Mask = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Shampoo, ready to use: `params <- params - learning_rate (direction + weight_decay params)`.
+
+    See `scale_by_shampoo` for the direction. With the default grafting each leaf takes a step as long as
+    Adagrad's (with `b2`: as Adam's without momentum), so that learning rates carry over.
+
+    Args:
+      learning_rate: A number or a schedule.
+      b1: Decay of the momentum, in [0, 1). None: no momentum.
+      b2: Decay of the statistics, in [0, 1). None: they are sums.
+      eps: Damping relative to the largest eigenvalue, positive.
+      exponent: Power of the inverse matrices, positive: 1/4 or 1/2.
+      trace_normalize: See `scale_by_shampoo`.
+      precondition_every: Steps between two computations of the roots, at least 1.
+      grafting: Where the length of a step comes from: `"none"`, `"sgd"` or `"diagonal"`.
+      max_dim: Longest side that gets a matrix of its own.
+      weight_decay: Decoupled weight decay.
+      mask: Which parameters decay: a pytree of bools, or a function from the parameters to one.
+
+    Returns:
+      A gradient transformation whose `update` needs the parameters.
+
+    Raises:
+      ValueError: as `scale_by_shampoo`, and for a negative learning rate or weight decay.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> tx = shampoo(0.1)
+      >>> params = jnp.array([[1.0, 0.0], [0.0, 1.0]])
+      >>> g = jnp.array([[3.0, 0.0], [0.0, -0.1]])
+      >>> print(optax.apply_updates(params, tx.update(g, tx.init(params), params)[0]).round(2) + 0.0)
+      [[0.9 0. ]
+       [0.  1.1]]
+    """
+    direction = scale_by_shampoo(
+        b2,
+        eps,
+        b1=b1,
+        exponent=exponent,
+        trace_normalize=trace_normalize,
+        precondition_every=precondition_every,
+        grafting=grafting,
+        max_dim=max_dim,
+    )
+    return _common.descend(direction, learning_rate, weight_decay, mask)
+
+
+# M-FAC.
+
+
+class ScaleByMfacState(NamedTuple):
+    """State of `scale_by_mfac`: steps taken, the last gradients, and each leaf's part of their products."""
+
+    count: jax.Array
+    window: Any
+    gram: Any
+
+
+def scale_by_mfac(window: int = 32, damping: Scalar = 1e-3) -> optax.GradientTransformationExtraArgs:
+    """The direction of M-FAC: the gradient times the inverse of the damped empirical Fisher matrix.
+
+    With the last m gradients, each taken over the whole tree and the newest included, as rows of a matrix G:
+
+        F = damping I + G^T G / m        direction = F^-1 g
+
+    F is never formed. Because `g` is a row of G, say the k-th, the direction is
+    `m G^T (m damping I + G G^T)^-1 e_k`: one m x m solve, without the cancellation of the usual formula. The
+    products `G G^T` are kept, so a step costs three passes over the stored gradients. In the first steps the
+    missing gradients count as 0 and m stays. Momentum and weight decay compose: `optax.ema` after it.
+
+    The direction has about the length `m / ||g||` where gradients are large, and `||g|| / damping` where they
+    are small. If the damping is below the rounding error of the products, that error takes its place.
+
+    Args:
+      window: The number m of gradients kept, a static integer of at least 1: 4 m bytes for each parameter. The
+        paper takes 1024, on small models.
+      damping: Positive. The authors' code has 1e-5, with gradients that include weight decay.
+
+    Returns:
+      A gradient transformation. Updates keep the dtype of the gradients. Under `optax.inject_hyperparams`,
+      `window` must be listed in `static_args`.
+
+    Raises:
+      TypeError: for a `window` that is not a static integer.
+      ValueError: for a `window` below 1 or a damping that is not positive.
+
+    References:
+      "M-FAC: Efficient Matrix-Free Approximations of Second-Order Information".
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> tx = scale_by_mfac(window=1, damping=1.0)
+      >>> g = jnp.array([1.0, -1.0, 1.0])
+      >>> print(tx.update(g, tx.init(g))[0].round(2))  # g / (1 + ||g||^2)
+      [ 0.25 -0.25  0.25]
+    """
+    m = _checks.integer("window", window, at_least=1)
+    _checks.number("damping", damping, above=0)
+
+    def init(params: optax.Params) -> ScaleByMfacState:
+        def zeros(shape):
+            return jax.tree.map(lambda p: jnp.zeros(shape(p), _common.wide(p)), params)
+
+        return ScaleByMfacState(
+            count=jnp.zeros([], jnp.int32),
+            window=zeros(lambda p: (m, *jnp.shape(p))),
+            gram=zeros(lambda p: (m, m)),
+        )
+
+    def update(updates: optax.Updates, state: Any, params: Any = None, **extra: Any):
+        del params, extra
+        k = state.count % m
+        g = _common.widen(updates)
+        rows = jax.tree.map(lambda rows, g: lax.dynamic_update_index_in_dim(rows, g, k, 0), state.window, g)
+
+        def products(gram, rows, g):
+            new = jnp.tensordot(rows, g, axes=g.ndim, precision="highest")
+            return gram.at[k].set(new).at[:, k].set(new)
+
+        gram = jax.tree.map(products, state.gram, rows, g)
+        total = sum(jax.tree.leaves(gram), start=jnp.zeros((m, m)))
+        rounding = jnp.finfo(total.dtype).eps * m * jnp.trace(total)
+        matrix = total + jnp.maximum(m * damping, rounding) * jnp.eye(m, dtype=total.dtype)
+        unit = jnp.zeros(m, total.dtype).at[k].set(1)
+        weights = m * jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(matrix), unit)
+        u = jax.tree.map(
+            lambda rows: jnp.tensordot(weights.astype(rows.dtype), rows, axes=1, precision="highest"), rows
+        )
+        new_state = ScaleByMfacState(jnp.asarray(optax.safe_increment(state.count)), rows, gram)
+        return _common.cast_like(u, updates), new_state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+# Newton.
+
+
+def gradient_regularized_newton_step(
+    loss_fn: Callable[[Any], jax.Array],
+    params: Any,
+    radius: Scalar,
+    *,
+    curvature: Callable[[Any, Any], Any] | None = None,
+    sufficient_decrease: Scalar = 1e-4,
+    max_trials: int = 20,
+    cg_steps: int = 100,
+    cg_tol: Scalar = 1e-6,
+) -> tuple[Any, jax.Array, jax.Array]:
+    """One Newton step damped by the norm of the gradient: `params - (B + (||g|| / radius) I)^-1 g`.
+
+    B is the Hessian of the loss or an approximation of it. The damping vanishes at the solution, which keeps
+    Newton's fast convergence, and bounds the step by `radius` if B is positive semidefinite. A step that does
+    not satisfy Armijo's rule `loss(new) <= loss + sufficient_decrease <g, step>`, or is no descent, is
+    tried again with half the radius; after an accepted one the radius is doubled. The loss never increases.
+
+    *Reconstructed*: the paper adapts the radius by a measure of smoothness along the gradient; Armijo's rule
+    in its place is ours.
+
+    Args:
+      loss_fn: A function from the parameters to a scalar loss of the full data, differentiable twice (once,
+        with `curvature`).
+      params: A pytree of floating arrays.
+      radius: Positive; start with the length of a step you would trust. `jnp.inf` is Newton's method (it cannot be
+        halved: use it on quadratics only).
+      curvature: A function `(params, vector) -> B vector` with B symmetric, e.g. a Gauss-Newton product. None: the
+        Hessian, by forward-over-reverse differentiation.
+      sufficient_decrease: Armijo's constant, in (0, 1/2].
+      max_trials: Most steps tried, static; if none is accepted the parameters stay.
+      cg_steps: Most iterations of conjugate gradients for each trial, static.
+      cg_tol: Relative residual at which they stop, at least 0.
+
+    Returns:
+      The new parameters, the radius for the next step, and the loss at the new parameters.
+
+    Raises:
+      TypeError: for a `loss_fn` or `curvature` that is not callable.
+      ValueError: for a number out of range.
+
+    References:
+      "Gradient-Normalized Smoothness for Optimization with Approximate Hessians".
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> loss = lambda x: jnp.sum(jnp.array([1.0, 10.0]) * (x - 3.0) ** 2)
+      >>> x, radius, value = gradient_regularized_newton_step(loss, jnp.zeros(2), jnp.inf)
+      >>> print(x.round(4), value.round(4))
+      [3. 3.] 0.0
+    """
+    for name, function in (("loss_fn", loss_fn), ("curvature", curvature)):
+        if not callable(function) and not (name == "curvature" and function is None):
+            raise TypeError(f"{name} must be a function, got {_checks.describe(function)}")
+    _checks.number("radius", radius, above=0)
+    _checks.number("sufficient_decrease", sufficient_decrease, above=0, at_most=0.5)
+    max_trials = _checks.integer("max_trials", max_trials, at_least=1)
+    cg_steps = _checks.integer("cg_steps", cg_steps, at_least=1)
+    _checks.number("cg_tol", cg_tol, at_least=0)
+
+    value = loss_fn(params)
+    if curvature is None:
+        g, product = jax.linearize(jax.grad(loss_fn), params)
+    else:
+        g, product = jax.grad(loss_fn)(params), lambda v: curvature(params, v)
+    norm = optax.tree.norm(g)
+    tol: Any = cg_tol
+
+    def attempt(carry):
+        trial, _, radius, _, _ = carry
+        damping = norm / radius
+
+        def damped(v):
+            return jax.tree.map(lambda b, v: (b + damping * v).astype(v.dtype), product(v), v)
+
+        step, _ = jax.scipy.sparse.linalg.cg(damped, g, tol=tol, maxiter=cg_steps)
+        new = jax.tree.map(lambda p, s: (p - s).astype(jnp.result_type(p)), params, step)
+        new_value = loss_fn(new)
+        decrease = jnp.asarray(optax.tree.vdot(g, step))
+        accepted = (decrease >= 0) & (new_value <= value - sufficient_decrease * decrease)
+        new, new_value = jax.tree.map(
+            lambda a, b: jnp.where(accepted, a, b), (new, new_value), (params, value)
+        )
+        return trial + 1, accepted, radius * jnp.where(accepted, 2, 0.5), new, new_value
+
+    def trying(carry):
+        trial, accepted, *_ = carry
+        return ~accepted & (trial < max_trials)
+
+    start = (0, jnp.asarray(False), jnp.asarray(radius, _common.wide(norm)), params, value)
+    _, _, new_radius, new_params, new_value = lax.while_loop(trying, attempt, start)
+    return new_params, new_radius, new_value
