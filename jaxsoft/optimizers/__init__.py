@@ -28,6 +28,11 @@ from jaxsoft.optimizers.low_rank import (
     limit_norm_growth,
     scale_by_fira,
 )
+from jaxsoft.optimizers.model_building import (
+    StochasticModelBuildingState,
+    scale_by_truncated_model,
+    stochastic_model_building,
+)
 from jaxsoft.optimizers.perpendicular import (
     perpendicular_gradient,
 )
@@ -88,6 +93,7 @@ __all__ = [
     "ScaleBySpamState",
     "ScaleByStableSpamState",
     "SpikeClipBySecondMomentState",
+    "StochasticModelBuildingState",
     "adamp",
     "adaptive_gradient_norm",
     "adaptive_spike_clip",
@@ -118,12 +124,14 @@ __all__ = [
     "scale_by_shampoo",
     "scale_by_spam",
     "scale_by_stable_spam",
+    "scale_by_truncated_model",
     "sgdp",
     "shampoo",
     "shared_randomness_update",
     "spam",
     "spike_clip_by_second_moment",
     "stable_spam",
+    "stochastic_model_building",
     "zo_projection",
     "zo_value_and_grad",
 ]
