@@ -6,6 +6,17 @@
 
 from __future__ import annotations
 
+from jaxsoft.optimizers.clipping import (
+    ClipByPercentileState,
+    SkipSpikesState,
+    SpikeStatisticsState,
+    cautious,
+    clip_by_percentile,
+    clip_by_quantile,
+    directional_sharpness,
+    skip_spikes,
+    spike_statistics,
+)
 from jaxsoft.optimizers.diffgrad import (
     ScaleByDiffgradState,
     diffgrad,
@@ -82,6 +93,7 @@ from jaxsoft.optimizers.zeroth_order import (
 __all__ = [
     "AdaptiveGradientNormState",
     "AdaptiveSpikeClipState",
+    "ClipByPercentileState",
     "LimitNormGrowthState",
     "Mezo",
     "MezoState",
@@ -92,12 +104,18 @@ __all__ = [
     "ScaleByShampooState",
     "ScaleBySpamState",
     "ScaleByStableSpamState",
+    "SkipSpikesState",
     "SpikeClipBySecondMomentState",
+    "SpikeStatisticsState",
     "StochasticModelBuildingState",
     "adamp",
     "adaptive_gradient_norm",
     "adaptive_spike_clip",
+    "cautious",
+    "clip_by_percentile",
+    "clip_by_quantile",
     "diffgrad",
+    "directional_sharpness",
     "fira",
     "forward_gradient",
     "gradient_regularized_newton_step",
@@ -128,8 +146,10 @@ __all__ = [
     "sgdp",
     "shampoo",
     "shared_randomness_update",
+    "skip_spikes",
     "spam",
     "spike_clip_by_second_moment",
+    "spike_statistics",
     "stable_spam",
     "stochastic_model_building",
     "zo_projection",
