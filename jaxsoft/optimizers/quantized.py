@@ -207,12 +207,13 @@ def _spread(per_block: jax.Array, shape: tuple[int, ...], layout: _Layout) -> ja
     return rows[..., : layout.length].reshape(shape)
 
 
-def _extremes(x: jax.Array, layout: _Layout) -> jax.Array:
+def _extremes(x: jax.Array, layout: _Layout, signed: bool = True) -> jax.Array:
     """The entry of each block that is largest in size, with its sign; 0 if it is not a normal number."""
     blocks = _in_blocks(x, layout)
-    high = jnp.max(blocks, axis=-1, initial=0)
-    low = jnp.min(blocks, axis=-1, initial=0)
-    extreme = jnp.where(high < -low, low, high)
+    extreme = jnp.max(blocks, axis=-1, initial=0)
+    if signed:
+        low = jnp.min(blocks, axis=-1, initial=0)
+        extreme = jnp.where(extreme < -low, low, extreme)
     tiny = jnp.abs(extreme) < jnp.finfo(x.dtype).tiny
     return jnp.where(tiny, 0, extreme).reshape(layout.scales_shape)
 
@@ -236,7 +237,7 @@ def _quantize(
 ) -> QuantizedArray:
     """`positive`: a positive entry never becomes 0."""
     layout = _layout(x.shape, block_size)
-    scales = _extremes(x if signed else jnp.maximum(x, 0), layout)
+    scales = _extremes(x, layout, signed)
     y = _divide_by_scale(x, scales, layout)
     codes = _encode_dynamic(y, signed)
     if key is not None:
@@ -555,13 +556,15 @@ def quantize_state(
             new = jax.tree.leaves(new)
             return jax.tree.leaves(u)[0].astype(g.dtype), {i: new[i] for i in mine}
 
+        def read(moments):
+            return {i: decode(x, prefixes[i]) for i, x in moments.items()}
+
         def piece(start, size, carry):
             take = functools.partial(
                 jax.tree.map, lambda x: lax.dynamic_slice_in_dim(x, start, size, axis=0)
             )
             g, moments = take(carry)
-            values = {i: decode(x, prefixes[i]) for i, x in moments.items()}
-            u, new = step(g, p if p is None else take(p), values)
+            u, new = step(g, p if p is None else take(p), read(moments))
             key = draw(count, number, start)
             new = {
                 i: encode(x, prefixes[i], key if key is None else jax.random.fold_in(key, i))
@@ -575,8 +578,7 @@ def quantize_state(
         p = None if params is None else jax.tree.leaves(params)[0].reshape(units, unit)
         # The update is written over the gradient.
         carry = (leaf.reshape(units, unit), {i: view(items[i][1]) for i in mine})
-        values = {i: decode(x, prefixes[i]) for i, x in carry[1].items()}
-        if not _is_entrywise(jax.make_jaxpr(step)(carry[0], p, values).jaxpr):
+        if not _is_entrywise(jax.make_jaxpr(step)(carry[0], p, jax.eval_shape(read, carry[1])).jaxpr):
             raise ValueError(
                 "chunk_size needs an inner transformation that treats each entry alone, got one that mixes the "
                 "entries of a leaf (a norm, say): leave chunk_size out"
