@@ -48,6 +48,10 @@ from jaxsoft.optimizers.low_rank import (
     limit_norm_growth,
     scale_by_fira,
 )
+from jaxsoft.optimizers.mirror import (
+    OptimisticMirrorDescentState,
+    optimistic_mirror_descent,
+)
 from jaxsoft.optimizers.model_building import (
     StochasticModelBuildingState,
     scale_by_truncated_model,
@@ -55,6 +59,16 @@ from jaxsoft.optimizers.model_building import (
 )
 from jaxsoft.optimizers.perpendicular import (
     perpendicular_gradient,
+)
+from jaxsoft.optimizers.quantized import (
+    CompressGradientsState,
+    QuantizedArray,
+    QuantizedState,
+    compress_gradients,
+    dequantize_blockwise,
+    dynamic_code_map,
+    quantize_blockwise,
+    quantize_state,
 )
 from jaxsoft.optimizers.radial import (
     adamp,
@@ -103,10 +117,14 @@ __all__ = [
     "AdaptiveGradientNormState",
     "AdaptiveSpikeClipState",
     "ClipByPercentileState",
+    "CompressGradientsState",
     "LimitNormGrowthState",
     "Mezo",
     "MezoState",
     "MomentumResetState",
+    "OptimisticMirrorDescentState",
+    "QuantizedArray",
+    "QuantizedState",
     "ScaleByDiffgradState",
     "ScaleByFiraState",
     "ScaleByMfacState",
@@ -124,8 +142,11 @@ __all__ = [
     "clip_by_percentile",
     "clip_by_quantile",
     "combine_orthogonal_gradients",
+    "compress_gradients",
+    "dequantize_blockwise",
     "diffgrad",
     "directional_sharpness",
+    "dynamic_code_map",
     "fira",
     "forward_gradient",
     "gradient_coherence",
@@ -142,11 +163,14 @@ __all__ = [
     "mezo",
     "min_norm_gradient",
     "momentum_reset",
+    "optimistic_mirror_descent",
     "perpendicular_gradient",
     "preference_gradient",
     "project_conflicting_gradients",
     "project_out_radial",
+    "quantize_blockwise",
     "quantize_projection",
+    "quantize_state",
     "random_direction",
     "scale_by_adamp",
     "scale_by_diffgrad",

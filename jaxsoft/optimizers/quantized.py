@@ -342,11 +342,14 @@ def _paths(tree: Any) -> dict[tuple, Any]:
     return dict(jax.tree_util.tree_leaves_with_path(tree))
 
 
-def _split(path: tuple, params: dict[tuple, Any]) -> tuple[tuple, tuple | None]:
+def _split(path: tuple, x: Any, params: dict[tuple, Any]) -> tuple[tuple, tuple | None]:
     """The path of a leaf of the state as the way to a copy of the parameters and the way in there, or None."""
+    shape = jnp.shape(x.codes if _is_quantized(x) else x)
     for i in range(len(path) + 1):
-        if path[i:] in params:
-            return path[:i], path[i:]
+        way = path[i:]
+        # Where the parameters are one array, the way in there is empty and says nothing.
+        if way in params and (way or shape == jnp.shape(params[way])):
+            return path[:i], way
     return path, None
 
 
@@ -481,7 +484,7 @@ def quantize_state(
             places = {path: places[path] for path, keep in _paths(wanted).items() if keep}
 
         def store(path, x):
-            prefix, place = _split(path, places)
+            prefix, place = _split(path, x, places)
             moment = (
                 place is not None
                 and jnp.issubdtype(jnp.result_type(x), jnp.floating)
@@ -497,7 +500,7 @@ def quantize_state(
     def map_state(f, state, places, *rest):
         """`f(leaf, way to the copy of the parameters, way in there, ...)` over the leaves of the inner state."""
         return jax.tree_util.tree_map_with_path(
-            lambda path, x, *others: f(x, *_split(path, places), *others),
+            lambda path, x, *others: f(x, *_split(path, x, places), *others),
             state,
             *rest,
             is_leaf=_is_quantized,
@@ -529,8 +532,9 @@ def quantize_state(
         g, old, params = only(g), map_state(alone, old, places), None if params is None else only(params)
         (leaf,), one = jax.tree.leaves(g), jax.tree.structure(g)
         items, treedef = jax.tree_util.tree_flatten_with_path(old, is_leaf=_is_quantized)
-        mine = [i for i, (path, _) in enumerate(items) if _split(path, places)[1] == place]
-        prefixes = [_split(path, places)[0] for path, _ in items]
+        ways = [_split(path, x, places) for path, x in items]
+        prefixes = [prefix for prefix, _ in ways]
+        mine = [i for i, (_, way) in enumerate(ways) if way == place]
         layout = _layout(leaf.shape, block_size)
         # Units that are cut nowhere: a block, or a row if rows do not hold whole blocks.
         whole = layout.length == layout.blocks * layout.width
@@ -560,9 +564,7 @@ def quantize_state(
             return {i: decode(x, prefixes[i]) for i, x in moments.items()}
 
         def piece(start, size, carry):
-            take = functools.partial(
-                jax.tree.map, lambda x: lax.dynamic_slice_in_dim(x, start, size, axis=0)
-            )
+            take = functools.partial(jax.tree.map, lambda x: lax.dynamic_slice_in_dim(x, start, size, axis=0))
             g, moments = take(carry)
             u, new = step(g, p if p is None else take(p), read(moments))
             key = draw(count, number, start)
@@ -572,8 +574,9 @@ def quantize_state(
                 else x.astype(moments[i].dtype)
                 for i, x in new.items()
             }
-            put = lambda x, y: lax.dynamic_update_slice_in_dim(x, y, start, axis=0)
-            return jax.tree.map(put, carry, (u, new))
+            return jax.tree.map(
+                lambda x, y: lax.dynamic_update_slice_in_dim(x, y, start, axis=0), carry, (u, new)
+            )
 
         p = None if params is None else jax.tree.leaves(params)[0].reshape(units, unit)
         # The update is written over the gradient.
@@ -588,12 +591,16 @@ def quantize_state(
         if units % rows:
             carry = piece(full * rows, units % rows, carry)
         u, new = carry
-        back = lambda x, like: jax.tree.map(lambda a, b: a.reshape(b.shape), x, like)
-        return u.reshape(leaf.shape), {items[i][0]: back(x, items[i][1]) for i, x in new.items()}
+        # Both nodes of a quantized leaf, or the one array, get their shape back.
+        new = {
+            items[i][0]: jax.tree.map(lambda x, like: x.reshape(like.shape), x, items[i][1])
+            for i, x in new.items()
+        }
+        return u.reshape(leaf.shape), new
 
     def update_in_pieces(g, old, params, places, count, extra):
         items = jax.tree_util.tree_leaves_with_path(old, is_leaf=_is_quantized)
-        large = {_split(path, places)[1] for path, x in items if _is_quantized(x)}
+        large = {_split(path, x, places)[1] for path, x in items if _is_quantized(x)}
         updates, moments = {}, {}
         for number, place in enumerate(place for place in places if place in large):
             updates[place], new = update_leaf(place, number, g, old, params, places, count, extra)
