@@ -1,0 +1,449 @@
+"""Thresholds that follow the gradients: by entry, by norm, whole steps; and what to look at beside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxsoft import _checks
+from jaxsoft.optimizers import _common
+from jaxsoft.optimizers._common import Scalar
+
+_SAMPLE = 65536  # entries of which quantiles are taken
+
+
+def _global_norm(tree: Any) -> jax.Array:
+    """The norm of all leaves together, in at least float32."""
+    leaves = [jnp.asarray(x, _common.wide(x)) for x in jax.tree.leaves(tree)]
+    return jnp.sqrt(jnp.asarray(sum((jnp.sum(x * x) for x in leaves), jnp.zeros([], jnp.float32))))
+
+
+def _check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {_checks.describe(value)}")
+
+
+# By entry.
+
+
+def _sample(x: jax.Array, stride: int) -> jax.Array:
+    """About every `stride`-th entry of a leaf, going through all rows and columns alike."""
+    if stride > 1:
+        while math.gcd(stride, x.size) > 1:  # else all entries might come from the same columns
+            stride += 1
+    return jnp.ravel(x)[::stride]
+
+
+def clip_by_quantile(
+    fraction: Scalar = 0.1, *, per_leaf: bool = True, exact: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    """Clips the largest entries: `g <- clip(g, -c, c)`, with c such that a fraction of |g| exceeds it.
+
+    Of gradients with heavy tails, a few entries make most of the curvature along the step. Clipping the
+    gradient, or the update of any optimizer after its direction, in proportion takes them out at any scale.
+    0 clips nothing; 1 gives every entry the size of the smallest, a sign descent.
+
+    The quantile of a leaf with more than 65536 entries is that of an evenly spread sample of about so many,
+    with an error of `sqrt(fraction (1 - fraction) / 65536)`, at most 0.2%, in the fraction.
+
+    Args:
+      fraction: How much is clipped, in [0, 1].
+      per_leaf: One bound for each leaf. False: one for all leaves.
+      exact: Sort all entries instead of a sample.
+
+    Returns:
+      A stateless gradient transformation. Updates keep their dtype.
+
+    Raises:
+      TypeError: for a `per_leaf` or `exact` that is not a bool.
+      ValueError: for a fraction out of range.
+
+    References:
+      "Toward Understanding Why Adam Converges Faster Than SGD for Transformers", coordinate-wise clipping.
+      *Reconstructed* from the text; the sample is ours.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> tx = clip_by_quantile(0.5)
+      >>> g = jnp.array([1.0, -2.0, 3.0, -4.0, 500.0])
+      >>> print(tx.update(g, tx.init(g))[0])
+      [ 1. -2.  3. -3.  3.]
+    """
+    _checks.number("fraction", fraction, at_least=0, at_most=1)
+    _check_bool("per_leaf", per_leaf)
+    _check_bool("exact", exact)
+
+    def bound(leaves: list[jax.Array]) -> jax.Array:
+        size = sum(x.size for x in leaves)
+        stride = 1 if exact else -(-size // _SAMPLE)
+        entries = jnp.concatenate([jnp.abs(_sample(x, stride)) for x in leaves])
+        return jnp.quantile(entries, 1 - jnp.asarray(fraction, entries.dtype))
+
+    def clip(x: jax.Array, bound: jax.Array) -> jax.Array:
+        return jnp.clip(x, -bound.astype(x.dtype), bound.astype(x.dtype))
+
+    def update(updates: optax.Updates, state: Any, params: Any = None, **extra: Any):
+        del params, extra
+        g = _common.widen(updates)
+        if per_leaf:
+            clipped = jax.tree.map(lambda x: clip(x, bound([x])) if x.size else x, g)
+        else:
+            leaves = [x for x in jax.tree.leaves(g) if x.size]
+            common = bound(leaves) if leaves else jnp.zeros([])
+            clipped = jax.tree.map(lambda x: clip(x, common), g)
+        return _common.cast_like(clipped, updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+# By norm.
+
+
+class ClipByPercentileState(NamedTuple):
+    """State of `clip_by_percentile`: norms seen, and the last of them in a ring."""
+
+    count: jax.Array
+    norms: jax.Array
+
+
+def clip_by_percentile(percentile: Scalar = 10.0, window: int = 100) -> optax.GradientTransformationExtraArgs:
+    """Clips the global norm of the gradient to a percentile of its own recent history.
+
+        n = ||g|| of all leaves        c = percentile of the last `window` n, this one included
+        g <- g min(1, c / n)
+
+    A threshold that nobody has to tune: 100 clips nothing, 10 clips most steps and makes their length nearly
+    constant, 50 clips half of them. Norms enter the history unclipped; non-finite ones do not enter it.
+
+    Args:
+      percentile: In [0, 100]; between two norms it is interpolated.
+      window: Length of the history, at least 1; static.
+
+    Returns:
+      A gradient transformation. It keeps `window` scalars. With `optax.inject_hyperparams` name `window` in
+      `static_args`.
+
+    Raises:
+      TypeError: for a window that is not static.
+      ValueError: for a number out of range.
+
+    References:
+      "8-bit Optimizers via Block-wise Quantization", whose library once had it. *Reconstructed*.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> tx = clip_by_percentile(50.0, window=3)
+      >>> state = tx.init(jnp.zeros(1))
+      >>> for g in (1.0, 3.0, 100.0):
+      ...     u, state = tx.update(jnp.array([g]), state)
+      ...     print(u.round(4))
+      [1.]
+      [2.]
+      [3.]
+    """
+    _checks.number("percentile", percentile, at_least=0, at_most=100)
+    window = _checks.integer("window", window, at_least=1)
+
+    def init(params: optax.Params) -> ClipByPercentileState:
+        del params  # what the ring holds before it is overwritten does not matter
+        return ClipByPercentileState(jnp.zeros([], jnp.int32), jnp.ones(window))
+
+    def update(updates: optax.Updates, state: Any, params: Any = None, **extra: Any):
+        del params, extra
+        norm = _global_norm(updates)
+        finite = jnp.isfinite(norm)
+        place = jnp.arange(window) == state.count % window
+        norms = jnp.where(place & finite, norm.astype(state.norms.dtype), state.norms)
+        count = jnp.where(finite, optax.safe_increment(state.count), state.count)
+        known = jnp.minimum(count, window)
+
+        history = jnp.sort(jnp.where(jnp.arange(window) < known, norms, jnp.inf))
+        position = jnp.asarray(percentile) / 100 * jnp.maximum(known - 1, 0)
+        low = jnp.floor(position).astype(jnp.int32)
+        below, above = history[low], history[jnp.minimum(low + 1, jnp.maximum(known - 1, 0))]
+        bound = below + (position - low) * (above - below)
+        factor = jnp.where(norm > bound, bound / jnp.where(norm > 0, norm, 1), 1)
+        u = jax.tree.map(lambda g: jnp.asarray(g, _common.wide(g)) * factor, updates)
+        return _common.cast_like(u, updates), ClipByPercentileState(count, norms)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+# Whole steps.
+
+
+class SpikeStatisticsState(NamedTuple):
+    """Statistics of the global norm, to be logged.
+
+    `count` counts steps and `spike_count` spikes among them; `consecutive_count` counts spikes since the last
+    step that was none, so it is positive right after a spike; `last_spike_count` is the `count` of the last spike, 0
+    before the first. `mean` and `variance` are the running moments of the norm (1 before the first step).
+    """
+
+    count: jax.Array
+    spike_count: jax.Array
+    consecutive_count: jax.Array
+    last_spike_count: jax.Array
+    mean: jax.Array
+    variance: jax.Array
+
+
+def _init_statistics() -> SpikeStatisticsState:
+    counts = (jnp.zeros([], jnp.int32) for _ in range(4))  # of their own each: a buffer is donated once
+    return SpikeStatisticsState(*counts, mean=jnp.ones([]), variance=jnp.ones([]))
+
+
+def _check_spikes(z: Scalar, decay: Scalar, min_ratio: Scalar, warmup_steps: Scalar) -> None:
+    _checks.number("z", z, at_least=0)
+    _common.check_beta("decay", decay)
+    _checks.number("min_ratio", min_ratio, at_least=1)
+    _common.check_steps("warmup_steps", warmup_steps, at_least=1)
+
+
+def _judge(
+    updates: Any,
+    state: SpikeStatisticsState,
+    z: Scalar,
+    decay: Scalar,
+    min_ratio: Scalar,
+    warmup_steps: Scalar,
+) -> tuple[jax.Array, SpikeStatisticsState]:
+    """Whether the norm of these updates is a spike, and the new statistics."""
+    norm = _global_norm(updates).astype(state.mean.dtype)
+    finite = jnp.isfinite(norm)
+    seen = state.count  # steps before this one
+    bound = jnp.maximum(state.mean + z * jnp.sqrt(state.variance), min_ratio * state.mean)
+    high = (norm > bound) & (seen >= warmup_steps) & (state.mean > 0)
+    spike = high | ~finite
+
+    # Moments with weights decay^age, which add up to 1: the first step replaces what they started with.
+    count = jnp.asarray(optax.safe_increment(seen))
+    weight = (1 - decay) / _common.bias_correction(decay, count)
+    entry = jnp.where(high, bound, norm)  # a spike hardly counts, but a lasting change is learnt
+    change = entry - state.mean
+    mean = state.mean + weight * change
+    variance = (1 - weight) * (state.variance + weight * change * change)
+    dtype = state.mean.dtype
+    return spike, SpikeStatisticsState(
+        count=count,
+        spike_count=state.spike_count + spike,
+        consecutive_count=jnp.where(spike, state.consecutive_count + 1, 0),
+        last_spike_count=jnp.where(spike, count, state.last_spike_count),
+        mean=jnp.where(finite, mean, state.mean).astype(dtype),
+        variance=jnp.where(finite, variance, state.variance).astype(dtype),
+    )
+
+
+def spike_statistics(
+    z: Scalar = 6.0, decay: Scalar = 0.99, *, min_ratio: Scalar = 2.0, warmup_steps: Scalar = 10
+) -> optax.GradientTransformationExtraArgs:
+    """Counts spikes of the gradient norm and passes the gradients on as they are.
+
+    A spike is a global norm that is not finite, or, after `warmup_steps`, exceeds both `mean + z std` and
+    `min_ratio mean` of the norms up to the step before. For the moments the norm of a spike is cut to this
+    bound: one spike hardly changes them, but a lasting growth of the gradients stops to be one. Non-finite norms
+    do not enter.
+
+    A trainer reads the state: `optax.tree.get(opt_state, "spike_count")`, `"consecutive_count"`,
+    `"last_spike_count"`, `"mean"`; see `SpikeStatisticsState`. `skip_spikes` acts upon the same rule.
+
+    Args:
+      z: Standard deviations above the mean, at least 0.
+      decay: Weight of a step's norm in the moments relative to the next one's, in [0, 1).
+      min_ratio: Least ratio to the mean, at least 1, for norms that hardly vary.
+      warmup_steps: Steps at the start without spikes (other than non-finite norms), at least 1.
+
+    Returns:
+      A gradient transformation. It keeps six scalars.
+
+    Raises:
+      ValueError: for a number out of range.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> tx = spike_statistics(warmup_steps=2)
+      >>> state = tx.init(jnp.zeros(1))
+      >>> for g in (1.0, 1.1, 50.0, 1.0):
+      ...     _, state = tx.update(jnp.array([g]), state)
+      >>> print(state.spike_count, state.consecutive_count, state.last_spike_count)
+      1 0 3
+    """
+    _check_spikes(z, decay, min_ratio, warmup_steps)
+
+    def init(params: optax.Params) -> SpikeStatisticsState:
+        del params
+        return _init_statistics()
+
+    def update(updates: optax.Updates, state: Any, params: Any = None, **extra: Any):
+        del params, extra
+        return updates, _judge(updates, state, z, decay, min_ratio, warmup_steps)[1]
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class SkipSpikesState(NamedTuple):
+    """State of `skip_spikes`: the statistics of the norm, and the state of the inner transformation."""
+
+    statistics: SpikeStatisticsState
+    inner_state: optax.OptState
+
+
+def skip_spikes(
+    inner: optax.GradientTransformation,
+    z: Scalar = 6.0,
+    decay: Scalar = 0.99,
+    *,
+    min_ratio: Scalar = 2.0,
+    warmup_steps: Scalar = 10,
+) -> optax.GradientTransformationExtraArgs:
+    """Makes no step where the gradient norm spikes: updates of 0, and the inner state stays as it was.
+
+    What a spike is: see `spike_statistics`. So no spike, and no NaN, reaches the moments of an optimizer. A
+    lasting growth of the norm is let through after a few steps, since the statistics learn the bound: with
+    the defaults the distance of the bound to the mean grows by about a sixth with each spike in a row.
+
+    Args:
+      inner: Any transformation or optimizer.
+      z: Standard deviations above the mean, at least 0.
+      decay: Weight of a step's norm in the moments relative to the next one's, in [0, 1).
+      min_ratio: Least ratio to the mean, at least 1.
+      warmup_steps: Steps at the start without spikes (other than non-finite norms), at least 1.
+
+    Returns:
+      A gradient transformation. It keeps six scalars beside the state of `inner`.
+
+    Raises:
+      ValueError: for a number out of range.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> tx = skip_spikes(optax.sgd(1.0), warmup_steps=2)
+      >>> state = tx.init(jnp.zeros(1))
+      >>> for g in (1.0, 1.5, 50.0, 1.0):
+      ...     u, state = tx.update(jnp.array([g]), state)
+      ...     print(u.round(4))
+      [-1.]
+      [-1.5]
+      [0.]
+      [-1.]
+    """
+    _check_spikes(z, decay, min_ratio, warmup_steps)
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: optax.Params) -> SkipSpikesState:
+        return SkipSpikesState(_init_statistics(), inner.init(params))
+
+    def update(updates: optax.Updates, state: Any, params: Any = None, **extra: Any):
+        spike, statistics = _judge(updates, state.statistics, z, decay, min_ratio, warmup_steps)
+        harmless = jax.tree.map(lambda g: jnp.where(spike, jnp.zeros_like(g), g), updates)
+        u, new = inner.update(harmless, state.inner_state, params, **extra)
+        u = jax.tree.map(lambda u: jnp.where(spike, jnp.zeros_like(u), u), u)
+        new = jax.tree.map(lambda old, new: jnp.where(spike, old, new), state.inner_state, new)
+        return u, SkipSpikesState(statistics, new)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+# Around directions.
+
+
+def cautious(
+    inner: optax.GradientTransformation,
+    *,
+    eps: Scalar = 1e-3,
+    normalization: Literal["mean", "count"] = "mean",
+) -> optax.GradientTransformationExtraArgs:
+    """Drops the entries of any direction that point against the gradient, and scales the others up.
+
+    With u the direction that `inner` makes of the gradient g, for each leaf of n entries:
+
+        mask = [u g > 0]        u <- u mask / max(mean(mask), eps)
+
+    The result never points uphill, `<u, g> >= 0`, as momentum may. `inner` must be a direction, without
+    learning rate and sign: `optax.chain(cautious(optax.scale_by_adam()), optax.scale_by_learning_rate(1e-3))`.
+    Under `jit` a leaf may be sharded; inside `shard_map` the mean is that of the local shard.
+
+    Args:
+      inner: The direction.
+      eps: Least mean to divide by, positive.
+      normalization: "mean" as above; "count" multiplies by `n / (sum(mask) + 1)`, as in the authors' Lion.
+
+    Returns:
+      A gradient transformation with the state of `inner`. Updates keep the dtype of the gradients.
+
+    Raises:
+      ValueError: for an `eps` that is not positive, or an unknown normalization.
+
+    References:
+      "Cautious Optimizers: Improving Training with One Line of Code".
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> tx = cautious(optax.trace(0.9))
+      >>> _, state = tx.update(jnp.array([1.0, 1.0]), tx.init(jnp.zeros(2)))
+      >>> print(tx.update(jnp.array([1.0, -0.5]), state)[0].round(4))
+      [3.8 0. ]
+    """
+    _checks.number("eps", eps, above=0)
+    _checks.option("normalization", normalization, ("mean", "count"))
+    inner = optax.with_extra_args_support(inner)
+
+    def leaf(u, g):
+        u, g = jnp.asarray(u, _common.wide(u)), jnp.asarray(g, _common.wide(g))
+        # The number of entries with u g > 0. In signs, since the product may underflow; and without comparisons
+        # or constants, for on CPU a sum takes these from arrays of the size of the leaf.
+        sign = jnp.sign(u) * jnp.sign(g)
+        total = jnp.sum(sign + sign * sign) / 2
+        by_mean = 1 / jnp.maximum(total / max(u.size, 1), eps)
+        u = u * (by_mean if normalization == "mean" else u.size / (total + 1))
+        return jnp.where((u > 0) & (g <= 0) | (u < 0) & (g >= 0), 0, u)
+
+    def update(updates: optax.Updates, state: Any, params: Any = None, **extra: Any):
+        directions, state = inner.update(updates, state, params, **extra)
+        return _common.cast_like(jax.tree.map(leaf, directions, updates), updates), state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def directional_sharpness(
+    loss: Callable[[Any], jax.Array], params: optax.Params, direction: optax.Updates
+) -> jax.Array:
+    """The curvature of a loss along a direction, `v^T H v / ||v||^2`, without forming the Hessian H.
+
+    The second-order term of the loss change of a step along v, for v of length 1: how sharp the loss is in
+    the direction an optimizer takes. Adam's directions are found to be far less sharp than those of SGD, and
+    clipping by entry brings SGD's near them. It costs about two gradients.
+
+    Args:
+      loss: A function from the parameters to a scalar that can be differentiated twice, once in forward mode.
+      params: Where: a pytree of floating arrays.
+      direction: v: a pytree like `params`, of any length. A direction of 0 gives 0.
+
+    Returns:
+      A scalar, float32 or wider.
+
+    Raises:
+      TypeError: for a `loss` that is not callable.
+
+    References:
+      "Toward Understanding Why Adam Converges Faster Than SGD for Transformers".
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> loss = lambda x: 0.5 * (x[0] ** 2 + x[0] * x[1] + 4 * x[1] ** 2)
+      >>> print(directional_sharpness(loss, jnp.zeros(2), jnp.array([1.0, 1.0])))
+      3.0
+    """
+    if not callable(loss):
+        raise TypeError(f"loss must be a function from params to a scalar, got {_checks.describe(loss)}")
+    params = jax.tree.map(jnp.asarray, params)
+    v = jax.tree.map(lambda p, v: jnp.asarray(v, p.dtype), params, direction)
+    _, hv = jax.jvp(jax.grad(loss), (params,), (v,))
+    v, hv = _common.widen(v), _common.widen(hv)
+    square = jnp.asarray(optax.tree.vdot(v, v))
+    return jnp.where(square == 0, 0, optax.tree.vdot(v, hv) / jnp.where(square == 0, 1, square))
