@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import float64
 from jax.experimental import checkify
 from jax.sharding import PartitionSpec as P
 
@@ -51,6 +52,44 @@ def contract(result, seed=0):
     return total
 
 
+class _Program:
+    """A compiled function of `(logits, inputs, options)`; the laws of an entry run one after the other and share it.
+
+    An entry is not hashable; it lives as long as its program.
+    """
+
+    def __init__(self, make):
+        self.make, self.entry = make, None
+
+    def __call__(self, entry):
+        if entry is not self.entry:
+            self.entry, self.compiled = entry, jax.jit(self.make(entry))
+        return self.compiled
+
+
+@_Program
+def value(entry):
+    """The results."""
+    return lambda x, given, options: entry.call(x, given, **options)
+
+
+@_Program
+def value_and_gradient(entry):
+    """The results, and the gradient of their contraction (None where there is none)."""
+
+    def f(x, given, options):
+        result = entry.call(x, given, **options)
+        return contract(result).astype(jnp.float32 if x.dtype.itemsize < 4 else x.dtype), result
+
+    def both(x, given, options):
+        if not entry.differentiable:
+            return f(x, given, options)[1], None
+        gradient, result = jax.grad(f, has_aux=True)(x, given, options)
+        return result, gradient
+
+    return both
+
+
 def assert_close(a, b, tolerance):
     leaves_a, leaves_b = jax.tree.leaves(a), jax.tree.leaves(b)
     assert len(leaves_a) == len(leaves_b)
@@ -79,20 +118,20 @@ def row_mask(entry, given, leading=LEADING, columns=V):
 def test_jit_vmap_axis_and_leading_axes_change_nothing(entry):
     x, given = scores(entry), inputs_of(entry)
     expected = entry.call(x, given)
-    assert_close(jax.jit(entry.call)(x, given), expected, 1e-6)
+    assert_close(value(entry)(x, given, {}), expected, 1e-6)
 
     shared = {k: v for k, v in given.items() if k in PER_COLUMN}
     by_row = {k: v for k, v in given.items() if k not in PER_COLUMN}
-    mapped = jax.vmap(lambda x, by_row: entry.call(x, {**by_row, **shared}))(x, by_row)
+    mapped = jax.jit(jax.vmap(lambda x, by_row: entry.call(x, {**by_row, **shared})))(x, by_row)
     assert_close(mapped, expected, 1e-6)
 
-    moved = entry.call(jnp.moveaxis(x, -1, 1), given, axis=1)
+    moved = jax.jit(lambda x: entry.call(x, given, axis=1))(jnp.moveaxis(x, -1, 1))
     if entry.dense_only:
         moved = jnp.moveaxis(moved, 1, -1)
     assert_close(moved, expected, 1e-6)
 
     flat = {k: v if k in PER_COLUMN else v.reshape(6, *v.shape[2:]) for k, v in given.items()}
-    flattened = entry.call(x.reshape(6, V), flat)
+    flattened = value(entry)(x.reshape(6, V), flat, {})
     assert_close(jax.tree.map(lambda a: a.reshape(*LEADING, *a.shape[1:]), flattened), expected, 1e-6)
 
 
@@ -128,56 +167,64 @@ def test_derivatives_are_those_of_finite_differences(entry, x64):
         _, curvature = jax.jvp(jax.jit(jax.grad(f)), (point,), (direction,))
         numeric = jax.tree.map(lambda h, lo: (h - lo) / (2 * step), g_high, g_low)
         assert_close(curvature, numeric, 1e-5)
-        reverse = jax.jit(jax.grad(lambda p: dot(jax.grad(f)(p), direction)))(point)
-        assert_close(reverse, curvature, 1e-9)
+        if entry.thorough:
+            reverse = jax.jit(jax.grad(lambda p: dot(jax.grad(f)(p), direction)))(point)
+            assert_close(reverse, curvature, 1e-9)
 
 
 @pytest.mark.parametrize("entry", [e for e in ENTRIES if e.where], ids=lambda e: e.id)
 def test_masked_is_absent_whatever_it_holds(entry, x64):
     x, given = scores(entry, dtype=np.float64), inputs_of(entry, dtype=np.float64)
     mask = row_mask(entry, given)
-    f = jax.jit(lambda x, mask: entry.call(x, given, where=mask))
-    absent = jax.jit(lambda x: entry.call(x, given))(jnp.where(mask, x, -jnp.inf))
-
-    def gradient(x, mask):
-        return jax.jit(jax.grad(lambda x: contract(entry.call(x, given, where=mask))))(x)
-
+    program = value_and_gradient(entry)
+    absent, expected = program(jnp.where(mask, x, -jnp.inf), given, {})
     for junk in (jnp.nan, jnp.inf, 1e30):
-        spoiled = jnp.where(mask, x, junk)
-        assert_close(f(spoiled, mask), absent, 1e-12)
+        result, gradient = program(jnp.where(mask, x, junk), given, {"where": mask})
+        assert_close(result, absent, 1e-12)
         if entry.differentiable:
-            g = gradient(spoiled, mask)
-            assert jnp.all(jnp.where(mask, 0, g) == 0)
-            assert_close(g, gradient(jnp.where(mask, x, -jnp.inf), None), 1e-12)
+            assert jnp.all(jnp.where(mask, 0, gradient) == 0)
+            assert_close(gradient, expected, 1e-12)
 
     # Columns masked for all rows are as good as cut away; labels lie in the first half.
     cut = 4
     short = {k: v if k in PER_ROW else v[..., :cut] for k, v in given.items()}
-    removed = entry.call(x[..., :cut], short)
+    removed = value(entry)(x[..., :cut], short, {})
     if entry.dense_only:
         removed = jnp.pad(removed, [(0, 0)] * 2 + [(0, V - cut)], constant_values=entry.empty)
-    assert_close(f(x.at[..., cut:].set(jnp.nan), jnp.arange(V) < cut), removed, 1e-12)
+    columns = jnp.broadcast_to(jnp.arange(V) < cut, x.shape)
+    assert_close(program(x.at[..., cut:].set(jnp.nan), given, {"where": columns})[0], removed, 1e-12)
 
 
 @every
 def test_a_row_without_entries(entry):
     x, given = scores(entry), inputs_of(entry)
     keep = jnp.ones(LEADING, bool).at[0, 1].set(False)
-    full = entry.call(x, given)
-    cases = [(x.at[0, 1].set(-jnp.inf), None)]
+    program = value_and_gradient(entry)
+    full, _ = program(x, given, {})
+    cases = [(x.at[0, 1].set(-jnp.inf), {})]
     if entry.where:
-        cases.append((x.at[0, 1].set(jnp.nan), keep[..., None]))
-    for spoiled, mask in cases:
-        options = {} if mask is None else {"where": mask}
-        result = entry.call(spoiled, given, **options)
+        cases.append((x.at[0, 1].set(jnp.nan), {"where": keep[..., None]}))
+    for spoiled, options in cases:
+        result, gradient = program(spoiled, given, options)
         for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(full)):
             if jnp.issubdtype(a.dtype, jnp.floating):
                 expected = 0.0 if entry.export.endswith("softmax_top_k") else entry.empty
                 np.testing.assert_array_equal(a[0, 1], np.broadcast_to(expected, a[0, 1].shape))
             np.testing.assert_allclose(a[keep], b[keep], rtol=1e-6, atol=1e-6)
         if entry.differentiable:
-            g = jax.grad(lambda x: contract(entry.call(x, given, **options)))(spoiled)
-            assert jnp.all(g[0, 1] == 0) and jnp.all(jnp.isfinite(g))
+            assert jnp.all(gradient[0, 1] == 0) and jnp.all(jnp.isfinite(gradient))
+
+
+def exact(entry, x, given):
+    """The float results for the same numbers in float64."""
+    with float64():
+        given = {
+            k: jnp.asarray(np.asarray(a, np.float64)) if a.dtype == np.float32 else a
+            for k, a in given.items()
+        }
+        return [
+            np.asarray(a) for a in floats(value(entry)(jnp.asarray(np.asarray(x, np.float64)), given, {}))
+        ]
 
 
 @pytest.mark.parametrize(
@@ -189,25 +236,14 @@ def test_half_precision_is_accumulated_in_float32(entry, dtype):
     columns = 300
     x = scores(entry, columns=columns).astype(dtype)
     given = inputs_of(entry, columns=columns)
-    result = jax.jit(entry.call)(x, given)
-    from conftest import float64
-
-    with float64():
-        exact = entry.call(
-            jnp.asarray(np.asarray(x, np.float64)),
-            jax.tree.map(
-                lambda a: jnp.asarray(np.asarray(a, np.float64)) if a.dtype == jnp.float32 else a, given
-            ),
-        )
-        exact = [np.asarray(a) for a in floats(exact)]
+    result, gradient = value_and_gradient(entry)(x, given, {})
     keeps_dtype = entry.dense_only or entry.export.endswith("softmax_top_k")
-    for a, b in zip(floats(result), exact):
+    for a, b in zip(floats(result), exact(entry, x, given)):
         assert a.dtype == (dtype if keeps_dtype else jnp.float32)
         error = np.abs(np.asarray(a, np.float64) - b) / np.maximum(1, np.abs(b))
         assert error.max() <= entry.low, error.max()
     if entry.differentiable:
-        g = jax.grad(lambda x: contract(entry.call(x, given)).astype(jnp.float32))(x)
-        assert g.dtype == dtype and jnp.all(jnp.isfinite(g))
+        assert gradient.dtype == dtype and jnp.all(jnp.isfinite(gradient))
 
 
 @every
@@ -215,38 +251,27 @@ def test_half_precision_is_accumulated_in_float32(entry, dtype):
 def test_huge_logits(entry, offset):
     x = scores(entry) + jnp.float32(offset)
     given = inputs_of(entry)
-    result = jax.jit(entry.call)(x, given)
-    from conftest import float64
-
-    with float64():
-        exact = entry.call(
-            jnp.asarray(np.asarray(x, np.float64)),
-            jax.tree.map(
-                lambda a: jnp.asarray(np.asarray(a, np.float64)) if a.dtype == jnp.float32 else a, given
-            ),
-        )
-        exact = [np.asarray(a) for a in floats(exact)]
-    for a, b in zip(floats(result), exact):
+    result, gradient = value_and_gradient(entry)(x, given, {})
+    for a, b in zip(floats(result), exact(entry, x, given)):
         assert np.all(np.abs(np.asarray(a, np.float64) - b) <= entry.huge * np.maximum(1, np.abs(b)))
     if entry.differentiable:
-        g = jax.grad(lambda x: contract(entry.call(x, given)))(x)
-        assert jnp.all(jnp.isfinite(g))
+        assert jnp.all(jnp.isfinite(gradient))
 
 
 @every
 def test_rows_of_size_one(entry):
     x, given = scores(entry, columns=1), inputs_of(entry, columns=1)
-    result = entry.call(x, given)
+    result, gradient = value_and_gradient(entry)(x, given, {})
     for a in floats(result):
         assert not jnp.any(jnp.isnan(a))
     if entry.differentiable:
-        assert jnp.all(jnp.isfinite(jax.grad(lambda x: contract(entry.call(x, given)))(x)))
+        assert jnp.all(jnp.isfinite(gradient))
 
 
 @every
 def test_invariances(entry, x64):
     x, given = scores(entry, dtype=np.float64), inputs_of(entry, dtype=np.float64)
-    f = jax.jit(entry.call)
+    f = lambda x, given: value(entry)(x, given, {})
     base = floats(f(x, given))
     if entry.shift is not None:
         shift = jnp.asarray(np.random.default_rng(5).normal(size=LEADING))
@@ -412,36 +437,36 @@ def test_weighted_sum_is_the_sum_of_weighted_losses(entry, x64):
 def test_ignored_and_unweighted_examples(entry):
     x, given = scores(entry), inputs_of(entry)
     name = entry.inputs[0]
-    plain = entry.call(x, given)
+    plain = value(entry)(x, given, {})
     weights = jnp.asarray(np.random.default_rng(9).random(LEADING), jnp.float32).at[1, 0].set(0)
     spoiled = x.at[1, 0].set(jnp.nan)
-    f = lambda x: entry.call(x, given, weights=weights)
-    np.testing.assert_allclose(f(spoiled), weights * plain, rtol=1e-6)
+    np.testing.assert_allclose(value(entry)(spoiled, given, {"weights": weights}), weights * plain, rtol=1e-6)
     if name not in IDS:
         return
     # An ignored example: loss 0 and gradient 0, also where it holds NaN, dense and streamed.
-    labels = given[name].at[1, 0].set(-100)
-    g = lambda x: entry.call(x, {**given, name: labels})
-    np.testing.assert_allclose(g(spoiled), plain.at[1, 0].set(0), rtol=1e-6)
-    gradient = jax.grad(lambda x: contract(g(x)))(spoiled)
+    ignoring = {**given, name: given[name].at[1, 0].set(-100)}
+    result, gradient = value_and_gradient(entry)(spoiled, ignoring, {})
+    np.testing.assert_allclose(result, plain.at[1, 0].set(0), rtol=1e-6)
     assert jnp.all(gradient[1, 0] == 0) and jnp.all(jnp.isfinite(gradient))
     operands = head(entry, np.float32)
     operands["hidden"] = operands["hidden"].at[1, 0].set(jnp.nan)
-    gradient = jax.grad(lambda o: contract(g(expression(o, block_size=3))))(operands)
+    gradient = jax.jit(jax.grad(lambda o: contract(entry.call(expression(o, block_size=3), ignoring))))(
+        operands
+    )
     assert all(jnp.all(jnp.isfinite(a)) for a in jax.tree.leaves(gradient))
     # All examples ignored.
-    none = jnp.full_like(given[name], -100)
-    assert jnp.all(entry.call(spoiled, {**given, name: none}) == 0)
+    none = {**given, name: jnp.full_like(given[name], -100)}
+    assert jnp.all(value(entry)(spoiled, none, {}) == 0)
     # The mean over the examples that count.
     if name == "labels":
-        mean = losses.weighted_mean(
-            lambda l, y, axis=-1: entry.call(l, {**given, name: y}, axis=axis), x, labels
-        )
-        np.testing.assert_allclose(mean, (jnp.sum(plain) - plain[1, 0]) / 5, rtol=1e-6)
-        assert (
-            losses.weighted_mean(lambda l, y, axis=-1: entry.call(l, {**given, name: y}, axis=axis), x, none)
-            == 0
-        )
+
+        @jax.jit
+        def mean(labels):
+            loss = lambda l, y, axis=-1: entry.call(l, {**given, name: y}, axis=axis)
+            return losses.weighted_mean(loss, x, labels)
+
+        np.testing.assert_allclose(mean(ignoring[name]), (jnp.sum(plain) - plain[1, 0]) / 5, rtol=1e-6)
+        assert mean(none[name]) == 0
 
 
 @pytest.mark.parametrize(
@@ -458,16 +483,20 @@ def test_labels_out_of_range(entry):
         assert entry.call(x, wrong)[1, 2] == V
         return
     operands = head(entry, np.float32)
-    for f, point in (
-        (lambda x: entry.call(x, wrong), x),
-        (
-            lambda h: entry.call(expression({**operands, "hidden": h}, block_size=3), wrong),
-            operands["hidden"],
-        ),
-    ):
-        value = f(point)
-        gradient = jax.grad(lambda p: jnp.sum(jnp.where(jnp.isnan(f(p)), f(p), jnp.sin(f(p)))))(point)
-        is_bad = np.zeros(LEADING, bool)
-        is_bad[1, 2] = True
-        np.testing.assert_array_equal(jnp.isnan(value), is_bad)
+    is_bad = np.zeros(LEADING, bool)
+    is_bad[1, 2] = True
+
+    def streamed(hidden, given, options):
+        return entry.call(expression({**operands, "hidden": hidden}, block_size=3), given, **options)
+
+    for f, point in ((value(entry), x), (streamed, operands["hidden"])):
+
+        @jax.jit
+        @functools.partial(jax.grad, has_aux=True)
+        def both(point, f=f):
+            loss = f(point, wrong, {})
+            return jnp.sum(jnp.where(jnp.isnan(loss), loss, jnp.sin(loss))), loss
+
+        gradient, loss = both(point)
+        np.testing.assert_array_equal(jnp.isnan(loss), is_bad)
         assert jnp.all(jnp.isnan(gradient[1, 2])) and jnp.all(jnp.isfinite(gradient[~is_bad]))
