@@ -59,7 +59,7 @@ class Entry:
     low: float = 3e-6
     huge: float = 3e-6
     loss: bool = False
-    thorough: bool = True
+    thorough: bool = False
     constants: tuple[str, ...] = ()
     function: Any = None
     options: Any = None
@@ -172,6 +172,5 @@ def normalizer_entry(function, variant="", per_row=(), **options):
         variant,
         tuple(dict(per_row).values()),
         dense_only=True,
-        thorough=False,
         **{"low": 1e-2, **entry_options},
     )

@@ -85,21 +85,46 @@ _NORMALIZERS = [
 
 ENTRIES: list[Entry] = [
     # statistics
-    _statistic(jaxsoft.logsumexp, shift=1.0, empty=-np.inf),
-    _statistic(jaxsoft.logsumexp, variant="exponent", method="exponent", shift=1.0, empty=-np.inf),
-    Entry("jaxsoft.logsumexp", _reference_logsumexp, "reference", ("reference",), shift=1.0, empty=-np.inf),
-    Entry("jaxsoft.logsumexp", _weighted_logsumexp, "weights", ("class_weights",), shift=1.0, empty=-np.inf),
+    _statistic(jaxsoft.logsumexp, shift=1.0, empty=-np.inf, thorough=True),
+    _statistic(
+        jaxsoft.logsumexp, variant="exponent", method="exponent", shift=1.0, empty=-np.inf, thorough=True
+    ),
+    Entry(
+        "jaxsoft.logsumexp",
+        _reference_logsumexp,
+        "reference",
+        ("reference",),
+        shift=1.0,
+        empty=-np.inf,
+        thorough=True,
+    ),
+    Entry(
+        "jaxsoft.logsumexp",
+        _weighted_logsumexp,
+        "weights",
+        ("class_weights",),
+        shift=1.0,
+        empty=-np.inf,
+        thorough=True,
+    ),
     Entry("jaxsoft.softcap", _softcapped, where=False, empty=-np.inf, low=1e-2),
     Entry("jaxsoft.temperature", _tempered, "", ("temperature",), empty=-np.inf, low=1e-2),
-    _statistic(jaxsoft.top_k, k=3, shift=1.0, empty=-np.inf),
+    _statistic(jaxsoft.top_k, k=3, shift=1.0, empty=-np.inf, thorough=True),
     _statistic(jaxsoft.log_prob, inputs=("labels",), shift=0.0),
     _statistic(jaxsoft.entropy, shift=0.0, low=2e-5),
-    _statistic(jaxsoft.label_rank, inputs=("labels",), shift=0.0, scale_invariant=True, differentiable=False),
+    _statistic(
+        jaxsoft.label_rank,
+        inputs=("labels",),
+        shift=0.0,
+        scale_invariant=True,
+        differentiable=False,
+        thorough=True,
+    ),
     _statistic(rows.softmax_top_k, "jaxsoft.rows", k=3, shift=0.0, low=1e-2),
     _statistic(
         rows.softmax_top_k, "jaxsoft.rows", variant="renormalize", k=3, renormalize=True, shift=0.0, low=1e-2
     ),
-    Entry("jaxsoft.reduce_rows", _reduced),
+    Entry("jaxsoft.reduce_rows", _reduced, thorough=True),
     # normalizers
     _statistic(jaxsoft.softmax, dense_only=True, shift=0.0, low=1e-2),
     _statistic(jaxsoft.log_softmax, dense_only=True, shift=0.0, empty=-np.inf, low=1e-2),

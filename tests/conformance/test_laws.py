@@ -83,7 +83,7 @@ def value_and_gradient(entry):
 
     def both(x, given, options):
         if not entry.differentiable:
-            return f(x, given, options)[1], None
+            return entry.call(x, given, **options), None
         gradient, result = jax.grad(f, has_aux=True)(x, given, options)
         return result, gradient
 
@@ -285,13 +285,13 @@ def test_invariances(entry, x64):
     order = np.random.default_rng(6).permutation(V)
     rank = np.argsort(order)
     moved = {}
-    for name, value in given.items():
+    for name, array in given.items():
         if name in IDS:
-            moved[name] = jnp.where(value < 0, value, jnp.asarray(rank, jnp.int32)[value])
+            moved[name] = jnp.where(array < 0, array, jnp.asarray(rank, jnp.int32)[array])
         elif name in PER_ROW:
-            moved[name] = value
+            moved[name] = array
         else:
-            moved[name] = value[..., order]
+            moved[name] = array[..., order]
     for a, b in zip(floats(f(x[..., order], moved)), base):
         np.testing.assert_allclose(a, b[..., order] if entry.dense_only else b, rtol=1e-9, atol=1e-9)
 

@@ -14,7 +14,7 @@ REST, FOCAL, GUMBEL, EACH = (
 
 
 def _entry(function, *args, **options):
-    return loss_entry(function, *args, **{"shift": None, "thorough": False, **options})
+    return loss_entry(function, *args, **{"shift": None, **options})
 
 
 ENTRIES = [

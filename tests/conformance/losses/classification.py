@@ -8,22 +8,28 @@ from jaxsoft import losses
 CE, FOCAL, DUAL = losses.cross_entropy, losses.focal_loss, losses.dual_focal_loss
 
 ENTRIES = [
-    loss_entry(CE),
-    loss_entry(CE, "soft", "soft", label_smoothing=0.1, z_loss=0.01, shift=None, huge=SUMS),
+    loss_entry(CE, thorough=True),
+    loss_entry(CE, "soft", "soft", label_smoothing=0.1, z_loss=0.01, shift=None, huge=SUMS, thorough=True),
     loss_entry(CE, "smooth", label_smoothing=0.1, z_loss=0.01, shift=None, huge=SUMS),
     loss_entry(CE, "others", label_smoothing=0.1, smoothing="others", huge=SUMS),
     loss_entry(CE, "weighted", label_smoothing=0.1, arrays=["class_weights"], huge=SUMS),
     loss_entry(
-        CE, "weighted-others", label_smoothing=0.1, smoothing="others", arrays=["class_weights"], huge=SUMS
+        CE,
+        "weighted-others",
+        label_smoothing=0.1,
+        smoothing="others",
+        arrays=["class_weights"],
+        huge=SUMS,
+        thorough=True,
     ),
-    loss_entry(losses.poly_loss, epsilon=(0.5, -0.2, 0.1)),
+    loss_entry(losses.poly_loss, epsilon=(0.5, -0.2, 0.1), thorough=True),
     loss_entry(losses.poly_loss, "soft", "soft", label_smoothing=0.1, low=2e-5, huge=SUMS),
     loss_entry(losses.poly1_cross_entropy, epsilon=-1.0),
     loss_entry(FOCAL, gamma=2.0),
     loss_entry(FOCAL, "weighted", gamma=1.5, arrays=["class_weights"]),
     loss_entry(losses.poly1_focal_loss),
     loss_entry(DUAL, second_order=False),
-    loss_entry(losses.max_suppression_loss, huge=SUMS, second_order=False),
+    loss_entry(losses.max_suppression_loss, huge=SUMS, second_order=False, thorough=True),
 ]
 
 # Losses that take label distributions, too.

@@ -13,7 +13,7 @@ PSKD, BCKD, SEL = (
 
 
 def _entry(function, variant="", **options):
-    return loss_entry(function, variant, "teacher", thorough=False, **options)
+    return loss_entry(function, variant, "teacher", **options)
 
 
 ENTRIES = [
@@ -28,8 +28,8 @@ ENTRIES = [
     _entry(ALPHA, alpha=-1.0, stop_teacher_gradient=False, low=1e-4, huge=1e-5),
     _entry(ALPHA, "0.5", alpha=0.5, stop_teacher_gradient=False, low=1e-5),
     _entry(BCKD, shift=None, constants=("teacher",), low=1e-5),
-    loss_entry(PSKD, arrays={"previous": "soft"}, alpha=0.4, thorough=False, constants=("soft",)),
-    loss_entry(SEL, arrays={"teacher_log_prob": "reference"}, thorough=False, low=1e-5),
+    loss_entry(PSKD, arrays={"previous": "soft"}, alpha=0.4, constants=("soft",)),
+    loss_entry(SEL, arrays={"teacher_log_prob": "reference"}, low=1e-5),
 ]
 
 TESTED_IN = {

@@ -20,7 +20,6 @@ ENTRIES = [
         shift=0.0,
         low=2e-5,
         huge=2 * SUMS,  # of the sum of the two logits, which counts twice
-        thorough=False,
     ),
 ]
 TESTED_IN = {

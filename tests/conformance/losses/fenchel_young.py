@@ -6,11 +6,11 @@ from jaxsoft import losses
 ENTMAX, ENTMAX15, SPARSEMAX = losses.entmax_loss, losses.entmax15_loss, losses.sparsemax_loss
 
 ENTRIES = [
-    loss_entry(SPARSEMAX, thorough=False),
-    loss_entry(SPARSEMAX, "soft", "soft", thorough=False),
-    loss_entry(ENTMAX15, thorough=False),
-    loss_entry(ENTMAX, alpha=1.25, thorough=False),
-    loss_entry(ENTMAX, "soft", "soft", alpha=1.7, thorough=False),
+    loss_entry(SPARSEMAX),
+    loss_entry(SPARSEMAX, "soft", "soft"),
+    loss_entry(ENTMAX15),
+    loss_entry(ENTMAX, alpha=1.25),
+    loss_entry(ENTMAX, "soft", "soft", alpha=1.7),
 ]
 
 SOFT = [ENTMAX, ENTMAX15, SPARSEMAX]

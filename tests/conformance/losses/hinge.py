@@ -6,12 +6,12 @@ from jaxsoft import losses
 OVR, WW, CS = losses.one_vs_rest_hinge_loss, losses.weston_watkins_loss, losses.crammer_singer_loss
 
 ENTRIES = [
-    loss_entry(OVR, shift=None, thorough=False),
-    loss_entry(OVR, "L1", power=1, penalty=0.5, shift=None, thorough=False),
-    loss_entry(WW, margin=0.7, thorough=False),
-    loss_entry(WW, "squared", power=2, thorough=False),
-    loss_entry(CS, thorough=False),
-    loss_entry(losses.perceptron_loss, thorough=False),
+    loss_entry(OVR, shift=None),
+    loss_entry(OVR, "L1", power=1, penalty=0.5, shift=None),
+    loss_entry(WW, margin=0.7),
+    loss_entry(WW, "squared", power=2),
+    loss_entry(CS),
+    loss_entry(losses.perceptron_loss),
 ]
 
 BAD_OPTIONS = [

@@ -12,11 +12,11 @@ ADJUSTED, NOISY, EMMA = (
 )
 # A radius so small that no margin is between its bounds, where it is a constant to the gradient.
 ENTRIES = [
-    loss_entry(ADJUSTED, tau=0.7, arrays=["priors"], thorough=False),
-    loss_entry(ADJUSTED, "counts", arrays={"class_counts": "class_weights"}, thorough=False),
-    loss_entry(NOISY, arrays={"norm_product": "temperature"}, key=None, thorough=False),
-    loss_entry(EMMA, arrays={"margin_lipschitz": "soft"}, radius=1e-3, thorough=False),
-    loss_entry(EMMA, "columns", arrays={"margin_lipschitz": "class_weights"}, radius=1e-3, thorough=False),
+    loss_entry(ADJUSTED, tau=0.7, arrays=["priors"]),
+    loss_entry(ADJUSTED, "counts", arrays={"class_counts": "class_weights"}),
+    loss_entry(NOISY, arrays={"norm_product": "temperature"}, key=None),
+    loss_entry(EMMA, arrays={"margin_lipschitz": "soft"}, radius=1e-3),
+    loss_entry(EMMA, "columns", arrays={"margin_lipschitz": "class_weights"}, radius=1e-3),
 ]
 TESTED_IN = {
     "tests/losses/test_imbalance.py": "jaxsoft.losses: adaptive_margin_cross_entropy class_balanced_weights",

@@ -9,16 +9,16 @@ G = {"class_concentration": "class_weights"}
 MILD = dict(scale=2.0, margin=0.25, stop_weight_gradient=False, shift=None)
 
 ENTRIES = [
-    loss_entry(losses.normalized_softmax_loss, scale=8.0, thorough=False),
-    loss_entry(COSFACE, scale=8.0, margin=0.25, thorough=False),
-    loss_entry(ARCFACE, scale=8.0, shift=None, thorough=False),
-    loss_entry(ARCFACE, "easy margin", scale=8.0, easy_margin=True, shift=None, thorough=False),
-    loss_entry(CAUCHY, arrays=G, scale=10.0, shift=None, thorough=False),
-    loss_entry(SPHEREFACE2, scale=4.0, bias=0.5, shift=None, thorough=False),
-    loss_entry(SPHEREFACE2, "power", scale=4.0, bias=-0.5, power=2.5, shift=None, thorough=False),
+    loss_entry(losses.normalized_softmax_loss, scale=8.0),
+    loss_entry(COSFACE, scale=8.0, margin=0.25),
+    loss_entry(ARCFACE, scale=8.0, shift=None),
+    loss_entry(ARCFACE, "easy margin", scale=8.0, easy_margin=True, shift=None),
+    loss_entry(CAUCHY, arrays=G, scale=10.0, shift=None),
+    loss_entry(SPHEREFACE2, scale=4.0, bias=0.5, shift=None),
+    loss_entry(SPHEREFACE2, "power", scale=4.0, bias=-0.5, power=2.5, shift=None),
     # With constant weights, its gradient is not that of finite differences: tests/losses/test_margin.py.
-    loss_entry(CIRCLE, labels="positives", **MILD, thorough=False),
-    loss_entry(CIRCLE, "mask", labels="positive_mask", **MILD, thorough=False),
+    loss_entry(CIRCLE, labels="positives", **MILD),
+    loss_entry(CIRCLE, "mask", labels="positive_mask", **MILD),
 ]
 
 TESTED_IN = {

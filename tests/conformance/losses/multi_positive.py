@@ -26,13 +26,13 @@ def _soft_top_k(logits, inputs, *, where=None, axis=-1):
 
 
 ENTRIES = [
-    loss_entry(SOFTMAX, labels="positives"),
-    loss_entry(SOFTMAX, "sum", labels="positives", reduction="sum", thorough=False),
-    loss_entry(SOFTMAX, "mask", labels="positive_mask", thorough=False),
-    _with_k_below_columns(loss_entry(TOP_K, labels="positives")),
-    _with_k_below_columns(loss_entry(TOP_K, "mask", labels="positive_mask", thorough=False)),
-    loss_entry(TOP_K, "k<1", labels="positives", k=0.6, alpha=0.7, thorough=False),
-    Entry("jaxsoft.losses.soft_top_k", _soft_top_k, dense_only=True, shift=0.0, low=1e-2, thorough=False),
+    loss_entry(SOFTMAX, labels="positives", thorough=True),
+    loss_entry(SOFTMAX, "sum", labels="positives", reduction="sum"),
+    loss_entry(SOFTMAX, "mask", labels="positive_mask"),
+    _with_k_below_columns(loss_entry(TOP_K, labels="positives", thorough=True)),
+    _with_k_below_columns(loss_entry(TOP_K, "mask", labels="positive_mask")),
+    loss_entry(TOP_K, "k<1", labels="positives", k=0.6, alpha=0.7),
+    Entry("jaxsoft.losses.soft_top_k", _soft_top_k, dense_only=True, shift=0.0, low=1e-2),
 ]
 
 ONES = np.ones(4, np.float32)

@@ -25,10 +25,9 @@ ENTRIES = [
         ("reference", "temperature"),
         second_order=False,
         low=3e-5,
-        thorough=False,
     ),
-    _statistic(losses.outlier_exposure_loss, "jaxsoft.losses", shift=0.0, huge=SUMS, thorough=False),
-    loss_entry(DRO, arrays=["temperature"], rho=0.8, thorough=False),
+    _statistic(losses.outlier_exposure_loss, "jaxsoft.losses", shift=0.0, huge=SUMS),
+    loss_entry(DRO, arrays=["temperature"], rho=0.8),
 ]
 
 BAD_OPTIONS = [

@@ -10,10 +10,10 @@ BSL, SL_AT_K = losses.bilateral_softmax_loss, losses.softmax_loss_at_k
 
 ENTRIES = [
     loss_entry(PSL, temperature=0.5),
-    loss_entry(PSL, "relu", activation="relu", temperature=0.5, thorough=False),
-    loss_entry(PSL, "atan", activation="atan", temperature=0.5, thorough=False),
+    loss_entry(PSL, "relu", activation="relu", temperature=0.5),
+    loss_entry(PSL, "atan", activation="atan", temperature=0.5),
     loss_entry(SL, temperature=0.7, huge=SUMS),
-    loss_entry(BSL, positive_temperature=0.7, negative_temperature=0.5, thorough=False),
+    loss_entry(BSL, positive_temperature=0.7, negative_temperature=0.5),
     # With a quantile that is given: one that is taken from the row has a value, but no derivative (test_ranking.py).
     loss_entry(
         SL_AT_K,

@@ -4,6 +4,6 @@ from conformance.entry import loss_entry
 from jaxsoft import losses
 
 ENTRIES = [
-    loss_entry(losses.decoupled_softmax_loss, labels="positives"),
+    loss_entry(losses.decoupled_softmax_loss, labels="positives", thorough=True),
     loss_entry(losses.decoupled_softmax_loss, "mask", labels="positive_mask"),
 ]

@@ -30,21 +30,21 @@ SMOOTH = with_labels_second(losses.smooth_adversarial_comp_sum_loss)
 TRADES = with_labels_second(losses.trades_loss)
 
 ENTRIES = [
-    loss_entry(COMP_SUM, thorough=False, tau=1.5),
-    loss_entry(COMP_SUM, "exponential", thorough=False, tau=0.25),
-    loss_entry(GCE, thorough=False),
-    loss_entry(MAE, thorough=False),
-    loss_entry(RCE, thorough=False),
-    loss_entry(SCE, thorough=False),
-    loss_entry(NORMALIZED, thorough=False, huge=SUMS),
-    loss_entry(NORMALIZED, "focal", thorough=False, kind="focal"),
+    loss_entry(COMP_SUM, tau=1.5),
+    loss_entry(COMP_SUM, "exponential", tau=0.25),
+    loss_entry(GCE),
+    loss_entry(MAE),
+    loss_entry(RCE),
+    loss_entry(SCE),
+    loss_entry(NORMALIZED, huge=SUMS),
+    loss_entry(NORMALIZED, "focal", kind="focal"),
     loss_entry(NORMALIZED, "generalized", thorough=True, kind="generalized"),
-    loss_entry(NORMALIZED, "mae", thorough=False, kind="mae"),
-    loss_entry(APL, thorough=False, huge=SUMS),
-    loss_entry(APL, "focal", thorough=False, active="focal", passive="reverse", alpha=10.0, beta=0.1),
+    loss_entry(NORMALIZED, "mae", kind="mae"),
+    loss_entry(APL, huge=SUMS),
+    loss_entry(APL, "focal", active="focal", passive="reverse", alpha=10.0, beta=0.1),
     loss_entry(SMOOTH, thorough=True, arrays=ADVERSARIAL, tau=1.5, nu=2.0, huge=SUMS),
-    loss_entry(TRADES, thorough=False, arrays=ADVERSARIAL, huge=SUMS),
-    loss_entry(TRADES, "soft", "soft", thorough=False, arrays=ADVERSARIAL, huge=SUMS),
+    loss_entry(TRADES, arrays=ADVERSARIAL, huge=SUMS),
+    loss_entry(TRADES, "soft", "soft", arrays=ADVERSARIAL, huge=SUMS),
 ]
 
 SOFT = [TRADES]

@@ -10,17 +10,17 @@ PENALTY, EL2N = losses.confidence_penalty_loss, losses.el2n_score
 
 ENTRIES = [
     loss_entry(BRIER, thorough=True),
-    loss_entry(BRIER, "soft", "soft", thorough=False),
-    loss_entry(SCORE, thorough=False, arrays=ADVERSARIAL),
-    loss_entry(SCORE, "soft", "soft", thorough=False, arrays=ADVERSARIAL),
-    loss_entry(SPHERICAL, thorough=False),
-    loss_entry(PENALTY, thorough=False, low=2e-5),
-    loss_entry(PENALTY, "soft", "soft", thorough=False, low=2e-5, huge=SUMS),
-    loss_entry(EL2N, thorough=False),
-    loss_entry(EL2N, "soft", "soft", thorough=False),
-    loss_entry(EL2N, "l1", thorough=False, norm="l1"),
-    loss_entry(EL2N, "l1-soft", "soft", thorough=False, norm="l1", second_order=False),
-    loss_entry(EL2N, "margin", thorough=False, norm="margin", second_order=False),
+    loss_entry(BRIER, "soft", "soft"),
+    loss_entry(SCORE, arrays=ADVERSARIAL),
+    loss_entry(SCORE, "soft", "soft", arrays=ADVERSARIAL),
+    loss_entry(SPHERICAL),
+    loss_entry(PENALTY, low=2e-5),
+    loss_entry(PENALTY, "soft", "soft", low=2e-5, huge=SUMS),
+    loss_entry(EL2N),
+    loss_entry(EL2N, "soft", "soft"),
+    loss_entry(EL2N, "l1", norm="l1"),
+    loss_entry(EL2N, "l1-soft", "soft", norm="l1", second_order=False),
+    loss_entry(EL2N, "margin", norm="margin", second_order=False),
 ]
 
 SOFT = [BRIER, SCORE, PENALTY, EL2N]

@@ -5,7 +5,7 @@ from jaxsoft import losses
 
 ENTRIES = [
     loss_entry(losses.spherical_z_loss, scale_invariant=True, low=2e-5),
-    loss_entry(losses.spherical_z_loss, "a,b", a=0.5, b=2.0, scale_invariant=True, low=2e-5),
+    loss_entry(losses.spherical_z_loss, "a,b", a=0.5, b=2.0, scale_invariant=True, low=2e-5, thorough=True),
 ]
 
 BAD_OPTIONS = [

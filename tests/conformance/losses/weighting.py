@@ -21,7 +21,6 @@ ENTRIES = [
         bag_size=4,
         low=2e-5,
         loss=False,
-        thorough=False,
     ),
     # The probabilities, which the other laws take from the inputs, are no arguments to differentiate.
     Entry(
@@ -31,7 +30,6 @@ ENTRIES = [
         ("soft",),
         shift=0.0,
         differentiable=False,
-        thorough=False,
     ),
 ]
 TESTED_IN = {
