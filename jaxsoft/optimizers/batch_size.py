@@ -241,7 +241,7 @@ def step_law_learning_rate(params: Scalar, tokens: Scalar, *, rounded: bool = Fa
     Example:
       >>> from jaxsoft.optimizers import step_law_learning_rate
       >>> print(f"{step_law_learning_rate(1e9, 1e11):.6e}")
-      1.662379e-03
+      1.662381e-03
     """
     _checks.number("params", params, above=0)
     _checks.number("tokens", tokens, above=0)
@@ -268,7 +268,7 @@ def step_law_batch_size(tokens: Scalar, *, rounded: bool = False) -> Any:
     Example:
       >>> from jaxsoft.optimizers import step_law_batch_size
       >>> print(f"{step_law_batch_size(1e11):.6e}")
-      1.107467e+06
+      1.107468e+06
     """
     _checks.number("tokens", tokens, above=0)
     factor, a = _STEP_LAW_BATCH[bool(rounded)]

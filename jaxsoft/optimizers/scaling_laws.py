@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 
@@ -148,50 +148,52 @@ class ChinchillaLaw(NamedTuple):
     tokens_exponent: Any
 
 
-CHINCHILLA = ChinchillaLaw(1.69, 406.4, 410.7, 0.34, 0.28)
-"""The constants of the original paper."""
+Law: TypeAlias = ChinchillaLaw | Literal["replication", "original"]
 
-CHINCHILLA_REPLICATION = ChinchillaLaw(1.8172, 482.01, 2085.43, 0.3478, 0.3658)
-"""The constants of the replication attempt, fitted anew to the same runs."""
+_LAWS = {
+    "original": ChinchillaLaw(1.69, 406.4, 410.7, 0.34, 0.28),
+    "replication": ChinchillaLaw(1.8172, 482.01, 2085.43, 0.3478, 0.3658),
+}
 
 
-def _check_law(law: Any) -> None:
+def _chosen(law: Any) -> ChinchillaLaw:
     if not isinstance(law, ChinchillaLaw):
-        raise TypeError(f"law must be a ChinchillaLaw, got {_checks.describe(law)}")
+        _checks.option("law", law, tuple(_LAWS))
+        return _LAWS[law]
     _positive(**{f"law.{name}": value for name, value in law._asdict().items() if name != "irreducible"})
+    return law
 
 
-def chinchilla_loss(params: Any, tokens: Any, *, law: ChinchillaLaw = CHINCHILLA_REPLICATION) -> Any:
+def chinchilla_loss(params: Any, tokens: Any, *, law: Law = "replication") -> Any:
     """Loss of a language model, `E + A / N^a + B / D^b`.
 
     Args:
       params: N, number of parameters; numbers or arrays. Infinity drops its term.
       tokens: D, number of training tokens.
-      law: The constants: `CHINCHILLA_REPLICATION` (the default), `CHINCHILLA` (the original), or your own
-        `ChinchillaLaw`. To fit one, minimize a Huber loss (delta 1e-3) of the difference of logarithms.
+      law: The constants: "replication" (fitted anew to the runs of the original paper, the default),
+        "original", or your own `ChinchillaLaw`. To fit one, minimize a Huber loss (delta 1e-3) of the
+        difference of logarithms.
 
     Returns:
       The loss in nats per token, broadcast over the arguments.
 
     Raises:
-      ValueError: for a number that is not positive.
-      TypeError: for a law that is not a `ChinchillaLaw`.
+      ValueError: for a number that is not positive, or an unknown law.
 
     References:
       "Chinchilla Scaling: A replication attempt".
 
     Example:
-      >>> from jaxsoft.optimizers import CHINCHILLA, chinchilla_loss
-      >>> print(round(chinchilla_loss(1e9, 2e10), 6), round(chinchilla_loss(1e9, 2e10, law=CHINCHILLA), 6))
+      >>> from jaxsoft.optimizers import chinchilla_loss
+      >>> print(round(chinchilla_loss(1e9, 2e10), 6), round(chinchilla_loss(1e9, 2e10, law="original"), 6))
       2.53005 2.580048
     """
-    _check_law(law)
+    e, a, b, alpha, beta = _chosen(law)
     _positive(params=params, tokens=tokens)
-    e, a, b, alpha, beta = law
     return e + a / params**alpha + b / tokens**beta
 
 
-def chinchilla_optimal(compute: Any, *, law: ChinchillaLaw = CHINCHILLA_REPLICATION) -> tuple[Any, Any]:
+def chinchilla_optimal(compute: Any, *, law: Law = "replication") -> tuple[Any, Any]:
     """Parameters and tokens of the lowest `chinchilla_loss` that a budget buys, at `6 N D` operations.
 
     `N = G (C / 6)^(b / (a + b))` with `G = (a A / (b B))^(1 / (a + b))`, and `D = C / (6 N)`.
@@ -204,8 +206,7 @@ def chinchilla_optimal(compute: Any, *, law: ChinchillaLaw = CHINCHILLA_REPLICAT
       `(params, tokens)`.
 
     Raises:
-      ValueError: for a number that is not positive.
-      TypeError: for a law that is not a `ChinchillaLaw`.
+      ValueError: for a number that is not positive, or an unknown law.
 
     References:
       "Chinchilla Scaling: A replication attempt".
@@ -216,9 +217,8 @@ def chinchilla_optimal(compute: Any, *, law: ChinchillaLaw = CHINCHILLA_REPLICAT
       >>> print(f"{params:.6e} {tokens:.6e}")
       9.370898e+08 2.134267e+10
     """
-    _check_law(law)
+    _, a, b, alpha, beta = _chosen(law)
     _positive(compute=compute)
-    _, a, b, alpha, beta = law
     factor = (alpha * a / (beta * b)) ** (1 / (alpha + beta))
     params = factor * (compute / 6) ** (beta / (alpha + beta))
     return params, compute / (6 * params)
@@ -262,7 +262,7 @@ def precision_scaling_law(
     *,
     bits: tuple[Any, ...] = (),
     sensitivity: tuple[Any, ...] = (),
-    law: ChinchillaLaw = CHINCHILLA,
+    law: Law = "original",
 ) -> Any:
     """Loss of a language model trained in low precision: `chinchilla_loss` of `N prod_i (1 - exp(-P_i / g_i))`.
 
@@ -278,7 +278,6 @@ def precision_scaling_law(
 
     Raises:
       ValueError: for a number that is not positive, or bits and sensitivities of different number.
-      TypeError: for a law that is not a `ChinchillaLaw`.
 
     References:
       "Scaling Laws for Precision".

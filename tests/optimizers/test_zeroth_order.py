@@ -254,6 +254,19 @@ def test_mezo_of_bfloat16_changes_parameters_once():
     assert value.dtype == jnp.float32 and value > quadratic(params)
 
 
+def test_mezo_is_a_pair_of_functions():
+    """Written anew around another step, here one that clips the parameters."""
+    inner = o.mezo(0.1)
+
+    def step(loss_fn, params, state):
+        params, state, value = inner.step(loss_fn, params, state)
+        return jnp.clip(params, -1, 1), state, value
+
+    clipped = o.Mezo(inner.init, step)
+    params, state, _ = clipped.step(lambda p: -100 * jnp.sum(p), jnp.zeros(2), clipped.init(KEY))
+    assert jnp.all(jnp.abs(params) <= 1) and jnp.any(jnp.abs(params) == 1) and int(state.count) == 1
+
+
 def test_drift_of_moving_in_place():
     """A thousand steps of length 0 move float32 parameters of size 1 by some 1e-6."""
     optimizer, params = o.mezo(0.0), jnp.linspace(0.5, 2.0, 200)
