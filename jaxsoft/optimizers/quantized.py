@@ -100,8 +100,9 @@ def dynamic_code_map(signed: bool = True) -> jax.Array:
 
     Example:
       >>> from jaxsoft.optimizers import dynamic_code_map
-      >>> print(dynamic_code_map()[jnp.array([0, 127, 254, 255])].round(3))
-      [-0.993  0.     0.993  1.   ]
+      >>> values = dynamic_code_map()
+      >>> print(values.shape, values[127], values[255])
+      (256,) 0.0 1.0
     """
     _check_bool("signed", signed)
     return jnp.asarray(_MAPS[signed], jnp.float32)
@@ -281,11 +282,11 @@ def quantize_blockwise(x: jax.Array, *, block_size: int = 256, signed: bool = Tr
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxsoft.optimizers import dequantize_blockwise, quantize_blockwise
-      >>> q = quantize_blockwise(jnp.array([0.05, -0.2, 0.0]))
-      >>> print(q.codes, q.scales.round(4))
-      [ 52 255 127] [-0.2]
-      >>> print(dequantize_blockwise(q).round(4))
-      [ 0.0505 -0.2    -0.    ]
+      >>> q = quantize_blockwise(jnp.array([0.5, -2.0, 0.0]))
+      >>> print(q.codes, q.scales)
+      [ 53 255 127] [-2.]
+      >>> print(dequantize_blockwise(q).round(1) + 0.0)
+      [ 0.5 -2.   0. ]
     """
     _checks.floating("x", x)
     block_size = _checks.integer("block_size", block_size, at_least=1)
@@ -314,8 +315,8 @@ def dequantize_blockwise(q: QuantizedArray, *, block_size: int = 256, signed: bo
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxsoft.optimizers import dequantize_blockwise, quantize_blockwise
-      >>> print(dequantize_blockwise(quantize_blockwise(jnp.array([1.0, 2.0, 4.0]))).round(3))
-      [1.008 1.992 4.   ]
+      >>> print(dequantize_blockwise(quantize_blockwise(jnp.array([1.0, 2.0, 4.0]))).round(1))
+      [1. 2. 4.]
     """
     block_size = _checks.integer("block_size", block_size, at_least=1)
     _check_bool("signed", signed)
@@ -445,8 +446,8 @@ def quantize_state(
       >>> print(sum(x.nbytes for x in jax.tree.leaves(state)) / 8192)
       2.0322265625
       >>> updates, state = tx.update(0.5 * params, state, params)
-      >>> print(updates[:2].round(4))
-      [-0.1 -0.1]
+      >>> print(round(float(updates[0]), 4))
+      -0.1
     """
     block_size = _checks.integer("block_size", block_size, at_least=1)
     min_size = _checks.integer("min_size", min_size, at_least=0)
@@ -536,21 +537,19 @@ def quantize_state(
         prefixes = [prefix for prefix, _ in ways]
         mine = [i for i, (_, way) in enumerate(ways) if way == place]
         layout = _layout(leaf.shape, block_size)
-        # Units that are cut nowhere: a block, or a row if rows do not hold whole blocks.
-        whole = layout.length == layout.blocks * layout.width
-        unit, scales = (layout.width, 1) if whole else (layout.length, layout.blocks)
-        units = leaf.size // unit
-        rows = min(max(chunk_size // unit, 1), units)
+        # Units that are cut nowhere, with so many entries and scales: a block of the flat array, or a row if rows
+        # do not hold whole blocks.
+        ragged = layout.length < layout.blocks * layout.width and leaf.size > layout.length
+        unit = (layout.length, layout.blocks) if ragged else (layout.width, 1)
+        units = max(min(chunk_size, leaf.size) // unit[0], 1)
 
-        def view(x):
-            if _is_quantized(x):
-                return QuantizedArray(x.codes.reshape(units, unit), x.scales.reshape(units, scales))
-            if jnp.shape(x) != leaf.shape:
+        def flat(x):
+            if not _is_quantized(x) and jnp.shape(x) != leaf.shape:
                 raise ValueError(
                     f"chunk_size needs an inner transformation whose states have the shape {leaf.shape} of "
                     f"their parameter, got one of shape {jnp.shape(x)}"
                 )
-            return x.reshape(units, unit)
+            return jax.tree.map(lambda x: x.reshape(-1), x)
 
         def step(g, p, values):
             state = treedef.unflatten([values.get(i, x) for i, (_, x) in enumerate(items)])
@@ -560,36 +559,56 @@ def quantize_state(
             new = jax.tree.leaves(new)
             return jax.tree.leaves(u)[0].astype(g.dtype), {i: new[i] for i in mine}
 
-        def read(moments):
-            return {i: decode(x, prefixes[i]) for i, x in moments.items()}
+        def shaped(x):
+            return x.reshape((-1, layout.length) if ragged else -1)
 
-        def piece(start, size, carry):
-            take = functools.partial(jax.tree.map, lambda x: lax.dynamic_slice_in_dim(x, start, size, axis=0))
-            g, moments = take(carry)
-            u, new = step(g, p if p is None else take(p), read(moments))
-            key = draw(count, number, start)
-            new = {
-                i: encode(x, prefixes[i], key if key is None else jax.random.fold_in(key, i))
-                if _is_quantized(moments[i])
-                else x.astype(moments[i].dtype)
-                for i, x in new.items()
-            }
+        def read(moments):
+            def one(i, x):
+                if not _is_quantized(x):
+                    return x
+                codes = shaped(x.codes)
+                scales = x.scales.reshape(_layout(codes.shape, block_size).scales_shape)
+                return decode(QuantizedArray(codes, scales), prefixes[i]).reshape(-1)
+
+            return {i: one(i, x) for i, x in moments.items()}
+
+        def write(values, like, key):
+            def one(i, x):
+                if not _is_quantized(like[i]):
+                    return x.astype(like[i].dtype)
+                key_i = None if key is None else jax.random.fold_in(key, i)
+                return flat(encode(shaped(x), prefixes[i], key_i))
+
+            return {i: one(i, x) for i, x in values.items()}
+
+        def piece(start, count_or_rest, carry):
+            """Units from `start` on, so many or the rest, with what is left over at the end."""
+
+            def span(x):
+                width = unit[0 if x.size == leaf.size else 1]
+                size = x.size - start * width if count_or_rest == "rest" else count_or_rest * width
+                return start * width, size
+
+            spans = functools.partial(jax.tree.map, lambda x: lax.dynamic_slice_in_dim(x, *span(x)))
+            g, moments = spans(carry)
+            u, new = step(g, p if p is None else spans(p), read(moments))
+            new = write(new, moments, draw(count, number, start))
             return jax.tree.map(
-                lambda x, y: lax.dynamic_update_slice_in_dim(x, y, start, axis=0), carry, (u, new)
+                lambda x, y: lax.dynamic_update_slice_in_dim(x, y, span(x)[0], axis=0), carry, (u, new)
             )
 
-        p = None if params is None else jax.tree.leaves(params)[0].reshape(units, unit)
+        p = None if params is None else jax.tree.leaves(params)[0].reshape(-1)
         # The update is written over the gradient.
-        carry = (leaf.reshape(units, unit), {i: view(items[i][1]) for i in mine})
+        carry = (leaf.reshape(-1), {i: flat(items[i][1]) for i in mine})
         if not _is_entrywise(jax.make_jaxpr(step)(carry[0], p, jax.eval_shape(read, carry[1])).jaxpr):
             raise ValueError(
                 "chunk_size needs an inner transformation that treats each entry alone, got one that mixes the "
                 "entries of a leaf (a norm, say): leave chunk_size out"
             )
-        full = units // rows
-        carry = lax.fori_loop(0, full, lambda i, carry: piece(i * rows, rows, carry), carry)
-        if units % rows:
-            carry = piece(full * rows, units % rows, carry)
+        full = leaf.size // (units * unit[0])
+        carry = lax.fori_loop(0, full, lambda i, carry: piece(i * units, units, carry), carry)
+        if leaf.size % (units * unit[0]):
+            carry = piece(full * units, "rest", carry)
         u, new = carry
         # Both nodes of a quantized leaf, or the one array, get their shape back.
         new = {
@@ -672,11 +691,11 @@ def compress_gradients(
       >>> import jax.numpy as jnp
       >>> from jaxsoft.optimizers import compress_gradients
       >>> tx = compress_gradients(axis_name="workers")
-      >>> grads = jnp.array([[1.0, 0.2], [-3.0, 0.0]])
+      >>> grads = jnp.array([[1.0, 0.5], [-3.0, 0.0]])
       >>> exchange = lambda g: tx.update(g, tx.init(g))[0]
-      >>> print(jax.vmap(exchange, axis_name="workers")(grads).round(3))
-      [[-1.     0.099]
-       [-1.     0.099]]
+      >>> print(jax.vmap(exchange, axis_name="workers")(grads).round(2))
+      [[-1.    0.25]
+       [-1.    0.25]]
     """
     _checks.option("codebook", codebook, ("dynamic", "linear"))
     _check_bool("error_feedback", error_feedback)
@@ -688,7 +707,7 @@ def compress_gradients(
         return _decode_dynamic(codes, True, dtype) if dynamic else _decode_linear(codes, dtype)
 
     def encode(x: jax.Array, key: jax.Array | None) -> QuantizedArray:
-        layout = _layout(x.shape, max(x.size, 1))  # one block
+        layout = _Layout((), x.size, 1, x.size, (1,) * x.ndim)  # one block
         scale = _extremes(x, layout)
         y = _divide_by_scale(x, scale, layout)
         codes = _encode_dynamic(y, True) if dynamic else _encode_linear(y)
