@@ -106,6 +106,11 @@ from jaxsoft.optimizers.radial import (
     scale_by_sgdp,
     sgdp,
 )
+from jaxsoft.optimizers.reparametrization import (
+    soft_threshold_ste,
+    softhebb_update,
+    stable_recurrent_weight,
+)
 from jaxsoft.optimizers.scaling_laws import (
     ChinchillaLaw,
     CriticalBatchSize,
@@ -262,9 +267,12 @@ __all__ = [
     "shampoo",
     "shared_randomness_update",
     "skip_spikes",
+    "soft_threshold_ste",
+    "softhebb_update",
     "spam",
     "spike_clip_by_second_moment",
     "spike_statistics",
+    "stable_recurrent_weight",
     "stable_spam",
     "step_law_batch_size",
     "step_law_learning_rate",
