@@ -105,6 +105,7 @@ from jaxsoft.losses.metric import (
     stationary_representation_loss,
 )
 from jaxsoft.losses.multi_positive import (
+    decoupled_softmax_loss,
     multi_positive_softmax_loss,
     proxy_anchor_loss,
     soft_top_k,
@@ -164,9 +165,6 @@ from jaxsoft.losses.relational_distillation import (
     dynamic_contrastive_distillation_loss,
     graph_on_logits_loss,
     prototype_relation_distillation_loss,
-)
-from jaxsoft.losses.retrieval import (
-    decoupled_softmax_loss,
 )
 from jaxsoft.losses.robust import (
     active_passive_loss,

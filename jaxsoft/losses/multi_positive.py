@@ -1,7 +1,6 @@
-"""Losses of rows with many positives, and of columns: multi-label softmax, soft top-k, proxy anchors.
+"""Losses of rows with many positives, and of columns: multi-label softmax, decoupled, soft top-k, proxy anchors.
 
-In the formulas `x` are the scores of a row and `P` its positives. `decoupled_softmax_loss` is the one of these losses
-in which positives do not compete with each other.
+In the formulas `x` are the scores of a row, `P` its positives and `N` the rest.
 """
 
 from __future__ import annotations
@@ -135,6 +134,64 @@ def multi_positive_softmax_loss(
 
 def _softmax_term(x, cols, shift, log_sum, positive):
     return jnp.where(positive, (shift - x) + log_sum, 0)
+
+
+def decoupled_softmax_loss(
+    logits: Logits,
+    labels: Positives,
+    *,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+    weights: Float[Array, "*rows"] | None = None,
+    ignore_index: int = IGNORE_INDEX,
+) -> Float[Array, "*rows"]:
+    """Decoupled softmax: each positive against the negatives alone, `mean_{i in P} softplus(lse_N - x_i)`.
+
+    `lse_N` is the log-sum-exp over the negatives, so that positives do not compete with each other. With one
+    positive it is cross-entropy.
+
+    Args:
+      logits: `[*rows, columns]`, a floating array or `linear_logits`.
+      labels: the positives P: distinct class ids, integers `[*rows, k]`, padded with `ignore_index`; or booleans
+        of the logits' shape (True = positive). Everything else is negative. An id out of range gives NaN.
+      axis: the axis of the classes.
+      where: class mask that broadcasts to the logits, True = counts. A masked class is neither positive nor
+        negative; a masked positive given by its id costs +inf.
+      weights: `[*rows]`, multiply the losses.
+      ignore_index: pads the ids of rows with fewer than k positives.
+
+    Returns:
+      Losses `[*rows]`, float32 or wider; 0 for a row without positives, or without negatives.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape.
+
+    Reference:
+      Gupta et al., "Dual-Encoders for Extreme Multi-Label Classification".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> logits = jnp.array([[2.0, 1.0, 0.1, -1.0, 0.5]])
+      >>> print(jaxsoft.losses.decoupled_softmax_loss(logits, jnp.array([[0, 4]])).round(6))
+      [0.857026]
+    """
+    positives = _positives(logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index)
+    rows = positives.rows
+    if positives.given is None:
+        others = reductions.weighted_log_partition((~rows.labels).astype(jnp.float32))
+    else:
+        others = reductions.log_partition_excluding(jnp.where(positives.given, rows.labels, -1))
+    negatives, scores = rows.reduce((others, positives.taken))
+    some = negatives.log_sum != -jnp.inf
+    total, count = positives.sum(
+        scores, _decoupled_term, negatives.shift, jnp.where(some, negatives.log_sum, 0)
+    )
+    return rows.finish(jnp.where(some, safe_divide(total, count), 0))
+
+
+def _decoupled_term(x, cols, shift, log_sum, positive):
+    return jnp.where(positive, jax.nn.softplus((shift - x) + log_sum), 0)
 
 
 # --- soft top-k ----------------------------------------------------------------------------------------------

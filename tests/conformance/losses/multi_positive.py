@@ -29,6 +29,8 @@ ENTRIES = [
     loss_entry(SOFTMAX, labels="positives", thorough=True),
     loss_entry(SOFTMAX, "sum", labels="positives", reduction="sum"),
     loss_entry(SOFTMAX, "mask", labels="positive_mask"),
+    loss_entry(losses.decoupled_softmax_loss, labels="positives", thorough=True),
+    loss_entry(losses.decoupled_softmax_loss, "mask", labels="positive_mask"),
     _with_k_below_columns(loss_entry(TOP_K, labels="positives", thorough=True)),
     _with_k_below_columns(loss_entry(TOP_K, "mask", labels="positive_mask")),
     loss_entry(TOP_K, "k<1", labels="positives", k=0.6, alpha=0.7),
