@@ -76,7 +76,7 @@ def batch_size_norm_test(gradients: Any, theta: Scalar = 0.5, *, micro_batch_siz
             f"got first axes {shapes}"
         )
     n = shapes[0][0]
-    leaves = _common.widen(leaves)
+    leaves = [g.astype(_common.wide(g)) for g in leaves]
     means = [jnp.mean(g, axis=0) for g in leaves]
     variance = size * sum(jnp.sum((g - m) ** 2) for g, m in zip(leaves, means)) / (n - 1)
     mean_square = jnp.asarray(sum(jnp.sum(m * m) for m in means))

@@ -286,7 +286,7 @@ def zo_value_and_grad(
 
     def value_and_grad(params: Any, key: jax.Array, *args: Any, **kwargs: Any) -> tuple[jax.Array, Any]:
         loss = _scalar_loss(loss_fn, args, kwargs)
-        places = jnp.asarray([eps, _second_place(differences, eps)], jnp.float32)
+        places = jnp.asarray([eps, _second_place(differences, eps)], jnp.result_type(float))
         if blocks is None:
             ids, count = jax.tree.map(lambda p: 0, params), 1
         else:
@@ -362,7 +362,7 @@ def zo_projection(
 
     def projection(params: Any, key: jax.Array, *args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array]:
         loss = _scalar_loss(loss_fn, args, kwargs)
-        places = jnp.asarray([eps, _second_place(differences, eps)], jnp.float32)
+        places = jnp.asarray([eps, _second_place(differences, eps)], jnp.result_type(float))
 
         def value_at(place):
             here, place = _common.separate((key, place))  # a new draw: the direction is not stored
