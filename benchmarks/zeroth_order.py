@@ -69,12 +69,6 @@ def peak_bytes(compiled):
     return kept + memory.temp_size_in_bytes
 
 
-def peak_bytes(compiled):
-    memory = compiled.memory_analysis()
-    kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return kept + memory.temp_size_in_bytes
-
-
 def backpropagation(params, key, tokens):
     return jax.value_and_grad(loss_fn)(params, tokens)
 
@@ -95,7 +89,9 @@ def contestants(params):
         return functools.partial(train, gradients, tx), (jax.random.key(0), tx.init(params))
 
     def mezo(optimizer):
-        step = lambda params, state, tokens: optimizer.step(loss_fn, params, state, tokens)[:2]
+        def step(params, state, tokens):
+            return optimizer.step(loss_fn, params, state, tokens)[:2]
+
         return step, optimizer.init(jax.random.key(0))
 
     return {
