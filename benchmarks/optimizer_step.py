@@ -56,7 +56,7 @@ CONTESTANTS = {
     "sgdp": Contestant(optimizers.sgdp(1e-3, weight_decay=1e-4), ("p p", "g g", "g p")),
     "diffgrad": Contestant(optimizers.diffgrad(1e-3)),
     # The decomposition of its first step takes long; it and the projections are not in the floor.
-    "fira": Contestant(lambda side: optimizers.fira(1e-3, rank=side // 8), ("g g",), share=0.25),
+    "fira": Contestant(lambda side: optimizers.fira(1e-3, rank=side // 8), ("g g",), share=0.02),
     "8-bit adamw": Contestant(optimizers.quantize_state(optax.adamw(1e-3))),
     "8-bit adamw, in pieces": Contestant(optimizers.quantize_state(optax.adamw(1e-3), chunk_size=2**18)),
     "8-bit lion, in pieces": Contestant(optimizers.quantize_state(optax.lion(1e-3), chunk_size=2**18)),
@@ -158,28 +158,31 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--params", type=int, default=50_000_000, help="number of float32 parameters")
     parser.add_argument("--repeats", type=int, default=11, help="timed steps of each contestant")
-    parser.add_argument("--only", nargs="*", choices=CONTESTANTS, help="these rows only")
+    parser.add_argument("--only", nargs="*", choices=CONTESTANTS, help="these rows; others stay as they are")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="where the results go")
     args = parser.parse_args(argv)
     print(f"{args.params / 1e6:g}M float32 parameters, {jax.devices()[0]}, jax {jax.__version__}, median ms")
     print(f"{'step':<30}{'ms':>9}{'floor':>9}{'ratio':>8}{'state B/param':>15}{'temp B/param':>14}")
-    rows = []
-    for name in args.only or CONTESTANTS:
-        row = {"step": name, **measure(CONTESTANTS[name], args.params, args.repeats)}
-        rows.append(row)
-        line = "{step:<30}{ms:>9.1f}{floor_ms:>9.1f}{ratio:>8.2f}{state_bytes_per_param:>15.3f}"
-        line += "{temporary_bytes_per_param:>14.2f}"
-        print(line.format(**row) + ("" if row["ratio"] <= BAR else "  above the bar"), flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    rows = {}
+    if args.only and args.out.exists():
+        rows = {row["step"]: row for row in json.loads(args.out.read_text())["rows"]}
     context = {
-        "params": args.params,
-        "repeats": args.repeats,
         "device": str(jax.devices()[0]),
         "jax": jax.__version__,
         "optax": optax.__version__,
         "bar": BAR,
     }
-    args.out.write_text(json.dumps(context | {"rows": rows}, indent=2) + "\n")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    for name in args.only or CONTESTANTS:
+        rows[name] = {"step": name, "repeats": args.repeats}
+        rows[name] |= measure(CONTESTANTS[name], args.params, args.repeats)
+        line = "{step:<30}{ms:>9.1f}{floor_ms:>9.1f}{ratio:>8.2f}{state_bytes_per_param:>15.3f}"
+        line += "{temporary_bytes_per_param:>14.2f}"
+        print(
+            line.format(**rows[name]) + ("" if rows[name]["ratio"] <= BAR else "  above the bar"), flush=True
+        )
+        ordered = [rows[name] for name in CONTESTANTS if name in rows]
+        args.out.write_text(json.dumps(context | {"rows": ordered}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
