@@ -80,6 +80,9 @@ def bit_delta(delta: Any, *, axis: int | tuple[int, ...] | None = None) -> Any:
     Returns:
       A pytree like `delta`.
 
+    Raises:
+      ValueError: for an axis that a leaf does not have.
+
     References:
       "A Unified View of Delta Parameter Editing in Post-Trained Large-Scale Models"; "BitDelta".
 
