@@ -124,7 +124,8 @@ def main() -> None:
     parser.add_argument("--results", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
     args = train_lm.parse_arguments(parser, [*SIZES.split(), "--sample-tokens", "1", *sys.argv[1:]])
     data = []
-    for args.seed in range(args.seeds):
+    for seed in range(args.seeds):
+        args.seed = seed
         data.append(train_lm.load(args))
     vocab = len(data[0][0].tokens)
     rows, curves = [], {}
@@ -137,12 +138,19 @@ def main() -> None:
                 steps.append(np.asarray(curve, np.float64))
                 ends.append(float(end) if np.isfinite(end) else math.log(vocab))
             curves[name, kind] = np.mean(steps, axis=0)
-            spread = statistics.stdev(ends) if len(ends) > 1 else 0.0
             seconds = time.perf_counter() - began
             rows.append({"optimizer": name, "setting": kind, "validation": ends})
-            print(f"{name:12} {kind:10} {statistics.mean(ends):.3f} +- {spread:.3f}  ({seconds:.0f} s)", flush=True)
+            print(
+                f"{name:12} {kind:10} {statistics.mean(ends):.3f} +- {spread(ends):.3f}  ({seconds:.0f} s)",
+                flush=True,
+            )
     show(args, rows)
     write(args, rows, curves)
+
+
+def spread(ends: list[float]) -> float:
+    """The standard deviation over the seeds."""
+    return statistics.stdev(ends) if len(ends) > 1 else 0.0
 
 
 def show(args: argparse.Namespace, rows: list[dict]) -> None:
@@ -152,7 +160,6 @@ def show(args: argparse.Namespace, rows: list[dict]) -> None:
     found = {(row["optimizer"], row["setting"]): row["validation"] for row in rows}
     for kind in args.settings:
         table.add_column(kind, justify="right")
-    spread = lambda ends: statistics.stdev(ends) if len(ends) > 1 else 0.0
     best = {kind: min(statistics.mean(found[name, kind]) for name in OPTIMIZERS) for kind in args.settings}
     for name in OPTIMIZERS:
         cells = []

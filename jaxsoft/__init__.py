@@ -6,7 +6,7 @@ logits = jaxsoft.linear_logits(hidden, kernel)    # an expression: nothing is co
 loss = jaxsoft.losses.cross_entropy(logits, labels, label_smoothing=0.1, z_loss=1e-4).mean()
 """
 
-from jaxsoft import attention, losses, merging, normalizers, optimizers, rows
+from jaxsoft import attention, losses, merging, normalizers, norms, optimizers, rows
 from jaxsoft._version import __version__
 from jaxsoft.normalizers import (
     adaptive_temperature_softmax,
@@ -64,6 +64,7 @@ __all__ = [
     "losses",
     "merging",
     "normalizers",
+    "norms",
     "optimizers",
     "reduce_rows",
     "relu_weights",

@@ -1,7 +1,9 @@
 """Optimizers as optax gradient transformations.
 
-`scale_by_*` and the parts give a direction (no learning rate, no sign) and go into `optax.chain`; `lion_k`,
-`spam` and `stable_spam` are ready optimizers with decoupled weight decay.
+`scale_by_*` and the parts give a direction (no learning rate, no sign) and go into `optax.chain`; those without the
+prefix (`lion_k`, `spam`, `stable_spam`, `adamp`, `sgdp`, `diffgrad`, `fira`, `shampoo`) are ready optimizers with
+decoupled weight decay. Others wrap a transformation, combine several gradients into one, do without a backward pass,
+or give the numbers of a run.
 """
 
 from __future__ import annotations

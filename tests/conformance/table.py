@@ -174,6 +174,10 @@ _TESTED_IN = {
     "tests/attention/test_linear.py": (
         "jaxsoft.attention: lightning_attention lightning_slopes linear_attention magnitude_aware_linear_attention"
     ),
+    "tests/merging/test_merging.py": (
+        "jaxsoft.merging: bit_delta dare_delta della_delta diagonal_fisher fisher_merge model_stock_merge star_delta"
+    ),
+    "tests/norms/test_embedding.py": "jaxsoft.norms: stable_embedding stable_embedding_init",
     "tests/attention/test_softmax_free.py": (
         "jaxsoft.attention: gaussian_kernel_attention newton_pseudo_inverse softmax_free_attention"
     ),
