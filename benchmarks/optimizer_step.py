@@ -123,7 +123,9 @@ def compiled_floor(shapes, sums, grads, params):
 
 def measure(contestant: Contestant, count: int, repeats: int) -> dict[str, float]:
     """One optimizer and its floor, turn by turn."""
-    side = max(8, round(math.sqrt(contestant.share * count / LEAVES) / 8) * 8)
+    side = math.sqrt(contestant.share * count / LEAVES)
+    multiple = 256 if side > 1000 else 8  # sizes of real models
+    side = max(8, round(side / multiple) * multiple)
     tx = contestant.transform(side) if callable(contestant.transform) else contestant.transform
     grads = [jax.random.normal(jax.random.key(i), (side, side)) for i in range(LEAVES)]
     size = LEAVES * side * side

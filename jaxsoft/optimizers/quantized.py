@@ -210,10 +210,12 @@ def _spread(per_block: jax.Array, shape: tuple[int, ...], layout: _Layout) -> ja
 
 def _extremes(x: jax.Array, layout: _Layout, signed: bool = True) -> jax.Array:
     """The entry of each block that is largest in size, with its sign; 0 if it is not a normal number."""
-    blocks = _in_blocks(x, layout)
-    extreme = jnp.max(blocks, axis=-1, initial=0)
+    # A leaf that is one block is reduced as it is, which the compiler shares among cores.
+    one = not layout.lead and layout.blocks == 1
+    blocks, axis = (x, None) if one else (_in_blocks(x, layout), -1)
+    extreme = jnp.max(blocks, axis=axis, initial=0)
     if signed:
-        low = jnp.min(blocks, axis=-1, initial=0)
+        low = jnp.min(blocks, axis=axis, initial=0)
         extreme = jnp.where(extreme < -low, low, extreme)
     tiny = jnp.abs(extreme) < jnp.finfo(x.dtype).tiny
     return jnp.where(tiny, 0, extreme).reshape(layout.scales_shape)
