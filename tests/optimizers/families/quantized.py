@@ -35,8 +35,13 @@ CASES = {
         temporary=2.1,
         injectable=False,
     ),
-    "compress_gradients": Case(o.compress_gradients, exports=("compress_gradients",), injectable=False),
+    "compress_gradients": Case(
+        o.compress_gradients,
+        exports=("compress_gradients",),
+        temporary=0.25,  # the codes
+        injectable=False,
+    ),
     "compress_gradients_feedback": Case(
-        lambda: o.compress_gradients("linear", error_feedback=True), temporary=1.0, injectable=False
+        lambda: o.compress_gradients("linear", error_feedback=True), temporary=1.25, injectable=False
     ),
 }
