@@ -53,6 +53,8 @@ bench: .venv/ready
 	.venv/bin/python benchmarks/train_normalizers.py
 	.venv/bin/python benchmarks/two_heads.py
 	.venv/bin/python benchmarks/optimizer_step.py
+	.venv/bin/python benchmarks/zeroth_order.py
+	.venv/bin/python benchmarks/hostile_training.py
 
 docs: .venv/ready-docs
 	.venv/bin/mkdocs build --strict
