@@ -11,6 +11,7 @@ import optax
 from jax import lax
 
 from jaxsoft import _checks
+from jaxsoft._numerics import safe_divide
 from jaxsoft.optimizers import _common
 from jaxsoft.optimizers._common import Mask, Scalar
 
@@ -20,14 +21,9 @@ Kappa = Callable[[jax.Array], jax.Array]
 _MUON_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the odd quintic that Muon iterates
 
 
-def _divide_or_zero(x: jax.Array, y: jax.Array) -> jax.Array:
-    """`x / y`, and 0 where `y` is 0."""
-    return jnp.where(y > 0, x / jnp.where(y > 0, y, 1), 0)
-
-
 def _unit(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
     """Gradient of the l2 norm along `axis` (None: all axes)."""
-    return _divide_or_zero(x, jnp.sqrt(jnp.sum(x * x, axis=axis, keepdims=True)))
+    return safe_divide(x, jnp.sqrt(jnp.sum(x * x, axis=axis, keepdims=True)))
 
 
 def _argmax_sign(x: jax.Array) -> jax.Array:
@@ -58,9 +54,9 @@ def kappa_lp(p: Scalar) -> Kappa:
     _checks.number("p", p, above=1)
 
     def gradient(x: jax.Array) -> jax.Array:
-        size = _divide_or_zero(jnp.abs(x), jnp.max(jnp.abs(x)))  # in [0, 1]: no power overflows
+        size = safe_divide(jnp.abs(x), jnp.max(jnp.abs(x)))  # in [0, 1]: no power overflows
         norm = jnp.sum(size**p) ** (1 / p)  # in [1, n], or 0
-        return jnp.sign(x) * _divide_or_zero(size, norm) ** (p - 1)
+        return jnp.sign(x) * safe_divide(size, norm) ** (p - 1)
 
     return gradient
 
@@ -106,7 +102,7 @@ def kappa_soft(e: Scalar) -> Kappa:
       [ 0. -1.]
     """
     _checks.number("e", e, at_least=0)
-    return lambda x: jnp.where(jnp.abs(x) > e, jnp.sign(x), 0)
+    return lambda x: jnp.where(jnp.abs(x) <= e, 0, jnp.sign(x))
 
 
 def kappa_entropic(a: Scalar) -> Kappa:

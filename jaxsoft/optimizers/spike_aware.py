@@ -479,7 +479,7 @@ def scale_by_spam(
 
         def direction(m, v):
             root = jnp.sqrt(v) + eps
-            return jnp.where(root > 0, scale * m / root, 0)
+            return jnp.where(root == 0, 0, scale * m / root)  # NaN stays NaN
 
         u = jax.tree.map(direction, _common.widen(mu), nu)
         return _common.cast_like(u, updates), ScaleBySpamState(count, mu, nu)
@@ -669,7 +669,7 @@ def scale_by_stable_spam(
 
         def direction(m, v):
             root = jnp.sqrt(v / correction2) + eps
-            return jnp.where(root > 0, m / correction1 / root, 0)
+            return jnp.where(root == 0, 0, m / correction1 / root)  # NaN stays NaN
 
         u = _common.cast_like(jax.tree.map(direction, _common.widen(mu), nu), updates)
         return u, ScaleByStableSpamState(count, peak_mean, norm_mean, norm_square, mu, nu)

@@ -194,6 +194,18 @@ def test_apply_if_finite(name, dtype):
 
 
 @every
+def test_nan_is_not_hidden(name):
+    """A NaN in the gradient is seen in the updates, or leaves the state as if it had not come."""
+    tx, params = CASES[name].make(), params_tree()
+    state = tx.init(params)
+    grads = gradients(0, params)
+    grads["matrix"] = grads["matrix"].at[0, 1].set(jnp.nan)
+    updates, state = jax.jit(tx.update)(grads, state, params)
+    if not jnp.any(jnp.isnan(updates["matrix"])):
+        assert all_finite((updates, state))
+
+
+@every
 def test_multi_steps(name):
     inner, params = CASES[name].make(), params_tree()
     tx = optax.MultiSteps(inner, every_k_schedule=2)
