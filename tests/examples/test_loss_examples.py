@@ -14,6 +14,7 @@ FAMILIES = (
     "distillation",
     "imbalanced",
     "metric",
+    "out_of_distribution",
     "preference",
     "ranking",
     "robust",
