@@ -5,7 +5,7 @@ A delta is the difference of fine-tuned and base parameters; `optax.apply_update
 
 from __future__ import annotations
 
-from jaxsoft.merging.averages import diagonal_fisher, fisher_merge, model_stock_merge
+from jaxsoft.merging.averages import diagonal_fisher, fisher_merge, model_kinship, model_stock_merge
 from jaxsoft.merging.deltas import bit_delta, dare_delta, della_delta, star_delta
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "della_delta",
     "diagonal_fisher",
     "fisher_merge",
+    "model_kinship",
     "model_stock_merge",
     "star_delta",
 ]

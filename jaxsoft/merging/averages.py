@@ -1,4 +1,4 @@
-"""Averages of models: weighted by Fisher information, or pulled towards their common base."""
+"""Averages of models, weighted by Fisher information or pulled towards their common base, and how alike models are."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsoft import _checks
+from jaxsoft._numerics import safe_divide
 
 
 def _wide(x: Any) -> jax.Array:
@@ -211,3 +212,46 @@ def model_stock_merge(base: Any, models: Sequence[Any]) -> Any:
         return (wide + t * jnp.mean(deltas, axis=0)).astype(jnp.result_type(base))
 
     return jax.tree.map(leaf, base, *models)
+
+
+def model_kinship(base: Any, models: Sequence[Any], *, measure: str = "pearson") -> jax.Array:
+    """How alike fine-tuned models are: the measure of each pair of deltas, over all parameters together.
+
+    A merge of two models gains little where they are too alike. The kinship of a group is the mean over its pairs.
+
+    Args:
+      base: The parameters the models were tuned from, a pytree.
+      models: At least two pytrees like `base`.
+      measure: `"pearson"` (the correlation), `"cosine"`, or `"euclidean"` (a distance: 0 is equal).
+
+    Returns:
+      `[models, models]`, symmetric, in at least float32. Correlation and cosine with a delta that is constant, or 0,
+      are 0, also on the diagonal.
+
+    Raises:
+      ValueError: for fewer than two models, for a tree unlike `base`, or for an unknown measure.
+
+    References:
+      "Exploring Model Kinship for Merging Large Language Models".
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> models = [jnp.array([1.0, 2.0, 0.0]), jnp.array([2.0, 1.0, 0.0])]
+      >>> print(model_kinship(jnp.zeros(3), models)[0, 1].round(4))
+      0.5
+    """
+    _checks.option("measure", measure, ("pearson", "cosine", "euclidean"))
+    _check_alike("models", models, base, 2)
+    n = len(models)
+    leaves = [
+        jnp.stack([(_wide(x) - _wide(b)).reshape(-1) for x in alike])
+        for b, *alike in zip(jax.tree.leaves(base), *map(jax.tree.leaves, models))
+    ]
+    if measure == "euclidean":
+        return jnp.sqrt(sum(jnp.sum((d[:, None] - d) ** 2, axis=-1) for d in leaves))
+    if measure == "pearson":
+        mean = sum((jnp.sum(d, axis=1) for d in leaves), jnp.zeros(n)) / sum(d.shape[1] for d in leaves)
+        leaves = [d - mean[:, None] for d in leaves]
+    products = sum((d @ d.T for d in leaves), jnp.zeros((n, n)))
+    norm = jnp.sqrt(jnp.diagonal(products))
+    return safe_divide(products, norm[:, None] * norm)

@@ -175,7 +175,8 @@ _TESTED_IN = {
         "jaxsoft.attention: lightning_attention lightning_slopes linear_attention magnitude_aware_linear_attention"
     ),
     "tests/merging/test_merging.py": (
-        "jaxsoft.merging: bit_delta dare_delta della_delta diagonal_fisher fisher_merge model_stock_merge star_delta"
+        "jaxsoft.merging: bit_delta dare_delta della_delta diagonal_fisher fisher_merge model_kinship "
+        "model_stock_merge star_delta"
     ),
     "tests/norms/test_embedding.py": "jaxsoft.norms: stable_embedding stable_embedding_init",
     "tests/attention/test_softmax_free.py": (

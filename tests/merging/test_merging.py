@@ -238,6 +238,28 @@ def test_model_stock_limits():
     np.testing.assert_allclose(merging.model_stock_merge(base, [base, base]), base)
 
 
+def test_model_kinship_worked_example_and_formula(x64):
+    models = [jnp.array([1.0, 2.0, 0.0]), jnp.array([2.0, 1.0, 0.0])]
+    for measure, value in {"pearson": 0.5, "cosine": 0.8, "euclidean": 2**0.5}.items():
+        np.testing.assert_allclose(
+            merging.model_kinship(jnp.zeros(3), models, measure=measure)[0, 1], value, rtol=1e-12
+        )
+    rng = np.random.default_rng(0)
+    base, *models = ({"a": tree(rng, 3, 4), "b": tree(rng, 5)} for _ in range(5))
+    flat = np.stack([np.concatenate([np.ravel(x) for x in jax.tree.leaves(m)]) for m in (base, *models)])
+    deltas = flat[1:] - flat[0]
+    unit = deltas / np.linalg.norm(deltas, axis=1, keepdims=True)
+    for measure, expected in {
+        "pearson": np.corrcoef(deltas),
+        "cosine": unit @ unit.T,
+        "euclidean": np.linalg.norm(deltas[:, None] - deltas, axis=-1),
+    }.items():
+        kinship = merging.model_kinship(base, models, measure=measure)
+        np.testing.assert_allclose(kinship, expected, rtol=1e-12, atol=1e-12)
+    same = merging.model_kinship(base, [base, models[0]])
+    np.testing.assert_allclose(same, [[0, 0], [0, 1]], atol=1e-12)
+
+
 def test_every_delta_keeps_dtypes_and_applies():
     base = {"w": jnp.ones((2, 2), jnp.bfloat16), "empty": jnp.zeros((0, 2)), "scalar": jnp.array(2.0)}
     delta = jax.tree.map(lambda x: (0.5 * x).astype(x.dtype), base)
@@ -263,6 +285,12 @@ def test_every_delta_keeps_dtypes_and_applies():
             r"weights\[0\] .* > 0",
         ),
         (lambda: merging.model_stock_merge(jnp.ones(2), [jnp.ones(2)]), ValueError, "at least 2 pytrees"),
+        (lambda: merging.model_kinship(jnp.ones(2), [jnp.ones(2)]), ValueError, "at least 2 pytrees"),
+        (
+            lambda: merging.model_kinship(jnp.ones(2), [jnp.ones(2)] * 2, measure="angle"),
+            ValueError,
+            "measure must be .* 'angle'",
+        ),
         (lambda: merging.model_stock_merge(jnp.ones(2), [jnp.ones(2), {}]), ValueError, r"models\[1\]"),
         (lambda: merging.diagonal_fisher(network, {}, {}), ValueError, "inputs must be"),
         (
