@@ -35,7 +35,7 @@ test-oldest: .venv/ready-tests
 ifneq ($(NEWEST_PYTHON),)
 test-newest: .venv-newest/ready-tests
 	@echo "== engine, conformance and optimizer tests on $$(.venv-newest/bin/python tests/versions.py)"
-	JAXSOFT_LAWS=engine .venv-newest/bin/python -m pytest -n $(WORKERS) tests/rows tests/conformance tests/optimizers
+	JAXSOFT_LAWS=engine .venv-newest/bin/python -m pytest -n $(WORKERS) tests/rows tests/conformance tests/optimizers/test_common.py
 else
 test-newest:
 	@echo "== no Python 3.12 or newer found (PATH, pyenv): the newest jax is not tested"

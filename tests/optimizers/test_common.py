@@ -19,14 +19,17 @@ import pytest
 
 from jaxsoft import optimizers as o
 
-CASES = {}
+CASES, FIRST = {}, {}
 for _family in pkgutil.iter_modules(optimizers.families.__path__):
-    CASES |= importlib.import_module(f"optimizers.families.{_family.name}").CASES
+    _cases = importlib.import_module(f"optimizers.families.{_family.name}").CASES
+    CASES |= _cases
+    FIRST |= dict(list(_cases.items())[:1])
 
 
 def over(keep=lambda case: True):
-    """Runs a test for each case that `keep` says."""
-    return pytest.mark.parametrize("name", [name for name, case in CASES.items() if keep(case)])
+    """Runs a test for each case that `keep` says; on the newest versions, for the first of each family."""
+    cases = FIRST if os.environ.get("JAXSOFT_LAWS") == "engine" else CASES
+    return pytest.mark.parametrize("name", [name for name, case in cases.items() if keep(case)])
 
 
 every = over()
