@@ -721,12 +721,13 @@ def shared_randomness_update(
       >>> import jax.numpy as jnp
       >>> from jaxsoft.optimizers import quantize_projection, shared_randomness_update, zo_projection
       >>> loss = lambda p, target: jnp.sum((p - target) ** 2)
-      >>> params, targets = jnp.zeros(2), jnp.array([[1.0, 2.0], [3.0, 2.0]])
-      >>> for t in range(300):
+      >>> targets = jnp.array([[1.0, 2.0], [3.0, 2.0]])
+      >>> def step(t, params):
       ...     keys = jax.random.split(jax.random.fold_in(jax.random.key(0), t), 2)
       ...     _, rhos = jax.vmap(zo_projection(loss), in_axes=(None, 0, 0))(params, keys, targets)
       ...     codes = quantize_projection(rhos, limit=8.0)
-      ...     params = shared_randomness_update(params, codes, keys, 0.02, limit=8.0)
+      ...     return shared_randomness_update(params, codes, keys, 0.02, limit=8.0)
+      >>> params = jax.lax.fori_loop(0, 300, step, jnp.zeros(2))
       >>> print(jnp.abs(params - 2).max() < 0.5)
       True
     """

@@ -34,10 +34,15 @@ def all_losses(hidden, weight, labels, cotangents, dense, block_size):
     return jnp.stack([jnp.vdot(c, f(logits, labels)) for c, f in zip(cotangents, LOSSES)])
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(np.float32, 1e-5), (np.float64, 1e-10)])
 @pytest.mark.parametrize(
-    "vocab, block_sizes",
-    [(1, (1, 512)), (7, (1, 3)), (1000, (128, None)), (4099, (512, 4098)), (50257, (1024, None))],
+    "vocab, block_sizes, dtype, tolerance",
+    [
+        (1, (1, 512), np.float32, 1e-5),
+        (7, (1, 3), np.float64, 1e-10),
+        (1000, (128, None), np.float32, 1e-5),
+        (4099, (512, 4098), np.float64, 1e-10),
+        (50257, (1024, None), np.float32, 1e-5),
+    ],
 )
 def test_values_and_gradients_of_every_loss_are_those_of_dense_logits(vocab, block_sizes, dtype, tolerance):
     with float64():
