@@ -403,9 +403,8 @@ def quantize_state(
     step divides by its root. Not for optimizers that subtract two moments under a root (centered RMSProp).
 
     Without `chunk_size` the moments of a leaf exist in float32 within the step, and on a CPU those of many
-    leaves at once. With it a leaf is done in pieces of about so many entries, which needs no such memory and
-    is faster for Adam on a CPU, but is only for an inner transformation that treats each entry alone
-    (Adam, Lion, RMSProp; anything with a norm is refused) and, as the pieces are cut across shards, for
+    leaves at once. With it a leaf is done in pieces of about so many entries, which needs no such memory,
+    but is only for an inner transformation that treats each entry alone (Adam, Lion, RMSProp; anything with a norm is refused) and, as the pieces are cut across shards, for
     parameters that are not sharded (or inside `shard_map`). The updates are written over the gradients if
     these are computed in the same jitted function; else they are stored, 4 bytes a parameter.
 
