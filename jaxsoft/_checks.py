@@ -87,6 +87,12 @@ def option(name: str, value: Any, choices: tuple[Any, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def flag(name: str, value: Any) -> None:
+    """Checks a switch: Python's True or False, static."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {describe(value)}")
+
+
 def floating(name: str, value: Any) -> None:
     """Checks that `value` is an array of real floating dtype."""
     if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.floating):

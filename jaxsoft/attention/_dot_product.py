@@ -280,8 +280,7 @@ def prepare(
         _checks.number("softcap", softcap, above=0)
     if mask_fn is not None and not callable(mask_fn):
         raise TypeError(f"mask_fn must be a function of two positions, got {_checks.describe(mask_fn)}")
-    if not isinstance(is_causal, bool):
-        raise TypeError(f"is_causal must be True or False, got {_checks.describe(is_causal)}")
+    _checks.flag("is_causal", is_causal)
     bq, bk = _block_sizes(block_sizes, b * n, t, s)
     static = _is_static(query_offset) and _is_static(key_offset)
     plan = Plan(

@@ -40,8 +40,7 @@ def prepare(
     _checks.shape("value", value, (*batch, s, k, *value.shape[-1:]), "[*batch, S, K, Hv], as the key's")
     if k == 0 or n % k:
         raise ValueError(f"query must have a multiple of the key's {k} heads, got {n} in shape {query.shape}")
-    if not isinstance(is_causal, bool):
-        raise TypeError(f"is_causal must be True or False, got {_checks.describe(is_causal)}")
+    _checks.flag("is_causal", is_causal)
     if self_only and is_causal and t != s:
         raise ValueError(f"key must have the query's length {t} where is_causal, got length {s}")
     where = mask_of(mask_name, where, (*batch, s))

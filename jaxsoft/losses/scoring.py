@@ -393,8 +393,7 @@ def grand_score_linear(
     _checks.floating("features", features)
     if features.ndim != len(shape) + 1 or features.shape[:-1] != shape:
         raise ValueError(f"features must have shape {(*shape, 'd')}, got shape {tuple(features.shape)}")
-    if not isinstance(bias, bool):
-        raise TypeError(f"bias must be True or False, got {_checks.describe(bias)}")
+    _checks.flag("bias", bias)
     if rows.keep is not None:
         features = jnp.where(rows.keep[..., None], features, 0)
     h = features.astype(accumulation_dtype(features.dtype))

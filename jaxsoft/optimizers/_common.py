@@ -83,6 +83,12 @@ def separate(scalars: Any) -> Any:
     return jax.lax.optimization_barrier(scalars)
 
 
+def check_params(name: str, params: Any) -> None:
+    """Checks that `update` was called with the parameters."""
+    if params is None:
+        raise ValueError(f"{name} needs params: call update(updates, state, params); got params=None")
+
+
 def check_beta(name: str, value: Any) -> None:
     """Checks a decay rate of a moving average."""
     _checks.number(name, value, at_least=0, below=1)

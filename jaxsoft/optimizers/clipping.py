@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxsoft import _checks
+from jaxsoft._numerics import safe_divide
 from jaxsoft.optimizers import _common
 from jaxsoft.optimizers._common import Scalar
 
@@ -21,11 +22,6 @@ def _global_norm(tree: Any) -> jax.Array:
     """The norm of all leaves together, in at least float32."""
     leaves = [jnp.asarray(x, _common.wide(x)) for x in jax.tree.leaves(tree)]
     return jnp.sqrt(jnp.asarray(sum((jnp.sum(x * x) for x in leaves), jnp.zeros([], jnp.float32))))
-
-
-def _check_bool(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool, got {_checks.describe(value)}")
 
 
 # By entry.
@@ -75,8 +71,8 @@ def clip_by_quantile(
       [ 1. -2.  3. -3.  3.]
     """
     _checks.number("fraction", fraction, at_least=0, at_most=1)
-    _check_bool("per_leaf", per_leaf)
-    _check_bool("exact", exact)
+    _checks.flag("per_leaf", per_leaf)
+    _checks.flag("exact", exact)
 
     def bound(leaves: list[jax.Array]) -> jax.Array:
         size = sum(x.size for x in leaves)
@@ -446,4 +442,4 @@ def directional_sharpness(
     _, hv = jax.jvp(jax.grad(loss), (params,), (v,))
     v, hv = _common.widen(v), _common.widen(hv)
     square = jnp.asarray(optax.tree.vdot(v, v))
-    return jnp.where(square == 0, 0, optax.tree.vdot(v, hv) / jnp.where(square == 0, 1, square))
+    return safe_divide(jnp.asarray(optax.tree.vdot(v, hv)), square)

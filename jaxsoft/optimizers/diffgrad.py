@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxsoft import _checks
+from jaxsoft._numerics import safe_divide
 from jaxsoft.optimizers import _common
 from jaxsoft.optimizers._common import Mask, Scalar, bias_correction, moving_average
 
@@ -91,8 +92,7 @@ def scale_by_diffgrad(
 
         def direction(g, previous, m, v):
             friction = jax.nn.sigmoid(jnp.abs(previous.astype(g.dtype) - g))
-            root = jnp.sqrt(v) + eps
-            return jnp.where(root == 0, 0, step * m * friction / jnp.where(root == 0, 1, root))
+            return safe_divide(step * m * friction, jnp.sqrt(v) + eps)
 
         u = jax.tree.map(direction, g, state.previous, _common.widen(mu), nu)
         previous = _common.cast_like(g, state.previous)

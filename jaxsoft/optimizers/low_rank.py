@@ -10,6 +10,7 @@ import optax
 from jax import lax
 
 from jaxsoft import _checks
+from jaxsoft._numerics import safe_divide
 from jaxsoft.optimizers import _common
 from jaxsoft.optimizers._common import Mask, Scalar, bias_correction, moving_average
 
@@ -64,8 +65,7 @@ def limit_norm_growth(
       [6. 8.]
     """
     _checks.number("gamma", gamma, at_least=1)
-    if not isinstance(per_leaf, bool):
-        raise TypeError(f"per_leaf must be a bool, got {_checks.describe(per_leaf)}")
+    _checks.flag("per_leaf", per_leaf)
 
     def init(params: optax.Params) -> LimitNormGrowthState:
         return LimitNormGrowthState(_common.scalars_like(params))
@@ -213,8 +213,7 @@ def scale_by_fira(
     _checks.number("gamma", gamma, at_least=1)
     _checks.option("projection", projection, ("std", "reverse_std"))
     _checks.option("scaling", scaling, ("column", "matrix"))
-    if not isinstance(align_signs, bool):
-        raise TypeError(f"align_signs must be a bool, got {_checks.describe(align_signs)}")
+    _checks.flag("align_signs", align_signs)
 
     def init(params: optax.Params) -> ScaleByFiraState:
         def moment(p):
@@ -275,11 +274,7 @@ def scale_by_fira(
         mu = moving_average(b1, state.mu, r)
         nu = moving_average(b2, state.nu, jax.tree.map(jnp.square, r))
 
-        def normalized(m, v):
-            root = jnp.sqrt(v) + eps
-            return jnp.where(root == 0, 0, m / jnp.where(root == 0, 1, root))
-
-        psi = jax.tree.map(normalized, mu, nu)
+        psi = jax.tree.map(lambda m, v: safe_divide(m, jnp.sqrt(v) + eps), mu, nu)
         leaves, treedef = jax.tree.flatten(g)
         both = [
             full_rank(*leaf)

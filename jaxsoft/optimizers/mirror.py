@@ -114,8 +114,7 @@ def optimistic_mirror_descent(
         raise TypeError(f"projection must be a function or None, got {_checks.describe(projection)}")
     if projection is not None and mirror == "entropy":
         raise ValueError("projection must be None for mirror='entropy', which stays on the simplex by itself")
-    if not isinstance(adaptive, bool):
-        raise TypeError(f"adaptive must be a bool, got {_checks.describe(adaptive)}")
+    _checks.flag("adaptive", adaptive)
     _checks.number("delta", delta, above=0)
 
     def rate(count: jax.Array, variation: Any) -> Any:
@@ -139,10 +138,7 @@ def optimistic_mirror_descent(
 
     def update(updates: optax.Updates, state: Any, params: Any = None, **extra: Any):
         del extra
-        if params is None:
-            raise ValueError(
-                "optimistic_mirror_descent needs params: call update(updates, state, params); got params=None"
-            )
+        _common.check_params("optimistic_mirror_descent", params)
         g, x = _common.widen(updates), _common.widen(params)
         count = jnp.asarray(optax.safe_increment(state.count))
         variation = state.variation

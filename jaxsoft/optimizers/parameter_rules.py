@@ -26,8 +26,7 @@ def _with_params(
 
     def update(updates: optax.Updates, state: Any, params: Any = None, **extra: Any):
         del extra
-        if params is None:
-            raise ValueError(f"{name} needs params: call update(updates, state, params); got params=None")
+        _common.check_params(name, params)
         u = rule(_common.widen(updates), _common.widen(params))
         return _common.cast_like(u, updates), state
 
@@ -181,10 +180,7 @@ def add_decayed_deltas(
 
     def update(updates: optax.Updates, state: Any, params: Any = None, **extra: Any):
         del extra
-        if params is None:
-            raise ValueError(
-                "add_decayed_deltas needs params: call update(updates, state, params); got params=None"
-            )
+        _common.check_params("add_decayed_deltas", params)
         wide = map(_common.widen, (updates, params, state.reference))
         u = jax.tree.map(lambda g, p, r: g + weight_decay * (p - r), *wide)
         return _common.cast_like(u, updates), state

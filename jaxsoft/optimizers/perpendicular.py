@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxsoft import _checks
 from jaxsoft.optimizers import _common
 from jaxsoft.optimizers._common import Mask
 
@@ -85,15 +86,11 @@ def perpendicular_gradient(
       >>> print(tx.update(g, tx.init(p), p)[0].round(4))
       [0. 5.]
     """
-    if not isinstance(rescale, bool):
-        raise TypeError(f"rescale must be a bool, got {rescale!r} of type {type(rescale).__name__}")
+    _checks.flag("rescale", rescale)
 
     def update(updates: optax.Updates, state: Any, params: Any = None, **extra: Any):
         del extra
-        if params is None:
-            raise ValueError(
-                "perpendicular_gradient needs params: call update(updates, state, params); got params=None"
-            )
+        _common.check_params("perpendicular_gradient", params)
         u = jax.tree.map(lambda g, p: _perpendicular(g, p, rescale), updates, params)
         return _common.cast_like(u, updates), state
 

@@ -104,7 +104,7 @@ def dynamic_code_map(signed: bool = True) -> jax.Array:
       >>> print(values.shape, values[127], values[255])
       (256,) 0.0 1.0
     """
-    _check_bool("signed", signed)
+    _checks.flag("signed", signed)
     return jnp.asarray(_MAPS[signed], jnp.float32)
 
 
@@ -292,7 +292,7 @@ def quantize_blockwise(x: jax.Array, *, block_size: int = 256, signed: bool = Tr
     """
     _checks.floating("x", x)
     block_size = _checks.integer("block_size", block_size, at_least=1)
-    _check_bool("signed", signed)
+    _checks.flag("signed", signed)
     return _quantize(x.astype(_common.wide(x)), block_size, signed)
 
 
@@ -321,17 +321,12 @@ def dequantize_blockwise(q: QuantizedArray, *, block_size: int = 256, signed: bo
       [1. 2. 4.]
     """
     block_size = _checks.integer("block_size", block_size, at_least=1)
-    _check_bool("signed", signed)
+    _checks.flag("signed", signed)
     if getattr(q.codes, "dtype", None) != jnp.uint8:
         raise TypeError(f"q.codes must be an array of dtype uint8, got {_checks.describe(q.codes)}")
     expected = _layout(q.codes.shape, block_size).scales_shape
     _checks.shape("q.scales", q.scales, expected, f"blocks of {block_size} of codes of shape {q.codes.shape}")
     return _dequantize(q, block_size, signed)
-
-
-def _check_bool(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {_checks.describe(value)}")
 
 
 # ------------------------------------------------------------------------------------------------- states
@@ -456,7 +451,7 @@ def quantize_state(
     if isinstance(unsigned, str) or not all(isinstance(name, str) for name in unsigned):
         raise TypeError(f"unsigned must be several names of fields, got {_checks.describe(unsigned)}")
     names = frozenset(unsigned)
-    _check_bool("stochastic_rounding", stochastic_rounding)
+    _checks.flag("stochastic_rounding", stochastic_rounding)
     seed = _checks.integer("seed", seed)
     if chunk_size is not None:
         chunk_size = _checks.integer("chunk_size", chunk_size, at_least=1)
@@ -701,8 +696,8 @@ def compress_gradients(
        [-1.    0.25]]
     """
     _checks.option("codebook", codebook, ("dynamic", "linear"))
-    _check_bool("error_feedback", error_feedback)
-    _check_bool("stochastic_rounding", stochastic_rounding)
+    _checks.flag("error_feedback", error_feedback)
+    _checks.flag("stochastic_rounding", stochastic_rounding)
     seed = _checks.integer("seed", seed)
     dynamic = codebook == "dynamic"
 

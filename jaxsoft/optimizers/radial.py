@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxsoft import _checks
+from jaxsoft._numerics import safe_divide
 from jaxsoft.optimizers import _common
 from jaxsoft.optimizers._common import Mask, Scalar, bias_correction, moving_average
 
@@ -54,18 +55,13 @@ def _radial_part(
         gg, pp, gp, up = sums
         norm = jnp.sqrt(pp)
         small = delta / math.sqrt(max(length, 1)) * jnp.maximum(jnp.sqrt(gg) * norm, eps)
-        return _divide_or_zero(up, jnp.square(norm + eps)), jnp.all(jnp.abs(gp) < small)
+        return safe_divide(up, jnp.square(norm + eps)), jnp.all(jnp.abs(gp) < small)
 
     sums = tuple(jnp.sum(x, axis=others, keepdims=True) for x in (g * g, p * p, g * p, u * p))
     by_channel, in_channels = factor(sums, math.prod(g.shape[i] for i in others))
     # Separate, or else the compiler makes the second sums out of the products too, and stores these.
     of_layer, in_layer = factor(tuple(map(jnp.sum, _common.separate(sums))), g.size)
     return jnp.where(in_channels, by_channel, jnp.where(in_layer, of_layer, 0)), in_channels | in_layer
-
-
-def _divide_or_zero(x: jax.Array, y: jax.Array) -> jax.Array:
-    """`x / y`, and 0 where `y` is 0."""
-    return jnp.where(y == 0, 0, x / jnp.where(y == 0, 1, y))
 
 
 def _decayed(mask: Mask, params: optax.Params) -> Any:
@@ -141,10 +137,7 @@ def project_out_radial(
     inner = optax.with_extra_args_support(inner)
 
     def update(updates: optax.Updates, state: Any, params: Any = None, **extra: Any):
-        if params is None:
-            raise ValueError(
-                "project_out_radial needs params: call update(updates, state, params); got params=None"
-            )
+        _common.check_params("project_out_radial", params)
         directions, state = inner.update(updates, state, params, **extra)
 
         def leaf(u, g, p, decays):
@@ -164,6 +157,7 @@ def project_out_radial(
 
 def _adam(b1: Scalar, b2: Scalar, eps: Scalar, nesterov: bool, mu_dtype: Any) -> optax.GradientTransformation:
     """Adam's direction, in at least float32, with AdamP's Nesterov variant."""
+    _checks.flag("nesterov", nesterov)
     _common.check_beta("b1", b1)
     _common.check_beta("b2", b2)
     _checks.number("eps", eps, at_least=0)
@@ -183,7 +177,7 @@ def _adam(b1: Scalar, b2: Scalar, eps: Scalar, nesterov: bool, mu_dtype: Any) ->
 
         def direction(g, m, v):
             m = b1 * m + (1 - b1) * g if nesterov else m
-            return _divide_or_zero(m / c1, jnp.sqrt(v / c2) + eps)
+            return safe_divide(m / c1, jnp.sqrt(v / c2) + eps)
 
         return jax.tree.map(direction, g, _common.widen(mu), nu), optax.ScaleByAdamState(count, mu, nu)
 
@@ -192,6 +186,7 @@ def _adam(b1: Scalar, b2: Scalar, eps: Scalar, nesterov: bool, mu_dtype: Any) ->
 
 def _momentum(momentum: Scalar, dampening: Scalar, nesterov: bool) -> optax.GradientTransformation:
     """Momentum as torch has it, in at least float32."""
+    _checks.flag("nesterov", nesterov)
     _checks.number("momentum", momentum, at_least=0, below=1)
     _checks.number("dampening", dampening, at_least=0, at_most=1)
 
@@ -205,16 +200,10 @@ def _momentum(momentum: Scalar, dampening: Scalar, nesterov: bool) -> optax.Grad
     return optax.GradientTransformation(lambda params: optax.TraceState(_common.moments_like(params)), update)
 
 
-def _check_nesterov(nesterov: Any) -> bool:
-    if not isinstance(nesterov, bool):
-        raise TypeError(f"nesterov must be a bool, got {_checks.describe(nesterov)}")
-    return nesterov
-
-
 def _adamp(
     b1: Scalar, b2: Scalar, eps: Scalar, nesterov: bool, mu_dtype: Any, **radial: Any
 ) -> optax.GradientTransformationExtraArgs:
-    inner = _adam(b1, b2, eps, _check_nesterov(nesterov), mu_dtype)
+    inner = _adam(b1, b2, eps, nesterov, mu_dtype)
     return project_out_radial(inner, eps=eps, **radial)
 
 
@@ -344,7 +333,7 @@ def _with_learning_rate(
 def _sgdp(
     momentum: Scalar, dampening: Scalar, nesterov: bool, **radial: Any
 ) -> optax.GradientTransformationExtraArgs:
-    return project_out_radial(_momentum(momentum, dampening, _check_nesterov(nesterov)), **radial)
+    return project_out_radial(_momentum(momentum, dampening, nesterov), **radial)
 
 
 def scale_by_sgdp(

@@ -164,8 +164,7 @@ def scale_by_shampoo(
     if b1 is not None:
         _common.check_beta("b1", b1)
     _checks.number("exponent", exponent, above=0)
-    if not isinstance(trace_normalize, bool):
-        raise TypeError(f"trace_normalize must be a bool, got {_checks.describe(trace_normalize)}")
+    _checks.flag("trace_normalize", trace_normalize)
     _common.check_steps("precondition_every", precondition_every, at_least=1)
     _checks.option("grafting", grafting, ("none", "sgd", "diagonal"))
     max_dim = _checks.integer("max_dim", max_dim, at_least=1)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxsoft import _checks
+from jaxsoft._numerics import safe_divide
 from jaxsoft.optimizers import _common
 from jaxsoft.optimizers._common import Mask, Scalar, bias_correction, moving_average
 
@@ -478,8 +479,7 @@ def scale_by_spam(
         scale *= jnp.sqrt(bias_correction(b2, count)) / bias_correction(b1, count)
 
         def direction(m, v):
-            root = jnp.sqrt(v) + eps
-            return jnp.where(root == 0, 0, scale * m / root)  # NaN stays NaN
+            return safe_divide(scale * m, jnp.sqrt(v) + eps)
 
         u = jax.tree.map(direction, _common.widen(mu), nu)
         return _common.cast_like(u, updates), ScaleBySpamState(count, mu, nu)
@@ -668,8 +668,7 @@ def scale_by_stable_spam(
         correction1, correction2 = bias_correction(b1_now, since_reset), bias_correction(b2, since_reset)
 
         def direction(m, v):
-            root = jnp.sqrt(v / correction2) + eps
-            return jnp.where(root == 0, 0, m / correction1 / root)  # NaN stays NaN
+            return safe_divide(m / correction1, jnp.sqrt(v / correction2) + eps)
 
         u = _common.cast_like(jax.tree.map(direction, _common.widen(mu), nu), updates)
         return u, ScaleByStableSpamState(count, peak_mean, norm_mean, norm_square, mu, nu)

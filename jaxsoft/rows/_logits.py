@@ -383,8 +383,7 @@ def linear_logits(
     hidden, weight = _to_array("hidden", hidden), _to_array("weight", weight)
     if hidden.ndim < 1:
         raise ValueError(f"hidden must have shape [*rows, d], got shape {hidden.shape}")
-    if not isinstance(transpose_weight, bool):
-        raise TypeError(f"transpose_weight must be True or False, got {_checks.describe(transpose_weight)}")
+    _checks.flag("transpose_weight", transpose_weight)
     layout = "[vocab, d]" if transpose_weight else "[d, vocab]"
     if weight.ndim != 2:
         raise ValueError(f"weight must have shape {layout}, got shape {weight.shape}")

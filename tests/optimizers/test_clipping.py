@@ -283,8 +283,8 @@ def test_sharpness_is_that_of_the_hessian():
     ("call", "error", "words"),
     [
         (lambda: o.clip_by_quantile(1.5), ValueError, "fraction .* <= 1, got 1.5"),
-        (lambda: o.clip_by_quantile(0.1, per_leaf=1), TypeError, "per_leaf must be a bool"),
-        (lambda: o.clip_by_quantile(0.1, exact=None), TypeError, "exact must be a bool"),
+        (lambda: o.clip_by_quantile(0.1, per_leaf=1), TypeError, "per_leaf must be True or False"),
+        (lambda: o.clip_by_quantile(0.1, exact=None), TypeError, "exact must be True or False"),
         (lambda: o.clip_by_percentile(101.0), ValueError, "percentile .* <= 100, got 101.0"),
         (lambda: o.clip_by_percentile(5.0, 0), ValueError, "window .* >= 1, got 0"),
         (lambda: o.clip_by_percentile(5.0, 2.5), TypeError, "window .* static integer"),

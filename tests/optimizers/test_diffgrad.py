@@ -5,20 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from optimizers.trajectory import trajectory
 
 from jaxsoft import optimizers as o
-
-
-def trajectory(tx, params, grads):
-    """The parameters after each step, `[steps, *shape]`."""
-
-    def step(carry, g):
-        params, state = carry
-        updates, state = tx.update(g, state, params)
-        params = optax.apply_updates(params, updates)
-        return (params, state), params
-
-    return jax.jit(lambda p, g: jax.lax.scan(step, (p, tx.init(p)), g)[1])(params, grads)
 
 
 def random_problem(steps=100, size=23):

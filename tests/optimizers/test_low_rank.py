@@ -8,20 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from optimizers.trajectory import trajectory
 
 from jaxsoft import optimizers as o
-
-
-def trajectory(tx, params, grads):
-    """The parameters after each step, `[steps, *shape]`."""
-
-    def step(carry, g):
-        params, state = carry
-        updates, state = tx.update(g, state, params)
-        params = optax.apply_updates(params, updates)
-        return (params, state), params
-
-    return jax.jit(lambda p, g: jax.lax.scan(step, (p, tx.init(p)), g)[1])(params, grads)
 
 
 def random_problem(steps=60, shape=(7, 5)):
@@ -272,7 +261,7 @@ def test_limiter_turned_off_and_nan():
         (lambda: o.fira(0.1, 1, align_signs=1), TypeError, "align_signs"),
         (lambda: o.fira(0.1, 1, weight_decay=-1.0), ValueError, "weight_decay"),
         (lambda: o.limit_norm_growth(0.5), ValueError, "gamma .* >= 1, got 0.5"),
-        (lambda: o.limit_norm_growth(per_leaf=1), TypeError, "per_leaf must be a bool"),
+        (lambda: o.limit_norm_growth(per_leaf=1), TypeError, "per_leaf must be True or False"),
     ],
 )
 def test_errors(call, error, words):

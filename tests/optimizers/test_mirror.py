@@ -7,22 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from optimizers.trajectory import trajectory
 
 from jaxsoft import optimizers as o
 
 simplex = optax.projections.projection_simplex
-
-
-def played(tx, x, grads):
-    """The parameters after each gradient."""
-
-    def step(carry, g):
-        x, state = carry
-        updates, state = tx.update(g, state, x)
-        x = optax.apply_updates(x, updates)
-        return (x, state), x
-
-    return jax.jit(lambda x: jax.lax.scan(step, (x, tx.init(x)), grads)[1])(x)
 
 
 def test_entropy_worked_example(x64):
@@ -38,9 +27,9 @@ def test_entropy_worked_example(x64):
 
 def test_without_projection_it_is_optimistic_gradient_descent(x64):
     grads = jax.random.normal(jax.random.key(0), (100, 5))
-    ours = played(o.optimistic_mirror_descent(0.1), jnp.zeros(5), grads)
+    ours = trajectory(o.optimistic_mirror_descent(0.1), jnp.zeros(5), grads)
     # Its first step has no gradient before: the hint of optax is then 0, ours is the first gradient.
-    theirs = played(optax.optimistic_gradient_descent(0.1), jnp.zeros(5) - 0.1 * grads[0], grads)
+    theirs = trajectory(optax.optimistic_gradient_descent(0.1), jnp.zeros(5) - 0.1 * grads[0], grads)
     np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
@@ -76,14 +65,14 @@ def test_two_sequences_as_in_the_paper(x64, mirror, adaptive):
         delta=2.0,
         projection=simplex if mirror == "euclidean" else None,
     )
-    ours = played(tx, jnp.asarray(np.full(4, 0.25)), jnp.asarray(grads))
+    ours = trajectory(tx, jnp.asarray(np.full(4, 0.25)), jnp.asarray(grads))
     np.testing.assert_allclose(ours, expected, rtol=1e-7, atol=1e-10)
 
 
 def test_schedule_is_used_one_step_ahead_for_the_hint(x64):
     schedule = optax.linear_schedule(1.0, 0.0, 4)
     grads = jnp.ones((3, 1))
-    ours = played(o.optimistic_mirror_descent(schedule), jnp.zeros(1), grads)
+    ours = trajectory(o.optimistic_mirror_descent(schedule), jnp.zeros(1), grads)
     np.testing.assert_allclose(ours[:, 0], [-1.75, -2.25, -2.5], atol=1e-12)
 
 
@@ -123,7 +112,7 @@ def test_regret_with_gradients_that_do_not_change_is_constant():
     """The regret bound depends on the change of the gradients: it stops growing when they stop."""
     grads = jnp.tile(jnp.array([0.3, -0.1, 0.5]), (400, 1))
     x = jnp.full(3, 1 / 3)
-    points = played(o.optimistic_mirror_descent(1.0, mirror="entropy", adaptive=True), x, grads)
+    points = trajectory(o.optimistic_mirror_descent(1.0, mirror="entropy", adaptive=True), x, grads)
     losses = np.concatenate([[x @ grads[0]], np.sum(points[:-1] * grads[1:], axis=-1)])
     regret = np.cumsum(losses) - np.arange(1, 401) * -0.1
     assert regret[-1] < 1.5 and regret[-1] - regret[200] < 1e-3
@@ -132,7 +121,7 @@ def test_regret_with_gradients_that_do_not_change_is_constant():
 def test_entropy_stays_on_the_simplex_and_keeps_zeros():
     grads = 100 * jax.random.normal(jax.random.key(0), (20, 2, 4))
     x = jnp.array([[0.5, 0.0, 0.25, 0.25], [0.0, 0.0, 1.0, 0.0]])
-    points = played(o.optimistic_mirror_descent(1.0, mirror="entropy"), x, grads)
+    points = trajectory(o.optimistic_mirror_descent(1.0, mirror="entropy"), x, grads)
     np.testing.assert_allclose(jnp.sum(points, axis=-1), np.ones((20, 2)), rtol=1e-5)
     assert bool(jnp.all(points >= -1e-7)) and bool(jnp.all(jnp.abs(points[:, 0, 1]) < 1e-7))
     np.testing.assert_allclose(points[:, 1], np.broadcast_to(x[1], (20, 4)), atol=1e-6)
@@ -165,7 +154,7 @@ def test_projection_of_a_tree():
             "projection",
         ),
         (lambda: o.optimistic_mirror_descent(1.0, projection=3), TypeError, "projection must be a function"),
-        (lambda: o.optimistic_mirror_descent(1.0, adaptive=1), TypeError, "adaptive must be a bool"),
+        (lambda: o.optimistic_mirror_descent(1.0, adaptive=1), TypeError, "adaptive must be True or False"),
         (lambda: o.optimistic_mirror_descent(1.0, delta=0.0), ValueError, "delta .* > 0"),
     ],
 )

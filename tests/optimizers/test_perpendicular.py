@@ -136,7 +136,7 @@ def test_errors():
     tx = o.perpendicular_gradient()
     with pytest.raises(ValueError, match=r"needs params: call update\(updates, state, params\)"):
         tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
-    with pytest.raises(TypeError, match="rescale must be a bool, got 1"):
+    with pytest.raises(TypeError, match="rescale must be True or False, got 1"):
         o.perpendicular_gradient(rescale=1)
     with pytest.raises(TypeError, match="real"):
         project(jnp.ones(2, jnp.complex64), jnp.ones(2, jnp.complex64))

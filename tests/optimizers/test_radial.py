@@ -8,20 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from optimizers.trajectory import trajectory
 
 from jaxsoft import optimizers as o
-
-
-def trajectory(tx, params, grads):
-    """The parameters after each step, `[steps, *shape]`."""
-
-    def step(carry, g):
-        params, state = carry
-        updates, state = tx.update(g, state, params)
-        params = optax.apply_updates(params, updates)
-        return (params, state), params
-
-    return jax.jit(lambda p, g: jax.lax.scan(step, (p, tx.init(p)), g)[1])(params, grads)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +196,7 @@ def test_temporary_memory_of_a_matrix(tx, limit):
         (lambda: o.adamp(0.1, delta=-1.0), ValueError, "delta .* >= 0, got -1.0"),
         (lambda: o.adamp(0.1, wd_ratio=-1.0), ValueError, "wd_ratio"),
         (lambda: o.adamp(0.1, weight_decay=-1.0), ValueError, "weight_decay"),
-        (lambda: o.adamp(0.1, nesterov=1.0), TypeError, "nesterov must be a bool, got 1.0"),
+        (lambda: o.adamp(0.1, nesterov=1.0), TypeError, "nesterov must be True or False, got 1.0"),
         (lambda: o.adamp(0.1, channel_axis=0.5), TypeError, "channel_axis .* integer"),
         (lambda: o.adamp(0.1, mu_dtype="letters"), TypeError, "mu_dtype"),
         (lambda: o.sgdp(0.1, 1.0), ValueError, "momentum .* < 1, got 1.0"),
