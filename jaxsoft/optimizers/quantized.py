@@ -108,40 +108,50 @@ def dynamic_code_map(signed: bool = True) -> jax.Array:
     return jnp.asarray(_MAPS[signed], jnp.float32)
 
 
+def _bits(x: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(x, jnp.int64 if x.dtype.itemsize == 8 else jnp.int32)
+
+
 def _encode_dynamic(y: jax.Array, signed: bool) -> jax.Array:
-    """The nearest value of the dynamic map, as a float index. Arithmetic: a binary search is forty times slower."""
-    size = jnp.abs(y)
-    # Within a decade the index is linear in the size: `slope size + start`, rounded down.
-    slope, start = jnp.zeros_like(size), jnp.zeros_like(size)
-    for i, k in enumerate(_fractions(signed)):
+    """The code of the nearest value of the dynamic map, int32. Arithmetic: a binary search is forty times slower.
+
+    Comparisons with selects stand for minima, which would be slower because they care for NaN.
+    """
+    size = jnp.abs(y) if signed else jnp.where(y > 0, y, 0)
+    # Within a decade of k values the place, from k to 2k, is linear in the size, and the lines of all decades make
+    # a concave function, of which each is the tangent: the place is the least of them.
+    place: Any = None
+    for i, k in enumerate(2 ** np.arange(_DECADES) * (1 if signed else 2)):
         low = 10.0 ** (i - _DECADES)
-        # Halfway between the last value of the decade below (or 0) and the first of this one.
-        edge = low * (1 + 4.5 / k) / 2 if i == 0 else low * (1 + 1.8 / k)
-        inside = size >= edge
-        first = k if signed else k - 1
-        slope = jnp.where(inside, k / (9 * low), slope)
-        start = jnp.where(inside, first - k / 9, start)
-    # The first part of the next decade, up to its edge, still belongs to the last value of this one, whose
-    # index is 2k - 1 (unsigned: 2k - 2); `start` is 8k/9 (less 1).
-    last = 2.25 * start - 0.5 if signed else 2.25 * start + 0.75
-    index = jnp.trunc(jnp.minimum(slope * size + start, last))
-    top = 1 - 0.225 / _fractions(signed)[-1]
+        # Halfway between 0 and the first value comes `k + 0.2`, see below.
+        start = (low * (1 + 4.5 / k) / 2, k + 0.2) if i == 0 else (low, k)
+        end = (low * (1 + 9 / k), k + 1)
+        slope = (end[1] - start[1]) / (end[0] - start[0])
+        line = slope * size + (end[1] - slope * end[0])
+        place = line if i == 0 else jnp.where(line < place, line, place)
+    # The first fifth of the first part of a decade, up to halfway between the values, is nearer to the last value of
+    # the decade below. There, and only there, 0.2 less is below a power of two that the place is not below.
+    digits = jnp.finfo(y.dtype).nmant
+    power = lax.bitcast_convert_type(_bits(place) & -(2**digits), y.dtype)
+    place = jnp.where(place - 0.2 < power, place - 0.2, place)
+    # Rounded down: the last digit of these sums is the one before the point.
+    index = _bits(place + (2.0**digits - 0.5)).astype(jnp.int32) & 255
+    top = 1 - 0.225 / 2 ** (_DECADES - 1 if signed else _DECADES)
     if signed:
-        return 127 + jnp.where(y >= top, 128, jnp.copysign(index, y))
-    return jnp.where(y >= top, 255, jnp.where(y > 0, index, 0))
+        return 127 + jnp.where(y >= top, 128, jnp.where(y < 0, -index, index))
+    return jnp.where(y >= top, 255, index - 1)
 
 
 def _decode_arithmetic(codes: jax.Array, signed: bool, dtype: Any) -> jax.Array:
-    """The values of the dynamic map without a table."""
+    """The values of the dynamic map without a table: the lines of the decades make a convex function."""
     place = codes.astype(jnp.int32).astype(dtype) - (127 if signed else 0)
     index = jnp.abs(place)
-    slope, start = jnp.zeros_like(index), jnp.zeros_like(index)
+    value = jnp.zeros_like(index)
     for i, k in enumerate(_fractions(signed)):
         low, first = 10.0 ** (i - _DECADES), (k if signed else k - 1)
-        inside = index >= first
-        slope = jnp.where(inside, 9 * low / k, slope)
-        start = jnp.where(inside, low * (1 + 9 * (0.5 - first) / k), start)
-    value = jnp.where(index == (128 if signed else 255), 1, slope * index + start)
+        line = 9 * low / k * index + low * (1 + 9 * (0.5 - first) / k)
+        value = jnp.where(line > value, line, value)
+    value = jnp.where(value < 1, value, 1)
     return jnp.copysign(value, place)
 
 
@@ -156,7 +166,7 @@ def _decode_dynamic(codes: jax.Array, signed: bool, dtype: Any) -> jax.Array:
 
 
 def _encode_linear(y: jax.Array) -> jax.Array:
-    return 127 + jnp.round(127 * y)
+    return 127 + jnp.round(127 * y).astype(jnp.int32)
 
 
 def _decode_linear(codes: jax.Array, dtype: Any) -> jax.Array:
@@ -247,7 +257,7 @@ def _quantize(
         codes = _round_stochastically(y, codes, lambda c: _decode_dynamic(c, signed, y.dtype), key)
     if positive:
         codes = jnp.where(y > 0, jnp.maximum(codes, 1), codes)
-    return QuantizedArray(codes.astype(jnp.int32).astype(jnp.uint8), scales)
+    return QuantizedArray(codes.astype(jnp.uint8), scales)
 
 
 def _dequantize(q: QuantizedArray, block_size: int, signed: bool) -> jax.Array:
@@ -712,7 +722,7 @@ def compress_gradients(
         if key is not None:
             codes = _round_stochastically(y, codes, lambda c: decode(c, y.dtype), key)
         # Stored, a byte an entry: fused with the look-up that decodes, the encoding would be ten times slower.
-        codes = lax.optimization_barrier(codes.astype(jnp.int32).astype(jnp.uint8))
+        codes = lax.optimization_barrier(codes.astype(jnp.uint8))
         return QuantizedArray(codes, scale)
 
     def read(q: QuantizedArray) -> jax.Array:
