@@ -109,11 +109,12 @@ def dynamic_code_map(signed: bool = True) -> jax.Array:
 
 
 def _bits(x: jax.Array) -> jax.Array:
+    """The bits of float numbers as an integer, which grows with the size."""
     return lax.bitcast_convert_type(x, jnp.int64 if x.dtype.itemsize == 8 else jnp.int32)
 
 
 def _encode_dynamic(y: jax.Array, signed: bool) -> jax.Array:
-    """The code of the nearest value of the dynamic map, int32. Arithmetic: a binary search is forty times slower.
+    """The code of the nearest value of the dynamic map. Arithmetic: a binary search is forty times slower.
 
     Comparisons with selects stand for minima, which would be slower because they care for NaN.
     """
@@ -134,16 +135,18 @@ def _encode_dynamic(y: jax.Array, signed: bool) -> jax.Array:
     digits = jnp.finfo(y.dtype).nmant
     power = lax.bitcast_convert_type(_bits(place) & -(2**digits), y.dtype)
     place = jnp.where(place - 0.2 < power, place - 0.2, place)
-    # Rounded down: the last digit of these sums is the one before the point.
-    index = _bits(place + (2.0**digits - 0.5)).astype(jnp.int32) & 255
+    # Rounded down: the last digit of the sum is the one before the point, and its last byte is the place.
+    index = _bits(place + (2.0**digits - 0.5))
+    index = jnp.where(y < 0, 127 - index, 127 + index) if signed else index - 1
     top = 1 - 0.225 / 2 ** (_DECADES - 1 if signed else _DECADES)
-    if signed:
-        return 127 + jnp.where(y >= top, 128, jnp.where(y < 0, -index, index))
-    return jnp.where(y >= top, 255, index - 1)
+    return jnp.where(y >= top, 255, index).astype(jnp.uint8)
 
 
-def _decode_arithmetic(codes: jax.Array, signed: bool, dtype: Any) -> jax.Array:
-    """The values of the dynamic map without a table: the lines of the decades make a convex function."""
+def _decode_dynamic(codes: jax.Array, signed: bool, dtype: Any) -> jax.Array:
+    """The values of the dynamic map. Arithmetic, which fuses with what uses them; a table would not on a CPU.
+
+    The lines of the decades make a convex function, and each value is the largest of theirs.
+    """
     place = codes.astype(jnp.int32).astype(dtype) - (127 if signed else 0)
     index = jnp.abs(place)
     value = jnp.zeros_like(index)
@@ -152,21 +155,11 @@ def _decode_arithmetic(codes: jax.Array, signed: bool, dtype: Any) -> jax.Array:
         line = 9 * low / k * index + low * (1 + 9 * (0.5 - first) / k)
         value = jnp.where(line > value, line, value)
     value = jnp.where(value < 1, value, 1)
-    return jnp.copysign(value, place)
-
-
-def _decode_dynamic(codes: jax.Array, signed: bool, dtype: Any) -> jax.Array:
-    def by_table(codes):
-        return jnp.asarray(_MAPS[signed], dtype)[codes]
-
-    # The table costs nothing on a CPU and a GPU caches it, but TPUs have no fast gather.
-    return lax.platform_dependent(
-        codes, tpu=lambda codes: _decode_arithmetic(codes, signed, dtype), default=by_table
-    )
+    return jnp.where(place < 0, -value, value)
 
 
 def _encode_linear(y: jax.Array) -> jax.Array:
-    return 127 + jnp.round(127 * y).astype(jnp.int32)
+    return (127 + jnp.round(127 * y).astype(jnp.int32)).astype(jnp.uint8)
 
 
 def _decode_linear(codes: jax.Array, dtype: Any) -> jax.Array:
@@ -210,6 +203,11 @@ def _in_blocks(x: jax.Array, layout: _Layout) -> jax.Array:
     return rows.reshape((*layout.lead, layout.blocks, layout.width))
 
 
+def _larger(x: jax.Array, y: jax.Array) -> jax.Array:
+    """The larger in size; NaN, whose bits are those of a larger number, if there is one."""
+    return jnp.where(_bits(jnp.abs(y)) > _bits(jnp.abs(x)), y, x)
+
+
 def _spread(per_block: jax.Array, shape: tuple[int, ...], layout: _Layout) -> jax.Array:
     """One number for a block to one for an entry."""
     blocks = per_block.reshape((*layout.lead, layout.blocks, 1))
@@ -223,6 +221,11 @@ def _extremes(x: jax.Array, layout: _Layout, signed: bool = True) -> jax.Array:
     # A leaf that is one block is reduced as it is, which the compiler shares among cores.
     one = not layout.lead and layout.blocks == 1
     blocks, axis = (x, None) if one else (_in_blocks(x, layout), -1)
+    if not one and layout.width % 64 == 0:
+        # To an eighth by arithmetic, with which the computation of x fuses; with a reduction on a CPU it does not,
+        # and x would be stored.
+        parts = jnp.split(blocks if signed else jnp.where(blocks < 0, 0, blocks), 8, axis=-1)
+        blocks = functools.reduce(_larger, parts)
     extreme = jnp.max(blocks, axis=axis, initial=0)
     if signed:
         low = jnp.min(blocks, axis=axis, initial=0)
@@ -239,25 +242,29 @@ def _round_stochastically(
     y: jax.Array, nearest: jax.Array, decode: Callable[[jax.Array], jax.Array], key: jax.Array
 ) -> jax.Array:
     """One of the two neighbours of `y`, the nearer with the higher chance, so that the mean is `y`."""
-    below = nearest - (decode(nearest.astype(jnp.uint8)) > y)
-    below = jnp.clip(below, 0, 254)
+    below = jnp.clip(nearest.astype(jnp.int32) - (decode(nearest) > y), 0, 254)
     low, high = (decode((below + i).astype(jnp.uint8)) for i in (0, 1))
-    return below + (jax.random.uniform(key, y.shape, y.dtype) * (high - low) < y - low)
+    return (below + (jax.random.uniform(key, y.shape, y.dtype) * (high - low) < y - low)).astype(jnp.uint8)
 
 
 def _quantize(
-    x: jax.Array, block_size: int, signed: bool, key: jax.Array | None = None, positive: bool = False
+    x: jax.Array,
+    block_size: int,
+    signed: bool,
+    key: jax.Array | None = None,
+    positive: bool = False,
+    again: jax.Array | None = None,
 ) -> QuantizedArray:
-    """`positive`: a positive entry never becomes 0."""
+    """`positive`: a positive entry never becomes 0. `again`: the array computed again, for its extremes."""
     layout = _layout(x.shape, block_size)
-    scales = _extremes(x, layout, signed)
+    scales = _extremes(x if again is None else again, layout, signed)
     y = _divide_by_scale(x, scales, layout)
     codes = _encode_dynamic(y, signed)
     if key is not None:
         codes = _round_stochastically(y, codes, lambda c: _decode_dynamic(c, signed, y.dtype), key)
     if positive:
         codes = jnp.where(y > 0, jnp.maximum(codes, 1), codes)
-    return QuantizedArray(codes.astype(jnp.uint8), scales)
+    return QuantizedArray(codes, scales)
 
 
 def _dequantize(q: QuantizedArray, block_size: int, signed: bool) -> jax.Array:
@@ -470,9 +477,11 @@ def quantize_state(
     def signed(prefix: tuple) -> bool:
         return _field(prefix) not in names
 
-    def encode(x: jax.Array, prefix: tuple, key: jax.Array | None) -> QuantizedArray:
-        x = x.astype(_common.wide(x))
-        return _quantize(x, block_size, signed(prefix), key, positive=not signed(prefix))
+    def encode(
+        x: jax.Array, prefix: tuple, key: jax.Array | None, again: jax.Array | None = None
+    ) -> QuantizedArray:
+        x, again = _common.widen((x, again))
+        return _quantize(x, block_size, signed(prefix), key, not signed(prefix), again)
 
     def decode(x: Any, prefix: tuple) -> Any:
         return _dequantize(x, block_size, signed(prefix)) if _is_quantized(x) else x
@@ -515,16 +524,35 @@ def quantize_state(
         )
 
     def update_whole(g, old, params, places, count, extra):
-        wide = map_state(lambda x, prefix, _: decode(x, prefix), old, places)
-        u, new = inner.update(g, wide, params, **extra)
+        def read(old):
+            return map_state(lambda x, prefix, _: decode(x, prefix), old, places)
+
+        def step(wide):
+            return inner.update(g, wide, params, **extra)
+
+        u, new = step(read(old))
+        extremes_of = new
+        if _is_entrywise(jax.make_jaxpr(step)(jax.eval_shape(read, old)).jaxpr):
+            # The moments are computed for the update, for the scales and for the codes, each time from 8 bits. That
+            # costs less than to store them in float32, which the compiler would do if it knew them to be equal.
+            def separate(old):
+                # The scales are enough.
+                return map_state(
+                    lambda x, *_: x._replace(scales=_common.separate(x.scales)) if _is_quantized(x) else x,
+                    old,
+                    places,
+                )
+
+            extremes_of = step(read(separate(old)))[1]
+            new = step(read(separate(separate(old))))[1]
         numbers = iter(range(len(jax.tree.leaves(old))))
 
-        def store(x, prefix, _, value):
+        def store(x, prefix, _, value, again):
             if not _is_quantized(x):
                 return value
-            return encode(value, prefix, draw(count, next(numbers)))
+            return encode(value, prefix, draw(count, next(numbers)), again)
 
-        return u, map_state(store, old, places, new)
+        return u, map_state(store, old, places, new, extremes_of)
 
     def update_leaf(place, number, g, old, params, places, count, extra):
         """One leaf, in pieces. Returns its update and `{path: leaf}` of its part of the new state."""
@@ -588,35 +616,50 @@ def quantize_state(
 
             return {i: one(i, x) for i, x in values.items()}
 
-        def piece(start, count_or_rest, carry):
-            """Units from `start` on, so many or the rest, with what is left over at the end."""
+        def width(x):
+            return unit[0 if x.size == leaf.size else 1]
 
-            def span(x):
-                width = unit[0 if x.size == leaf.size else 1]
-                size = x.size - start * width if count_or_rest == "rest" else count_or_rest * width
-                return start * width, size
-
-            spans = functools.partial(jax.tree.map, lambda x: lax.dynamic_slice_in_dim(x, *span(x)))
-            g, moments = spans(carry)
-            u, new = step(g, p if p is None else spans(p), read(moments))
-            new = write(new, moments, draw(count, number, start))
+        def cut(tree, start, count):
+            """So many units from `start` on, or with None all that is left."""
             return jax.tree.map(
-                lambda x, y: lax.dynamic_update_slice_in_dim(x, y, span(x)[0], axis=0), carry, (u, new)
+                lambda x: lax.dynamic_slice_in_dim(
+                    x, start * width(x), x.size - start * width(x) if count is None else count * width(x)
+                ),
+                tree,
             )
+
+        def paste(tree, part, start):
+            return jax.tree.map(
+                lambda x, y: lax.dynamic_update_slice_in_dim(x, y, start * width(x), axis=0), tree, part
+            )
+
+        def piece(whole, start, count_or_none):
+            """The new values of these units."""
+            g, moments = cut(whole, start, count_or_none)
+            u, new = step(g, p if p is None else cut(p, start, count_or_none), read(moments))
+            return u, write(new, moments, draw(count, number, start))
+
+        def paste_and_advance(i, state):
+            # Values are pasted a turn later, so that reading comes after writing. Else the compiler, which cannot
+            # order the readers of a piece before its writer, copies the whole arrays; and on a CPU it computes
+            # what it writes in place on a single core.
+            whole = paste(*state, jnp.maximum(i - 1, 0) * units)
+            return whole, piece(whole, i * units, units)
 
         p = None if params is None else jax.tree.leaves(params)[0].reshape(-1)
         # The update is written over the gradient.
-        carry = (leaf.reshape(-1), {i: flat(items[i][1]) for i in mine})
-        if not _is_entrywise(jax.make_jaxpr(step)(carry[0], p, jax.eval_shape(read, carry[1])).jaxpr):
+        whole = (leaf.reshape(-1), {i: flat(items[i][1]) for i in mine})
+        if not _is_entrywise(jax.make_jaxpr(step)(whole[0], p, jax.eval_shape(read, whole[1])).jaxpr):
             raise ValueError(
                 "chunk_size needs an inner transformation that treats each entry alone, got one that mixes the "
                 "entries of a leaf (a norm, say): leave chunk_size out"
             )
         full = leaf.size // (units * unit[0])
-        carry = lax.fori_loop(0, full, lambda i, carry: piece(i * units, units, carry), carry)
+        state = whole, cut(whole, 0, units)
+        whole = paste(*lax.fori_loop(0, full, paste_and_advance, state), (full - 1) * units)
         if leaf.size % (units * unit[0]):
-            carry = piece(full * units, "rest", carry)
-        u, new = carry
+            whole = paste(whole, piece(whole, full * units, None), full * units)
+        u, new = whole
         # Both nodes of a quantized leaf, or the one array, get their shape back.
         new = {
             items[i][0]: jax.tree.map(lambda x, like: x.reshape(like.shape), x, items[i][1])
@@ -721,8 +764,6 @@ def compress_gradients(
         codes = _encode_dynamic(y, True) if dynamic else _encode_linear(y)
         if key is not None:
             codes = _round_stochastically(y, codes, lambda c: decode(c, y.dtype), key)
-        # Stored, a byte an entry: fused with the look-up that decodes, the encoding would be ten times slower.
-        codes = lax.optimization_barrier(codes.astype(jnp.uint8))
         return QuantizedArray(codes, scale)
 
     def read(q: QuantizedArray) -> jax.Array:
