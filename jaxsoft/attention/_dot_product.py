@@ -17,6 +17,7 @@ from jaxsoft.attention._driver import Masks, Operands, Plan
 from jaxsoft.attention._weights import AttentionRows, from_blocks, to_blocks, weighted_values, with_dropout
 from jaxsoft.normalizers import softmax
 from jaxsoft.normalizers._exponential import is_exponential, times_scale, with_sink
+from jaxsoft.kernels import _choice
 from jaxsoft.normalizers._normalizer import Normalizer, after
 from jaxsoft.normalizers.stochastic import key_words
 from jaxsoft.rows import reductions
@@ -110,7 +111,8 @@ def dot_product_attention(
       dropout_key: a PRNG key, for a rate above 0.
       block_sizes: queries and keys in a block; None chooses. The result does not depend on it.
       precision: of the matrix products, as in `jax.lax.dot_general`; they accumulate in float32 at least.
-      implementation: `"xla"`, or None for the best there is.
+      implementation: `"xla"`, or the kernels `"pallas_tpu"` or `"mosaic_gpu"` (reverse mode and first order only);
+        None picks the best that can run the case (see `jaxsoft.kernels.explain`).
       return_residual: whether to return the log-sum-exp of each query, too, as `jax.nn` does.
       return_statistics: whether to return `AttentionStatistics`, too.
 
@@ -275,13 +277,21 @@ def prepare(
         )
     if s == 0:
         raise ValueError(f"key must have at least one position, got shape {tuple(key.shape)}")
-    _checks.option("implementation", implementation, (None, "xla"))
+    _checks.option("implementation", implementation, (None, *_choice.IMPLEMENTATIONS))
     if softcap is not None:
         _checks.number("softcap", softcap, above=0)
     if mask_fn is not None and not callable(mask_fn):
         raise TypeError(f"mask_fn must be a function of two positions, got {_checks.describe(mask_fn)}")
     _checks.flag("is_causal", is_causal)
-    bq, bk = _block_sizes(block_sizes, b * n, t, s)
+    if not isinstance(block_sizes, tuple) or len(block_sizes) != 2:
+        raise TypeError(f"block_sizes must be a pair (queries, keys), got {_checks.describe(block_sizes)}")
+    for name, size in zip(("queries", "keys"), block_sizes):
+        if size is not None:
+            _checks.integer(f"block_sizes ({name})", size, at_least=1)
+    if _choice.likely(implementation):
+        bq, bk = _kernel_block_sizes(block_sizes, n // k, t, s)
+    else:
+        bq, bk = _block_sizes(block_sizes, b * n, t, s)
     static = _is_static(query_offset) and _is_static(key_offset)
     plan = Plan(
         b,
@@ -298,6 +308,7 @@ def prepare(
         mask_fn,
         None if softcap is None else float(softcap),
         precision,
+        implementation,
     )
     masks = Masks(
         query_lengths=_lengths("query_seq_lengths", query_seq_lengths, batch),
@@ -336,9 +347,16 @@ def prepare(
     return rows, shape
 
 
+def _kernel_block_sizes(given, groups: int, t: int, s: int) -> tuple[int, int]:
+    """Queries and keys of a tile in a kernel: a whole number of 64 rows (queries times heads), 128 keys or all."""
+    sizes = dict(_choice.blocks())
+    least = 64 // math.gcd(64, groups)
+    bq = given[0] or sizes.get("rows") or max(least, 128 // groups // least * least)
+    bk = given[1] or sizes.get("columns") or 128
+    return max(min(bq, -(-t // least) * least), 1), max(min(bk, -(-s // 8) * 8), 1)
+
+
 def _block_sizes(given, rows: int, t: int, s: int) -> tuple[int, int]:
-    if not isinstance(given, tuple) or len(given) != 2:
-        raise TypeError(f"block_sizes must be a pair (queries, keys), got {_checks.describe(given)}")
     entries = _PAIR_ENTRIES["cpu" if jax.default_backend() == "cpu" else "other"]
     shrink = 1
     while shrink < 8 and rows * math.prod(_WIDEST_BLOCK.values()) > entries * shrink**2:
@@ -349,7 +367,6 @@ def _block_sizes(given, rows: int, t: int, s: int) -> tuple[int, int]:
             blocks = -(-length * shrink // _WIDEST_BLOCK[name])
             even = -(-length // max(blocks, 1))
             size = -(-even // 8) * 8
-        size = _checks.integer(f"block_sizes ({name})", size, at_least=1)
         sizes.append(min(size, max(length, 1)))
     bq, bk = sizes
     if given[1] is None and t < 64:  # few queries: long blocks of keys

@@ -25,7 +25,9 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
 from jaxsoft._numerics import accumulation_dtype
-from jaxsoft.rows._driver import _combine, _partition, align_varying, shares
+from jaxsoft.kernels import _choice
+from jaxsoft.kernels._choice import Kernel
+from jaxsoft.rows._driver import align_varying, combine, partition, shares
 from jaxsoft.rows._logits import capped
 from jaxsoft.rows._reduction import Tile
 
@@ -49,6 +51,7 @@ class Plan:
       mask_fn: the user's predicate, or None.
       softcap: as in `linear_logits`, or None.
       precision: of the matrix products.
+      implementation: what the user asked for.
     """
 
     batch: int
@@ -65,6 +68,7 @@ class Plan:
     mask_fn: Callable | None = None
     softcap: float | None = None
     precision: Any = None
+    implementation: str | None = None
 
     @property
     def nq(self) -> int:
@@ -319,13 +323,32 @@ def count(plan: Plan, operands: Operands, masks: Masks) -> Array:
 # --- all pairs -----------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
 def run(plan: Plan, functions: tuple, operands: Operands, masks: Masks, args: list) -> list:
     """The states of reductions (their arrays apart, `args`) of all rows, leaves `[nq, B, K, R, ...]`."""
+    case = functools.partial(_kernel_refusal, plan, functions, operands, masks, args)
+    kernel = _choice.choose("reductions of the rows of an attention", plan.implementation, case)
+    return _run(plan, functions, kernel, operands, masks, args)
+
+
+def _kernel_refusal(plan, functions, operands, masks, args, backend, kernel: Kernel) -> str | None:
+    """Why a kernel backend cannot run these reductions, or None."""
+    from jaxsoft.kernels import _attention
+
+    return _attention.refusal(backend, kernel, plan, functions, operands, masks, args)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _run(
+    plan: Plan, functions: tuple, kernel: Kernel | None, operands: Operands, masks: Masks, args: list
+) -> list:
     operands, masks, args = align_varying((operands, masks, args))
+    if kernel is not None:
+        from jaxsoft.kernels import _attention
+
+        return _attention.run(kernel, plan, functions, operands, masks, args)
     states = _states(plan, functions, *lax.stop_gradient((operands, masks, args)))
-    floats, others = _partition(states)
-    return _combine(_attach(plan, functions, floats, others, operands, masks, args), others)
+    floats, others = partition(states)
+    return combine(attach(plan, functions, floats, others, operands, masks, args), others)
 
 
 def empty_states(plan: Plan, functions: tuple, operands: Operands, args: list) -> list:
@@ -354,7 +377,7 @@ def _states(plan, functions, operands, masks, args):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _attach(plan, functions, floats, others, operands, masks, args):
+def attach(plan, functions, floats, others, operands, masks, args):
     """The float leaves of finished states, as functions of what they were computed from."""
     del plan, functions, others, operands, masks, args
     return floats
@@ -362,8 +385,8 @@ def _attach(plan, functions, floats, others, operands, masks, args):
 
 def _attach_jvp(plan, functions, primals, tangents):
     floats, others, operands, masks, args = primals
-    out = _attach(plan, functions, floats, others, operands, masks, args)
-    states = _combine(lax.stop_gradient(floats), others)
+    out = attach(plan, functions, floats, others, operands, masks, args)
+    states = combine(lax.stop_gradient(floats), others)
     leaves, treedef = jax.tree.flatten((operands, args))
     dleaves = jax.tree.leaves((tangents[2], tangents[4]))
     active = [k for k, d in enumerate(dleaves) if not isinstance(d, SymbolicZero)]
@@ -395,7 +418,7 @@ def _attach_jvp(plan, functions, primals, tangents):
             block, block_args = jax.tree.unflatten(block_treedef, all_leaves)
             tile = _tile(plan, block, masks, keep, i, j)
             return [
-                jax.tree.unflatten(jax.tree.structure(_partition(s)[0]), shares(r, s, tile, *a))
+                jax.tree.unflatten(jax.tree.structure(partition(s)[0]), shares(r, s, tile, *a))
                 for r, s, a in zip(functions, state, block_args)
             ]
 
@@ -421,4 +444,4 @@ def _attach_jvp(plan, functions, primals, tangents):
     return out, lax.scan(body, zeros, jnp.asarray(plan.pairs()))[0]
 
 
-_attach.defjvp(_attach_jvp, symbolic_zeros=True)
+attach.defjvp(_attach_jvp, symbolic_zeros=True)

@@ -44,7 +44,11 @@ def _softmax(rows):
 
 @defined_by(_softmax)
 def softmax(
-    scores: Float[Array, "*rows columns"], *, axis: int = -1, where: Bool[Array, ...] | None = None
+    scores: Float[Array, "*rows columns"],
+    *,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "*rows columns"]:
     """`exp(x_i) / sum_j exp(x_j)` over each row.
 
@@ -54,6 +58,7 @@ def softmax(
       scores: `[*rows, columns]`, floating.
       axis: the axis that holds a row.
       where: booleans that broadcast to the scores, True = counts. A masked entry is absent, whatever it holds.
+      implementation: what runs it: `"xla"`, `"pallas_tpu"`, `"mosaic_gpu"` or None, see `reduce_rows`.
 
     Returns:
       Weights of the scores' shape and dtype, exact to a few units in the last place of the accumulation dtype
@@ -69,11 +74,15 @@ def softmax(
       [0.224208 0.60946  0.030343 0.135989]
     """
     check_dense(scores, "softmax")
-    return softmax_with(scores, axis=axis, where=where)
+    return softmax_with(scores, axis=axis, where=where, implementation=implementation)
 
 
 def log_softmax(
-    scores: Float[Array, "*rows columns"], *, axis: int = -1, where: Bool[Array, ...] | None = None
+    scores: Float[Array, "*rows columns"],
+    *,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "*rows columns"]:
     """`x_i - logsumexp(x)` over each row.
 
@@ -81,6 +90,7 @@ def log_softmax(
       scores: `[*rows, columns]`, floating.
       axis: the axis that holds a row.
       where: booleans that broadcast to the scores, True = counts.
+      implementation: what runs it: `"xla"`, `"pallas_tpu"`, `"mosaic_gpu"` or None, see `reduce_rows`.
 
     Returns:
       Log-weights of the scores' shape and dtype; -inf, with gradient 0, for absent entries.
@@ -96,8 +106,9 @@ def log_softmax(
     """
     check_dense(scores, "log_softmax")
     axis = check_axis(scores, axis)
+    partition = log_partition(scores, axis=axis, where=where, implementation=implementation)
+    partition = LogPartition(*(jnp.expand_dims(p, axis) for p in partition))
     x = scores.astype(accumulation_dtype(scores.dtype))
-    partition = LogPartition(*(jnp.expand_dims(p, axis) for p in log_partition(x, axis=axis, where=where)))
     present = is_present(x, where)
     return jnp.where(present, partition.log_softmax(jnp.where(present, x, 0)), -jnp.inf).astype(scores.dtype)
 

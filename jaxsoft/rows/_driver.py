@@ -25,6 +25,8 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool
 
 from jaxsoft import _checks
+from jaxsoft.kernels import _choice
+from jaxsoft.kernels._choice import Kernel
 from jaxsoft.rows._logits import DenseLogits, LinearLogits, Logits, cut
 from jaxsoft.rows._reduction import RowReduction, Tile, is_reduction
 
@@ -53,6 +55,7 @@ def reduce_rows(
     where: Bool[Array, ...] | None = None,
     row_where: Bool[Array, "*rows"] | None = None,
     block_size: int | None = None,
+    implementation: str | None = None,
 ) -> Any:
     """Runs one or several row reductions over the rows of `logits`, in one pass.
 
@@ -66,6 +69,10 @@ def reduce_rows(
       row_where: `[*rows]` booleans, False = the whole row is absent; beside a `where` that varies over columns
         this needs no array of the logits' shape.
       block_size: columns read at a time. Default: all of them for an array, the expression's own choice else.
+        Kernels have their own.
+      implementation: `"xla"`, or the kernels `"pallas_tpu"` or `"mosaic_gpu"`. None: the expression's own, else the
+        best that can run the case (`jaxsoft.kernels.explain` says which, and why). With kernels there is no
+        forward-mode derivative and no second one.
 
     Returns:
       The results in the structure of `reductions`, each of shape `[*rows]` (or `[*rows, k]`), in float32 for
@@ -73,7 +80,7 @@ def reduce_rows(
 
     Raises:
       TypeError: an argument of a wrong type or dtype.
-      ValueError: an argument of a wrong shape or size.
+      ValueError: an argument of a wrong shape or size; an `implementation` that cannot run the case.
 
     Example:
       >>> import jax.numpy as jnp
@@ -118,15 +125,27 @@ def reduce_rows(
     if block_size is None:
         sizes = [e.block_size or e._default_block_size(n * len(expressions)) for e in expressions]
         block_size = min(sizes, default=columns)
-    execute = getattr(source, "_run", None) or functools.partial(run, source)
-    results = execute(
-        functions,
-        max(min(block_size, columns), 1),
-        Masks(flat(masks.rows), masks.cols, flat(masks.entries)),
-        [Arrays(jax.tree.map(flat, a.args), a.col_args, tuple(map(flat, a.entry_args))) for a in arrays],
-    )
+    block = max(min(block_size, columns), 1)
+    masks = Masks(flat(masks.rows), masks.cols, flat(masks.entries))
+    arrays = [Arrays(jax.tree.map(flat, a.args), a.col_args, tuple(map(flat, a.entry_args))) for a in arrays]
+    if hasattr(source, "_run"):
+        results = source._run(functions, block, masks, arrays)
+    else:
+        if implementation is None and isinstance(logits, LinearLogits):
+            implementation = logits.implementation
+        what = f"reductions of {'linear' if isinstance(logits, LinearLogits) else 'dense'} rows"
+        case = functools.partial(_kernel_refusal, functions, source, masks, arrays)
+        kernel = _choice.choose(what, implementation, case)
+        results = run(source, functions, block, masks, arrays, kernel)
     results = jax.tree.map(lambda a: a.reshape(*rows, *a.shape[1:]), results)
     return jax.tree.unflatten(treedef, results)
+
+
+def _kernel_refusal(functions, source, masks, arrays, backend, kernel) -> str | None:
+    """Why a kernel backend cannot run these reductions, or None."""
+    from jaxsoft.kernels import _rows
+
+    return _rows.refusal(backend, kernel, functions, source, masks, arrays)
 
 
 # --- the arguments ---------------------------------------------------------------------------------------
@@ -192,8 +211,15 @@ def _entries(arrays: list[Arrays]):
 # --- one pass --------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def run(source, functions: tuple[RowReduction, ...], block: int, masks: Masks, arrays: list[Arrays]) -> list:
+@functools.partial(jax.jit, static_argnums=(1, 2, 5))
+def run(
+    source,
+    functions: tuple[RowReduction, ...],
+    block: int,
+    masks: Masks,
+    arrays: list[Arrays],
+    kernel: Kernel | None = None,
+) -> list:
     """Runs reductions (their arrays apart) over one source; returns the list of results."""
     source, masks, arrays = align_varying((source, masks, arrays))
     source, arrays = mask_rows(source, masks, arrays)
@@ -207,7 +233,7 @@ def run(source, functions: tuple[RowReduction, ...], block: int, masks: Masks, a
         some = tuple(functions[i] for i in streamed)
         some_arrays = [arrays[i] for i in streamed]
         if source.filter_eps is None:
-            states = stream(some, block, source, masks, some_arrays)
+            states = stream(some, block, source, masks, some_arrays, kernel)
             finals = finalize(some, states, some_arrays)
         else:
             finals: Any = _filtered(some, block, source, masks, some_arrays)
@@ -215,16 +241,22 @@ def run(source, functions: tuple[RowReduction, ...], block: int, masks: Masks, a
     return [results[i] for i in range(len(functions))]
 
 
-def stream(functions, block: int, source, masks: Masks, arrays: list[Arrays]) -> list:
+def stream(
+    functions, block: int, source, masks: Masks, arrays: list[Arrays], kernel: Kernel | None = None
+) -> list:
     """The finished states of the reductions, with their derivatives attached."""
+    if kernel is not None:
+        from jaxsoft.kernels import _rows
+
+        return _rows.stream(kernel, functions, block, source, masks, arrays)
     states = _states(functions, block, *lax.stop_gradient((source, masks, arrays)))
     return attach(functions, block, states, source, masks, arrays)
 
 
 def attach(functions, block: int, states, source, masks: Masks, arrays: list[Arrays]) -> list:
     """Finished states, computed without derivatives, with those of their reductions attached."""
-    floats, others = _partition(states)
-    return _combine(_attach(functions, block, floats, others, source, masks, arrays), others)
+    floats, others = partition(states)
+    return combine(_attach(functions, block, floats, others, source, masks, arrays), others)
 
 
 def finalize(functions, states, arrays: list[Arrays]) -> list:
@@ -238,10 +270,10 @@ def mask_rows(source, masks: Masks, arrays: list[Arrays]):
     if keep is None:
         return source, arrays
 
-    def masked(entry):
+    def cleaned(entry):
         return entry._mask_rows(keep) if isinstance(entry, LinearLogits) else entry
 
-    return source._mask_rows(keep), [a._replace(entry_args=tuple(map(masked, a.entry_args))) for a in arrays]
+    return source._mask_rows(keep), [a._replace(entry_args=tuple(map(cleaned, a.entry_args))) for a in arrays]
 
 
 def row_mask(masks: Masks) -> Array | None:
@@ -292,15 +324,12 @@ def over_blocks(columns: int, block: int, body: Callable, carry: Any) -> Any:
 def tiles(x: Array, start, masks: Masks, arrays: list[Arrays], columns: int) -> list[Tile]:
     """The block `x` of scores as each reduction sees it. Absent entries are cleaned here, once for all."""
     size = x.shape[-1]
-    keeps = []
-    if masks.rows is not None:
-        keeps.append(masks.rows[..., None])
-    if masks.cols is not None:
-        keeps.append(cut(masks.cols, start, size, 0))
-    if masks.entries is not None:
-        keeps.append(cut(masks.entries, start, size, x.ndim - 1))
-    # Without a mask, the scores are read as they are: XLA's reductions on the CPU do not fuse a select.
-    scores = jnp.where(functools.reduce(jnp.logical_and, keeps), x, -jnp.inf) if keeps else x
+    cut_masks = Masks(
+        masks.rows,
+        None if masks.cols is None else cut(masks.cols, start, size, 0),
+        None if masks.entries is None else cut(masks.entries, start, size, x.ndim - 1),
+    )
+    scores = masked(x, cut_masks)
     cols = jnp.arange(size, dtype=jnp.int32) + start
     return [
         Tile.of(
@@ -312,6 +341,19 @@ def tiles(x: Array, start, masks: Masks, arrays: list[Arrays], columns: int) -> 
         )
         for a in arrays
     ]
+
+
+def masked(x: Array, masks: Masks) -> Array:
+    """The scores with -inf for the entries that a mask hides."""
+    keeps = []
+    if masks.rows is not None:
+        keeps.append(masks.rows[..., None])
+    if masks.cols is not None:
+        keeps.append(masks.cols)
+    if masks.entries is not None:
+        keeps.append(masks.entries)
+    # Without a mask, the scores are read as they are: XLA's reductions on the CPU do not fuse a select.
+    return jnp.where(functools.reduce(jnp.logical_and, keeps), x, -jnp.inf) if keeps else x
 
 
 def entry_block(entry, start, size: int, masks: Masks) -> Array:
@@ -352,7 +394,7 @@ def _states(functions, block, source, masks, arrays):
 def block_sums(functions, states, block_tiles: list[Tile], arrays: list[Arrays]) -> list:
     """A block's share of the float leaves of finished states: not its value, but its derivative, is right."""
     return [
-        jax.tree.unflatten(jax.tree.structure(_partition(state)[0]), shares(r, state, tile, *a.args))
+        jax.tree.unflatten(jax.tree.structure(partition(state)[0]), shares(r, state, tile, *a.args))
         for r, state, tile, a in zip(functions, states, block_tiles, arrays)
     ]
 
@@ -361,7 +403,7 @@ def shares(reduction: RowReduction, state, tile: Tile, *args) -> list[Array]:
     """A tile's share of the float leaves of a finished state, as `RowReduction.share` gives it."""
     if reduction.share is not None:
         return reduction.share(state, tile, *args)
-    return jax.tree.leaves(_partition(reduction.update(reduction.neutral(state), tile, *args))[0])
+    return jax.tree.leaves(partition(reduction.update(reduction.neutral(state), tile, *args))[0])
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -375,7 +417,7 @@ def _attach_jvp(functions, block, primals, tangents):
     floats, others, source, masks, arrays = primals
     # The primal output must be attached again: with plain states, second derivatives would be wrong.
     out = _attach(functions, block, floats, others, source, masks, arrays)
-    states = _combine(lax.stop_gradient(floats), others)
+    states = combine(lax.stop_gradient(floats), others)
     columns = source.shape[-1]
 
     leaves, treedef = jax.tree.flatten((source, arrays))
@@ -463,15 +505,20 @@ def affine_cotangents(functions, states, cotangents, masks, source: LinearLogits
         return block_sums(functions, states, cut_tiles, [Arrays(a, (), ()) for a in args])
 
     args = [a.args for a in arrays]
-    operands, rebuild = differentiable((raw, source.scale, source.temperature, args, bias, blocks))
-    _, pullback = jax.vjp(lambda floats: sums(*rebuild(floats)), operands)
+    return pull(sums, (raw, source.scale, source.temperature, args, bias, blocks), cotangents)
+
+
+def pull(function: Callable, operands: tuple, cotangents: Any) -> Any:
+    """The cotangents of the float leaves of `operands`, from those of `function(*operands)`; None for the others."""
+    floats, rebuild = differentiable(operands)
+    _, pullback = jax.vjp(lambda floats: function(*rebuild(floats)), floats)
     return pullback(cotangents)[0]
 
 
 def differentiable(tree: Any) -> tuple[Any, Callable]:
     """The float leaves of a tree (None elsewhere), and the function that puts the others back."""
-    floats, others = _partition(tree)
-    return floats, lambda f: _combine(f, others)
+    floats, others = partition(tree)
+    return floats, lambda f: combine(f, others)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -590,12 +637,18 @@ _filtered.defvjp(_filtered_forward, _filtered_backward)
 # --- small tools -----------------------------------------------------------------------------------------
 
 
+def is_explicitly_sharded(a: Any) -> bool:
+    """Whether an axis of an array is sharded over an Explicit mesh axis."""
+    sharding = getattr(jax.typeof(a), "sharding", None)
+    return sharding is not None and any(axis is not None for axis in sharding.spec)
+
+
 def is_float(a: Any) -> bool:
     """Whether `a` is a floating array."""
     return jnp.issubdtype(a.dtype, jnp.floating)
 
 
-def _partition(tree: Any) -> tuple[Any, Any]:
+def partition(tree: Any) -> tuple[Any, Any]:
     """Splits a tree into its float leaves and the others, each with None in place of the rest."""
     return (
         jax.tree.map(lambda a: a if is_float(a) else None, tree),
@@ -603,7 +656,8 @@ def _partition(tree: Any) -> tuple[Any, Any]:
     )
 
 
-def _combine(floats: Any, others: Any) -> Any:
+def combine(floats: Any, others: Any) -> Any:
+    """The inverse of `partition`."""
     return jax.tree.map(lambda f, o: o if f is None else f, floats, others, is_leaf=lambda x: x is None)
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype
+from jaxsoft.kernels._choice import IMPLEMENTATIONS
 
 # A block of logits holds about so many entries by default, which bounds the temporary memory whatever the number
 # of rows, and so many columns at most. Measured on a CPU (docs/architecture.md); accelerators want larger
@@ -43,6 +44,7 @@ class LinearLogits:
     block_size: int | None = dataclasses.field(metadata=dict(static=True))
     filter_eps: float | None = dataclasses.field(metadata=dict(static=True))
     precision: Any = dataclasses.field(metadata=dict(static=True))
+    implementation: str | None = dataclasses.field(metadata=dict(static=True))
 
     @property
     def vocab_size(self) -> int:
@@ -340,6 +342,7 @@ def linear_logits(
     block_size: int | None = None,
     filter_eps: float | None = None,
     precision: Any = None,
+    implementation: str | None = None,
 ) -> LinearLogits:
     """The logits of a linear output layer, as an expression: nothing is computed, and `[*rows, vocab]` never is.
 
@@ -360,6 +363,8 @@ def linear_logits(
       filter_eps: skip, in the backward pass, blocks of logits whose gradient is below this in magnitude
         everywhere (times the largest cotangent); None, the default, is exact. Reverse mode only.
       precision: of the matrix products, as in `jax.lax.dot_general`; they accumulate in float32 at least.
+      implementation: `"xla"`, or the kernels `"pallas_tpu"` or `"mosaic_gpu"` (reverse mode and first order only);
+        None picks the best that can run what is asked of the logits (see `jaxsoft.kernels.explain`).
 
     Returns:
       A `LinearLogits`, a pytree with `.shape`, `.dtype` and `.dense()`.
@@ -411,6 +416,7 @@ def linear_logits(
     if filter_eps is not None:
         _checks.number("filter_eps", filter_eps, at_least=0)
         filter_eps = float(filter_eps)
+    _checks.option("implementation", implementation, (None, *IMPLEMENTATIONS))
     rows = tuple(hidden.shape[:-1])
     return LinearLogits(
         hidden=hidden,
@@ -427,6 +433,7 @@ def linear_logits(
         block_size=block_size,
         filter_eps=filter_eps,
         precision=precision,
+        implementation=implementation,
     )
 
 

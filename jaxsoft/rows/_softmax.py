@@ -34,16 +34,20 @@ def softmax_with(
     where: Bool[Array, ...] | None = None,
     method: str = "online",
     reference: Any = None,
+    implementation: str | None = None,
 ) -> Float[Array, "*rows columns"]:
     """Softmax through the `logsumexp` of the same options."""
     axis = check_axis(logits, axis)
+    return _softmax(axis, method, implementation, logits, where, lax.stop_gradient(reference)).astype(
+        logits.dtype
+    )
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _softmax(axis, method, implementation, logits, where, reference):
+    how = {"method": method, "reference": reference, "implementation": implementation}
+    partition = log_partition(logits, axis=axis, where=where, **how)
     x = logits.astype(accumulation_dtype(logits.dtype))
-    return _softmax(axis, method, x, where, lax.stop_gradient(reference)).astype(logits.dtype)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _softmax(axis, method, x, where, reference):
-    partition = log_partition(x, axis=axis, where=where, method=method, reference=reference)
     y = jnp.exp(
         LogPartition(*(jnp.expand_dims(p, axis) for p in partition)).log_softmax(x)
     )  # 0 where x is -inf
@@ -51,11 +55,10 @@ def _softmax(axis, method, x, where, reference):
 
 
 @_softmax.defjvp
-def _softmax_jvp(axis, method, primals, tangents):
-    x, where, reference = primals
-    y = _softmax(axis, method, x, where, reference)
-    present = is_present(x, where)
-    t = jnp.where(present, tangents[0], 0)
+def _softmax_jvp(axis, method, implementation, primals, tangents):
+    logits, where, reference = primals
+    y = _softmax(axis, method, implementation, logits, where, reference)
+    t = jnp.where(is_present(logits, where), tangents[0].astype(y.dtype), 0)
     return y, y * (t - jnp.sum(y * t, axis=axis, keepdims=True))
 
 
@@ -164,6 +167,7 @@ def softmax_top_k(
     axis: int = -1,
     where: Bool[Array, ...] | None = None,
     renormalize: bool = False,
+    implementation: str | None = None,
 ) -> TopK:
     """The k largest softmax probabilities of each row and their columns, in one pass.
 
@@ -174,6 +178,7 @@ def softmax_top_k(
       where: booleans that broadcast to the logits, True = counts.
       renormalize: whether the k probabilities are divided by their sum. Their gradient then reaches the k
         logits alone, else all of them.
+      implementation: what runs it: `"xla"`, `"pallas_tpu"`, `"mosaic_gpu"` or None, see `reduce_rows`.
 
     Returns:
       `TopK(values, indices)`, each `[*rows, k]`, largest first, values in the dtype of the logits; 0 and -1
@@ -193,9 +198,8 @@ def softmax_top_k(
       >>> print(best.values.round(6), best.indices)
       [[0.60946  0.224208]] [[1 0]]
     """
-    best, partition = reduce_rows(
-        logits, (reductions.top_k(k), reductions.log_partition()), axis=axis, where=where
-    )
+    both = (reductions.top_k(k), reductions.log_partition())
+    best, partition = reduce_rows(logits, both, axis=axis, where=where, implementation=implementation)
     if renormalize:
         partition = reduce_rows(best.values, reductions.log_partition())
     present = best.values > -jnp.inf

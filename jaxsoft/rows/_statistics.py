@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 from jax import lax
@@ -24,6 +25,7 @@ def logsumexp(
     weights: Float[Array, ...] | None = None,
     method: str = "online",
     reference: float | Float[Array, "*rows"] | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "*rows"]:
     """`log sum_j w_j exp(logits_j)` over each row.
 
@@ -38,6 +40,7 @@ def logsumexp(
       method: `"online"` (running maximum), `"exponent"` (mantissa and integer exponent, no maximum) or
         `"reference"` (a fixed reference, no rescaling; rows it does not suit are computed anew, `"online"`).
       reference: for `method="reference"`: a scalar or `[*rows]`, near the rows' largest logits.
+      implementation: what runs it: `"xla"`, `"pallas_tpu"`, `"mosaic_gpu"` or None, see `reduce_rows`.
 
     Returns:
       `[*rows]`, float32 or wider; -inf for a row without entries, with gradient 0.
@@ -66,28 +69,31 @@ def logsumexp(
                 "weights", weights, logits.shape, "the shape of the logits, or one axis: the columns"
             )
             weights = jnp.moveaxis(weights, axis, -1)
-        return reduce_rows(logits, reductions.weighted_logsumexp(weights), axis=axis, where=where)
-    return log_partition(logits, axis=axis, where=where, method=method, reference=reference).value
+        weighted = reductions.weighted_logsumexp(weights)
+        return reduce_rows(logits, weighted, axis=axis, where=where, implementation=implementation)
+    how = {"method": method, "reference": reference, "implementation": implementation}
+    return log_partition(logits, axis=axis, where=where, **how).value
 
 
 def log_partition(
-    logits: Logits, *, axis: int, where, method: str = "online", reference=None
+    logits: Logits, *, axis: int, where, method: str = "online", reference=None, implementation=None
 ) -> LogPartition:
     """`logsumexp` in parts; with rows that a fixed reference does not suit computed anew."""
+    reduce = functools.partial(reduce_rows, logits, axis=axis, where=where, implementation=implementation)
     if method != "reference":
         if reference is not None:
             raise ValueError(f"reference goes with method='reference' only, got method={method!r}")
-        return reduce_rows(logits, reductions.log_partition(method=method), axis=axis, where=where)
+        return reduce(reductions.log_partition(method=method))
     if reference is None:
         raise ValueError("reference must be a number or an array with method='reference', got None")
     rows, dtype = rows_of(logits.shape, axis), accumulation_dtype(logits.dtype)
     reference = jnp.broadcast_to(jnp.asarray(row_scalar("reference", reference, rows, dtype), dtype), rows)
     fixed = reductions.log_partition(method="reference", reference=reference)
-    fast = reduce_rows(logits, fixed, axis=axis, where=where)
+    fast = reduce(fixed)
     bad = jnp.isnan(fast.log_sum)
 
     def again():
-        online = reduce_rows(logits, reductions.log_partition(), axis=axis, where=where)
+        online = reduce(reductions.log_partition())
         return LogPartition(*(jnp.where(bad, o, f) for o, f in zip(online, fast)))
 
     return lax.cond(jnp.any(bad), again, lambda: fast)
@@ -152,7 +158,14 @@ def softcap(logits: Logits, cap: float) -> Logits:
     return capped(logits.astype(accumulation_dtype(logits.dtype)), cap).astype(logits.dtype)
 
 
-def top_k(logits: Logits, k: int, *, axis: int = -1, where: Bool[Array, ...] | None = None) -> TopK:
+def top_k(
+    logits: Logits,
+    k: int,
+    *,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+    implementation: str | None = None,
+) -> TopK:
     """The k largest logits of each row and their columns; ties go to the smaller column.
 
     Args:
@@ -160,6 +173,7 @@ def top_k(logits: Logits, k: int, *, axis: int = -1, where: Bool[Array, ...] | N
       k: how many, a static integer of 1 or more.
       axis: the axis that holds a row.
       where: booleans that broadcast to the logits, True = counts.
+      implementation: what runs it: `"xla"`, `"pallas_tpu"`, `"mosaic_gpu"` or None, see `reduce_rows`.
 
     Returns:
       `TopK(values, indices)`, each `[*rows, k]`, largest first; values are differentiable. Where a row has
@@ -175,11 +189,16 @@ def top_k(logits: Logits, k: int, *, axis: int = -1, where: Bool[Array, ...] | N
       >>> print(best.values, best.indices)
       [[2. 1.]] [[1 0]]
     """
-    return reduce_rows(logits, reductions.top_k(k), axis=axis, where=where)
+    return reduce_rows(logits, reductions.top_k(k), axis=axis, where=where, implementation=implementation)
 
 
 def log_prob(
-    logits: Logits, ids: Int[Array, "*rows"], *, axis: int = -1, where: Bool[Array, ...] | None = None
+    logits: Logits,
+    ids: Int[Array, "*rows"],
+    *,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "*rows"]:
     """`log softmax(logits)[ids]`, one id a row: the log-probability of tokens, without the logits in memory.
 
@@ -188,6 +207,7 @@ def log_prob(
       ids: `[*rows]` integers. An id out of range gives NaN, in value and gradient (an error under `checkify`).
       axis: the axis that holds a row.
       where: booleans that broadcast to the logits, True = counts; an absent id gives -inf.
+      implementation: what runs it: `"xla"`, `"pallas_tpu"`, `"mosaic_gpu"` or None, see `reduce_rows`.
 
     Returns:
       `[*rows]`, float32 or wider; 0 for a row without entries.
@@ -203,11 +223,16 @@ def log_prob(
     """
     axis = check_axis(logits, axis)
     check_ids("ids", ids, logits, axis)
-    return -reduce_rows(logits, reductions.label_statistics(ids), axis=axis, where=where).nll
+    labels = reductions.label_statistics(ids)
+    return -reduce_rows(logits, labels, axis=axis, where=where, implementation=implementation).nll
 
 
 def entropy(
-    logits: Logits, *, axis: int = -1, where: Bool[Array, ...] | None = None
+    logits: Logits,
+    *,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "*rows"]:
     """The entropy of `softmax(logits)` in nats, `logsumexp(x) - sum_j p_j x_j`.
 
@@ -215,6 +240,7 @@ def entropy(
       logits: `[*rows, columns]`, a floating array or `linear_logits` (one pass, nothing stored).
       axis: the axis that holds a row.
       where: booleans that broadcast to the logits, True = counts.
+      implementation: what runs it: `"xla"`, `"pallas_tpu"`, `"mosaic_gpu"` or None, see `reduce_rows`.
 
     Returns:
       `[*rows]`, float32 or wider; 0 for a row without entries.
@@ -228,7 +254,8 @@ def entropy(
       >>> print(jaxsoft.entropy(jnp.array([[1.0, 2.0, -1.0, 0.5]])).round(6))
       [1.014403]
     """
-    return reduce_rows(logits, reductions.softmax_moments(variance=False), axis=axis, where=where).entropy
+    moments = reductions.softmax_moments(variance=False)
+    return reduce_rows(logits, moments, axis=axis, where=where, implementation=implementation).entropy
 
 
 def label_rank(

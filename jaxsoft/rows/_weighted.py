@@ -180,7 +180,7 @@ def weighted_sum(
     constants = tuple(leaf if a is None else None for leaf, a in zip(leaves, arrays))
     # A chunk cannot pass through jit, and needs not.
     loss = loss.__wrapped__ if type(loss).__name__ == "PjitFunction" else loss
-    if any(_explicitly_sharded(a) for a in jax.tree.leaves((logits, by_row, weights, row_masks))):
+    if any(map(_driver.is_explicitly_sharded, jax.tree.leaves((logits, by_row, weights, row_masks)))):
         raise ValueError(
             "logits, labels and weights must not be sharded over Explicit mesh axes, for rows are cut into "
             "chunks: call weighted_sum inside jax.shard_map, or use the loss itself, (weights * loss(...)).sum()"
@@ -188,11 +188,6 @@ def weighted_sum(
     call = _Call(loss, treedef, constants)
     operands = _driver.align_varying((logits._flat(), _ByRow(by_row, weights, row_masks), arrays))
     return _weighted(call, min(chunk_size or _CHUNK_ROWS, max(n, 1)), *operands)
-
-
-def _explicitly_sharded(a: Array) -> bool:
-    sharding = getattr(jax.typeof(a), "sharding", None)
-    return sharding is not None and any(axis is not None for axis in sharding.spec)
 
 
 def _sum(values: Array, weights: Array | None) -> Array:

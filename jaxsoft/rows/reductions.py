@@ -285,7 +285,7 @@ def _moments_update(state, tile, *args):
     return (
         m_new,
         s + jnp.sum(w, axis=-1),
-        *(u + jnp.einsum("...j,...j->...", w, p) for u, p in zip(higher, powers)),
+        *(u + tile.dot(w, p) for u, p in zip(higher, powers)),
     )
 
 
@@ -395,32 +395,19 @@ def _in_range(tile, ids):
     return valid, jnp.where(valid, ids, 0)
 
 
-def _pick(values, tile, ids):
-    """The entries of a block at the columns `ids` (`[*rows]` or `[*rows, k]`), 0 for those in other blocks."""
-    local = ids - tile.cols[0]
-    inside = (local >= 0) & (local < tile.cols.shape[0])
-    local = jnp.clip(local, 0, tile.cols.shape[0] - 1)
-    if ids.ndim < values.ndim:
-        picked = jnp.take_along_axis(values, local[..., None], axis=-1)[..., 0]
-    else:
-        picked = jnp.take_along_axis(values, local, axis=-1)
-    return jnp.where(inside, picked, 0)
-
-
-def _pick_by_comparison(values, tile, ids):
-    """`_pick` whose gradient is elementwise: no scatter, for one id a row."""
-    return jnp.sum(jnp.where(tile.cols == ids[..., None], values, 0), axis=-1)
+def _picked(tile, ids):
+    """The scores at `ids`; for one id a row in a way whose gradient has no scatter."""
+    return (tile.at_by_comparison if ids.ndim < tile.x.ndim else tile.at)(tile.x, ids)
 
 
 def _take_update(state, tile, ids):
     valid, ids = _in_range(tile, ids)
-    return state[0] + _pick(tile.scores, tile, ids), jnp.where(valid, jnp.int32(1), jnp.int32(2))
+    return state[0] + tile.at(tile.scores, ids), jnp.where(valid, jnp.int32(1), jnp.int32(2))
 
 
 def _take_share(state, tile, ids):
     _, ids = _in_range(tile, ids)
-    pick = _pick_by_comparison if ids.ndim < tile.x.ndim else _pick
-    return [pick(tile.x, tile, ids)]
+    return [_picked(tile, ids)]
 
 
 def _take_merge(a, b, *args):
@@ -603,10 +590,10 @@ def _pair_update(state, tile, swapped):
     return (
         m,
         s + jnp.sum(w, axis=-1),
-        u + jnp.einsum("...j,...j->...", w, ya),
+        u + tile.dot(w, ya),
         n,
         z + jnp.sum(exponentials(tile_b, n), axis=-1),
-        v + jnp.einsum("...j,...j->...", w, yb),
+        v + tile.dot(w, yb),
     )
 
 
@@ -655,8 +642,7 @@ def relative_entropy(other: Any, *, reverse: bool = False) -> RowReduction:
 
 def _selection_share(state, tile, *args):
     index = state[1]  # -1 (nothing selected) lies in no block
-    pick = _pick_by_comparison if index.ndim < tile.x.ndim else _pick
-    return [pick(tile.x, tile, index)]
+    return [_picked(tile, index)]
 
 
 def _max_init(like, *args):
@@ -747,6 +733,29 @@ def _best_k(values, indices, k):
     return best, jnp.where(best == -jnp.inf, -1, index)
 
 
+def _best_k_by_rounds(state, tile, k):
+    """The k best of a state and a tile by k rounds of a maximum; what is in the state has lower columns."""
+    none = jnp.iinfo(jnp.int32).max
+    kept = [(state[0][..., i], state[1][..., i]) for i in range(k)]
+    x, best = tile.scores, []
+    for _ in range(k):
+        # The better of the first of the state that is left, and the best of the tile that is left.
+        value, index = kept[0]
+        top = jnp.max(x, axis=-1)
+        is_top = (x == top[..., None]) | jnp.isnan(x)  # NaN is the largest, as in lax.top_k
+        at = jnp.min(jnp.where(is_top, tile.cols, none), axis=-1)
+        stays = (value >= top) | jnp.isnan(value)
+        best.append(
+            (jnp.where(stays, value, top), jnp.where(stays, index, jnp.where(top == -jnp.inf, -1, at)))
+        )
+        shifted = [*kept[1:], (jnp.full_like(value, -jnp.inf), jnp.full_like(index, -1))]
+        kept = [
+            (jnp.where(stays, v2, v1), jnp.where(stays, i2, i1)) for (v1, i1), (v2, i2) in zip(kept, shifted)
+        ]
+        x = jnp.where(~stays[..., None] & (tile.cols == at[..., None]), -jnp.inf, x)
+    return tuple(jnp.stack(part, axis=-1) for part in zip(*best))
+
+
 def _top_k_merge(a, b, *args):
     values = jnp.concatenate([a[0], b[0]], axis=-1)
     indices = jnp.concatenate([a[1], b[1]], axis=-1)
@@ -766,6 +775,8 @@ def _top_k_functions(k: int):
 
     def update(state, tile):
         x = tile.scores
+        if tile.in_kernel:
+            return _best_k_by_rounds(state, tile, k)
         cols = jnp.broadcast_to(tile.cols, x.shape)
         if k < x.shape[-1]:
             x, cols = _best_k(x, cols, k)

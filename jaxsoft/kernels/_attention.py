@@ -1,0 +1,349 @@
+"""Row reductions over the scores of an attention, as sweeps: what every kernel backend shares.
+
+The matrices are those of the pairs of batch and key head; the heads of queries that share keys are rows of one block.
+Forward, one sweep over the keys carries the states (for a normalizer: its statistics and the weighted sums of the
+values). Backward, one sweep over the keys carries the gradients of the queries and of all else that varies by row, and
+writes that of a bias; one over the queries carries those of keys and values.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jaxsoft.attention import _driver as xla
+from jaxsoft.attention._driver import Masks, Operands, as_rows
+from jaxsoft.attention._driver import Plan as Attention
+from jaxsoft.kernels import _sweep
+from jaxsoft.kernels._choice import Kernel
+from jaxsoft.kernels._sweep import Block, Out, Plan, Scores, Tiles
+from jaxsoft.rows import _driver
+from jaxsoft.rows._logits import capped
+from jaxsoft.rows._reduction import Tile
+
+
+def refusal(
+    backend, kernel: Kernel, plan: Attention, functions, operands: Operands, masks: Masks, args
+) -> str | None:
+    """Why a backend cannot run these reductions, or None."""
+    if any(a.dtype == jnp.float64 for a in jax.tree.leaves((operands, args))):
+        return "kernels compute in float32, and float64 was given"
+    if any(map(_driver.is_explicitly_sharded, jax.tree.leaves((operands, args)))):
+        return "an operand is sharded over Explicit mesh axes: call it inside jax.shard_map"
+    return backend.refusal(kernel, *_forward(plan, functions, operands, masks, args))
+
+
+def run(kernel: Kernel, plan: Attention, functions, operands: Operands, masks: Masks, args) -> list:
+    """The states of reductions of all rows, with their derivatives attached, leaves `[nq, B, K, R, ...]`."""
+    states = _states(kernel, plan, functions, *lax.stop_gradient((operands, masks, args)))
+    floats, others = _driver.partition(states)
+    case = _backward(plan, functions, states, floats, operands, masks, args)
+    if all(kernel.backend().refusal(kernel, *sweep) is None for sweep in case):
+        floats = _attach(kernel, plan, functions, floats, others, operands, masks, args)
+    else:
+        floats = xla.attach(plan, functions, floats, others, operands, masks, args)
+    return _driver.combine(floats, others)
+
+
+# --- rows in blocks, and matrices ------------------------------------------------------------------------------
+
+
+def _by_matrix(plan: Attention, rows: Array) -> Array:
+    """`[nq, B, K, R, ...]` (or keys, `[nk, B, K, bk, ...]`) as `[B * K, nq * R, ...]`."""
+    moved = jnp.moveaxis(rows, 0, 2)
+    return moved.reshape(plan.batch * plan.heads, -1, *rows.shape[4:])
+
+
+def _by_block(plan: Attention, rows: Array, blocks: int) -> Array:
+    """The inverse of `_by_matrix`."""
+    shape = (plan.batch, plan.heads, blocks, rows.shape[1] // blocks, *rows.shape[2:])
+    return jnp.moveaxis(rows.reshape(shape), 2, 0)
+
+
+def _five_axes(plan: Attention, array: Array) -> Array:
+    """`[B or 1, K or 1, G or 1, T or 1, S or 1]` as `[B * K or 1, nq * R, nk * bk]`, broadcast where it must be."""
+    b, k, _, t, s = array.shape
+    if b * k > 1:
+        array = jnp.broadcast_to(array, (plan.batch, plan.heads, *array.shape[2:]))
+    array = jnp.broadcast_to(array, (*array.shape[:2], plan.groups, plan.nq * plan.bq, plan.nk * plan.bk))
+    array = array.reshape(-1, plan.groups, plan.nq, plan.bq, plan.nk * plan.bk)
+    return jnp.moveaxis(array, 1, 2).reshape(array.shape[0], -1, plan.nk * plan.bk)
+
+
+def _gather_five_axes(plan: Attention, d: Array, like: Array) -> Array:
+    """The transpose of `_five_axes`: sums over the axes that were broadcast."""
+    return jax.linear_transpose(functools.partial(_five_axes, plan), jax.ShapeDtypeStruct(like.shape, d.dtype))(d)[0]
+
+
+def _positions(plan: Attention, masks: Masks) -> tuple[Array, Array]:
+    """The positions of queries and of keys, `[B * K or 1, nq * R]` and `[B * K or 1, nk * bk]`."""
+    q = _query_index(plan)
+    k = jnp.arange(plan.nk * plan.bk, dtype=jnp.int32)[None]
+    if plan.offset is not None:
+        return q + plan.offset, k + plan.key_offset
+
+    def moved(x, offset):
+        return x + (offset if offset.ndim == 0 else jnp.repeat(offset, plan.heads)[:, None])
+
+    return moved(q, masks.offset), moved(k, masks.key_offset)
+
+
+def _query_index(plan: Attention) -> Array:
+    """Which query each row belongs to, `[1, nq * R]`."""
+    within = jnp.tile(jnp.arange(plan.bq, dtype=jnp.int32), plan.groups)
+    return (jnp.arange(plan.nq, dtype=jnp.int32)[:, None] * plan.bq + within).reshape(1, -1)
+
+
+def _each_head(plan: Attention, per_batch: Array) -> Array:
+    return jnp.repeat(per_batch, plan.heads, axis=0)
+
+
+# --- what a tile reads -----------------------------------------------------------------------------------------
+
+
+def _scores(plan: Attention, operands: Operands) -> Scores:
+    common = jnp.promote_types(operands.query.dtype, operands.key.dtype)
+    query, key = (_by_matrix(plan, a.astype(common)) for a in (operands.query, operands.key))
+    return Scores(None, query, key, True, plan.precision)
+
+
+def _operands(plan: Attention, operands: Operands, masks: Masks, args) -> _sweep.Operands:
+    """The arrays beside the scores: booleans as int32 or int8, floats that belong to rows in float32."""
+    q, k = _positions(plan, masks)
+    seen_by_column = [k < (_key_end(plan, masks))] if plan.nk * plan.bk > plan.keys else []
+    if masks.key_lengths is not None:
+        seen_by_column.append(k < _each_head(plan, masks.key_lengths)[:, None])
+    positioned = plan.band() != (None, None) or plan.mask_fn is not None or operands.slopes is not None
+    dynamic = plan.offset is None
+
+    def rows(a):
+        return None if a is None else _plain(_by_matrix(plan, a))
+
+    by_row = {
+        "position": q if positioned else None,
+        "keep": None,
+        "segment": None,
+        "scale": rows(operands.scale),
+        "slopes": rows(operands.slopes),
+        "args": [jax.tree.map(rows, a) for a in args],
+    }
+    by_column = {
+        "position": k if positioned or dynamic else None,
+        "keep": None,
+        "segment": None,
+        "value": None if operands.value is None else _by_matrix(plan, operands.value),
+    }
+    if seen_by_column:
+        by_column["keep"] = functools.reduce(jnp.logical_and, seen_by_column).astype(jnp.int32)
+    if masks.query_lengths is not None:
+        seen = _query_index(plan) < _each_head(plan, masks.query_lengths)[:, None]
+        by_row["keep"] = seen.astype(jnp.int32)
+    if masks.query_segments is not None:
+        segments = masks.query_segments.reshape(plan.batch, plan.nq, 1, plan.bq)
+        segments = jnp.broadcast_to(segments, (plan.batch, plan.nq, plan.groups, plan.bq))
+        by_row["segment"] = _each_head(plan, segments.reshape(plan.batch, -1))
+        by_column["segment"] = _each_head(plan, masks.key_segments)
+    by_entry = {
+        "keep": None if masks.entries is None else _five_axes(plan, masks.entries.astype(jnp.int8)),
+        "bias": None if operands.bias is None else _five_axes(plan, operands.bias),
+    }
+    return _sweep.Operands(by_row, by_column, by_entry)
+
+
+def _key_end(plan: Attention, masks: Masks) -> Any:
+    """The position after the last key."""
+    if masks.key_offset is None:
+        return plan.keys + plan.key_offset
+    offset = masks.key_offset
+    return plan.keys + (offset if offset.ndim == 0 else _each_head(plan, offset)[:, None])
+
+
+def _plain(a: Array) -> Array:
+    if a.dtype == jnp.bool_:
+        return a.astype(jnp.int32)
+    return a.astype(jnp.float32) if _driver.is_float(a) else a
+
+
+def _tile(plan: Attention, block: Block, raw: Array, rows: dict, cols: dict, entries: dict) -> Tile:
+    """A tile as the reductions see it."""
+    x = raw
+    if rows["scale"] is not None:
+        x = x * rows["scale"][:, None]
+    if plan.softcap is not None:
+        x = capped(x, plan.softcap)
+    if entries["bias"] is not None:
+        x = x + entries["bias"].astype(x.dtype)
+    q = None if rows["position"] is None else rows["position"][:, None]
+    k = None if cols["position"] is None else cols["position"][None, :]
+    if rows["slopes"] is not None:
+        x = x + rows["slopes"][:, None] * (k - q).astype(x.dtype)
+    keeps = []
+    left, right = plan.band()
+    if left is not None:
+        keeps.append(k >= q - left)
+    if right is not None:
+        keeps.append(k <= q + right)
+    if plan.mask_fn is not None:
+        keeps.append(jnp.broadcast_to(plan.mask_fn(q, k), x.shape))
+    if rows["keep"] is not None:
+        keeps.append(rows["keep"][:, None] != 0)
+    if cols["keep"] is not None:
+        keeps.append(cols["keep"][None, :] != 0)
+    if rows["segment"] is not None:
+        keeps.append(rows["segment"][:, None] == cols["segment"][None, :])
+    if entries["keep"] is not None:
+        keeps.append(entries["keep"] != 0)
+    if keeps:
+        x = jnp.where(functools.reduce(jnp.logical_and, keeps), x, -jnp.inf)
+    at = block.col + plan.key_offset if k is None else jnp.broadcast_to(k, x.shape)
+    columns = plan.keys + plan.key_offset if plan.offset is not None else jnp.iinfo(jnp.int32).max
+    values = () if cols["value"] is None else (cols["value"],)
+    return Tile.of(x, at, columns, values, (), True)
+
+
+def _live(plan: Attention) -> Callable | None:
+    """Which pairs of blocks the static masks leave something of."""
+    left, right = plan.band() if plan.offset is not None else (None, None)
+    if left is None and right is None:
+        return None
+    shift = (plan.offset or 0) - plan.key_offset
+
+    def live(i, j, rows, columns):
+        del rows
+        first_q, first_k = i * plan.bq + shift, j * columns
+        last_q = jnp.minimum((i + 1) * plan.bq, plan.queries) - 1 + shift
+        last_k = jnp.minimum((j + 1) * columns, plan.keys) - 1
+        bounds = []
+        if left is not None:
+            bounds.append(last_k >= first_q - left)
+        if right is not None:
+            bounds.append(first_k <= last_q + right)
+        return functools.reduce(jnp.logical_and, bounds)
+
+    return live
+
+
+def _tiles(plan: Attention) -> Tiles:
+    return Tiles(plan.groups * plan.bq, plan.bk)
+
+
+# --- the forward pass --------------------------------------------------------------------------------------------
+
+
+def _forward(plan: Attention, functions, operands: Operands, masks: Masks, args) -> tuple:
+    """The sweep that carries the states."""
+
+    def init(rows, like):
+        return [r.init(like, *a) for r, a in zip(functions, rows["args"])]
+
+    def body(block: Block, states) -> Out:
+        tile = _tile(plan, block, block.raw, block.rows, block.cols, block.entries)
+        return Out(carry=[r.update(s, tile, *a) for r, s, a in zip(functions, states, block.rows["args"])])
+
+    sweep = Plan(live=_live(plan), tiles=_tiles(plan))
+    return body, _scores(plan, operands), _operands(plan, operands, masks, args), init, sweep
+
+
+def _states(kernel: Kernel, plan: Attention, functions, operands, masks, args) -> list:
+    result = kernel.backend().sweep(kernel, *_forward(plan, functions, operands, masks, args))
+    parts = jax.tree.leaves(result.carry)[0].shape[0]
+    each = [jax.tree.map(lambda a: _by_block(plan, a[part], plan.nq), result.carry) for part in range(parts)]
+
+    def join(a, b):
+        return [r.merge(x, y, *p) for r, x, y, p in zip(functions, a, b, args)]
+
+    return functools.reduce(join, each)
+
+
+# --- the backward pass -------------------------------------------------------------------------------------------
+
+
+def _backward(plan: Attention, functions, states, cotangents, operands, masks, args) -> tuple:
+    """Two sweeps: for what belongs to queries and entries, and for keys and values."""
+    scores, beside = _scores(plan, operands), _operands(plan, operands, masks, args)
+    by_matrix = functools.partial(_by_matrix, plan)
+    beside.rows.update(jax.tree.map(by_matrix, {"states": states, "cotangents": cotangents}))
+    dtype = scores.dtype
+
+    def pulled(block: Block, *names: str) -> tuple[Array, dict]:
+        """The cotangents of the raw scores and of the named operands."""
+
+        def sums(raw, given):
+            rows, cols, entries = (
+                {**part, **{n: given[n] for n in given if n in part}} for part in (block.rows, block.cols, block.entries)
+            )
+            tile = _tile(plan, block, raw, rows, cols, entries)
+            tiles, each = [tile] * len(functions), [_driver.Arrays(a, (), ()) for a in rows["args"]]
+            return _driver.block_sums(functions, rows["states"], tiles, each)
+
+        everything = {**block.rows, **block.cols, **block.entries}
+        given = {name: everything[name] for name in names}
+        return _driver.pull(sums, (block.raw, given), block.rows["cotangents"])
+
+    of_rows = ("scale", "slopes", "args")
+
+    def init_rows(rows, like):
+        floats = _driver.differentiable({name: rows[name] for name in of_rows})[0]
+        width = scores.left.shape[-1]
+        return jnp.broadcast_to(like[:, None], (*like.shape, width)), jax.tree.map(jnp.zeros_like, floats)
+
+    def along_keys(block: Block, carry) -> Out:
+        d_raw, d = pulled(block, *of_rows, "bias")
+        d_query = _product(d_raw.astype(dtype), block.right, ((1,), (0,)), plan)
+        d_rows = {name: d[name] for name in of_rows}
+        return Out((carry[0] + d_query, jax.tree.map(jnp.add, carry[1], d_rows)), d["bias"])
+
+    def init_columns(cols, like):
+        widths = (scores.left.shape[-1], None if cols["value"] is None else cols["value"].shape[-1])
+        return tuple(None if w is None else jnp.broadcast_to(like[:, None], (*like.shape, w)) for w in widths)
+
+    def along_queries(block: Block, carry) -> Out:
+        d_raw, d = pulled(block, "value")
+        d_key = _product(d_raw.astype(dtype), block.left, ((0,), (0,)), plan)
+        d_value = None if carry[1] is None else carry[1] + d["value"].astype(jnp.float32)
+        return Out((carry[0] + d_key, d_value))
+
+    live, tiles = _live(plan), _tiles(plan)
+    dtypes = () if operands.bias is None else (operands.bias.dtype,)
+    return (
+        (along_keys, scores, beside, init_rows, Plan(entry_dtypes=dtypes, live=live, tiles=tiles)),
+        (along_queries, scores, beside, init_columns, Plan(over="rows", live=live, tiles=tiles)),
+    )
+
+
+def _product(a: Array, b: Array, axes: tuple, plan: Attention) -> Array:
+    return lax.dot_general(a, b, (axes, ((), ())), precision=plan.precision, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attach(kernel, plan, functions, floats, others, operands, masks, args):
+    """The float leaves of finished states, as functions of what they were computed from."""
+    del kernel, plan, functions, others, operands, masks, args
+    return floats
+
+
+def _attach_forward(kernel, plan, functions, *given):
+    return given[0], given
+
+
+def _attach_backward(kernel, plan, functions, residuals, cotangents):
+    floats, others, operands, masks, args = residuals
+    states = _driver.combine(floats, others)
+    case = _backward(plan, functions, states, cotangents, operands, masks, args)
+    by_query, by_key = (kernel.backend().sweep(kernel, *sweep) for sweep in case)
+    d_query, d_rows = jax.tree.map(lambda a: _by_block(plan, jnp.sum(a, axis=0), plan.nq), by_query.carry)
+    d_key, d_value = jax.tree.map(lambda a: _by_block(plan, a[0], plan.nk), by_key.carry)
+    d_bias = None if operands.bias is None else _gather_five_axes(plan, by_query.entries, operands.bias)
+    d_operands = Operands(d_query, d_key, d_value, d_rows["scale"], d_bias, d_rows["slopes"])
+    wanted = _driver.differentiable((operands, args))[0]
+    d_operands, d_args = jax.tree.map(lambda a, d: d.astype(a.dtype), wanted, (d_operands, d_rows["args"]))
+    return None, None, d_operands, None, d_args
+
+
+_attach.defvjp(_attach_forward, _attach_backward)

@@ -1,0 +1,160 @@
+"""What a kernel backend provides: one function, `sweep`, that visits the tiles of a matrix of scores.
+
+Everything the kernels do is a sweep. Forward passes carry the states of row reductions along the columns; backward
+passes carry the gradients of what the rows are made of, write those of the scores, and leave sums over each block of
+rows for what the columns are made of. What happens in a tile is the caller's `body`, made of the engine's own
+functions; a backend knows how to bring blocks in and out, and no formula.
+
+    sweep(kernel, body, scores, operands, init, plan) -> Result
+
+Shapes: a batch of G matrices of n rows and S columns, visited in tiles of `br` rows and `bc` columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+
+class Scores(NamedTuple):
+    """The scores before anything elementwise: stored values, or the product of two matrices.
+
+    Attributes:
+      values: `[G, n, S]`; None for a product.
+      left: `[G, n, D]`.
+      right: `[G, D, S]`, or `[G, S, D]` where `transposed`. G may be 1 for all.
+      transposed: whether `right` has the columns first.
+      precision: of the product.
+    """
+
+    values: Any = None
+    left: Any = None
+    right: Any = None
+    transposed: bool = False
+    precision: Any = None
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the values, or of the two matrices."""
+        return (self.left if self.values is None else self.values).dtype
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """G, n and S."""
+        if self.values is not None:
+            return self.values.shape
+        return (*self.left.shape[:2], self.right.shape[1 if self.transposed else 2])
+
+
+class Operands(NamedTuple):
+    """Arrays that a tile reads beside its scores; pytrees, None where there is nothing.
+
+    Attributes:
+      rows: leaves `[G, n]` or `[G, n, k]`; here and below, G may be 1 for all.
+      cols: leaves `[G, S]` or `[G, S, k]`.
+      entries: leaves `[G, n, S]`; int8 where they are masks.
+      start: int32 scalar: the column of the whole row that column 0 of these scores is.
+    """
+
+    rows: Any = None
+    cols: Any = None
+    entries: Any = None
+    start: Any = 0
+
+
+class Block(NamedTuple):
+    """A tile as `body` gets it.
+
+    Attributes:
+      raw: `[br, bc]` scores, in float32; anything beyond the last row or column.
+      rows: as the operands, leaves `[br]` or `[br, k]`; 0 for rows beyond the last.
+      cols: leaves `[bc]` or `[bc, k]`; 0 for columns beyond the last.
+      entries: leaves `[br, bc]`; anything beyond the last row or column.
+      row: `[br, bc]` int32, the row of each entry (also beyond the last).
+      col: `[br, bc]` int32, the column of each entry in the whole row, `start` added.
+      batch: int32 scalar, which matrix.
+      inside: `[br, bc]` booleans, False beyond the last row or column; None where no tile of the sweep has such entries.
+      left: the block of `Scores.left`, `[br, D]`; None for stored scores.
+      right: the block of `Scores.right`, `[D, bc]` or `[bc, D]`.
+    """
+
+    raw: Any
+    rows: Any
+    cols: Any
+    entries: Any
+    row: Any
+    col: Any
+    batch: Any
+    inside: Any
+    left: Any = None
+    right: Any = None
+
+
+class Result(NamedTuple):
+    """What a sweep returns.
+
+    Attributes:
+      carry: what was carried, leaves `[parts, G, n, ...]`: the final carry of each row, of each part of its columns.
+        With `over="rows"`: `[1, G, S, ...]`.
+      entries: the entry outputs, leaves `[G, n, S]`.
+      cols: the column outputs, leaves `[G, nI, S, ...]`, nI the number of blocks of rows.
+    """
+
+    carry: Any
+    entries: Any
+    cols: Any
+
+
+class Out(NamedTuple):
+    """What `body` returns.
+
+    Attributes:
+      carry: the new carry, leaves `[br, ...]` (with `over="rows"`: `[bc, ...]`).
+      entries: leaves `[br, bc]`.
+      cols: leaves `[bc, ...]`, sums over the rows of the tile.
+    """
+
+    carry: Any = ()
+    entries: Any = ()
+    cols: Any = ()
+
+
+Body = Callable[[Block, Any], Out]
+"""`(block, carry) -> Out`, traced by the backend on values of a tile."""
+
+Init = Callable[[Any, jax.Array], Any]
+"""`(rows, like) -> the carry before the first tile`; `like` is `[br]` zeros in float32 (with `over="rows"`: columns, `[bc]`)."""
+
+
+class Tiles(NamedTuple):
+    """How a sweep cuts the scores.
+
+    Attributes:
+      rows: rows of a tile.
+      columns: columns of a tile.
+      parts: into how many parts the columns are divided, each with a carry of its own.
+    """
+
+    rows: int
+    columns: int
+    parts: int = 1
+
+
+class Plan(NamedTuple):
+    """What is static about a sweep, beside `body` and the shapes.
+
+    Attributes:
+      over: `"columns"`, if the carry belongs to rows and moves along the columns, or `"rows"`.
+      entry_dtypes: dtypes of the entry outputs.
+      live: `(i, j, rows, columns) -> whether tile (i, j) of that size has anything to do`, for int32 scalars i and j; None: all.
+        A tile without anything to do is neither computed nor, where possible, fetched: it changes no carry; its entry
+        and column outputs are 0.
+      tiles: sizes, if the caller needs them to be these.
+    """
+
+    over: str = "columns"
+    entry_dtypes: tuple = ()
+    live: Callable | None = None
+    tiles: Tiles | None = None

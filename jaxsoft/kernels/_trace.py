@@ -1,0 +1,72 @@
+"""What the body of a sweep does, as a backend needs to know it before it builds a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxsoft.kernels._sweep import Block, Operands, Plan, Scores, Tiles
+
+
+def examples(
+    init: Callable, scores: Scores, operands: Operands, plan: Plan, tiles: Tiles
+) -> tuple[Block, Any]:
+    """Shapes and dtypes of a block and of a carry."""
+    br, bc = tiles.rows, tiles.columns
+
+    def struct(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    rows = jax.tree.map(lambda a: struct((br, *a.shape[2:]), a.dtype), operands.rows)
+    cols = jax.tree.map(lambda a: struct((bc, *a.shape[2:]), a.dtype), operands.cols)
+    entries = jax.tree.map(lambda a: struct((br, bc), a.dtype), operands.entries)
+    index = struct((br, bc), jnp.int32)
+    inside = struct((br, bc), jnp.bool_) if is_ragged(scores, tiles) else None
+    left = right = None
+    if scores.values is None:
+        depth = scores.left.shape[-1]
+        left = struct((br, depth), scores.dtype)
+        right = struct((bc, depth) if scores.transposed else (depth, bc), scores.dtype)
+    number, raw = struct((), jnp.int32), struct((br, bc), jnp.float32)
+    block = Block(raw, rows, cols, entries, index, index, number, inside, left, right)
+    own, size = (cols, bc) if plan.over == "rows" else (rows, br)
+    return block, jax.eval_shape(init, own, struct((size,), jnp.float32))
+
+
+def is_ragged(scores: Scores, tiles: Tiles) -> bool:
+    """Whether the last tiles reach beyond the last row or column."""
+    _, n, columns = scores.shape
+    return n % tiles.rows != 0 or columns % tiles.columns != 0
+
+
+def unsupported(
+    body: Callable,
+    init: Callable,
+    scores: Scores,
+    operands: Operands,
+    plan: Plan,
+    tiles: Tiles,
+    names: Collection[str],
+) -> str | None:
+    """Which of the named primitives a body needs, in words; None if it needs none of them."""
+    block, carry = examples(init, scores, operands, plan, tiles)
+    jaxpr, out = jax.make_jaxpr(body, return_shape=True)(block, carry)
+    same = [
+        a.dtype == b.dtype and a.shape == b.shape for a, b in zip(*map(jax.tree.leaves, (carry, out.carry)))
+    ]
+    if not all(same):
+        return "the state of a reduction changes its dtype or shape from tile to tile"
+    found = sorted({name for name in _primitives(jaxpr.jaxpr) if name in names})
+    return f"a kernel has no {', '.join(found)}" if found else None
+
+
+def _primitives(jaxpr: Any) -> Iterator[str]:
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        for sub in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            sub = getattr(sub, "jaxpr", sub)
+            if hasattr(sub, "eqns"):
+                yield from _primitives(sub)

@@ -1,0 +1,43 @@
+"""Sweeps on NVIDIA Hopper GPUs, by Pallas' Mosaic GPU backend."""
+
+from __future__ import annotations
+
+import jax
+
+from jaxsoft.kernels._choice import Kernel
+from jaxsoft.kernels._sweep import Body, Init, Operands, Plan, Result, Scores
+
+_DEVICES = ("H100", "H200", "H800", "H20")
+
+
+def unavailable(kernel: Kernel) -> str | None:
+    """Why no sweep can run here, or None."""
+    if jax.__version_info__ < (0, 11):
+        return f"Mosaic GPU kernels need jax 0.11 or newer, this is {jax.__version__}"
+    try:
+        from jax.experimental.pallas import mosaic_gpu
+    except ImportError as error:
+        return f"this jax has no Mosaic GPU ({error})"
+    if kernel.interpret:
+        return None if hasattr(mosaic_gpu, "InterpretGPUParams") else "this jax has no interpreter of Mosaic GPU"
+    if not any(name in kernel.device_kind for name in _DEVICES):
+        return f"it is written for Hopper GPUs, this is {kernel.device_kind!r}"
+    return None
+
+
+def refusal(
+    kernel: Kernel, body: Body, scores: Scores, operands: Operands, init: Init, plan: Plan
+) -> str | None:
+    """Why this sweep cannot run, or None. Arrays may be `ShapeDtypeStruct`s."""
+    from jaxsoft.kernels.gpu import _sweep
+
+    return _sweep.refusal(kernel, body, scores, operands, init, plan)
+
+
+def sweep(
+    kernel: Kernel, body: Body, scores: Scores, operands: Operands, init: Init, plan: Plan
+) -> Result:
+    """Visits the tiles of a matrix of scores: see `jaxsoft.kernels._sweep`."""
+    from jaxsoft.kernels.gpu import _sweep
+
+    return _sweep.sweep(kernel, body, scores, operands, init, plan)

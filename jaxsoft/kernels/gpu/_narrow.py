@@ -1,0 +1,688 @@
+"""Evaluates a traced function of a tile with arrays that Mosaic GPU has.
+
+Mosaic GPU knows tiles, one number a row, one number a column, and scalars; a body of a sweep is ordinary `jax.numpy`
+code, with arrays such as `[br, 1]` or `[br, k]`. So the body is traced to a jaxpr, and the jaxpr evaluated on `Value`s.
+A value knows of each of its axes whether it is the tile's rows (`"r"`), its columns (`"c"`), the features of wide
+operands (`"h"`), or none of them: a narrow axis, whose entries are arrays of their own. Each array has only those of the
+wide axes over which it varies: a number a row stays a number a row however it is broadcast, until it meets the columns.
+Inserting, moving and broadcasting axes is bookkeeping, then, and costs nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend import core
+
+
+class Unsupported(Exception):
+    """A body does something this evaluator, or Mosaic GPU, has no rule for; the message is a reason."""
+
+
+class Item(NamedTuple):
+    """An array over the wide axes `dims` (a string of their letters, in the space's order), in registers.
+
+    With `memory`, an operand of matrix products that stays in shared memory: `x` is what the space's `dot` takes.
+    """
+
+    dims: str
+    x: Any
+    memory: bool = False
+
+
+class Value(NamedTuple):
+    """A value of the traced function.
+
+    Attributes:
+      kinds: of each axis: `"r"`, `"c"`, `"h"`, or None for a narrow axis (or a broadcast one).
+      items: array of `Item`s with as many axes: of length 1 where wide or broadcast.
+    """
+
+    kinds: tuple
+    items: np.ndarray
+
+
+class Space:
+    """What arrays over wide axes are: their sizes, their layouts, and how they are multiplied.
+
+    Args:
+      sizes: size of each of the letters.
+      traced: size of each of the letters when the function was traced.
+      order: the letters in their order within arrays: `"rch"`, or `"crh"` where tiles are transposed.
+      layout: `(array, dims) -> array` in the layout for those dims.
+      load: `item in memory -> array` in registers.
+      product: `(left, right, kind, out, dtype) -> item` over the dims `out`: of two items, over their axis `kind`.
+
+    Attributes:
+      crosses_warps: whether a reduction over the first axis of an array was met.
+    """
+
+    def __init__(self, sizes: dict, traced: dict, order: str, layout: Callable, load: Callable, product: Callable):
+        self.sizes, self.traced, self.order = sizes, traced, order
+        self.layout, self.load, self.product = layout, load, product
+        self.crosses_warps = False
+
+    def shape(self, dims: str) -> tuple[int, ...]:
+        return tuple(self.sizes[d] for d in dims)
+
+    def union(self, *dims: str) -> str:
+        return "".join(d for d in self.order if any(d in each for each in dims))
+
+    def spread(self, item: Item, dims: str) -> Any:
+        """The array of an item, broadcast to the axes `dims`."""
+        x = self.load(item) if item.memory else item.x
+        if item.dims == dims:
+            return x
+        at = tuple(dims.index(d) for d in item.dims)
+        return self.layout(lax.broadcast_in_dim(x, self.shape(dims), at), dims)
+
+    def iota(self, letter: str, start: Any = 0, dtype: Any = jnp.int32) -> Value:
+        """`start`, `start + 1`, ... along a wide axis."""
+        x = self.layout(lax.iota(dtype, self.sizes[letter]), letter)
+        start = lax.broadcast(jnp.asarray(start, dtype), x.shape)
+        return wide(x + start, letter)
+
+
+def wide(x: Any, kinds: str, memory: bool = False) -> Value:
+    """The value of one array, whose axes are `kinds` (in the space's order)."""
+    return _single(Item(kinds, x, memory), tuple(kinds))
+
+
+def rows_of_items(items: list, kind: str) -> Value:
+    """The value `[*, k]` of k arrays over one wide axis."""
+    out = np.empty((1, len(items)), object)
+    for i, x in enumerate(items):
+        out[0, i] = Item(kind, x)
+    return Value((kind, None), out)
+
+
+def scalar(x: Any) -> Value:
+    return _single(Item("", x), ())
+
+
+def _single(item: Item, kinds: tuple) -> Value:
+    items = np.empty((1,) * len(kinds), object)
+    items[(0,) * len(kinds)] = item
+    return Value(kinds, items)
+
+
+def arrays(space: Space, value: Value, kinds: tuple, shape: tuple[int, ...]) -> list:
+    """The arrays of an output whose axes must be `kinds`: broadcast fully, one for each entry of its narrow axes."""
+    for have, want in zip(value.kinds, kinds):
+        if have is not None and have != want:
+            raise Unsupported("an output does not vary over the axes it should")
+    dims = space.union("".join(k for k in kinds if k))
+    extents = tuple(1 if k else n for k, n in zip(kinds, shape))
+    if any(1 != have != want for have, want in zip(value.items.shape, extents)):
+        raise Unsupported("it treats an axis of a tile as a narrow one")
+    return [space.spread(item, dims) for item in np.broadcast_to(value.items, extents).ravel()]
+
+
+def trace(function: Callable, *args: Any) -> tuple[Any, Any]:
+    """The jaxpr of a function of `ShapeDtypeStruct`s, and the structure (with shapes) of what it returns."""
+    closed, out = jax.make_jaxpr(function, return_shape=True)(*args)
+    for const in closed.consts:
+        if isinstance(const, jax.core.Tracer) or np.ndim(const) > 0:
+            raise Unsupported("its functions close over arrays")
+    return closed, out
+
+
+def evaluate(space: Space, jaxpr: Any, args: list[Value]) -> list[Value]:
+    """The values a traced function returns, given a jaxpr, closed or not."""
+    consts = [scalar(np.asarray(c)) for c in getattr(jaxpr, "consts", ())]
+    return _evaluate(space, getattr(jaxpr, "jaxpr", jaxpr), consts, args)
+
+
+def _evaluate(space: Space, jaxpr, consts: list[Value], args: list[Value]) -> list[Value]:
+    known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+
+    def read(var) -> Value:
+        if isinstance(var, core.Literal):
+            return _constant(var)
+        return known[var]
+
+    needed = _needed(jaxpr)
+    for eqn, is_needed in zip(jaxpr.eqns, needed):
+        if not is_needed:
+            continue
+        name = eqn.primitive.name
+        values = [read(v) for v in eqn.invars]
+        if name in _INLINED:
+            outs = evaluate(space, eqn.params[_INLINED[name]], values)
+        elif name in _RULES:
+            outs = _RULES[name](space, eqn, *values)
+        elif name in _ELEMENTWISE:
+            outs = _elementwise(space, eqn.primitive, eqn.params, *values)
+        else:
+            raise Unsupported(f"Mosaic GPU has no rule for {name}")
+        known.update(zip(eqn.outvars, outs if isinstance(outs, list) else [outs]))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def _needed(jaxpr) -> list[bool]:
+    """Which equations the outputs depend on."""
+    live = {v for v in jaxpr.outvars if not isinstance(v, core.Literal)}
+    needed = []
+    for eqn in reversed(jaxpr.eqns):
+        needed.append(any(v in live for v in eqn.outvars))
+        if needed[-1]:
+            live.update(v for v in eqn.invars if not isinstance(v, core.Literal))
+    return needed[::-1]
+
+
+def _constant(var) -> Value:
+    if np.ndim(var.val) > 0:
+        raise Unsupported("its functions close over arrays")
+    return scalar(np.asarray(var.val, var.aval.dtype))
+
+
+# --- elementwise -------------------------------------------------------------------------------------------
+
+
+def _join(values) -> tuple:
+    """The axes of values that are combined elementwise."""
+    kinds = []
+    for each in zip(*(v.kinds for v in values)):
+        found = {k for k in each if k is not None}
+        if len(found) > 1:
+            raise Unsupported("it combines rows with columns")
+        kinds.append(found.pop() if found else None)
+    return tuple(kinds)
+
+
+def _map(space: Space, function: Callable, *values: Value) -> Value:
+    """Applies a function of arrays of one shape to the items of values, which broadcast."""
+    ndim = max(len(v.kinds) for v in values)
+    values = tuple(
+        v if len(v.kinds) == ndim else Value((None,) * ndim, v.items.reshape((1,) * ndim)) for v in values
+    )
+    kinds = _join(values)
+    shape = np.broadcast_shapes(*(v.items.shape for v in values))
+    if any(k is not None and n != 1 for k, n in zip(kinds, shape)):
+        raise Unsupported("it treats an axis of a tile as a narrow one")
+    spread = [np.broadcast_to(v.items, shape) for v in values]
+    out = np.empty(shape, object)
+    for at in np.ndindex(shape):
+        items = [s[at] for s in spread]
+        if len(items) == 1 and function is _same:
+            out[at] = items[0]
+            continue
+        dims = space.union(*(i.dims for i in items))
+        out[at] = Item(dims, function(*(space.spread(i, dims) for i in items)))
+    return Value(kinds, out)
+
+
+def _same(x):
+    return x
+
+
+def _elementwise(space: Space, primitive, params: dict, *values: Value) -> Value:
+    rule = _ELEMENTWISE[primitive.name]
+    if rule is None:
+        return _map(space, functools.partial(primitive.bind, **params), *values)
+    return _map(space, lambda *x: rule(*x, **params), *values)
+
+
+def _in_float32(function: Callable) -> Callable:
+    """A function of real numbers, which the machine has in float32 only."""
+
+    def rule(*args, **params):
+        dtype = args[0].dtype
+        out = function(*(lax.convert_element_type(a, jnp.float32) for a in args))
+        return lax.convert_element_type(out, dtype)
+
+    return rule
+
+
+def _fill(x, value):
+    return lax.full_like(x, value)
+
+
+def convert(x, new_dtype, **params):
+    del params
+    if x.dtype == new_dtype:
+        return x
+    if x.dtype == jnp.bool_:
+        return lax.select(x, _fill32(x, 1, new_dtype), _fill32(x, 0, new_dtype))
+    if new_dtype == jnp.bool_:
+        return x != _fill(x, 0)
+    if x.dtype in (jnp.int8, jnp.uint8, jnp.int16) and jnp.issubdtype(new_dtype, jnp.floating):
+        x = lax.convert_element_type(x, jnp.int32)
+    return lax.convert_element_type(x, new_dtype)
+
+
+def _fill32(x, value, dtype):
+    return lax.full(x.shape, value, dtype)
+
+
+def _select(which, *cases):
+    if len(cases) != 2 or which.dtype != jnp.bool_:
+        raise Unsupported("Mosaic GPU has no rule for select_n of more than two cases")
+    if cases[0].dtype == jnp.bool_:
+        return (which & cases[1]) | (~which & cases[0])
+    return lax.select_n(which, *cases)
+
+
+def _not(x):
+    return lax.bitwise_xor(x, _fill(x, True)) if x.dtype == jnp.bool_ else lax.bitwise_not(x)
+
+
+def _equal(x, y):
+    return _not(lax.bitwise_xor(x, y)) if x.dtype == jnp.bool_ else lax.eq(x, y)
+
+
+def _not_equal(x, y):
+    return lax.bitwise_xor(x, y) if x.dtype == jnp.bool_ else lax.ne(x, y)
+
+
+def _clamp(low, x, high):
+    return lax.min(lax.max(x, low), high)
+
+
+def _is_finite(x):
+    return lax.eq(x - x, _fill(x, 0))
+
+
+def _integer_pow(x, *, y: int):
+    if y < 0:
+        return _fill(x, 1) / _integer_pow(x, y=-y)
+    if y == 0:
+        return _fill(x, 1)
+    half = _integer_pow(x, y=y // 2) if y > 1 else None
+    square = None if half is None else half * half
+    return x if y == 1 else square * x if y % 2 else square
+
+
+def _floor(x):
+    nearest = lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)
+    return lax.select(nearest > x, nearest - _fill(x, 1), nearest)
+
+
+def _ceil(x):
+    return -_floor(-x)
+
+
+def _log1p(x):
+    u = _fill(x, 1) + x
+    # Dividing by u - 1 undoes what rounding 1 + x did.
+    exact = lax.log(u) * (x / lax.select(u == _fill(x, 1), _fill(x, 1), u - _fill(x, 1)))
+    exact = lax.select(u == _fill(x, 1), x, exact)
+    return lax.select(u == _fill(x, jnp.inf), u, exact)
+
+
+def _expm1(x):
+    u = lax.exp(x)
+    log_u = lax.log(u)
+    exact = (u - _fill(x, 1)) * (x / lax.select(log_u == _fill(x, 0), _fill(x, 1), log_u))
+    exact = lax.select(u == _fill(x, 1), x, exact)
+    return lax.select((u == _fill(x, jnp.inf)) | (u == _fill(x, 0)), u - _fill(x, 1), exact)
+
+
+def _power(x, y, **params):
+    del params
+    if not jnp.issubdtype(y.dtype, jnp.floating):
+        y = lax.convert_element_type(y, jnp.float32)
+    dtype, zero, one = x.dtype, _fill32(x, 0, jnp.float32), _fill32(x, 1, jnp.float32)
+    x, y = (lax.convert_element_type(a, jnp.float32) for a in (x, y))
+    size = lax.exp(y * lax.log(lax.select(x == zero, one, lax.abs(x))))
+    size = lax.select(x == zero, lax.select(y > zero, zero, one / zero), size)
+    half = y * _fill(y, 0.5)
+    odd = (_floor(half) != half) & (_floor(y) == y)
+    signed = lax.select((x < zero) & odd, -size, size)
+    signed = lax.select((x < zero) & (_floor(y) != y), _fill(x, jnp.nan), signed)
+    return lax.convert_element_type(lax.select((y == zero) | (x == one), one, signed), dtype)
+
+
+def _logistic(x):
+    return _fill(x, 1) / (_fill(x, 1) + lax.exp(-x))
+
+
+def _sign(x):
+    one, zero = _fill(x, 1), _fill(x, 0)
+    return lax.select(
+        x > zero, one, lax.select(x < zero, -one, x - x if jnp.issubdtype(x.dtype, jnp.floating) else zero)
+    )
+
+
+def _sinh(x):
+    return (_expm1(x) - _expm1(-x)) * _fill(x, 0.5)
+
+
+def _cosh(x):
+    return (lax.exp(x) + lax.exp(-x)) * _fill(x, 0.5)
+
+
+def _reduce_precision(x, *, exponent_bits, mantissa_bits):
+    kinds = {(8, 7): jnp.bfloat16, (5, 10): jnp.float16, (8, 23): jnp.float32}
+    if (exponent_bits, mantissa_bits) not in kinds:
+        raise Unsupported("Mosaic GPU has no rule for reduce_precision to these sizes")
+    dtype = kinds[exponent_bits, mantissa_bits]
+    return lax.convert_element_type(lax.convert_element_type(x, dtype), x.dtype)
+
+
+# What stands for a primitive; None: itself. Accuracy and other options of the primitives are dropped.
+_ELEMENTWISE: dict[str, Callable | None] = {
+    **dict.fromkeys(
+        ("add", "sub", "mul", "div", "neg", "abs", "max", "min", "and", "or", "xor", "rem", "atan2")
+    ),
+    **dict.fromkeys(("gt", "ge", "lt", "le", "shift_left", "shift_right_logical", "shift_right_arithmetic")),
+    "add_any": lax.add,
+    "and": None,
+    "square": lambda x: x * x,
+    "not": _not,
+    "eq": _equal,
+    "ne": _not_equal,
+    "select_n": _select,
+    "clamp": _clamp,
+    "convert_element_type": convert,
+    "is_finite": _is_finite,
+    "integer_pow": _integer_pow,
+    "sign": _sign,
+    "reduce_precision": _reduce_precision,
+    "pow": _power,
+    "round": lambda x, *, rounding_method: lax.round(x, rounding_method),
+    "floor": _in_float32(_floor),
+    "ceil": _in_float32(_ceil),
+    "log1p": _in_float32(_log1p),
+    "expm1": _in_float32(_expm1),
+    "logistic": _in_float32(_logistic),
+    "sinh": _in_float32(_sinh),
+    "cosh": _in_float32(_cosh),
+    **{
+        name: _in_float32(getattr(lax, name))
+        for name in ("exp", "log", "tanh", "sqrt", "rsqrt", "erf", "sin", "cos")
+    },
+    "exp2": _in_float32(lax.exp2),
+}
+
+
+# --- structure -----------------------------------------------------------------------------------------------
+
+
+def _broadcast_in_dim(space: Space, eqn, value: Value, *dynamic) -> Value:
+    ndim, at = len(eqn.params["shape"]), eqn.params["broadcast_dimensions"]
+    kinds, extents = [None] * ndim, [1] * ndim
+    for d, kind, n in zip(at, value.kinds, value.items.shape):
+        kinds[d], extents[d] = kind, n
+    return Value(tuple(kinds), value.items.reshape(extents))
+
+
+def _reshape(space: Space, eqn, value: Value, *dynamic) -> Value:
+    """Inserts or removes axes of length 1; other reshapes of narrow axes."""
+    old, new = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    at = [d for d, n in enumerate(old) if n != 1]
+    if [old[d] for d in at] == [n for n in new if n != 1]:
+        taken = iter(at)
+        source = [None if n == 1 else next(taken) for n in new]
+        kinds = tuple(None if d is None else value.kinds[d] for d in source)
+        return Value(kinds, value.items.reshape([1 if d is None else value.items.shape[d] for d in source]))
+    lead = 0
+    while lead < min(len(old), len(new)) and old[lead] == new[lead]:
+        lead += 1
+    if any(k is not None for k in value.kinds[lead:]):
+        raise Unsupported("it reshapes a tile")
+    items = np.broadcast_to(value.items, (*value.items.shape[:lead], *old[lead:]))
+    kinds = (*value.kinds[:lead], *[None] * (len(new) - lead))
+    return Value(kinds, items.reshape(*items.shape[:lead], *new[lead:]))
+
+
+def _squeeze(space: Space, eqn, value: Value) -> Value:
+    gone = {d % len(value.kinds) for d in eqn.params["dimensions"]}
+    kept = [d for d in range(len(value.kinds)) if d not in gone]
+    return Value(
+        tuple(value.kinds[d] for d in kept), value.items.reshape([value.items.shape[d] for d in kept])
+    )
+
+
+def _transpose(space: Space, eqn, value: Value) -> Value:
+    order = eqn.params["permutation"]
+    return Value(tuple(value.kinds[d] for d in order), value.items.transpose(order))
+
+
+def _narrow_axis(value: Value, d: int, size: int) -> np.ndarray:
+    """The items with axis d at its full length."""
+    if value.kinds[d] is not None:
+        raise Unsupported("it cuts or joins a tile's rows or columns")
+    if value.items.shape[d] == size:
+        return value.items
+    if size > LONGEST:
+        raise Unsupported(f"it cuts or joins an axis of {size} entries, more than {LONGEST}")
+    return np.repeat(value.items, size, axis=d)
+
+
+def _slice(space: Space, eqn, value: Value) -> Value:
+    starts, limits, shape = eqn.params["start_indices"], eqn.params["limit_indices"], eqn.invars[0].aval.shape
+    strides = eqn.params["strides"] or (1,) * len(shape)
+    items = value.items
+    for d, cut in enumerate(zip(starts, limits, strides)):
+        if cut == (0, shape[d], 1) or (value.kinds[d] is None and items.shape[d] == 1):
+            continue
+        items = _narrow_axis(Value(value.kinds, items), d, shape[d])
+        items = items[(slice(None),) * d + (slice(*cut),)]
+    return Value(value.kinds, items)
+
+
+def _split(space: Space, eqn, value: Value) -> list:
+    d = eqn.params["axis"]
+    items = _narrow_axis(value, d, eqn.invars[0].aval.shape[d])
+    bounds = np.cumsum(eqn.params["sizes"])[:-1]
+    return [Value(value.kinds, part) for part in np.split(items, bounds, axis=d)]
+
+
+def _rev(space: Space, eqn, value: Value) -> Value:
+    for d in eqn.params["dimensions"]:
+        _narrow_axis(value, d, eqn.invars[0].aval.shape[d])
+    return Value(value.kinds, np.flip(value.items, eqn.params["dimensions"]))
+
+
+def _concatenate(space: Space, eqn, *values: Value) -> Value:
+    d = eqn.params["dimension"]
+    kinds = _join(values)
+    if kinds[d] is not None:
+        raise Unsupported("it joins a tile's rows or columns")
+    parts = [_narrow_axis(v, d, var.aval.shape[d]) for v, var in zip(values, eqn.invars)]
+    shape = np.broadcast_shapes(*(p.shape[:d] + p.shape[d + 1 :] for p in parts))
+    parts = [np.broadcast_to(p, (*shape[:d], p.shape[d], *shape[d:])) for p in parts]
+    return Value(kinds, np.concatenate(parts, axis=d))
+
+
+def _pad(space: Space, eqn, value: Value, fill: Value) -> Value:
+    shape, items = eqn.invars[0].aval.shape, value.items
+    for d, (low, high, inner) in enumerate(eqn.params["padding_config"]):
+        if (low, high, inner) == (0, 0, 0):
+            continue
+        items = _narrow_axis(Value(value.kinds, items), d, shape[d])
+        if inner:
+            wider = np.empty(
+                (*items.shape[:d], shape[d] + (shape[d] - 1) * inner, *items.shape[d + 1 :]), object
+            )
+            wider[...] = np.broadcast_to(fill.items.reshape((1,) * items.ndim), wider.shape)
+            wider[(slice(None),) * d + (slice(None, None, inner + 1),)] = items
+            items = wider
+        items = items[(slice(None),) * d + (slice(max(-low, 0), items.shape[d] - max(-high, 0)),)]
+        parts = [items]
+        for at, n in ((0, max(low, 0)), (2, max(high, 0))):
+            if n:
+                block = np.empty((*items.shape[:d], n, *items.shape[d + 1 :]), object)
+                block[...] = np.broadcast_to(fill.items.reshape((1,) * items.ndim), block.shape)
+                parts.insert(at, block)
+        items = np.concatenate(parts, axis=d)
+    return Value(value.kinds, items)
+
+
+def _iota(space: Space, eqn) -> Value:
+    shape, d, dtype = (eqn.params[name] for name in ("shape", "dimension", "dtype"))
+    if shape[d] > LONGEST:
+        letters = [letter for letter, n in space.traced.items() if n == shape[d]]
+        if len(letters) != 1:
+            raise Unsupported("it counts along an axis of a tile")
+        value = space.iota(letters[0], 0, dtype)
+        kinds = tuple(letters[0] if i == d else None for i in range(len(shape)))
+        return Value(kinds, value.items.reshape((1,) * len(shape)))
+    items = np.empty([shape[i] if i == d else 1 for i in range(len(shape))], object)
+    for i, at in enumerate(np.ndindex(items.shape)):
+        items[at] = Item("", np.asarray(i, dtype))
+    return Value((None,) * len(shape), items)
+
+
+# Narrow axes are lists of arrays: longer ones would make endless programs.
+LONGEST = 64
+
+
+_COMBINE = {
+    "reduce_sum": (lax.add, lambda x, n: x * _fill(x, n)),
+    "reduce_prod": (lax.mul, lambda x, n: _integer_pow(x, y=n)),
+    "reduce_max": (lax.max, lambda x, n: x),
+    "reduce_min": (lax.min, lambda x, n: x),
+    "reduce_or": (lax.bitwise_or, lambda x, n: x),
+    "reduce_and": (lax.bitwise_and, lambda x, n: x),
+}
+
+
+def _reduce(space: Space, eqn, value: Value) -> Value:
+    shape = eqn.invars[0].aval.shape
+    return _reduced(space, eqn.primitive.name, value, sorted(eqn.params["axes"], reverse=True), shape)
+
+
+def _reduced(space: Space, name: str, value: Value, axes: list[int], shape: tuple[int, ...]) -> Value:
+    """Reduces axes, the last of them first."""
+    combine, repeat = _COMBINE[name]
+    for d in axes:
+        kind, items = value.kinds[d], value.items
+        if kind is None and items.shape[d] > 1:
+            parts = [items.take(i, axis=d) for i in range(items.shape[d])]
+            kinds = value.kinds[:d] + value.kinds[d + 1 :]
+            value = functools.reduce(
+                lambda a, b: _map(space, combine, a, b), [Value(kinds, p) for p in parts]
+            )
+        else:
+            n = space.sizes[kind] if kind is not None else shape[d]
+            out = np.empty(items.shape[:d] + items.shape[d + 1 :], object)
+            for at in np.ndindex(out.shape):
+                item = items[(*at[:d], 0, *at[d:])]
+                out[at] = _reduced_item(space, name, item, kind, functools.partial(repeat, n=n))
+            value = Value(value.kinds[:d] + value.kinds[d + 1 :], out)
+    return value
+
+
+def _reduced_item(space: Space, name: str, item: Item, kind: str | None, repeat: Callable) -> Item:
+    item = Item(item.dims, space.spread(item, item.dims))
+    if kind is None or kind not in item.dims:
+        return Item(item.dims, repeat(jnp.asarray(item.x)))
+    axis = item.dims.index(kind)
+    space.crosses_warps |= axis == 0
+    dims = item.dims.replace(kind, "")
+    if not dims:
+        raise Unsupported("it reduces a whole tile to one number")
+    x = item.x
+    if name in ("reduce_or", "reduce_and"):
+        x = convert(x, new_dtype=jnp.int32)
+        x = (jnp.max if name == "reduce_or" else jnp.min)(x, axis=axis)
+        return Item(dims, x != _fill(x, 0))
+    function = {"sum": jnp.sum, "prod": None, "max": jnp.max, "min": jnp.min}[name.removeprefix("reduce_")]
+    if function is None:
+        raise Unsupported("Mosaic GPU has no rule for reduce_prod over a tile")
+    dtype = x.dtype
+    if jnp.issubdtype(dtype, jnp.floating):
+        x = lax.convert_element_type(x, jnp.float32)
+    return Item(dims, lax.convert_element_type(function(x, axis=axis), dtype))
+
+
+def _dot_general(space: Space, eqn, a: Value, b: Value) -> Value:
+    """A product over shared memory where the space can; else a sum of elementwise products."""
+    (contract_a, contract_b), (batch_a, batch_b) = eqn.params["dimension_numbers"]
+    shape_a, shape_b = (v.aval.shape for v in eqn.invars)
+    free_a = [d for d in range(len(a.kinds)) if d not in (*contract_a, *batch_a)]
+    free_b = [d for d in range(len(b.kinds)) if d not in (*contract_b, *batch_b)]
+    dtype = eqn.outvars[0].aval.dtype
+    letters = "".join(k for k in (*(a.kinds[d] for d in free_a), *(b.kinds[d] for d in free_b)) if k)
+    if len(contract_a) == 1 and not batch_a and len(free_a) == len(free_b) == 1 and len(set(letters)) == 2:
+        kind = a.kinds[contract_a[0]] or b.kinds[contract_b[0]]
+        if kind is not None and a.items.size == b.items.size == 1:
+            left, right = (v.items.ravel()[0] for v in (a, b))
+            return wide_as(letters, space.product(left, right, kind, letters, dtype))
+    # Axes in the order: batch, free of a, free of b, contracted.
+    n_batch, n_a, n_b = len(batch_a), len(free_a), len(free_b)
+
+    def aligned(value: Value, order: list[int], before: int, after: int, shape) -> tuple[Value, tuple]:
+        gap = n_batch + before
+        kinds = [value.kinds[d] for d in order]
+        items = value.items.transpose(order)
+        sizes = [shape[d] for d in order]
+        kinds[gap:gap], sizes[gap:gap] = [None] * after, [1] * after
+        return Value(
+            tuple(kinds), items.reshape([*items.shape[:gap], *[1] * after, *items.shape[gap:]])
+        ), tuple(sizes)
+
+    left, left_shape = aligned(a, [*batch_a, *free_a, *contract_a], n_a, n_b, shape_a)
+    right, right_shape = aligned(b, [*batch_b, *free_b, *contract_b], 0, n_a, shape_b)
+    shape = np.broadcast_shapes(left_shape, right_shape)
+
+    def multiply(x, y):
+        return lax.convert_element_type(x, jnp.float32) * lax.convert_element_type(y, jnp.float32)
+
+    product = _map(space, multiply, left, right)
+    last = list(range(n_batch + n_a + n_b, len(shape)))[::-1]
+    total = _reduced(space, "reduce_sum", product, last, shape)
+    return _map(space, lambda x: lax.convert_element_type(x, dtype), total)
+
+
+def wide_as(kinds: str, item: Item) -> Value:
+    """The value of one item, whose axes come in the order `kinds`."""
+    return _single(item, tuple(kinds))
+
+
+def _scan(space: Space, eqn, *values: Value) -> list:
+    """Unrolls a loop over carried values."""
+    length, jaxpr = eqn.params["length"], eqn.params["jaxpr"]
+    n_carry = len(eqn.outvars)
+    n_consts = len(values) - n_carry
+    if not isinstance(length, int) or length > LONGEST or len(jaxpr.in_avals) != len(values) or n_consts < 0:
+        raise Unsupported("Mosaic GPU has no rule for this loop")
+    if [a.shape for a in jaxpr.in_avals[n_consts:]] != [a.shape for a in jaxpr.out_avals]:
+        raise Unsupported("Mosaic GPU has no rule for this loop")
+    consts, carry = list(values[:n_consts]), list(values[n_consts:])
+    for _ in range(length):
+        carry = evaluate(space, jaxpr, [*consts, *carry])
+    return carry
+
+
+def _argument(space: Space, eqn, *values: Value) -> list:
+    return list(values)
+
+
+_RULES: dict[str, Callable] = {
+    "broadcast_in_dim": _broadcast_in_dim,
+    "reshape": _reshape,
+    "squeeze": _squeeze,
+    "transpose": _transpose,
+    "slice": _slice,
+    "split": _split,
+    "rev": _rev,
+    "concatenate": _concatenate,
+    "pad": _pad,
+    "iota": _iota,
+    "dot_general": _dot_general,
+    "scan": _scan,
+    **dict.fromkeys(("copy", "copy_p", "optimization_barrier", "stop_gradient"), _argument),
+    **dict.fromkeys(_COMBINE, _reduce),
+}
+
+_INLINED = {
+    "pjit": "jaxpr",
+    "jit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+    "remat": "jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+}

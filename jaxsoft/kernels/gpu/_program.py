@@ -1,0 +1,504 @@
+"""What is static about a sweep on a GPU: its operands, the sizes of its blocks, its traced functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsoft.kernels._choice import Kernel
+from jaxsoft.kernels._sweep import Block, Operands, Out, Plan, Scores
+from jaxsoft.kernels.gpu import _narrow
+from jaxsoft.kernels.gpu._narrow import Item, Space, Unsupported, Value
+
+# Shared memory of a block of threads on Hopper, less what barriers and reductions across warps take.
+SHARED_MEMORY = 232448 - 4096
+# Rows of a warpgroup's tile: those of a wgmma.
+WARPGROUP = 64
+# Bytes of the longest swizzled line in shared memory.
+_LINE = 128
+_HALF = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+# What blocks that run at the same time should read again and again, of the second-level cache.
+_CACHED = 24 * 2**20
+# Stands for the number of rows while a body is traced: no other axis has this length.
+_TRACED_ROWS = 7919
+
+
+class Leaf(NamedTuple):
+    """An operand, or a carried or returned array, of a sweep.
+
+    Attributes:
+      kinds: of its axes after the batch, as `Value.kinds`.
+      shape: of its axes after the batch, of a tile as it is traced.
+      dtype: as the body sees it.
+      pack: where its numbers are: `"f"` or `"i"`, the packed float32 or int32 numbers of its kind; `"w"`, an array of its own.
+      at: which of the packed numbers, or which of the arrays.
+    """
+
+    kinds: tuple
+    shape: tuple[int, ...]
+    dtype: Any
+    pack: str
+    at: int
+
+    @property
+    def count(self) -> int:
+        """How many arrays over wide axes it is."""
+        return math.prod(n for n, kind in zip(self.shape, self.kinds) if kind is None)
+
+    def value(self, arrays: list) -> Value:
+        """The value of the arrays, in the dtype that the body sees."""
+        dims = "".join(k for k in self.kinds if k)
+        items = np.empty(tuple(1 if k else n for k, n in zip(self.kinds, self.shape)), object)
+        for at, x in zip(np.ndindex(items.shape), arrays, strict=True):
+            items[at] = x if isinstance(x, Item) else Item(dims, _narrow.convert(x, self.dtype))
+        return Value(self.kinds, items)
+
+    def numbers(self, space: Space, value: Value) -> list:
+        """The arrays of a value, in the dtype in which they are packed."""
+        stored = {"f": jnp.float32, "i": jnp.int32, "w": self.dtype}[self.pack]
+        return [_narrow.convert(x, stored) for x in _narrow.arrays(space, value, self.kinds, self.shape)]
+
+
+class Packer:
+    """Gives each leaf of one kind its place."""
+
+    def __init__(self):
+        self.counts = {"f": 0, "i": 0, "w": 0}
+        self.leaves: list[Leaf] = []
+
+    def add(self, kinds: tuple, shape: tuple[int, ...], dtype: Any) -> None:
+        dtype = jnp.dtype(dtype)
+        if dtype.itemsize > 4 or dtype.kind == "c":
+            raise Unsupported(f"kernels compute in float32, and {dtype} was given")
+        several = sum(k is not None for k in kinds) > 1
+        pack = "w" if several else "f" if jnp.issubdtype(dtype, jnp.floating) else "i"
+        leaf = Leaf(kinds, shape, dtype, pack, self.counts[pack])
+        if not several and leaf.count > _narrow.LONGEST:
+            raise Unsupported(f"{leaf.count} numbers a row or column are more than {_narrow.LONGEST}")
+        self.counts[pack] += 1 if several else leaf.count
+        self.leaves.append(leaf)
+
+
+class Sizes(NamedTuple):
+    """How a sweep is cut.
+
+    Attributes:
+      groups: warpgroups that compute.
+      minor: entries of a tile along its minor axis.
+      depth: entries of a step of a product.
+      steps: such steps.
+      resident: whether the product's operand along the major axis stays in shared memory.
+      stages: tiles (or steps of a product) that are fetched ahead.
+      tile_stages: tiles of the other operands that are fetched ahead, of a product.
+      parts: of the minor axis.
+      together: blocks along the major axis that run side by side.
+      blocks: blocks along the major axis.
+      tiles: tiles along the minor axis.
+    """
+
+    groups: int
+    minor: int
+    depth: int
+    steps: int
+    resident: bool
+    stages: int
+    tile_stages: int
+    parts: int
+    together: int
+    blocks: int
+    tiles: int
+
+    @property
+    def major(self) -> int:
+        """Entries of a block of threads along the major axis."""
+        return self.groups * WARPGROUP
+
+
+class Program:
+    """A sweep, traced and cut; raises `Unsupported`.
+
+    The major axis of a tile is the one with the carry: rows, or columns with `over="rows"`. A block of threads owns a
+    stretch of it and passes over the minor axis.
+    """
+
+    def __init__(self, kernel: Kernel, body, scores: Scores, operands: Operands, init, plan: Plan):
+        self.kernel, self.scores, self.operands, self.plan = kernel, scores, operands, plan
+        self.g, self.n, self.columns = scores.shape
+        self.major, self.minor_letter = ("r", "c") if plan.over == "columns" else ("c", "r")
+        self.lengths = {"r": self.n, "c": self.columns}
+        self._check_scores()
+        self.minor = self._minor()
+        self.letters: dict[int, str] = {}
+        self._describe_operands()
+        self.traced = {"r": _TRACED_ROWS, "c": self._traced_columns(), **{v: k for k, v in self.letters.items()}}
+        self.order = self.major + self.minor_letter + "".join(self.letters.values())
+        self._trace(body, init)
+        self.products_from_registers: set[tuple] = set()
+        self.crosses_warps = self._try()
+        self.sizes = self._cut()
+
+    # --- what is read ----------------------------------------------------------------------------------------
+
+    def _check_scores(self) -> None:
+        dtype, plan = jnp.dtype(self.scores.dtype), self.plan
+        if 0 in (self.g, self.n, self.columns):
+            raise Unsupported("there is nothing to read")
+        if self.scores.values is not None:
+            if plan.over != "columns":
+                raise Unsupported("it passes over the rows of stored scores")
+            if dtype not in (*_HALF, jnp.dtype(jnp.float32)):
+                raise Unsupported(f"it reads scores in bfloat16, float16 or float32, not in {dtype}")
+            return
+        if self.scores.right.dtype != dtype:
+            raise Unsupported(f"it multiplies matrices of one dtype, not {dtype} by {self.scores.right.dtype}")
+        if dtype not in _HALF:
+            raise Unsupported(f"its matrix products are in bfloat16 or float16, not in {dtype}")
+
+    def _minor(self) -> int:
+        named = dict(self.kernel.blocks)
+        wanted = named.get("columns" if self.plan.over == "columns" else "rows")
+        if self.plan.tiles is not None:
+            tiles = self.plan.tiles
+            wanted = tiles.columns if self.plan.over == "columns" else tiles.rows
+        minor = wanted or (64 if self.scores.values is not None and self.lengths[self.minor_letter] > 64 else 128)
+        if minor % 64 or minor > 256:
+            raise Unsupported(f"a tile has 64, 128, 192 or 256 {self.plan.over}, not {minor}")
+        return minor
+
+    def _traced_columns(self) -> int:
+        return self.minor if self.minor_letter == "c" else 7907
+
+    def _letter(self, size: int) -> str:
+        return self.letters.setdefault(size, "hijk"[len(self.letters)])
+
+    def _describe_operands(self) -> None:
+        self.rows, self.cols, self.entries = Packer(), Packer(), Packer()
+        # Arrays of the entries' own: (how it is stored, batches); others are packed among the rows or columns.
+        self.by_entry: list[tuple[str, int]] = []
+        for packer, letter, tree in ((self.rows, "r", self.operands.rows), (self.cols, "c", self.operands.cols)):
+            for a in jax.tree.leaves(tree):
+                if len(a.shape) > 3 or a.shape[1] != self.lengths[letter]:
+                    raise Unsupported(f"an operand of shape {a.shape} is not a few numbers a row or column")
+                k = a.shape[2] if len(a.shape) == 3 else 0
+                if k >= 16 and jnp.dtype(a.dtype) in _HALF:
+                    if k % 16 or k > 256:
+                        raise Unsupported(f"features come in multiples of 16 up to 256, not {k}")
+                    packer.add((letter, self._letter(k)), (_TRACED_ROWS, k), a.dtype)
+                else:
+                    packer.add((letter, *[None] * (len(a.shape) - 2)), (_TRACED_ROWS, *a.shape[2:]), a.dtype)
+        for a in jax.tree.leaves(self.operands.entries):
+            kinds = tuple(k for k, size in zip("rc", a.shape[1:]) if size > 1)
+            if kinds == ("r", "c"):
+                self.by_entry.append(("e", len(self.entries.leaves)))
+                self.entries.add(("r", "c"), (0, 0), a.dtype)
+            else:
+                packer = self.rows if kinds == ("r",) or not kinds else self.cols
+                self.by_entry.append(("r" if packer is self.rows else "c", len(packer.leaves)))
+                packer.add(("r",) if packer is self.rows else ("c",), (0,), a.dtype)
+        for packer, letter in ((self.rows, "r"), (self.cols, "c")):
+            if packer.counts["w"] and not self.letters:
+                raise Unsupported("it has no features")
+
+    @property
+    def own(self) -> Packer:
+        """Operands along the major axis."""
+        return self.rows if self.major == "r" else self.cols
+
+    @property
+    def passing(self) -> Packer:
+        """Operands along the minor axis."""
+        return self.cols if self.major == "r" else self.rows
+
+    # --- what is computed --------------------------------------------------------------------------------------
+
+    def _trace(self, body, init) -> None:
+        rows, columns = self.traced["r"], self.traced["c"]
+
+        def struct(a, lead):
+            return jax.ShapeDtypeStruct((*lead, *a.shape[2:]), a.dtype)
+
+        def tile(dtype):
+            return jax.ShapeDtypeStruct((rows, columns), dtype)
+
+        self.ragged = self._ragged()
+        block_rows = jax.tree.map(lambda a: struct(a, (rows,)), self.operands.rows)
+        block_cols = jax.tree.map(lambda a: struct(a, (columns,)), self.operands.cols)
+        own = block_rows if self.major == "r" else block_cols
+        like = jax.ShapeDtypeStruct((self.traced[self.major],), jnp.float32)
+        self.init, carry = _narrow.trace(init, own, like)
+        block = Block(
+            raw=tile(jnp.float32),
+            rows=block_rows,
+            cols=block_cols,
+            entries=jax.tree.map(lambda a: tile(a.dtype), self.operands.entries),
+            row=tile(jnp.int32),
+            col=tile(jnp.int32),
+            batch=jax.ShapeDtypeStruct((), jnp.int32),
+            inside=tile(jnp.bool_) if any(self.ragged.values()) else None,
+        )
+        self.body, out = _narrow.trace(lambda *args: Out(*body(*args)), block, carry)
+        if jax.tree.structure(out.carry) != jax.tree.structure(carry):
+            raise Unsupported("its carry changes its structure")
+        self.carry_tree, self.entries_tree, self.cols_tree = (jax.tree.structure(a) for a in (carry, out.entries, out.cols))
+        self.carry, self.out_cols = Packer(), Packer()
+        for a in jax.tree.leaves(carry):
+            self._add_output(self.carry, self.major, a)
+        for a in jax.tree.leaves(out.cols):
+            self._add_output(self.out_cols, "c", a)
+        if self.out_cols.counts["w"]:
+            raise Unsupported("it leaves features for each block of rows")
+        self.n_entries = len(jax.tree.leaves(out.entries))
+        if self.n_entries != len(self.plan.entry_dtypes):
+            raise Unsupported("it writes other entries than it says")
+        if self.plan.over == "rows" and (self.n_entries or self.out_cols.leaves):
+            raise Unsupported("it writes entries or columns in a pass over rows")
+        for dtype in self.plan.entry_dtypes:
+            if jnp.dtype(dtype) not in (*_HALF, jnp.dtype(jnp.float32)):
+                raise Unsupported(f"it writes entries in bfloat16, float16 or float32, not in {dtype}")
+
+    def _add_output(self, packer: Packer, letter: str, a) -> None:
+        features = len(a.shape) == 2 and a.shape[1] in self.letters and jnp.issubdtype(a.dtype, jnp.floating)
+        if len(a.shape) > 2:
+            raise Unsupported(f"a carried array of shape {a.shape[1:]} a row is more than a few numbers")
+        packer.add((letter, self.letters[a.shape[1]]) if features else (letter, *[None] * (len(a.shape) - 1)), a.shape, a.dtype)
+
+    def _ragged(self) -> dict[str, bool]:
+        # Sizes of blocks are chosen later, from what is traced: blocks along the major axis have 128 entries at most.
+        return {
+            self.major: self.lengths[self.major] % (2 * WARPGROUP) != 0,
+            self.minor_letter: self.lengths[self.minor_letter] % self.minor != 0,
+        }
+
+    def space(self, layout: Callable, load: Callable, product: Callable) -> Space:
+        sizes = {**self.traced, self.major: WARPGROUP, self.minor_letter: self.minor}
+        return Space(sizes, self.traced, self.order, layout, load, product)
+
+    def tile(self, letters: str) -> str:
+        return "".join(k for k in self.order if k in letters)
+
+    def _try(self) -> bool:
+        """Evaluates the functions on shapes; returns whether they reduce across warps."""
+        crosses = False
+
+        def load(item):
+            return jnp.zeros(space.shape(item.dims), item.x.dtype)
+
+        def product(left, right, kind, letters, dtype):
+            dims = self.product_dims(left, right, kind, letters)
+            return Item(dims, jnp.zeros(space.shape(dims), dtype))
+
+        space = self.space(lambda x, dims: x, load, product)
+
+        def run():
+            def number(kinds, shape, dtype):
+                return jnp.zeros(shape, dtype)
+
+            def operands(packer: Packer) -> list[Value]:
+                out = []
+                for leaf in packer.leaves:
+                    dims = self.tile("".join(k for k in leaf.kinds if k))
+                    if leaf.pack == "w" and packer is not self.entries:
+                        out.append(leaf.value([Item(dims, jax.ShapeDtypeStruct((), leaf.dtype), True)]))
+                    else:
+                        out.append(leaf.value([jnp.zeros(space.shape(dims), leaf.dtype)] * leaf.count))
+                return out
+
+            tile = self.tile("rc")
+            carry = self.start(space, operands(self.own))
+            values = [leaf.value(a) for leaf, a in zip(self.carry.leaves, carry)]
+            raw = Value(("r", "c"), _narrow.wide(jnp.zeros(space.shape(tile), jnp.float32), tile).items)
+            zero = jnp.int32(0)
+            out = self.visit(space, raw, operands(self.rows), operands(self.cols), operands(self.entries), zero, zero, zero, zero, values)
+            return jax.tree.leaves(out)
+
+        jax.eval_shape(run)
+        crosses |= space.crosses_warps
+        return crosses
+
+    def product_dims(self, left: Item, right: Item, kind: str, letters: str) -> str:
+        """The axes of a product in the order of its tile; notes which left sides are in registers."""
+        dims = self.tile(letters)
+        a, b = (left, right) if dims[0] in left.dims else (right, left)
+        if dims[0] not in a.dims or dims[1] not in b.dims or not b.memory:
+            raise Unsupported("it multiplies tiles in a way that Mosaic GPU has no rule for")
+        if dims[0] != self.major:
+            raise Unsupported("it multiplies tiles in a way that Mosaic GPU has no rule for")
+        if not a.memory:
+            if set(a.dims) != {dims[0], kind}:
+                raise Unsupported("it multiplies tiles in a way that Mosaic GPU has no rule for")
+            self.products_from_registers.add((kind, jnp.dtype(b.x.dtype)))
+        return dims
+
+    def start(self, space: Space, own: list[Value]) -> list[list]:
+        """The carry before the first tile, as the arrays of each leaf."""
+        operands = own[: self._counted(self.operands.rows if self.major == "r" else self.operands.cols)]
+        like = Value((self.major,), _narrow.scalar(np.float32(0)).items.reshape(1))
+        out = _narrow.evaluate(space, self.init, [*operands, like])
+        return [leaf.numbers(space, value) for leaf, value in zip(self.carry.leaves, out)]
+
+    @staticmethod
+    def _counted(tree) -> int:
+        return len(jax.tree.leaves(tree))
+
+    def visit(self, space: Space, raw, rows, cols, entries, row, col, start, batch, carry) -> tuple:
+        """What a tile gives: the arrays of each carried leaf, of each entry output, and of each column output.
+
+        Args:
+          space: of the arrays.
+          raw: the scores.
+          rows: values of `self.rows`.
+          cols: values of `self.cols`.
+          entries: values of `self.entries`.
+          row: first row of the tile.
+          col: first column of the tile.
+          start: column of the whole row that column 0 is.
+          batch: which matrix.
+          carry: values of `self.carry`.
+        """
+        by = {"r": rows, "c": cols, "e": entries}
+        entry_values = [self._as_entries(by[where][i]) for where, i in self.by_entry]
+        row_index, col_index = space.iota("r", row), space.iota("c", col)
+        inside = []
+        if any(self.ragged.values()):
+            parts = [
+                self._as_entries(_narrow._map(space, lambda x, n=n: x < jax.lax.full_like(x, n), index))
+                for index, n in ((row_index, self.n), (col_index, self.columns))
+                if self.ragged["r" if index is row_index else "c"]
+            ]
+            inside = [parts[0] if len(parts) == 1 else _narrow._map(space, jax.lax.bitwise_and, *parts)]
+        col_index = _narrow._map(space, jax.lax.add, col_index, Value(("c",), _narrow.scalar(start).items.reshape(1)))
+        args = [
+            raw,
+            *rows[: self._counted(self.operands.rows)],
+            *cols[: self._counted(self.operands.cols)],
+            *entry_values,
+            self._as_entries(row_index),
+            self._as_entries(col_index),
+            _narrow.scalar(batch),
+            *inside,
+            *carry,
+        ]
+        out = _narrow.evaluate(space, self.body, args)
+        n_carry = len(self.carry.leaves)
+        new = [leaf.numbers(space, v) for leaf, v in zip(self.carry.leaves, out[:n_carry])]
+        written = out[n_carry : n_carry + self.n_entries]
+        tile = [_narrow.arrays(space, v, ("r", "c"), (0, 0))[0] for v in written]
+        tile = [_narrow.convert(x, jnp.dtype(d)) for x, d in zip(tile, self.plan.entry_dtypes)]
+        left = [leaf.numbers(space, v) for leaf, v in zip(self.out_cols.leaves, out[n_carry + self.n_entries :])]
+        return new, tile, left
+
+    @staticmethod
+    def _as_entries(value: Value) -> Value:
+        """A number a row, or a column, as a tile."""
+        if value.kinds == ("r", "c"):
+            return value
+        return Value(("r", None) if value.kinds == ("r",) else (None, "c"), value.items.reshape(1, 1))
+
+    # --- how it is cut -----------------------------------------------------------------------------------------
+
+    def _cut(self) -> Sizes:
+        named, tiles = dict(self.kernel.blocks), self.plan.tiles
+        length, passes = self.lengths[self.major], self.lengths[self.minor_letter]
+        groups = 1 if self.crosses_warps or self.out_cols.leaves or length <= WARPGROUP else 2
+        wanted = named.get("rows" if self.major == "r" else "columns")
+        if tiles is not None:
+            wanted = tiles.rows if self.major == "r" else tiles.columns
+        if wanted is not None:
+            if wanted not in (WARPGROUP, 2 * WARPGROUP):
+                raise Unsupported(f"a block has {WARPGROUP} or {2 * WARPGROUP} rows, not {wanted}")
+            if tiles is not None and wanted > groups * WARPGROUP:
+                raise Unsupported("it sums over the rows of a tile, which are 64")
+            groups = min(groups, wanted // WARPGROUP) if tiles is None else wanted // WARPGROUP
+        blocks, n_tiles = -(-length // (groups * WARPGROUP)), -(-passes // self.minor)
+        depth = steps = 0
+        resident = False
+        if self.scores.values is None:
+            d = self.scores.left.shape[2]
+            depth = _LINE // jnp.dtype(self.scores.dtype).itemsize
+            steps = -(-d // depth)
+            resident = steps * depth <= 256
+        fixed, tile, step = self._bytes(groups, depth, steps, resident)
+        room = SHARED_MEMORY - fixed
+        if self.scores.values is not None:
+            stages = min(named.get("stages", 4), n_tiles, room // max(tile, 1))
+            tile_stages = 0
+        else:
+            tile_stages = min(2, n_tiles) if tile else 0
+            room -= tile_stages * tile
+            stages = min(named.get("stages", 4), steps * n_tiles, room // step)
+        if stages < 1:
+            raise Unsupported(f"a tile of its operands needs {fixed + tile + step} bytes of shared memory")
+        parts, together = self._parts(groups, blocks, n_tiles)
+        return Sizes(groups, self.minor, depth, steps, resident, stages, tile_stages, parts, together, blocks, n_tiles)
+
+    def _bytes(self, groups: int, depth: int, steps: int, resident: bool) -> tuple[int, int, int]:
+        """Shared memory: for good, for each tile that is fetched ahead, and for each step of a product."""
+        major, minor = groups * WARPGROUP, self.minor
+        item = jnp.dtype(self.scores.dtype).itemsize
+        wide = {letter: size for size, letter in self.letters.items()}
+        fixed = 128 * 4 * 4 if self.crosses_warps else 0
+        fixed += 4 * major * (self.carry.counts["f"] + self.carry.counts["i"])
+        fixed += sum(4 * major * leaf.shape[1] for leaf in self.carry.leaves if leaf.pack == "w")
+        fixed += sum(major * leaf.shape[1] * leaf.dtype.itemsize for leaf in self.own.leaves if leaf.pack == "w")
+        fixed += sum(major * minor * jnp.dtype(d).itemsize for d in self.plan.entry_dtypes)
+        fixed += 4 * groups * minor * (self.out_cols.counts["f"] + self.out_cols.counts["i"])
+        if self.kernel.interpret:
+            fixed += sum(major * {**wide, self.minor_letter: minor}[k] * d.itemsize for k, d in self.products_from_registers)
+        tile = 4 * minor * (self.passing.counts["f"] + self.passing.counts["i"])
+        tile += sum(minor * leaf.shape[1] * leaf.dtype.itemsize for leaf in self.passing.leaves if leaf.pack == "w")
+        tile += sum(major * minor * entry_dtype(leaf.dtype).itemsize for leaf in self.entries.leaves)
+        step = 0
+        if self.scores.values is not None:
+            tile += major * minor * item
+        else:
+            step = minor * depth * item
+            if resident:
+                fixed += major * steps * depth * item
+            else:
+                step += major * depth * item
+        return fixed, tile, step
+
+    def _parts(self, groups: int, blocks: int, n_tiles: int) -> tuple[int, int]:
+        """Into how many parts the minor axis is cut, and how many blocks along the major axis run side by side."""
+        together = blocks
+        if self.scores.values is None:
+            each = groups * WARPGROUP * self.scores.left.shape[2] * jnp.dtype(self.scores.dtype).itemsize
+            together = max(1, min(blocks, _CACHED // each))
+        if self.plan.over == "rows":
+            return 1, together
+        wanted = dict(self.kernel.blocks).get("parts")
+        if self.plan.tiles is not None:
+            wanted = self.plan.tiles.parts
+        if wanted is None:
+            at_once = processors(self.kernel)
+            concurrent = min(blocks * self.g, together) if blocks > together else blocks * self.g
+            wanted = max(1, at_once // concurrent)
+            # A part has some tiles at least, to be worth its own carry.
+            wanted = min(wanted, max(1, n_tiles // 4))
+        return min(wanted, n_tiles), together
+
+
+def processors(kernel: Kernel) -> int:
+    """Multiprocessors of the device."""
+    if kernel.interpret:
+        return 1
+    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if abstract is not None and getattr(abstract, "num_cores", None):
+        return abstract.num_cores
+    try:
+        return jax.devices("gpu")[0].core_count
+    except (RuntimeError, AttributeError):
+        return 132
+
+
+def entry_dtype(dtype: Any) -> np.dtype:
+    """In what dtype an entry operand is stored: booleans as bytes do not load."""
+    dtype = jnp.dtype(dtype)
+    if dtype in (*_HALF, jnp.dtype(jnp.float32), jnp.dtype(jnp.int32), jnp.dtype(jnp.uint32)):
+        return dtype
+    return jnp.dtype(jnp.bfloat16) if dtype.itemsize == 1 else jnp.dtype(jnp.int32)

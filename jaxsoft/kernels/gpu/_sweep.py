@@ -1,0 +1,649 @@
+"""A sweep as a Mosaic GPU kernel: one warpgroup fetches blocks, the others compute on tiles of 64 rows in registers."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxsoft.kernels._choice import Kernel
+from jaxsoft.kernels._sweep import Operands, Plan, Result, Scores
+from jaxsoft.kernels.gpu import _narrow
+from jaxsoft.kernels.gpu._narrow import Item, Unsupported, Value
+from jaxsoft.kernels.gpu._program import WARPGROUP, Packer, Program, entry_dtype
+
+
+def refusal(kernel: Kernel, body, scores: Scores, operands: Operands, init, plan: Plan) -> str | None:
+    """Why this sweep cannot run, or None."""
+    try:
+        Program(kernel, body, scores, operands, init, plan)
+    except Unsupported as reason:
+        return str(reason)
+    return None
+
+
+def sweep(kernel: Kernel, body, scores: Scores, operands: Operands, init, plan: Plan) -> Result:
+    """Visits the tiles of a matrix of scores: see `jaxsoft.kernels._sweep`."""
+    return _Sweep(Program(kernel, body, scores, operands, init, plan)).run()
+
+
+# --- arrays in device memory -----------------------------------------------------------------------------------
+
+
+def _padded(a, axis: int, size: int):
+    """An array with zeros up to `size` along an axis."""
+    if a.shape[axis] == size:
+        return a
+    widths = [(0, 0)] * a.ndim
+    widths[axis] = (0, size - a.shape[axis])
+    return jnp.pad(a, widths)
+
+
+def _aligned(a):
+    """An array whose lines are multiples of 16 bytes, as asynchronous copies need them."""
+    unit = 16 // a.dtype.itemsize
+    return _padded(a, a.ndim - 1, -(-a.shape[-1] // unit) * unit)
+
+
+def _packed(packer: Packer, leaves: list, batches: int, length: int) -> dict[str, Any]:
+    """The numbers of leaves `[batches, n, ...]` as `[batches, count, length]` for each dtype, and the wide arrays."""
+    parts: dict[str, list] = {"f": [], "i": []}
+    wide = []
+    for leaf, a in zip(packer.leaves, leaves, strict=True):
+        if leaf.pack == "w":
+            wide.append(_aligned(a))
+            continue
+        a = a.reshape(*a.shape[:2], -1).swapaxes(1, 2)
+        a = a.astype(jnp.float32 if leaf.pack == "f" else jnp.int32)
+        parts[leaf.pack].append(_padded(jnp.broadcast_to(a, (batches, *a.shape[1:])), 2, length))
+    out: dict[str, Any] = {name: jnp.concatenate(each, axis=1) for name, each in parts.items() if each}
+    if wide:
+        out["w"] = wide
+    return out
+
+
+def _batches(leaves: list) -> int:
+    return max((a.shape[0] for a in leaves), default=1)
+
+
+class _Memory(NamedTuple):
+    """What the kernel reads: references of the same structure as the arrays.
+
+    Attributes:
+      scores: `[values]`, or `[of the major axis, of the minor axis]`, `[G, ...]`.
+      own: packed operands along the major axis.
+      passing: packed operands along the minor axis.
+      entries: arrays `[G, n, S]`.
+      start: `[1]`.
+      order: `[blocks, tiles]`, the tiles of a block that have anything to do, then the others; None for all in order.
+      live: `[blocks]`, how many have.
+    """
+
+    scores: list
+    own: dict
+    passing: dict
+    entries: list
+    start: Any
+    order: Any
+    live: Any
+
+
+class _Results(NamedTuple):
+    """What the kernel writes: `numbers` of the carry `[parts, G, count, n]`, `wide` `[parts, G, n, H]`, entries, columns."""
+
+    carry: dict
+    wide: list
+    entries: list
+    cols: dict
+
+
+class _Shared(NamedTuple):
+    """What the warpgroups of a block share; each ring has barriers for when a slot is full and when it is free."""
+
+    scores: list
+    passing: dict
+    entries: list
+    full: Any
+    free: Any
+    steps: list
+    step_full: Any
+    step_free: Any
+    own: list
+    resident: Any
+    once: Any
+    carry: dict
+    wide: list
+    out: list
+    cols: dict
+    staged: dict
+
+
+def _transforms(dtype, line: int) -> tuple:
+    """How a tile lies in shared memory, for tensor cores and without bank conflicts."""
+    item = jnp.dtype(dtype).itemsize
+    swizzle = next(s for s in (128, 64, 32) if line * item % s == 0)
+    return plgpu.TilingTransform((8, swizzle // item)), plgpu.SwizzleTransform(swizzle)
+
+
+def _tiles_of(count: tuple[int, ...], rows: int, columns: int, dtype):
+    return plgpu.SMEM((*count, rows, columns), dtype, transforms=_transforms(dtype, columns))
+
+
+def _load(ref, layout):
+    """A load of any layout: vectorized where it can be."""
+    if "idx" in inspect.signature(plgpu.load).parameters:
+        return plgpu.load(ref, (), layout=layout, optimized=False)
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def _transposed(ref):
+    return ref.transpose((1, 0)) if hasattr(ref, "transpose") else plgpu.transpose_ref(ref, (1, 0))
+
+
+def _count(x) -> int:
+    return len(jax.tree.leaves(x))
+
+
+class _Sweep:
+    def __init__(self, program: Program):
+        self.p, self.s = program, program.sizes
+        self.product = program.scores.values is None
+        self.wide_sizes = {letter: size for size, letter in program.letters.items()}
+        self.major_length = self.s.blocks * self.s.major
+        self.minor_length = self.s.tiles * self.s.minor
+        # Without anything to fetch for a tile but the steps of its product, there is no second ring.
+        self.has_ring = not self.product or self._fetched() > 0
+
+    def _fetched(self) -> int:
+        return sum(self.p.passing.counts.values()) + len(self.p.entries.leaves)
+
+    # --- outside of the kernel ---------------------------------------------------------------------------------
+
+    def run(self) -> Result:
+        p, s = self.p, self.s
+        memory = self._memory()
+        out = self._results()
+        kernel = plgpu.kernel(
+            lambda *refs: self._kernel(jax.tree.structure(memory), jax.tree.structure(out), refs),
+            out_type=tuple(jax.tree.leaves(out)),
+            grid=(p.g, -(-s.blocks // s.together), s.parts, s.together),
+            grid_names=("batch", "group", "part", "block"),
+            num_threads=s.groups + 1,
+            thread_name="warpgroup",
+            compiler_params=plgpu.CompilerParams(
+                lowering_semantics=plgpu.LoweringSemantics.Lane,
+                approx_math=bool(dict(p.kernel.blocks).get("approximate", 0)),
+            ),
+            **({"interpret": plgpu.InterpretGPUParams()} if p.kernel.interpret else {}),
+        )
+        written = jax.tree.unflatten(jax.tree.structure(out), kernel(*jax.tree.leaves(memory)))
+        return self._unpacked(written)
+
+    def _memory(self) -> _Memory:
+        p, s = self.p, self.s
+        rows, cols = jax.tree.leaves(p.operands.rows), jax.tree.leaves(p.operands.cols)
+        entries = []
+        for a, (where, _) in zip(jax.tree.leaves(p.operands.entries), p.by_entry):
+            if where == "r":
+                rows.append(jnp.broadcast_to(a[:, :, 0], (a.shape[0], p.n)))
+            elif where == "c":
+                cols.append(jnp.broadcast_to(a[:, 0, :], (a.shape[0], p.columns)))
+            else:
+                entries.append(_aligned(a.astype(entry_dtype(a.dtype))))
+        own, passing = (rows, cols) if p.major == "r" else (cols, rows)
+        if self.product:
+            right = p.scores.right
+            scores = [p.scores.left, right] if p.major == "r" else [right, p.scores.left]
+        else:
+            scores = [p.scores.values]
+        order = live = None
+        if p.plan.live is not None:
+            order, live = self._order()
+        return _Memory(
+            [_aligned(a) for a in scores],
+            _packed(p.own, own, _batches(own), self.major_length),
+            _packed(p.passing, passing, _batches(passing), self.minor_length),
+            entries,
+            jnp.asarray(p.operands.start, jnp.int32).reshape(1),
+            order,
+            live,
+        )
+
+    def _order(self):
+        """For each block, its tiles with anything to do before those without; and how many have."""
+        p, s = self.p, self.s
+
+        def is_live(i, j):
+            if p.major == "r":
+                return p.plan.live(i, j, s.major, s.minor)
+            return p.plan.live(j, i, s.minor, s.major)
+
+        blocks, tiles = jnp.arange(s.blocks, dtype=jnp.int32), jnp.arange(s.tiles, dtype=jnp.int32)
+        live = jax.vmap(lambda i: jax.vmap(lambda j: jnp.asarray(is_live(i, j), jnp.bool_))(tiles))(blocks)
+        return jnp.argsort(~live, axis=1, stable=True).astype(jnp.int32), jnp.sum(live, axis=1, dtype=jnp.int32)
+
+    def _results(self) -> _Results:
+        p, s = self.p, self.s
+        struct = jax.ShapeDtypeStruct
+        dtypes = {"f": jnp.float32, "i": jnp.int32}
+        carry = {
+            name: struct((s.parts, p.g, p.carry.counts[name], self.major_length), dtype)
+            for name, dtype in dtypes.items()
+            if p.carry.counts[name]
+        }
+        wide = [
+            struct((s.parts, p.g, self.major_length, leaf.shape[1]), leaf.dtype)
+            for leaf in p.carry.leaves
+            if leaf.pack == "w"
+        ]
+        entries = []
+        for dtype in map(jnp.dtype, p.plan.entry_dtypes):
+            unit = 16 // dtype.itemsize
+            entries.append(struct((p.g, p.n, -(-p.columns // unit) * unit), dtype))
+        cols = {
+            name: struct((p.g, s.blocks * s.groups, p.out_cols.counts[name], self.minor_length), dtype)
+            for name, dtype in dtypes.items()
+            if p.out_cols.counts[name]
+        }
+        return _Results(carry, wide, entries, cols)
+
+    def _unpacked(self, out: _Results) -> Result:
+        p = self.p
+        major = p.lengths[p.major]
+
+        def numbers(leaf, packed, length):
+            """`[*, *, count, padded]` -> `[*, *, length, ...]`."""
+            a = packed[leaf.pack][:, :, leaf.at : leaf.at + leaf.count, :length]
+            return jnp.moveaxis(a, 2, 3).reshape(*a.shape[:2], length, *leaf.shape[1:]).astype(leaf.dtype)
+
+        carry = [
+            out.wide[leaf.at][:, :, :major] if leaf.pack == "w" else numbers(leaf, out.carry, major)
+            for leaf in p.carry.leaves
+        ]
+        entries = [a[:, :, : p.columns] for a in out.entries]
+        cols = [numbers(leaf, out.cols, p.columns) for leaf in p.out_cols.leaves]
+        return Result(
+            jax.tree.unflatten(p.carry_tree, carry),
+            jax.tree.unflatten(p.entries_tree, entries),
+            jax.tree.unflatten(p.cols_tree, cols),
+        )
+
+    # --- the kernel ----------------------------------------------------------------------------------------------
+
+    def _kernel(self, memory_tree, out_tree, refs) -> None:
+        n = memory_tree.num_leaves
+        memory, out = jax.tree.unflatten(memory_tree, refs[:n]), jax.tree.unflatten(out_tree, refs[n:])
+        pl.run_scoped(
+            functools.partial(self._shared, memory, out), self._allocations(), collective_axes="warpgroup"
+        )
+
+    def _allocations(self) -> _Shared:
+        p, s = self.p, self.s
+        dtypes = {"f": jnp.float32, "i": jnp.int32}
+        item = p.scores.dtype
+        stages = s.tile_stages if self.product else s.stages
+        copies = (0 if self.product else 1) + _count(p_counts(p.passing)) + len(p.entries.leaves)
+        own_wide = [leaf for leaf in p.own.leaves if leaf.pack == "w"]
+        if self.product:
+            # [..., minor, depth] or [..., depth, minor]: as it lies in device memory.
+            line = s.depth if self._minor_first() else s.minor
+            shape = (s.minor, s.depth) if self._minor_first() else (s.depth, s.minor)
+            step = [plgpu.SMEM((s.stages, *shape), item, transforms=_transforms(item, line))]
+            major = (s.major, s.depth) if self._major_first() else (s.depth, s.major)
+            count = s.steps if s.resident else s.stages
+            block = plgpu.SMEM((count, *major), item, transforms=_transforms(item, major[1]))
+            if not s.resident:
+                step.append(block)
+        once = len(own_wide) + (s.steps if self.product and s.resident else 0)
+        return _Shared(
+            scores=[] if self.product else [_tiles_of((stages,), s.major, s.minor, item)],
+            passing={
+                **{k: plgpu.SMEM((stages, p.passing.counts[k], s.minor), dtypes[k]) for k in dtypes if p.passing.counts[k]},
+                "w": [
+                    _tiles_of((stages,), s.minor, leaf.shape[1], leaf.dtype)
+                    for leaf in p.passing.leaves
+                    if leaf.pack == "w"
+                ],
+            },
+            entries=[_tiles_of((stages,), s.major, s.minor, entry_dtype(leaf.dtype)) for leaf in p.entries.leaves],
+            full=plgpu.Barrier(num_arrivals=copies, num_barriers=stages) if copies else None,
+            free=plgpu.Barrier(num_arrivals=s.groups, num_barriers=stages) if copies else None,
+            steps=step if self.product else [],
+            step_full=plgpu.Barrier(num_arrivals=len(step), num_barriers=s.stages) if self.product else None,
+            step_free=plgpu.Barrier(num_arrivals=s.groups, num_barriers=s.stages) if self.product else None,
+            own=[_tiles_of((), s.major, leaf.shape[1], leaf.dtype) for leaf in own_wide],
+            resident=block if self.product and s.resident else None,
+            once=plgpu.Barrier(num_arrivals=once) if once else None,
+            carry={
+                k: plgpu.SMEM((s.groups, p.carry.counts[k], WARPGROUP), dtypes[k]) for k in dtypes if p.carry.counts[k]
+            },
+            wide=[
+                _tiles_of((s.groups,), WARPGROUP, leaf.shape[1], leaf.dtype) for leaf in p.carry.leaves if leaf.pack == "w"
+            ],
+            out=[_tiles_of((s.groups,), WARPGROUP, s.minor, d) for d in p.plan.entry_dtypes],
+            cols={
+                k: plgpu.SMEM((s.groups, p.out_cols.counts[k], s.minor), dtypes[k]) for k in dtypes if p.out_cols.counts[k]
+            },
+            staged={
+                f"{kind}{dtype}": _tiles_of((s.groups,), WARPGROUP, {**self.wide_sizes, p.minor_letter: s.minor}[kind], dtype)
+                for kind, dtype in sorted(p.products_from_registers, key=str)
+                if p.kernel.interpret
+            },
+        )
+
+    def _major_first(self) -> bool:
+        """Whether the product's operand of the major axis has that axis before the features."""
+        return True if self.p.major == "r" else self.p.scores.transposed
+
+    def _minor_first(self) -> bool:
+        return self.p.scores.transposed if self.p.major == "r" else True
+
+    def _shared(self, memory: _Memory, out: _Results, shared: _Shared) -> None:
+        s = self.s
+        at = _Place(
+            batch=lax.axis_index("batch"),
+            part=lax.axis_index("part"),
+            block=lax.axis_index("group") * s.together + lax.axis_index("block"),
+        )
+        me = lax.axis_index("warpgroup")
+
+        @pl.when(at.block < s.blocks)
+        def _():
+            @pl.when(me == s.groups)
+            def _():
+                if s.groups > 1:
+                    plgpu.set_max_registers(40, action="decrease")
+                self._fetch(memory, shared, at)
+
+            @pl.when(me < s.groups)
+            def _():
+                if s.groups > 1:
+                    plgpu.set_max_registers(232, action="increase")
+                self._compute(memory, out, shared, at, me)
+
+    def _range(self, memory: _Memory, at) -> tuple:
+        """The first of a block's tiles in a part, how many there are, and which tile the t-th one is."""
+        s = self.s
+        count = s.tiles if memory.order is None else memory.live[at.block]
+        first = at.part * count // s.parts
+        last = (at.part + 1) * count // s.parts
+        if memory.order is None:
+            return first, last - first, lambda t: first + t
+        return first, last - first, lambda t: memory.order[at.block, first + t]
+
+    # --- the warpgroup that fetches ---------------------------------------------------------------------------------
+
+    def _fetch(self, memory: _Memory, shared: _Shared, at) -> None:
+        p, s = self.p, self.s
+        _, count, tile_of = self._range(memory, at)
+        major = pl.ds(at.block * s.major, s.major)
+        copy = plgpu.copy_gmem_to_smem
+        for i, ref in enumerate(shared.own):
+            source = memory.own["w"][i]
+            copy(source.at[_batch(source, at), major, pl.ds(0, ref.shape[1])], ref, shared.once)
+        if shared.resident is not None:
+            for k in range(s.steps):
+                copy(self._of_major(memory.scores[0], at, major, k * s.depth), shared.resident.at[k], shared.once)
+
+        def tile(t, _):
+            j = tile_of(t)
+            minor = pl.ds(j * s.minor, s.minor)
+            if self.has_ring:
+                slot = self._claim(t, shared.free, self._stages())
+                full = shared.full.at[slot]
+                if not self.product:
+                    source = memory.scores[0]
+                    copy(source.at[_batch(source, at), major, minor], shared.scores[0].at[slot], full)
+                for name in ("f", "i"):
+                    if name in shared.passing:
+                        source = memory.passing[name]
+                        copy(source.at[_batch(source, at), :, minor], shared.passing[name].at[slot], full)
+                for ref, source in zip(shared.passing["w"], memory.passing.get("w", [])):
+                    copy(source.at[_batch(source, at), minor, pl.ds(0, ref.shape[2])], ref.at[slot], full)
+                for ref, source in zip(shared.entries, memory.entries):
+                    rows, columns = (major, minor) if p.major == "r" else (minor, major)
+                    copy(source.at[_batch(source, at), rows, columns], ref.at[slot], full)
+            if self.product:
+
+                def step(k, _):
+                    slot = self._claim(t * s.steps + k, shared.step_free, s.stages)
+                    full = shared.step_full.at[slot]
+                    copy(self._of_minor(memory.scores[1], at, minor, k * s.depth), shared.steps[0].at[slot], full)
+                    if not s.resident:
+                        copy(self._of_major(memory.scores[0], at, major, k * s.depth), shared.steps[1].at[slot], full)
+
+                lax.fori_loop(0, s.steps, step, None)
+
+        lax.fori_loop(0, count, tile, None)
+
+    def _stages(self) -> int:
+        return self.s.tile_stages if self.product else self.s.stages
+
+    def _claim(self, n, free, stages: int):
+        """The slot for the n-th thing to fetch, once it is free."""
+        slot = lax.rem(n, jnp.int32(stages))
+
+        @pl.when(n >= stages)
+        def _():
+            plgpu.barrier_wait(free.at[slot])
+
+        return slot
+
+    def _of_major(self, ref, at, major, depth):
+        depth = pl.ds(depth, self.s.depth)
+        return ref.at[(_batch(ref, at), major, depth) if self._major_first() else (_batch(ref, at), depth, major)]
+
+    def _of_minor(self, ref, at, minor, depth):
+        depth = pl.ds(depth, self.s.depth)
+        return ref.at[(_batch(ref, at), minor, depth) if self._minor_first() else (_batch(ref, at), depth, minor)]
+
+    # --- the warpgroups that compute ---------------------------------------------------------------------------------
+
+    def _layout(self, x, dims: str):
+        """An array in the layout of its axes."""
+        if len(dims) == 2:
+            return plgpu.layout_cast(x, plgpu.Layout.WGMMA)
+        if len(dims) == 1:
+            return plgpu.layout_cast(x, plgpu.Layout.WGMMA.reduce(1 if dims == self.p.major else 0))
+        return x
+
+    def _compute(self, memory: _Memory, out: _Results, shared: _Shared, at, me) -> None:
+        p, s = self.p, self.s
+        space = p.space(self._layout, self._load_item, functools.partial(self._multiply, shared, me))
+        mine = pl.ds(me * WARPGROUP, WARPGROUP)
+        begin = at.block * s.major + me * WARPGROUP
+        row_layout, col_layout = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+        if shared.once is not None:
+            plgpu.barrier_wait(shared.once)
+
+        def own(leaf):
+            if leaf.pack == "w":
+                return leaf.value([Item("".join(leaf.kinds), shared.own[leaf.at].at[mine], True)])
+            source = memory.own[leaf.pack]
+            numbers = [
+                _load(source.at[_batch(source, at), leaf.at + i, pl.ds(begin, WARPGROUP)], row_layout)
+                for i in range(leaf.count)
+            ]
+            return leaf.value(numbers)
+
+        own_values = list(map(own, p.own.leaves))
+        first, count, tile_of = self._range(memory, at)
+        start = memory.start[0]
+
+        def tile(t, carry):
+            j = tile_of(t)
+            slot = None
+            if self.has_ring:
+                slot = lax.rem(t, jnp.int32(self._stages()))
+                plgpu.barrier_wait(shared.full.at[slot])
+            if self.product:
+                raw = self._product(shared, me, t)
+            else:
+                raw = _load(shared.scores[0].at[slot, mine], plgpu.Layout.WGMMA)
+                raw = _narrow.convert(raw, new_dtype=jnp.float32)
+
+            def passing(leaf):
+                if leaf.pack == "w":
+                    dims = p.tile("".join(leaf.kinds))
+                    return leaf.value([Item(dims, shared.passing["w"][leaf.at].at[slot], True)])
+                ref = shared.passing[leaf.pack]
+                return leaf.value([_load(ref.at[slot, leaf.at + i], col_layout) for i in range(leaf.count)])
+
+            def entry(leaf):
+                x = _load(shared.entries[leaf.at].at[slot, mine], plgpu.Layout.WGMMA)
+                return leaf.value([Item("rc", _narrow.convert(x, leaf.dtype))])
+
+            passing_values = list(map(passing, p.passing.leaves))
+            rows, cols = (own_values, passing_values) if p.major == "r" else (passing_values, own_values)
+            row, col = (begin, j * s.minor) if p.major == "r" else (j * s.minor, begin)
+            raw = Value(("r", "c"), _narrow.wide(raw, p.tile("rc")).items)
+            values = [leaf.value(x) for leaf, x in zip(p.carry.leaves, carry)]
+            new, entries, left = p.visit(
+                space, raw, rows, cols, list(map(entry, p.entries.leaves)), row, col, start, at.batch, values
+            )
+            if self.has_ring:
+                plgpu.barrier_arrive(shared.free.at[slot])
+            self._write(out, shared, at, me, j, entries, left)
+            return new
+
+        initial = [
+            [self._layout(x, p.tile("".join(k for k in leaf.kinds if k))) for x in numbers]
+            for leaf, numbers in zip(p.carry.leaves, p.start(space, own_values))
+        ]
+        carry = lax.fori_loop(0, count, tile, initial)
+        if memory.order is not None and (shared.out or shared.cols):
+            self._write_dead(memory, out, shared, at, me)
+        self._write_carry(out, shared, at, me, carry)
+        plgpu.wait_smem_to_gmem(0)
+
+    def _product(self, shared: _Shared, me, t):
+        """A tile of scores, a step of the features at a time."""
+        s = self.s
+        mine = pl.ds(me * WARPGROUP, WARPGROUP)
+
+        def run(acc):
+            def step(k, _):
+                n = t * s.steps + k
+                slot = lax.rem(n, jnp.int32(s.stages))
+                plgpu.barrier_wait(shared.step_full.at[slot])
+                left = shared.resident.at[k] if s.resident else shared.steps[1].at[slot]
+                left = left.at[mine] if self._major_first() else _transposed(left.at[:, mine])
+                right = shared.steps[0].at[slot]
+                plgpu.wgmma(acc, left, _transposed(right) if self._minor_first() else right)
+                plgpu.wgmma_wait(1)
+
+                @pl.when(k > 0)
+                def _():
+                    plgpu.barrier_arrive(shared.step_free.at[lax.rem(n - 1, jnp.int32(s.stages))])
+
+            lax.fori_loop(0, s.steps, step, None)
+            return acc[...]
+
+        tile = pl.run_scoped(run, plgpu.ACC((WARPGROUP, s.minor), jnp.float32))
+        plgpu.barrier_arrive(shared.step_free.at[lax.rem((t + 1) * s.steps - 1, jnp.int32(s.stages))])
+        return tile
+
+    def _load_item(self, item: Item):
+        """A wide operand, in registers: only along the major axis, else it has no layout."""
+        if item.dims[0] != self.p.major:
+            raise Unsupported("it uses features of the minor axis other than in matrix products")
+        return _load(item.x, plgpu.Layout.WGMMA)
+
+    def _multiply(self, shared: _Shared, me, left: Item, right: Item, kind: str, letters: str, dtype) -> Item:
+        """A product in the body of a sweep: the right side in shared memory, the left there or in registers."""
+        dims = self.p.product_dims(left, right, kind, letters)
+        a, b = (left, right) if dims[0] in left.dims else (right, left)
+        b_ref = b.x if b.dims[0] == kind else _transposed(b.x)
+        shape = (WARPGROUP, self.p.space(None, None, None).sizes[dims[1]])
+        if a.memory:
+            a_side = a.x
+        else:
+            a_side = _narrow.convert(a.x, b_ref.dtype)
+            if self.p.kernel.interpret:  # the interpreter multiplies from shared memory only
+                stage = shared.staged[f"{kind}{jnp.dtype(b_ref.dtype)}"].at[me]
+                stage[...] = a_side
+                plgpu.commit_smem()
+                a_side = stage
+
+        def run(acc):
+            plgpu.wgmma(acc, a_side, b_ref)
+            return acc[...]
+
+        x = pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
+        return Item(dims, _narrow.convert(x, dtype))
+
+    # --- what is written ---------------------------------------------------------------------------------------------
+
+    def _write(self, out: _Results, shared: _Shared, at, me, j, entries: list, left: list) -> None:
+        """Writes what a tile gives beside the carry."""
+        p, s = self.p, self.s
+        if not (shared.out or shared.cols):
+            return
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        for ref, x in zip(shared.out, entries):
+            ref.at[me][...] = x
+        for leaf, numbers in zip(p.out_cols.leaves, left):
+            for i, x in enumerate(numbers):
+                shared.cols[leaf.pack].at[me, leaf.at + i][...] = x
+        plgpu.commit_smem()
+        rows = pl.ds(at.block * s.major + me * WARPGROUP, WARPGROUP)
+        minor = pl.ds(j * s.minor, s.minor)
+        for ref, target in zip(shared.out, out.entries):
+            plgpu.copy_smem_to_gmem(ref.at[me], target.at[at.batch, rows, minor])
+        for name, ref in shared.cols.items():
+            plgpu.copy_smem_to_gmem(ref.at[me], out.cols[name].at[at.batch, at.block * s.groups + me, :, minor])
+
+    def _write_dead(self, memory: _Memory, out: _Results, shared: _Shared, at, me) -> None:
+        """Zeros for tiles without anything to do."""
+        p, s = self.p, self.s
+        live = memory.live[at.block]
+        dead = s.tiles - live
+        first, last = live + at.part * dead // s.parts, live + (at.part + 1) * dead // s.parts
+
+        def zeros(dims: str, dtype):
+            return self._layout(jnp.zeros((WARPGROUP, s.minor)[2 - len(dims) :], dtype), dims)
+
+        def tile(t, _):
+            entries = [zeros(p.tile("rc"), d) for d in p.plan.entry_dtypes]
+            dtypes = {"f": jnp.float32, "i": jnp.int32}
+            left = [[zeros(p.minor_letter, dtypes[leaf.pack])] * leaf.count for leaf in p.out_cols.leaves]
+            self._write(out, shared, at, me, memory.order[at.block, t], entries, left)
+
+        lax.fori_loop(first, last, tile, None)
+
+    def _write_carry(self, out: _Results, shared: _Shared, at, me, carry: list) -> None:
+        p, s = self.p, self.s
+        for leaf, numbers in zip(p.carry.leaves, carry):
+            for i, x in enumerate(numbers):
+                target = shared.wide[leaf.at].at[me] if leaf.pack == "w" else shared.carry[leaf.pack].at[me, leaf.at + i]
+                target[...] = x
+        plgpu.commit_smem()
+        mine = pl.ds(at.block * s.major + me * WARPGROUP, WARPGROUP)
+        for name, ref in shared.carry.items():
+            plgpu.copy_smem_to_gmem(ref.at[me], out.carry[name].at[at.part, at.batch, :, mine])
+        for ref, target in zip(shared.wide, out.wide):
+            plgpu.copy_smem_to_gmem(ref.at[me], target.at[at.part, at.batch, mine, pl.ds(0, ref.shape[2])])
+
+
+class _Place(NamedTuple):
+    """Which block of threads this is."""
+
+    batch: Any
+    part: Any
+    block: Any
+
+
+def _batch(ref, at: _Place):
+    """The index of the matrix in an array that may hold one for all."""
+    return 0 if ref.shape[0] == 1 else at.batch
+
+
+def p_counts(packer: Packer) -> list:
+    """What is fetched for a tile: one array for each kind of packed numbers, and each wide one."""
+    return [name for name in ("f", "i") if packer.counts[name]] + ["w"] * packer.counts["w"]
