@@ -492,6 +492,14 @@ def _concatenate(space: Space, eqn, *values: Value) -> Value:
     return Value(kinds, np.concatenate(parts, axis=d))
 
 
+def _stack(space: Space, eqn, *values: Value) -> Value:
+    d = eqn.params["axis"] % (len(values[0].kinds) + 1)
+    kinds = _join(values)
+    shape = np.broadcast_shapes(*(v.items.shape for v in values))
+    parts = [np.broadcast_to(v.items, shape) for v in values]
+    return Value((*kinds[:d], None, *kinds[d:]), np.stack(parts, axis=d))
+
+
 def _pad(space: Space, eqn, value: Value, fill: Value) -> Value:
     shape, items = eqn.invars[0].aval.shape, value.items
     for d, (low, high, inner) in enumerate(eqn.params["padding_config"]):
@@ -666,11 +674,12 @@ _RULES: dict[str, Callable] = {
     "split": _split,
     "rev": _rev,
     "concatenate": _concatenate,
+    "stack": _stack,
     "pad": _pad,
     "iota": _iota,
     "dot_general": _dot_general,
     "scan": _scan,
-    **dict.fromkeys(("copy", "copy_p", "optimization_barrier", "stop_gradient"), _argument),
+    **dict.fromkeys(("copy", "copy_p", "optimization_barrier", "stop_gradient", "reshard", "sharding_constraint"), _argument),
     **dict.fromkeys(_COMBINE, _reduce),
 }
 

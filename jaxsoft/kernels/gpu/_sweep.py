@@ -45,10 +45,18 @@ def _padded(a, axis: int, size: int):
     return jnp.pad(a, widths)
 
 
+def _up(n: int, unit: int) -> int:
+    return -(-n // unit) * unit
+
+
 def _aligned(a):
     """An array whose lines are multiples of 16 bytes, as asynchronous copies need them."""
-    unit = 16 // a.dtype.itemsize
-    return _padded(a, a.ndim - 1, -(-a.shape[-1] // unit) * unit)
+    return _padded(a, a.ndim - 1, _up(a.shape[-1], 16 // a.dtype.itemsize))
+
+
+def _tiled(a):
+    """An array that divides into the tiles in which tensor cores read shared memory."""
+    return _padded(_padded(a, a.ndim - 1, _up(a.shape[-1], 128 // a.dtype.itemsize)), a.ndim - 2, _up(a.shape[-2], 8))
 
 
 def _packed(packer: Packer, leaves: list, batches: int, length: int) -> dict[str, Any]:
@@ -57,7 +65,7 @@ def _packed(packer: Packer, leaves: list, batches: int, length: int) -> dict[str
     wide = []
     for leaf, a in zip(packer.leaves, leaves, strict=True):
         if leaf.pack == "w":
-            wide.append(_aligned(a))
+            wide.append(_tiled(a))
             continue
         a = a.reshape(*a.shape[:2], -1).swapaxes(1, 2)
         a = a.astype(jnp.float32 if leaf.pack == "f" else jnp.int32)
@@ -124,15 +132,18 @@ class _Shared(NamedTuple):
     staged: dict
 
 
-def _transforms(dtype, line: int) -> tuple:
-    """How a tile lies in shared memory, for tensor cores and without bank conflicts."""
+def _tile_in(shape: tuple[int, ...], dtype, whole: tuple[int, ...] | None = None):
+    """Shared memory for tiles: in the order of tensor cores, which is free of bank conflicts, where that is possible.
+
+    Asynchronous copies reorder only what divides into tiles of 8 lines of 128 bytes (or less): `whole`, the array in
+    device memory, must. Else it lies as it is.
+    """
     item = jnp.dtype(dtype).itemsize
-    swizzle = next(s for s in (128, 64, 32) if line * item % s == 0)
-    return plgpu.TilingTransform((8, swizzle // item)), plgpu.SwizzleTransform(swizzle)
-
-
-def _tiles_of(count: tuple[int, ...], rows: int, columns: int, dtype):
-    return plgpu.SMEM((*count, rows, columns), dtype, transforms=_transforms(dtype, columns))
+    swizzle = next(s for s in (128, 64, 32) if shape[-1] * item % s == 0)
+    if whole is not None and (whole[-2] % 8 or whole[-1] % (swizzle // item)):
+        return plgpu.SMEM(shape, dtype)
+    transforms = plgpu.TilingTransform((8, swizzle // item)), plgpu.SwizzleTransform(swizzle)
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def _load(ref, layout):
@@ -140,6 +151,13 @@ def _load(ref, layout):
     if "idx" in inspect.signature(plgpu.load).parameters:
         return plgpu.load(ref, (), layout=layout, optimized=False)
     return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def _store(ref, x) -> None:
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, x, optimized=False)
+    else:
+        ref[...] = x
 
 
 def _transposed(ref):
@@ -198,15 +216,15 @@ class _Sweep:
                 entries.append(_aligned(a.astype(entry_dtype(a.dtype))))
         own, passing = (rows, cols) if p.major == "r" else (cols, rows)
         if self.product:
-            right = p.scores.right
-            scores = [p.scores.left, right] if p.major == "r" else [right, p.scores.left]
+            left, right = _tiled(p.scores.left), _tiled(p.scores.right)
+            scores = [left, right] if p.major == "r" else [right, left]
         else:
-            scores = [p.scores.values]
+            scores = [_aligned(p.scores.values)]
         order = live = None
         if p.plan.live is not None:
             order, live = self._order()
         return _Memory(
-            [_aligned(a) for a in scores],
+            scores,
             _packed(p.own, own, _batches(own), self.major_length),
             _packed(p.passing, passing, _batches(passing), self.minor_length),
             entries,
@@ -244,8 +262,7 @@ class _Sweep:
         ]
         entries = []
         for dtype in map(jnp.dtype, p.plan.entry_dtypes):
-            unit = 16 // dtype.itemsize
-            entries.append(struct((p.g, p.n, -(-p.columns // unit) * unit), dtype))
+            entries.append(struct((p.g, p.n, _up(p.columns, 16 // dtype.itemsize)), dtype))
         cols = {
             name: struct((p.g, s.blocks * s.groups, p.out_cols.counts[name], self.minor_length), dtype)
             for name, dtype in dtypes.items()
@@ -280,10 +297,10 @@ class _Sweep:
         n = memory_tree.num_leaves
         memory, out = jax.tree.unflatten(memory_tree, refs[:n]), jax.tree.unflatten(out_tree, refs[n:])
         pl.run_scoped(
-            functools.partial(self._shared, memory, out), self._allocations(), collective_axes="warpgroup"
+            functools.partial(self._shared, memory, out), self._allocations(memory, out), collective_axes="warpgroup"
         )
 
-    def _allocations(self) -> _Shared:
+    def _allocations(self, memory: _Memory, out: _Results) -> _Shared:
         p, s = self.p, self.s
         dtypes = {"f": jnp.float32, "i": jnp.int32}
         item = p.scores.dtype
@@ -292,46 +309,45 @@ class _Sweep:
         own_wide = [leaf for leaf in p.own.leaves if leaf.pack == "w"]
         if self.product:
             # [..., minor, depth] or [..., depth, minor]: as it lies in device memory.
-            line = s.depth if self._minor_first() else s.minor
             shape = (s.minor, s.depth) if self._minor_first() else (s.depth, s.minor)
-            step = [plgpu.SMEM((s.stages, *shape), item, transforms=_transforms(item, line))]
+            step = [_tile_in((s.stages, *shape), item)]
             major = (s.major, s.depth) if self._major_first() else (s.depth, s.major)
             count = s.steps if s.resident else s.stages
-            block = plgpu.SMEM((count, *major), item, transforms=_transforms(item, major[1]))
+            block = _tile_in((count, *major), item)
             if not s.resident:
                 step.append(block)
         once = len(own_wide) + (s.steps if self.product and s.resident else 0)
         return _Shared(
-            scores=[] if self.product else [_tiles_of((stages,), s.major, s.minor, item)],
+            scores=[] if self.product else [_tile_in((stages, s.major, s.minor), item, memory.scores[0].shape)],
             passing={
                 **{k: plgpu.SMEM((stages, p.passing.counts[k], s.minor), dtypes[k]) for k in dtypes if p.passing.counts[k]},
                 "w": [
-                    _tiles_of((stages,), s.minor, leaf.shape[1], leaf.dtype)
+                    _tile_in((stages, s.minor, leaf.shape[1]), leaf.dtype)
                     for leaf in p.passing.leaves
                     if leaf.pack == "w"
                 ],
             },
-            entries=[_tiles_of((stages,), s.major, s.minor, entry_dtype(leaf.dtype)) for leaf in p.entries.leaves],
+            entries=[_tile_in((stages, s.major, s.minor), ref.dtype, ref.shape) for ref in memory.entries],
             full=plgpu.Barrier(num_arrivals=copies, num_barriers=stages) if copies else None,
             free=plgpu.Barrier(num_arrivals=s.groups, num_barriers=stages) if copies else None,
             steps=step if self.product else [],
             step_full=plgpu.Barrier(num_arrivals=len(step), num_barriers=s.stages) if self.product else None,
             step_free=plgpu.Barrier(num_arrivals=s.groups, num_barriers=s.stages) if self.product else None,
-            own=[_tiles_of((), s.major, leaf.shape[1], leaf.dtype) for leaf in own_wide],
+            own=[_tile_in((s.major, leaf.shape[1]), leaf.dtype) for leaf in own_wide],
             resident=block if self.product and s.resident else None,
             once=plgpu.Barrier(num_arrivals=once) if once else None,
             carry={
                 k: plgpu.SMEM((s.groups, p.carry.counts[k], WARPGROUP), dtypes[k]) for k in dtypes if p.carry.counts[k]
             },
             wide=[
-                _tiles_of((s.groups,), WARPGROUP, leaf.shape[1], leaf.dtype) for leaf in p.carry.leaves if leaf.pack == "w"
+                _tile_in((s.groups, WARPGROUP, leaf.shape[1]), leaf.dtype) for leaf in p.carry.leaves if leaf.pack == "w"
             ],
-            out=[_tiles_of((s.groups,), WARPGROUP, s.minor, d) for d in p.plan.entry_dtypes],
+            out=[_tile_in((s.groups, WARPGROUP, s.minor), ref.dtype, ref.shape) for ref in out.entries],
             cols={
                 k: plgpu.SMEM((s.groups, p.out_cols.counts[k], s.minor), dtypes[k]) for k in dtypes if p.out_cols.counts[k]
             },
             staged={
-                f"{kind}{dtype}": _tiles_of((s.groups,), WARPGROUP, {**self.wide_sizes, p.minor_letter: s.minor}[kind], dtype)
+                f"{kind}{dtype}": _tile_in((s.groups, WARPGROUP, {**self.wide_sizes, p.minor_letter: s.minor}[kind]), dtype)
                 for kind, dtype in sorted(p.products_from_registers, key=str)
                 if p.kernel.interpret
             },
@@ -567,7 +583,7 @@ class _Sweep:
             a_side = _narrow.convert(a.x, b_ref.dtype)
             if self.p.kernel.interpret:  # the interpreter multiplies from shared memory only
                 stage = shared.staged[f"{kind}{jnp.dtype(b_ref.dtype)}"].at[me]
-                stage[...] = a_side
+                _store(stage, a_side)
                 plgpu.commit_smem()
                 a_side = stage
 
@@ -587,10 +603,10 @@ class _Sweep:
             return
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         for ref, x in zip(shared.out, entries):
-            ref.at[me][...] = x
+            _store(ref.at[me], x)
         for leaf, numbers in zip(p.out_cols.leaves, left):
             for i, x in enumerate(numbers):
-                shared.cols[leaf.pack].at[me, leaf.at + i][...] = x
+                _store(shared.cols[leaf.pack].at[me, leaf.at + i], x)
         plgpu.commit_smem()
         rows = pl.ds(at.block * s.major + me * WARPGROUP, WARPGROUP)
         minor = pl.ds(j * s.minor, s.minor)
@@ -622,7 +638,7 @@ class _Sweep:
         for leaf, numbers in zip(p.carry.leaves, carry):
             for i, x in enumerate(numbers):
                 target = shared.wide[leaf.at].at[me] if leaf.pack == "w" else shared.carry[leaf.pack].at[me, leaf.at + i]
-                target[...] = x
+                _store(target, x)
         plgpu.commit_smem()
         mine = pl.ds(at.block * s.major + me * WARPGROUP, WARPGROUP)
         for name, ref in shared.carry.items():
