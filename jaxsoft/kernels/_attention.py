@@ -78,7 +78,9 @@ def _five_axes(plan: Attention, array: Array) -> Array:
 
 def _gather_five_axes(plan: Attention, d: Array, like: Array) -> Array:
     """The transpose of `_five_axes`: sums over the axes that were broadcast."""
-    return jax.linear_transpose(functools.partial(_five_axes, plan), jax.ShapeDtypeStruct(like.shape, d.dtype))(d)[0]
+    return jax.linear_transpose(
+        functools.partial(_five_axes, plan), jax.ShapeDtypeStruct(like.shape, d.dtype)
+    )(d)[0]
 
 
 def _positions(plan: Attention, masks: Masks) -> tuple[Array, Array]:
@@ -276,7 +278,8 @@ def _backward(plan: Attention, functions, states, cotangents, operands, masks, a
 
         def sums(raw, given):
             rows, cols, entries = (
-                {**part, **{n: given[n] for n in given if n in part}} for part in (block.rows, block.cols, block.entries)
+                {**part, **{n: given[n] for n in given if n in part}}
+                for part in (block.rows, block.cols, block.entries)
             )
             tile = _tile(plan, block, raw, rows, cols, entries)
             tiles, each = [tile] * len(functions), [_driver.Arrays(a, (), ()) for a in rows["args"]]
@@ -318,7 +321,9 @@ def _backward(plan: Attention, functions, states, cotangents, operands, masks, a
 
 
 def _product(a: Array, b: Array, axes: tuple, plan: Attention) -> Array:
-    return lax.dot_general(a, b, (axes, ((), ())), precision=plan.precision, preferred_element_type=jnp.float32)
+    return lax.dot_general(
+        a, b, (axes, ((), ())), precision=plan.precision, preferred_element_type=jnp.float32
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

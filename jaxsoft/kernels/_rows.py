@@ -52,13 +52,14 @@ def refusal(backend, kernel: Kernel, functions, source, masks: Masks, arrays: li
     return backend.refusal(kernel, *_forward(functions, source, masks, arrays))
 
 
-def stream(
-    kernel: Kernel, functions, block: int, source, masks: Masks, arrays: list[Arrays]
-) -> list:
+def stream(kernel: Kernel, functions, block: int, source, masks: Masks, arrays: list[Arrays]) -> list:
     """The finished states of the reductions, with their derivatives attached."""
     states = _states(kernel, functions, *jax.lax.stop_gradient((source, masks, arrays)))
     floats, others = _driver.partition(states)
-    if kernel.backend().refusal(kernel, *_backward(functions, states, floats, source, masks, arrays)) is not None:
+    if (
+        kernel.backend().refusal(kernel, *_backward(functions, states, floats, source, masks, arrays))
+        is not None
+    ):
         return _driver.attach(functions, block, states, source, masks, arrays)
     return _driver.combine(_attach(kernel, functions, floats, others, source, masks, arrays), others)
 

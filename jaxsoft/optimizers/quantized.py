@@ -18,6 +18,7 @@ from jaxsoft.optimizers import _common
 from jaxsoft.optimizers._common import Mask
 
 _DECADES = 7  # powers of ten of the dynamic map, from 1e-6 to 1
+_PARTS = 8  # of a block, whose extremes are taken together
 _SECOND_MOMENTS = ("nu", "nu_max", "sum_of_squares", "grad_sum_of_squares")
 
 
@@ -221,10 +222,10 @@ def _extremes(x: jax.Array, layout: _Layout, signed: bool = True) -> jax.Array:
     # A leaf that is one block is reduced as it is, which the compiler shares among cores.
     one = not layout.lead and layout.blocks == 1
     blocks, axis = (x, None) if one else (_in_blocks(x, layout), -1)
-    if not one and layout.width % 64 == 0:
+    if not one and layout.width % (8 * _PARTS) == 0:
         # To an eighth by arithmetic, with which the computation of x fuses; with a reduction on a CPU it does not,
         # and x would be stored.
-        parts = jnp.split(blocks if signed else jnp.where(blocks < 0, 0, blocks), 8, axis=-1)
+        parts = jnp.split(blocks if signed else jnp.where(blocks < 0, 0, blocks), _PARTS, axis=-1)
         blocks = functools.reduce(_larger, parts)
     extreme = jnp.max(blocks, axis=axis, initial=0)
     if signed:
@@ -532,7 +533,9 @@ def quantize_state(
 
         u, new = step(read(old))
         extremes_of = new
-        if _is_entrywise(jax.make_jaxpr(step)(jax.eval_shape(read, old)).jaxpr):
+        if block_size % (8 * _PARTS) == 0 and _is_entrywise(
+            jax.make_jaxpr(step)(jax.eval_shape(read, old)).jaxpr
+        ):
             # The moments are computed for the update, for the scales and for the codes, each time from 8 bits. That
             # costs less than to store them in float32, which the compiler would do if it knew them to be equal.
             def separate(old):
@@ -554,7 +557,7 @@ def quantize_state(
 
         return u, map_state(store, old, places, new, extremes_of)
 
-    def update_leaf(place, number, g, old, params, places, count, extra):
+    def update_leaf(place, number, g, old, params, places, count_of_updates, extra):
         """One leaf, in pieces. Returns its update and `{path: leaf}` of its part of the new state."""
 
         def only(tree):
@@ -616,35 +619,43 @@ def quantize_state(
 
             return {i: one(i, x) for i, x in values.items()}
 
+        full, rest = divmod(leaf.size, units * unit[0])
+
         def width(x):
             return unit[0 if x.size == leaf.size else 1]
 
         def cut(tree, start, count):
-            """So many units from `start` on, or with None all that is left."""
-            return jax.tree.map(
-                lambda x: lax.dynamic_slice_in_dim(
-                    x, start * width(x), x.size - start * width(x) if count is None else count * width(x)
-                ),
-                tree,
-            )
+            """So many units from `start` on, or with None what is left after the full pieces."""
+
+            def size(x):
+                return (x.size - full * units * width(x)) if count is None else count * width(x)
+
+            return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start * width(x), size(x)), tree)
 
         def paste(tree, part, start):
             return jax.tree.map(
                 lambda x, y: lax.dynamic_update_slice_in_dim(x, y, start * width(x), axis=0), tree, part
             )
 
-        def piece(whole, start, count_or_none):
+        def piece(whole, start, count):
             """The new values of these units."""
-            g, moments = cut(whole, start, count_or_none)
-            u, new = step(g, p if p is None else cut(p, start, count_or_none), read(moments))
-            return u, write(new, moments, draw(count, number, start))
+            g, moments = cut(whole, start, count)
+            u, new = step(g, p if p is None else cut(p, start, count), read(moments))
+            return u, write(new, moments, draw(count_of_updates, number, start))
 
-        def paste_and_advance(i, state):
-            # Values are pasted a turn later, so that reading comes after writing. Else the compiler, which cannot
-            # order the readers of a piece before its writer, copies the whole arrays; and on a CPU it computes
-            # what it writes in place on a single core.
-            whole = paste(*state, jnp.maximum(i - 1, 0) * units)
-            return whole, piece(whole, i * units, units)
+        def sweep(whole, start_of, count, turns):
+            """So many pieces. Each is pasted a turn later, so that reading comes after writing.
+
+            Else the compiler, which cannot order the readers of a piece before its writer, copies the whole
+            arrays; and on a CPU it computes what it writes in place on a single core.
+            """
+
+            def turn(i, state):
+                whole = paste(*state, start_of(jnp.maximum(i - 1, 0)))
+                part = lax.cond(i < turns, lambda: piece(whole, start_of(i), count), lambda: state[1])
+                return whole, part
+
+            return lax.fori_loop(0, turns + 1, turn, (whole, cut(whole, start_of(0), count)))[0]
 
         p = None if params is None else jax.tree.leaves(params)[0].reshape(-1)
         # The update is written over the gradient.
@@ -654,11 +665,9 @@ def quantize_state(
                 "chunk_size needs an inner transformation that treats each entry alone, got one that mixes the "
                 "entries of a leaf (a norm, say): leave chunk_size out"
             )
-        full = leaf.size // (units * unit[0])
-        state = whole, cut(whole, 0, units)
-        whole = paste(*lax.fori_loop(0, full, paste_and_advance, state), (full - 1) * units)
-        if leaf.size % (units * unit[0]):
-            whole = paste(whole, piece(whole, full * units, None), full * units)
+        whole = sweep(whole, lambda i: i * units, units, full)
+        if rest:
+            whole = sweep(whole, lambda i: full * units, None, 1)
         u, new = whole
         # Both nodes of a quantized leaf, or the one array, get their shape back.
         new = {

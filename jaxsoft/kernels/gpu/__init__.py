@@ -19,7 +19,9 @@ def unavailable(kernel: Kernel) -> str | None:
     except ImportError as error:
         return f"this jax has no Mosaic GPU ({error})"
     if kernel.interpret:
-        return None if hasattr(mosaic_gpu, "InterpretGPUParams") else "this jax has no interpreter of Mosaic GPU"
+        return (
+            None if hasattr(mosaic_gpu, "InterpretGPUParams") else "this jax has no interpreter of Mosaic GPU"
+        )
     if not any(name in kernel.device_kind for name in _DEVICES):
         return f"it is written for Hopper GPUs, this is {kernel.device_kind!r}"
     return None
@@ -34,9 +36,7 @@ def refusal(
     return _sweep.refusal(kernel, body, scores, operands, init, plan)
 
 
-def sweep(
-    kernel: Kernel, body: Body, scores: Scores, operands: Operands, init: Init, plan: Plan
-) -> Result:
+def sweep(kernel: Kernel, body: Body, scores: Scores, operands: Operands, init: Init, plan: Plan) -> Result:
     """Visits the tiles of a matrix of scores: see `jaxsoft.kernels._sweep`."""
     from jaxsoft.kernels.gpu import _sweep
 

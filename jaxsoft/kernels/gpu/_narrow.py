@@ -63,7 +63,9 @@ class Space:
       crosses_warps: whether a reduction over the first axis of an array was met.
     """
 
-    def __init__(self, sizes: dict, traced: dict, order: str, layout: Callable, load: Callable, product: Callable):
+    def __init__(
+        self, sizes: dict, traced: dict, order: str, layout: Callable, load: Callable, product: Callable
+    ):
         self.sizes, self.traced, self.order = sizes, traced, order
         self.layout, self.load, self.product = layout, load, product
         self.crosses_warps = False
@@ -679,7 +681,10 @@ _RULES: dict[str, Callable] = {
     "iota": _iota,
     "dot_general": _dot_general,
     "scan": _scan,
-    **dict.fromkeys(("copy", "copy_p", "optimization_barrier", "stop_gradient", "reshard", "sharding_constraint"), _argument),
+    **dict.fromkeys(
+        ("copy", "copy_p", "optimization_barrier", "stop_gradient", "reshard", "sharding_constraint"),
+        _argument,
+    ),
     **dict.fromkeys(_COMBINE, _reduce),
 }
 

@@ -135,7 +135,11 @@ class Program:
         self.minor = self._minor()
         self.letters: dict[int, str] = {}
         self._describe_operands()
-        self.traced = {"r": _TRACED_ROWS, "c": self._traced_columns(), **{v: k for k, v in self.letters.items()}}
+        self.traced = {
+            "r": _TRACED_ROWS,
+            "c": self._traced_columns(),
+            **{v: k for k, v in self.letters.items()},
+        }
         self.order = self.major + self.minor_letter + "".join(self.letters.values())
         self._trace(body, init)
         self.products_from_registers: set[tuple] = set()
@@ -155,7 +159,9 @@ class Program:
                 raise Unsupported(f"it reads scores in bfloat16, float16 or float32, not in {dtype}")
             return
         if self.scores.right.dtype != dtype:
-            raise Unsupported(f"it multiplies matrices of one dtype, not {dtype} by {self.scores.right.dtype}")
+            raise Unsupported(
+                f"it multiplies matrices of one dtype, not {dtype} by {self.scores.right.dtype}"
+            )
         if dtype not in _HALF:
             raise Unsupported(f"its matrix products are in bfloat16 or float16, not in {dtype}")
 
@@ -165,7 +171,9 @@ class Program:
         if self.plan.tiles is not None:
             tiles = self.plan.tiles
             wanted = tiles.columns if self.plan.over == "columns" else tiles.rows
-        minor = wanted or (64 if self.scores.values is not None and self.lengths[self.minor_letter] > 64 else 128)
+        minor = wanted or (
+            64 if self.scores.values is not None and self.lengths[self.minor_letter] > 64 else 128
+        )
         if minor % 64 or minor > 256:
             raise Unsupported(f"a tile has 64, 128, 192 or 256 {self.plan.over}, not {minor}")
         return minor
@@ -180,7 +188,10 @@ class Program:
         self.rows, self.cols, self.entries = Packer(), Packer(), Packer()
         # Arrays of the entries' own: (how it is stored, batches); others are packed among the rows or columns.
         self.by_entry: list[tuple[str, int]] = []
-        for packer, letter, tree in ((self.rows, "r", self.operands.rows), (self.cols, "c", self.operands.cols)):
+        for packer, letter, tree in (
+            (self.rows, "r", self.operands.rows),
+            (self.cols, "c", self.operands.cols),
+        ):
             for a in jax.tree.leaves(tree):
                 if len(a.shape) > 3 or a.shape[1] != self.lengths[letter]:
                     raise Unsupported(f"an operand of shape {a.shape} is not a few numbers a row or column")
@@ -244,7 +255,9 @@ class Program:
         self.body, out = _narrow.trace(lambda *args: Out(*body(*args)), block, carry)
         if jax.tree.structure(out.carry) != jax.tree.structure(carry):
             raise Unsupported("its carry changes its structure")
-        self.carry_tree, self.entries_tree, self.cols_tree = (jax.tree.structure(a) for a in (carry, out.entries, out.cols))
+        self.carry_tree, self.entries_tree, self.cols_tree = (
+            jax.tree.structure(a) for a in (carry, out.entries, out.cols)
+        )
         self.carry, self.out_cols = Packer(), Packer()
         for a in jax.tree.leaves(carry):
             self._add_output(self.carry, self.major, a)
@@ -265,7 +278,11 @@ class Program:
         features = len(a.shape) == 2 and a.shape[1] in self.letters and jnp.issubdtype(a.dtype, jnp.floating)
         if len(a.shape) > 2:
             raise Unsupported(f"a carried array of shape {a.shape[1:]} a row is more than a few numbers")
-        packer.add((letter, self.letters[a.shape[1]]) if features else (letter, *[None] * (len(a.shape) - 1)), a.shape, a.dtype)
+        packer.add(
+            (letter, self.letters[a.shape[1]]) if features else (letter, *[None] * (len(a.shape) - 1)),
+            a.shape,
+            a.dtype,
+        )
 
     def _ragged(self) -> dict[str, bool]:
         # Sizes of blocks are chosen later, from what is traced: blocks along the major axis have 128 entries at most.
@@ -313,7 +330,18 @@ class Program:
             values = [leaf.value(a) for leaf, a in zip(self.carry.leaves, carry)]
             raw = Value(("r", "c"), _narrow.wide(jnp.zeros(space.shape(tile), jnp.float32), tile).items)
             zero = jnp.int32(0)
-            out = self.visit(space, raw, operands(self.rows), operands(self.cols), operands(self.entries), zero, zero, zero, zero, values)
+            out = self.visit(
+                space,
+                raw,
+                operands(self.rows),
+                operands(self.cols),
+                operands(self.entries),
+                zero,
+                zero,
+                zero,
+                zero,
+                values,
+            )
             return jax.tree.leaves(out)
 
         jax.eval_shape(run)
@@ -371,7 +399,9 @@ class Program:
                 if self.ragged["r" if index is row_index else "c"]
             ]
             inside = [parts[0] if len(parts) == 1 else _narrow._map(space, jax.lax.bitwise_and, *parts)]
-        col_index = _narrow._map(space, jax.lax.add, col_index, Value(("c",), _narrow.scalar(start).items.reshape(1)))
+        col_index = _narrow._map(
+            space, jax.lax.add, col_index, Value(("c",), _narrow.scalar(start).items.reshape(1))
+        )
         args = [
             raw,
             *rows[: self._counted(self.operands.rows)],
@@ -389,7 +419,9 @@ class Program:
         written = out[n_carry : n_carry + self.n_entries]
         tile = [_narrow.arrays(space, v, ("r", "c"), (0, 0))[0] for v in written]
         tile = [_narrow.convert(x, jnp.dtype(d)) for x, d in zip(tile, self.plan.entry_dtypes)]
-        left = [leaf.numbers(space, v) for leaf, v in zip(self.out_cols.leaves, out[n_carry + self.n_entries :])]
+        left = [
+            leaf.numbers(space, v) for leaf, v in zip(self.out_cols.leaves, out[n_carry + self.n_entries :])
+        ]
         return new, tile, left
 
     @staticmethod
@@ -434,7 +466,9 @@ class Program:
         if stages < 1:
             raise Unsupported(f"a tile of its operands needs {fixed + tile + step} bytes of shared memory")
         parts, together = self._parts(groups, blocks, n_tiles)
-        return Sizes(groups, self.minor, depth, steps, resident, stages, tile_stages, parts, together, blocks, n_tiles)
+        return Sizes(
+            groups, self.minor, depth, steps, resident, stages, tile_stages, parts, together, blocks, n_tiles
+        )
 
     def _bytes(self, groups: int, depth: int, steps: int, resident: bool) -> tuple[int, int, int]:
         """Shared memory: for good, for each tile that is fetched ahead, and for each step of a product."""
@@ -444,13 +478,20 @@ class Program:
         fixed = 128 * 4 * 4 if self.crosses_warps else 0
         fixed += 4 * major * (self.carry.counts["f"] + self.carry.counts["i"])
         fixed += sum(4 * major * leaf.shape[1] for leaf in self.carry.leaves if leaf.pack == "w")
-        fixed += sum(major * leaf.shape[1] * leaf.dtype.itemsize for leaf in self.own.leaves if leaf.pack == "w")
+        fixed += sum(
+            major * leaf.shape[1] * leaf.dtype.itemsize for leaf in self.own.leaves if leaf.pack == "w"
+        )
         fixed += sum(major * minor * jnp.dtype(d).itemsize for d in self.plan.entry_dtypes)
         fixed += 4 * groups * minor * (self.out_cols.counts["f"] + self.out_cols.counts["i"])
         if self.kernel.interpret:
-            fixed += sum(major * {**wide, self.minor_letter: minor}[k] * d.itemsize for k, d in self.products_from_registers)
+            fixed += sum(
+                major * {**wide, self.minor_letter: minor}[k] * d.itemsize
+                for k, d in self.products_from_registers
+            )
         tile = 4 * minor * (self.passing.counts["f"] + self.passing.counts["i"])
-        tile += sum(minor * leaf.shape[1] * leaf.dtype.itemsize for leaf in self.passing.leaves if leaf.pack == "w")
+        tile += sum(
+            minor * leaf.shape[1] * leaf.dtype.itemsize for leaf in self.passing.leaves if leaf.pack == "w"
+        )
         tile += sum(major * minor * entry_dtype(leaf.dtype).itemsize for leaf in self.entries.leaves)
         step = 0
         if self.scores.values is not None:

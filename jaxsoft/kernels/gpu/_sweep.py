@@ -56,7 +56,9 @@ def _aligned(a):
 
 def _tiled(a):
     """An array that divides into the tiles in which tensor cores read shared memory."""
-    return _padded(_padded(a, a.ndim - 1, _up(a.shape[-1], 128 // a.dtype.itemsize)), a.ndim - 2, _up(a.shape[-2], 8))
+    return _padded(
+        _padded(a, a.ndim - 1, _up(a.shape[-1], 128 // a.dtype.itemsize)), a.ndim - 2, _up(a.shape[-2], 8)
+    )
 
 
 def _packed(packer: Packer, leaves: list, batches: int, length: int) -> dict[str, Any]:
@@ -244,7 +246,9 @@ class _Sweep:
 
         blocks, tiles = jnp.arange(s.blocks, dtype=jnp.int32), jnp.arange(s.tiles, dtype=jnp.int32)
         live = jax.vmap(lambda i: jax.vmap(lambda j: jnp.asarray(is_live(i, j), jnp.bool_))(tiles))(blocks)
-        return jnp.argsort(~live, axis=1, stable=True).astype(jnp.int32), jnp.sum(live, axis=1, dtype=jnp.int32)
+        return jnp.argsort(~live, axis=1, stable=True).astype(jnp.int32), jnp.sum(
+            live, axis=1, dtype=jnp.int32
+        )
 
     def _results(self) -> _Results:
         p, s = self.p, self.s
@@ -297,7 +301,9 @@ class _Sweep:
         n = memory_tree.num_leaves
         memory, out = jax.tree.unflatten(memory_tree, refs[:n]), jax.tree.unflatten(out_tree, refs[n:])
         pl.run_scoped(
-            functools.partial(self._shared, memory, out), self._allocations(memory, out), collective_axes="warpgroup"
+            functools.partial(self._shared, memory, out),
+            self._allocations(memory, out),
+            collective_axes="warpgroup",
         )
 
     def _allocations(self, memory: _Memory, out: _Results) -> _Shared:
@@ -318,9 +324,15 @@ class _Sweep:
                 step.append(block)
         once = len(own_wide) + (s.steps if self.product and s.resident else 0)
         return _Shared(
-            scores=[] if self.product else [_tile_in((stages, s.major, s.minor), item, memory.scores[0].shape)],
+            scores=[]
+            if self.product
+            else [_tile_in((stages, s.major, s.minor), item, memory.scores[0].shape)],
             passing={
-                **{k: plgpu.SMEM((stages, p.passing.counts[k], s.minor), dtypes[k]) for k in dtypes if p.passing.counts[k]},
+                **{
+                    k: plgpu.SMEM((stages, p.passing.counts[k], s.minor), dtypes[k])
+                    for k in dtypes
+                    if p.passing.counts[k]
+                },
                 "w": [
                     _tile_in((stages, s.minor, leaf.shape[1]), leaf.dtype)
                     for leaf in p.passing.leaves
@@ -337,17 +349,25 @@ class _Sweep:
             resident=block if self.product and s.resident else None,
             once=plgpu.Barrier(num_arrivals=once) if once else None,
             carry={
-                k: plgpu.SMEM((s.groups, p.carry.counts[k], WARPGROUP), dtypes[k]) for k in dtypes if p.carry.counts[k]
+                k: plgpu.SMEM((s.groups, p.carry.counts[k], WARPGROUP), dtypes[k])
+                for k in dtypes
+                if p.carry.counts[k]
             },
             wide=[
-                _tile_in((s.groups, WARPGROUP, leaf.shape[1]), leaf.dtype) for leaf in p.carry.leaves if leaf.pack == "w"
+                _tile_in((s.groups, WARPGROUP, leaf.shape[1]), leaf.dtype)
+                for leaf in p.carry.leaves
+                if leaf.pack == "w"
             ],
             out=[_tile_in((s.groups, WARPGROUP, s.minor), ref.dtype, ref.shape) for ref in out.entries],
             cols={
-                k: plgpu.SMEM((s.groups, p.out_cols.counts[k], s.minor), dtypes[k]) for k in dtypes if p.out_cols.counts[k]
+                k: plgpu.SMEM((s.groups, p.out_cols.counts[k], s.minor), dtypes[k])
+                for k in dtypes
+                if p.out_cols.counts[k]
             },
             staged={
-                f"{kind}{dtype}": _tile_in((s.groups, WARPGROUP, {**self.wide_sizes, p.minor_letter: s.minor}[kind]), dtype)
+                f"{kind}{dtype}": _tile_in(
+                    (s.groups, WARPGROUP, {**self.wide_sizes, p.minor_letter: s.minor}[kind]), dtype
+                )
                 for kind, dtype in sorted(p.products_from_registers, key=str)
                 if p.kernel.interpret
             },
@@ -405,7 +425,11 @@ class _Sweep:
             copy(source.at[_batch(source, at), major, pl.ds(0, ref.shape[1])], ref, shared.once)
         if shared.resident is not None:
             for k in range(s.steps):
-                copy(self._of_major(memory.scores[0], at, major, k * s.depth), shared.resident.at[k], shared.once)
+                copy(
+                    self._of_major(memory.scores[0], at, major, k * s.depth),
+                    shared.resident.at[k],
+                    shared.once,
+                )
 
         def tile(t, _):
             j = tile_of(t)
@@ -430,9 +454,17 @@ class _Sweep:
                 def step(k, _):
                     slot = self._claim(t * s.steps + k, shared.step_free, s.stages)
                     full = shared.step_full.at[slot]
-                    copy(self._of_minor(memory.scores[1], at, minor, k * s.depth), shared.steps[0].at[slot], full)
+                    copy(
+                        self._of_minor(memory.scores[1], at, minor, k * s.depth),
+                        shared.steps[0].at[slot],
+                        full,
+                    )
                     if not s.resident:
-                        copy(self._of_major(memory.scores[0], at, major, k * s.depth), shared.steps[1].at[slot], full)
+                        copy(
+                            self._of_major(memory.scores[0], at, major, k * s.depth),
+                            shared.steps[1].at[slot],
+                            full,
+                        )
 
                 lax.fori_loop(0, s.steps, step, None)
 
@@ -453,11 +485,15 @@ class _Sweep:
 
     def _of_major(self, ref, at, major, depth):
         depth = pl.ds(depth, self.s.depth)
-        return ref.at[(_batch(ref, at), major, depth) if self._major_first() else (_batch(ref, at), depth, major)]
+        return ref.at[
+            (_batch(ref, at), major, depth) if self._major_first() else (_batch(ref, at), depth, major)
+        ]
 
     def _of_minor(self, ref, at, minor, depth):
         depth = pl.ds(depth, self.s.depth)
-        return ref.at[(_batch(ref, at), minor, depth) if self._minor_first() else (_batch(ref, at), depth, minor)]
+        return ref.at[
+            (_batch(ref, at), minor, depth) if self._minor_first() else (_batch(ref, at), depth, minor)
+        ]
 
     # --- the warpgroups that compute ---------------------------------------------------------------------------------
 
@@ -613,7 +649,9 @@ class _Sweep:
         for ref, target in zip(shared.out, out.entries):
             plgpu.copy_smem_to_gmem(ref.at[me], target.at[at.batch, rows, minor])
         for name, ref in shared.cols.items():
-            plgpu.copy_smem_to_gmem(ref.at[me], out.cols[name].at[at.batch, at.block * s.groups + me, :, minor])
+            plgpu.copy_smem_to_gmem(
+                ref.at[me], out.cols[name].at[at.batch, at.block * s.groups + me, :, minor]
+            )
 
     def _write_dead(self, memory: _Memory, out: _Results, shared: _Shared, at, me) -> None:
         """Zeros for tiles without anything to do."""
@@ -637,7 +675,11 @@ class _Sweep:
         p, s = self.p, self.s
         for leaf, numbers in zip(p.carry.leaves, carry):
             for i, x in enumerate(numbers):
-                target = shared.wide[leaf.at].at[me] if leaf.pack == "w" else shared.carry[leaf.pack].at[me, leaf.at + i]
+                target = (
+                    shared.wide[leaf.at].at[me]
+                    if leaf.pack == "w"
+                    else shared.carry[leaf.pack].at[me, leaf.at + i]
+                )
                 _store(target, x)
         plgpu.commit_smem()
         mine = pl.ds(at.block * s.major + me * WARPGROUP, WARPGROUP)

@@ -89,13 +89,13 @@ def sweep(
         arrays.append(scores.values)
         specs.append(spec((1, br, bc), lambda g, i, j: (g, i, j)))
     else:
-        depth, at = scores.left.shape[-1], matrix(scores.right)
+        depth, of_right = scores.left.shape[-1], matrix(scores.right)
         arrays += [scores.left, scores.right]
         specs.append(spec((1, br, depth), lambda g, i, j: (g, i, 0)))
         if scores.transposed:
-            specs.append(spec((1, bc, depth), lambda g, i, j: (at(g), j, 0)))
+            specs.append(spec((1, bc, depth), lambda g, i, j: (of_right(g), j, 0)))
         else:
-            specs.append(spec((1, depth, bc), lambda g, i, j: (at(g), 0, j)))
+            specs.append(spec((1, depth, bc), lambda g, i, j: (of_right(g), 0, j)))
 
     # What is beside them.
     rows, rows_tree = jax.tree.flatten(operands.rows)
