@@ -28,12 +28,12 @@ class Unsupported(Exception):
 class Item(NamedTuple):
     """An array over the wide axes `dims` (a string of their letters, in the space's order), in registers.
 
-    With `memory`, an operand of matrix products that stays in shared memory: `x` is what the space's `dot` takes.
+    With `memory` (perhaps a name), it stays in shared memory, and `x` is what the space's `load` and `product` take.
     """
 
     dims: str
     x: Any
-    memory: bool = False
+    memory: bool | str = False
 
 
 class Value(NamedTuple):
@@ -585,6 +585,8 @@ def _reduced_item(space: Space, name: str, item: Item, kind: str | None, repeat:
     item = Item(item.dims, space.spread(item, item.dims))
     if kind is None or kind not in item.dims:
         return Item(item.dims, repeat(jnp.asarray(item.x)))
+    if kind not in "rc" and space.sizes[kind] != space.traced[kind]:
+        raise Unsupported(f"it sums over {space.traced[kind]} features, no multiple of 64")
     axis = item.dims.index(kind)
     space.crosses_warps |= axis == 0
     dims = item.dims.replace(kind, "")

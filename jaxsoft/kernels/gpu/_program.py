@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsoft.kernels import _trace
 from jaxsoft.kernels._choice import Kernel
-from jaxsoft.kernels._sweep import Block, Operands, Out, Plan, Scores
+from jaxsoft.kernels._sweep import Operands, Out, Plan, Scores, Tiles
 from jaxsoft.kernels.gpu import _narrow
 from jaxsoft.kernels.gpu._narrow import Item, Space, Unsupported, Value
 
@@ -26,6 +27,8 @@ _HALF = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 _CACHED = 24 * 2**20
 # Stands for the number of rows while a body is traced: no other axis has this length.
 _TRACED_ROWS = 7919
+# Features that fit into shared memory whole.
+_LONGEST_FEATURES = 256
 
 
 class Leaf(NamedTuple):
@@ -133,7 +136,12 @@ class Program:
         self.lengths = {"r": self.n, "c": self.columns}
         self._check_scores()
         self.minor = self._minor()
+        # The letter of each number of features: of wide operands, and of a product that fits into shared memory whole.
         self.letters: dict[int, str] = {}
+        depth = 0 if scores.values is not None else scores.left.shape[2]
+        self.resident = 0 < depth <= _LONGEST_FEATURES
+        if depth:
+            self._letter(depth)
         self._describe_operands()
         self.traced = {
             "r": _TRACED_ROWS,
@@ -143,6 +151,7 @@ class Program:
         self.order = self.major + self.minor_letter + "".join(self.letters.values())
         self._trace(body, init)
         self.products_from_registers: set[tuple] = set()
+        self.uses_sides = False
         self.crosses_warps = self._try()
         self.sizes = self._cut()
 
@@ -166,16 +175,12 @@ class Program:
             raise Unsupported(f"its matrix products are in bfloat16 or float16, not in {dtype}")
 
     def _minor(self) -> int:
-        named = dict(self.kernel.blocks)
-        wanted = named.get("columns" if self.plan.over == "columns" else "rows")
-        if self.plan.tiles is not None:
-            tiles = self.plan.tiles
-            wanted = tiles.columns if self.plan.over == "columns" else tiles.rows
-        minor = wanted or (
-            64 if self.scores.values is not None and self.lengths[self.minor_letter] > 64 else 128
-        )
+        name = "columns" if self.plan.over == "columns" else "rows"
+        minor = dict(self.kernel.blocks).get(name)
+        if minor is None:
+            minor = 64 if self.scores.values is not None else 128
         if minor % 64 or minor > 256:
-            raise Unsupported(f"a tile has 64, 128, 192 or 256 {self.plan.over}, not {minor}")
+            raise Unsupported(f"a tile has 64, 128, 192 or 256 {name}, not {minor}")
         return minor
 
     def _traced_columns(self) -> int:
@@ -197,8 +202,8 @@ class Program:
                     raise Unsupported(f"an operand of shape {a.shape} is not a few numbers a row or column")
                 k = a.shape[2] if len(a.shape) == 3 else 0
                 if k >= 16 and jnp.dtype(a.dtype) in _HALF:
-                    if k % 16 or k > 256:
-                        raise Unsupported(f"features come in multiples of 16 up to 256, not {k}")
+                    if k > _LONGEST_FEATURES:
+                        raise Unsupported(f"it reads up to {_LONGEST_FEATURES} features a row or column, not {k}")
                     packer.add((letter, self._letter(k)), (_TRACED_ROWS, k), a.dtype)
                 else:
                     packer.add((letter, *[None] * (len(a.shape) - 2)), (_TRACED_ROWS, *a.shape[2:]), a.dtype)
@@ -211,9 +216,6 @@ class Program:
                 packer = self.rows if kinds == ("r",) or not kinds else self.cols
                 self.by_entry.append(("r" if packer is self.rows else "c", len(packer.leaves)))
                 packer.add(("r",) if packer is self.rows else ("c",), (0,), a.dtype)
-        for packer, letter in ((self.rows, "r"), (self.cols, "c")):
-            if packer.counts["w"] and not self.letters:
-                raise Unsupported("it has no features")
 
     @property
     def own(self) -> Packer:
@@ -228,33 +230,16 @@ class Program:
     # --- what is computed --------------------------------------------------------------------------------------
 
     def _trace(self, body, init) -> None:
-        rows, columns = self.traced["r"], self.traced["c"]
-
-        def struct(a, lead):
-            return jax.ShapeDtypeStruct((*lead, *a.shape[2:]), a.dtype)
-
-        def tile(dtype):
-            return jax.ShapeDtypeStruct((rows, columns), dtype)
-
         self.ragged = self._ragged()
-        block_rows = jax.tree.map(lambda a: struct(a, (rows,)), self.operands.rows)
-        block_cols = jax.tree.map(lambda a: struct(a, (columns,)), self.operands.cols)
-        own = block_rows if self.major == "r" else block_cols
-        like = jax.ShapeDtypeStruct((self.traced[self.major],), jnp.float32)
-        self.init, carry = _narrow.trace(init, own, like)
-        block = Block(
-            raw=tile(jnp.float32),
-            rows=block_rows,
-            cols=block_cols,
-            entries=jax.tree.map(lambda a: tile(a.dtype), self.operands.entries),
-            row=tile(jnp.int32),
-            col=tile(jnp.int32),
-            batch=jax.ShapeDtypeStruct((), jnp.int32),
-            inside=tile(jnp.bool_) if any(self.ragged.values()) else None,
-        )
+        tiles = Tiles(self.traced["r"], self.traced["c"])
+        block, carry = _trace.examples(init, self.scores, self.operands, self.plan, tiles)
+        own, like = (block.rows if self.major == "r" else block.cols), jax.ShapeDtypeStruct((self.traced[self.major],), jnp.float32)
+        self.init, _ = _narrow.trace(init, own, like)
+        inside = jax.ShapeDtypeStruct((tiles.rows, tiles.columns), jnp.bool_)
+        block = block._replace(inside=inside if any(self.ragged.values()) else None)
         self.body, out = _narrow.trace(lambda *args: Out(*body(*args)), block, carry)
         if jax.tree.structure(out.carry) != jax.tree.structure(carry):
-            raise Unsupported("its carry changes its structure")
+            raise Unsupported("the state of a reduction changes its structure from tile to tile")
         self.carry_tree, self.entries_tree, self.cols_tree = (
             jax.tree.structure(a) for a in (carry, out.entries, out.cols)
         )
@@ -292,7 +277,8 @@ class Program:
         }
 
     def space(self, layout: Callable, load: Callable, product: Callable) -> Space:
-        sizes = {**self.traced, self.major: WARPGROUP, self.minor_letter: self.minor}
+        sizes = {letter: features(size) for size, letter in self.letters.items()}
+        sizes.update({self.major: WARPGROUP, self.minor_letter: self.minor})
         return Space(sizes, self.traced, self.order, layout, load, product)
 
     def tile(self, letters: str) -> str:
@@ -300,9 +286,11 @@ class Program:
 
     def _try(self) -> bool:
         """Evaluates the functions on shapes; returns whether they reduce across warps."""
-        crosses = False
 
         def load(item):
+            self.use(item)
+            if item.dims[0] != self.major:
+                raise Unsupported("it uses features of the minor axis other than in matrix products")
             return jnp.zeros(space.shape(item.dims), item.x.dtype)
 
         def product(left, right, kind, letters, dtype):
@@ -312,9 +300,6 @@ class Program:
         space = self.space(lambda x, dims: x, load, product)
 
         def run():
-            def number(kinds, shape, dtype):
-                return jnp.zeros(shape, dtype)
-
             def operands(packer: Packer) -> list[Value]:
                 out = []
                 for leaf in packer.leaves:
@@ -330,27 +315,38 @@ class Program:
             values = [leaf.value(a) for leaf, a in zip(self.carry.leaves, carry)]
             raw = Value(("r", "c"), _narrow.wide(jnp.zeros(space.shape(tile), jnp.float32), tile).items)
             zero = jnp.int32(0)
-            out = self.visit(
-                space,
-                raw,
-                operands(self.rows),
-                operands(self.cols),
-                operands(self.entries),
-                zero,
-                zero,
-                zero,
-                zero,
-                values,
-            )
+            side = jax.ShapeDtypeStruct((), self.scores.dtype)
+            sides = self.sides(side, side)
+            read = map(operands, (self.rows, self.cols, self.entries))
+            out = self.visit(space, raw, *read, zero, zero, zero, zero, sides, values)
             return jax.tree.leaves(out)
 
         jax.eval_shape(run)
-        crosses |= space.crosses_warps
-        return crosses
+        return space.crosses_warps
+
+    def sides(self, left: Any, right: Any) -> list[Value]:
+        """`Block.left` and `Block.right`, where the block has them: references to shared memory."""
+        if self.scores.values is not None:
+            return []
+        letter = self.letters[self.scores.left.shape[2]]
+        values = [_narrow.wide_as("r" + letter, Item("r" + letter, left, "left"))]
+        value = _narrow.wide_as("c" + letter, Item("c" + letter, right, "right"))
+        return [*values, value if self.scores.transposed else Value(value.kinds[::-1], value.items)]
+
+    def use(self, item: Item) -> None:
+        """Notes that a body reads an operand in shared memory."""
+        if item.memory in ("left", "right"):
+            if not self.resident:
+                raise Unsupported(f"it reads more than {_LONGEST_FEATURES} features of a product at once")
+            if not self.scores.transposed:
+                raise Unsupported("it reads the columns of a product that lie feature by feature")
+            self.uses_sides = True
 
     def product_dims(self, left: Item, right: Item, kind: str, letters: str) -> str:
         """The axes of a product in the order of its tile; notes which left sides are in registers."""
         dims = self.tile(letters)
+        self.use(left)
+        self.use(right)
         a, b = (left, right) if dims[0] in left.dims else (right, left)
         if dims[0] not in a.dims or dims[1] not in b.dims or not b.memory:
             raise Unsupported("it multiplies tiles in a way that Mosaic GPU has no rule for")
@@ -373,7 +369,7 @@ class Program:
     def _counted(tree) -> int:
         return len(jax.tree.leaves(tree))
 
-    def visit(self, space: Space, raw, rows, cols, entries, row, col, start, batch, carry) -> tuple:
+    def visit(self, space: Space, raw, rows, cols, entries, row, col, start, batch, sides, carry) -> tuple:
         """What a tile gives: the arrays of each carried leaf, of each entry output, and of each column output.
 
         Args:
@@ -386,6 +382,7 @@ class Program:
           col: first column of the tile.
           start: column of the whole row that column 0 is.
           batch: which matrix.
+          sides: see `sides`.
           carry: values of `self.carry`.
         """
         by = {"r": rows, "c": cols, "e": entries}
@@ -411,6 +408,7 @@ class Program:
             self._as_entries(col_index),
             _narrow.scalar(batch),
             *inside,
+            *sides,
             *carry,
         ]
         out = _narrow.evaluate(space, self.body, args)
@@ -434,27 +432,20 @@ class Program:
     # --- how it is cut -----------------------------------------------------------------------------------------
 
     def _cut(self) -> Sizes:
-        named, tiles = dict(self.kernel.blocks), self.plan.tiles
+        named = dict(self.kernel.blocks)
         length, passes = self.lengths[self.major], self.lengths[self.minor_letter]
         groups = 1 if self.crosses_warps or self.out_cols.leaves or length <= WARPGROUP else 2
         wanted = named.get("rows" if self.major == "r" else "columns")
-        if tiles is not None:
-            wanted = tiles.rows if self.major == "r" else tiles.columns
-        if wanted is not None:
-            if wanted not in (WARPGROUP, 2 * WARPGROUP):
-                raise Unsupported(f"a block has {WARPGROUP} or {2 * WARPGROUP} rows, not {wanted}")
-            if tiles is not None and wanted > groups * WARPGROUP:
-                raise Unsupported("it sums over the rows of a tile, which are 64")
-            groups = min(groups, wanted // WARPGROUP) if tiles is None else wanted // WARPGROUP
+        if wanted is not None and wanted not in (WARPGROUP, 2 * WARPGROUP):
+            raise Unsupported(f"a block has {WARPGROUP} or {2 * WARPGROUP} rows, not {wanted}")
+        groups = min(groups, wanted // WARPGROUP) if wanted else groups
         blocks, n_tiles = -(-length // (groups * WARPGROUP)), -(-passes // self.minor)
         depth = steps = 0
-        resident = False
         if self.scores.values is None:
             d = self.scores.left.shape[2]
-            depth = _LINE // jnp.dtype(self.scores.dtype).itemsize
+            depth = features(d) if self.resident else _LINE // jnp.dtype(self.scores.dtype).itemsize
             steps = -(-d // depth)
-            resident = steps * depth <= 256
-        fixed, tile, step = self._bytes(groups, depth, steps, resident)
+        fixed, tile, step = self._bytes(groups, depth)
         room = SHARED_MEMORY - fixed
         if self.scores.values is not None:
             stages = min(named.get("stages", 4), n_tiles, room // max(tile, 1))
@@ -467,19 +458,19 @@ class Program:
             raise Unsupported(f"a tile of its operands needs {fixed + tile + step} bytes of shared memory")
         parts, together = self._parts(groups, blocks, n_tiles)
         return Sizes(
-            groups, self.minor, depth, steps, resident, stages, tile_stages, parts, together, blocks, n_tiles
+            groups, self.minor, depth, steps, self.resident, stages, tile_stages, parts, together, blocks, n_tiles
         )
 
-    def _bytes(self, groups: int, depth: int, steps: int, resident: bool) -> tuple[int, int, int]:
+    def _bytes(self, groups: int, depth: int) -> tuple[int, int, int]:
         """Shared memory: for good, for each tile that is fetched ahead, and for each step of a product."""
         major, minor = groups * WARPGROUP, self.minor
         item = jnp.dtype(self.scores.dtype).itemsize
-        wide = {letter: size for size, letter in self.letters.items()}
+        wide = {letter: features(size) for size, letter in self.letters.items()}
         fixed = 128 * 4 * 4 if self.crosses_warps else 0
         fixed += 4 * major * (self.carry.counts["f"] + self.carry.counts["i"])
-        fixed += sum(4 * major * leaf.shape[1] for leaf in self.carry.leaves if leaf.pack == "w")
+        fixed += sum(4 * major * features(leaf.shape[1]) for leaf in self.carry.leaves if leaf.pack == "w")
         fixed += sum(
-            major * leaf.shape[1] * leaf.dtype.itemsize for leaf in self.own.leaves if leaf.pack == "w"
+            major * features(leaf.shape[1]) * leaf.dtype.itemsize for leaf in self.own.leaves if leaf.pack == "w"
         )
         fixed += sum(major * minor * jnp.dtype(d).itemsize for d in self.plan.entry_dtypes)
         fixed += 4 * groups * minor * (self.out_cols.counts["f"] + self.out_cols.counts["i"])
@@ -490,7 +481,7 @@ class Program:
             )
         tile = 4 * minor * (self.passing.counts["f"] + self.passing.counts["i"])
         tile += sum(
-            minor * leaf.shape[1] * leaf.dtype.itemsize for leaf in self.passing.leaves if leaf.pack == "w"
+            minor * features(leaf.shape[1]) * leaf.dtype.itemsize for leaf in self.passing.leaves if leaf.pack == "w"
         )
         tile += sum(major * minor * entry_dtype(leaf.dtype).itemsize for leaf in self.entries.leaves)
         step = 0
@@ -498,8 +489,8 @@ class Program:
             tile += major * minor * item
         else:
             step = minor * depth * item
-            if resident:
-                fixed += major * steps * depth * item
+            if self.resident:
+                fixed += major * depth * item
             else:
                 step += major * depth * item
         return fixed, tile, step
@@ -513,8 +504,6 @@ class Program:
         if self.plan.over == "rows":
             return 1, together
         wanted = dict(self.kernel.blocks).get("parts")
-        if self.plan.tiles is not None:
-            wanted = self.plan.tiles.parts
         if wanted is None:
             at_once = processors(self.kernel)
             concurrent = min(blocks * self.g, together) if blocks > together else blocks * self.g
@@ -522,6 +511,11 @@ class Program:
             # A part has some tiles at least, to be worth its own carry.
             wanted = min(wanted, max(1, n_tiles // 4))
         return min(wanted, n_tiles), together
+
+
+def features(n: int) -> int:
+    """Features as they lie in shared memory: whole lines of it, zeros beyond the last."""
+    return -(-n // 64) * 64
 
 
 def processors(kernel: Kernel) -> int:

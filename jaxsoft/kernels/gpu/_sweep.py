@@ -13,10 +13,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxsoft.kernels._choice import Kernel
-from jaxsoft.kernels._sweep import Operands, Plan, Result, Scores
+from jaxsoft.kernels._sweep import Operands, Plan, Result, Scores, Tiles
 from jaxsoft.kernels.gpu import _narrow
 from jaxsoft.kernels.gpu._narrow import Item, Unsupported, Value
-from jaxsoft.kernels.gpu._program import WARPGROUP, Packer, Program, entry_dtype
+from jaxsoft.kernels.gpu._program import WARPGROUP, Packer, Program, entry_dtype, features
 
 
 def refusal(kernel: Kernel, body, scores: Scores, operands: Operands, init, plan: Plan) -> str | None:
@@ -174,7 +174,7 @@ class _Sweep:
     def __init__(self, program: Program):
         self.p, self.s = program, program.sizes
         self.product = program.scores.values is None
-        self.wide_sizes = {letter: size for size, letter in program.letters.items()}
+        self.wide_sizes = {letter: features(size) for size, letter in program.letters.items()}
         self.major_length = self.s.blocks * self.s.major
         self.minor_length = self.s.tiles * self.s.minor
         # Without anything to fetch for a tile but the steps of its product, there is no second ring.
@@ -239,13 +239,23 @@ class _Sweep:
         """For each block, its tiles with anything to do before those without; and how many have."""
         p, s = self.p, self.s
 
-        def is_live(i, j):
-            if p.major == "r":
-                return p.plan.live(i, j, s.major, s.minor)
-            return p.plan.live(j, i, s.minor, s.major)
+        tiles = p.plan.tiles or Tiles(s.major if p.major == "r" else s.minor, s.minor if p.major == "r" else s.major)
+        coarse = (tiles.rows, tiles.columns) if p.major == "r" else (tiles.columns, tiles.rows)
+        lengths = (p.lengths[p.major], p.lengths[p.minor_letter])
 
-        blocks, tiles = jnp.arange(s.blocks, dtype=jnp.int32), jnp.arange(s.tiles, dtype=jnp.int32)
-        live = jax.vmap(lambda i: jax.vmap(lambda j: jnp.asarray(is_live(i, j), jnp.bool_))(tiles))(blocks)
+        def overlapping(i, size: int, axis: int) -> list:
+            """The caller's tiles that the i-th of ours overlaps, with repetitions."""
+            last = (jnp.minimum((i + 1) * size, lengths[axis]) - 1) // coarse[axis]
+            return [jnp.minimum(i * size // coarse[axis] + k, last) for k in range((size - 1) // coarse[axis] + 2)]
+
+        def is_live(i, j):
+            pairs = [(a, b) for a in overlapping(i, s.major, 0) for b in overlapping(j, s.minor, 1)]
+            pairs = pairs if p.major == "r" else [(b, a) for a, b in pairs]
+            found = [p.plan.live(a, b, tiles.rows, tiles.columns) for a, b in pairs]
+            return functools.reduce(jnp.logical_or, found, False)
+
+        i, j = jnp.arange(s.blocks, dtype=jnp.int32), jnp.arange(s.tiles, dtype=jnp.int32)
+        live = jax.vmap(lambda i: jax.vmap(lambda j: jnp.asarray(is_live(i, j), jnp.bool_))(j))(i)
         return jnp.argsort(~live, axis=1, stable=True).astype(jnp.int32), jnp.sum(
             live, axis=1, dtype=jnp.int32
         )
@@ -260,7 +270,7 @@ class _Sweep:
             if p.carry.counts[name]
         }
         wide = [
-            struct((s.parts, p.g, self.major_length, leaf.shape[1]), leaf.dtype)
+            struct((s.parts, p.g, self.major_length, features(leaf.shape[1])), leaf.dtype)
             for leaf in p.carry.leaves
             if leaf.pack == "w"
         ]
@@ -284,7 +294,7 @@ class _Sweep:
             return jnp.moveaxis(a, 2, 3).reshape(*a.shape[:2], length, *leaf.shape[1:]).astype(leaf.dtype)
 
         carry = [
-            out.wide[leaf.at][:, :, :major] if leaf.pack == "w" else numbers(leaf, out.carry, major)
+            out.wide[leaf.at][:, :, :major, : leaf.shape[1]] if leaf.pack == "w" else numbers(leaf, out.carry, major)
             for leaf in p.carry.leaves
         ]
         entries = [a[:, :, : p.columns] for a in out.entries]
@@ -318,11 +328,10 @@ class _Sweep:
             shape = (s.minor, s.depth) if self._minor_first() else (s.depth, s.minor)
             step = [_tile_in((s.stages, *shape), item)]
             major = (s.major, s.depth) if self._major_first() else (s.depth, s.major)
-            count = s.steps if s.resident else s.stages
-            block = _tile_in((count, *major), item)
+            block = _tile_in(major if s.resident else (s.stages, *major), item)
             if not s.resident:
                 step.append(block)
-        once = len(own_wide) + (s.steps if self.product and s.resident else 0)
+        once = len(own_wide) + (self.product and s.resident)
         return _Shared(
             scores=[]
             if self.product
@@ -334,7 +343,7 @@ class _Sweep:
                     if p.passing.counts[k]
                 },
                 "w": [
-                    _tile_in((stages, s.minor, leaf.shape[1]), leaf.dtype)
+                    _tile_in((stages, s.minor, features(leaf.shape[1])), leaf.dtype)
                     for leaf in p.passing.leaves
                     if leaf.pack == "w"
                 ],
@@ -345,7 +354,7 @@ class _Sweep:
             steps=step if self.product else [],
             step_full=plgpu.Barrier(num_arrivals=len(step), num_barriers=s.stages) if self.product else None,
             step_free=plgpu.Barrier(num_arrivals=s.groups, num_barriers=s.stages) if self.product else None,
-            own=[_tile_in((s.major, leaf.shape[1]), leaf.dtype) for leaf in own_wide],
+            own=[_tile_in((s.major, features(leaf.shape[1])), leaf.dtype) for leaf in own_wide],
             resident=block if self.product and s.resident else None,
             once=plgpu.Barrier(num_arrivals=once) if once else None,
             carry={
@@ -354,7 +363,7 @@ class _Sweep:
                 if p.carry.counts[k]
             },
             wide=[
-                _tile_in((s.groups, WARPGROUP, leaf.shape[1]), leaf.dtype)
+                _tile_in((s.groups, WARPGROUP, features(leaf.shape[1])), leaf.dtype)
                 for leaf in p.carry.leaves
                 if leaf.pack == "w"
             ],
@@ -424,12 +433,7 @@ class _Sweep:
             source = memory.own["w"][i]
             copy(source.at[_batch(source, at), major, pl.ds(0, ref.shape[1])], ref, shared.once)
         if shared.resident is not None:
-            for k in range(s.steps):
-                copy(
-                    self._of_major(memory.scores[0], at, major, k * s.depth),
-                    shared.resident.at[k],
-                    shared.once,
-                )
+            copy(self._of_major(memory.scores[0], at, major, 0), shared.resident, shared.once)
 
         def tile(t, _):
             j = tile_of(t)
@@ -536,7 +540,14 @@ class _Sweep:
                 plgpu.barrier_wait(shared.full.at[slot])
             if self.product:
                 raw = self._product(shared, me, t)
+                if p.uses_sides:
+                    sides = (self._mine(shared.resident, me), shared.steps[0].at[self._last_slot(t)])
+                    sides = p.sides(*(sides if p.major == "r" else sides[::-1]))
+                else:
+                    plgpu.barrier_arrive(shared.step_free.at[self._last_slot(t)])
+                    sides = p.sides(None, None)
             else:
+                sides = []
                 raw = _load(shared.scores[0].at[slot, mine], plgpu.Layout.WGMMA)
                 raw = _narrow.convert(raw, new_dtype=jnp.float32)
 
@@ -557,8 +568,10 @@ class _Sweep:
             raw = Value(("r", "c"), _narrow.wide(raw, p.tile("rc")).items)
             values = [leaf.value(x) for leaf, x in zip(p.carry.leaves, carry)]
             new, entries, left = p.visit(
-                space, raw, rows, cols, list(map(entry, p.entries.leaves)), row, col, start, at.batch, values
+                space, raw, rows, cols, list(map(entry, p.entries.leaves)), row, col, start, at.batch, sides, values
             )
+            if p.uses_sides:
+                plgpu.barrier_arrive(shared.step_free.at[self._last_slot(t)])
             if self.has_ring:
                 plgpu.barrier_arrive(shared.free.at[slot])
             self._write(out, shared, at, me, j, entries, left)
@@ -577,29 +590,41 @@ class _Sweep:
     def _product(self, shared: _Shared, me, t):
         """A tile of scores, a step of the features at a time."""
         s = self.s
-        mine = pl.ds(me * WARPGROUP, WARPGROUP)
+
+        def multiply(acc, left, slot):
+            right = shared.steps[0].at[slot]
+            plgpu.wgmma(acc, self._mine(left, me), _transposed(right) if self._minor_first() else right)
 
         def run(acc):
             def step(k, _):
                 n = t * s.steps + k
                 slot = lax.rem(n, jnp.int32(s.stages))
                 plgpu.barrier_wait(shared.step_full.at[slot])
-                left = shared.resident.at[k] if s.resident else shared.steps[1].at[slot]
-                left = left.at[mine] if self._major_first() else _transposed(left.at[:, mine])
-                right = shared.steps[0].at[slot]
-                plgpu.wgmma(acc, left, _transposed(right) if self._minor_first() else right)
+                multiply(acc, shared.steps[1].at[slot], slot)
                 plgpu.wgmma_wait(1)
 
                 @pl.when(k > 0)
                 def _():
                     plgpu.barrier_arrive(shared.step_free.at[lax.rem(n - 1, jnp.int32(s.stages))])
 
-            lax.fori_loop(0, s.steps, step, None)
+            if s.steps == 1:
+                slot = lax.rem(t, jnp.int32(s.stages))
+                plgpu.barrier_wait(shared.step_full.at[slot])
+                multiply(acc, shared.resident, slot)
+            else:
+                lax.fori_loop(0, s.steps, step, None)
             return acc[...]
 
-        tile = pl.run_scoped(run, plgpu.ACC((WARPGROUP, s.minor), jnp.float32))
-        plgpu.barrier_arrive(shared.step_free.at[lax.rem((t + 1) * s.steps - 1, jnp.int32(s.stages))])
-        return tile
+        return pl.run_scoped(run, plgpu.ACC((WARPGROUP, s.minor), jnp.float32))
+
+    def _last_slot(self, t):
+        """Where the last step of the t-th tile's product is."""
+        return lax.rem((t + 1) * self.s.steps - 1, jnp.int32(self.s.stages))
+
+    def _mine(self, ref, me):
+        """A warpgroup's share of a block of the product's operand along the major axis."""
+        mine = pl.ds(me * WARPGROUP, WARPGROUP)
+        return ref.at[mine] if self._major_first() else _transposed(ref.at[:, mine])
 
     def _load_item(self, item: Item):
         """A wide operand, in registers: only along the major axis, else it has no layout."""
