@@ -326,8 +326,14 @@ def count(plan: Plan, operands: Operands, masks: Masks) -> Array:
 def run(plan: Plan, functions: tuple, operands: Operands, masks: Masks, args: list) -> list:
     """The states of reductions (their arrays apart, `args`) of all rows, leaves `[nq, B, K, R, ...]`."""
     case = functools.partial(_kernel_refusal, plan, functions, operands, masks, args)
-    kernel = _choice.choose("reductions of the rows of an attention", plan.implementation, case)
+    work = attention_work(plan.groups, plan.queries, plan.keys, operands.query)
+    kernel = _choice.choose("reductions of the rows of an attention", plan.implementation, work, case)
     return _run(plan, functions, kernel, operands, masks, args)
+
+
+def attention_work(groups: int, queries: int, keys: int, query: Array) -> _choice.Work:
+    """An attention as it is measured: `query` has the features last."""
+    return _choice.Work("attention", groups * queries, keys, query.shape[-1], query.dtype.itemsize)
 
 
 def _kernel_refusal(plan, functions, operands, masks, args, backend, kernel: Kernel) -> str | None:

@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxsoft.attention import _driver as xla
-from jaxsoft.attention._driver import Masks, Operands, as_rows
+from jaxsoft.attention._driver import Masks, Operands
 from jaxsoft.attention._driver import Plan as Attention
 from jaxsoft.kernels import _sweep
 from jaxsoft.kernels._choice import Kernel
@@ -68,8 +68,7 @@ def _by_block(plan: Attention, rows: Array, blocks: int) -> Array:
 
 def _five_axes(plan: Attention, array: Array) -> Array:
     """`[B or 1, K or 1, G or 1, T or 1, S or 1]` as `[B * K or 1, nq * R, nk * bk]`, broadcast where it must be."""
-    b, k, _, t, s = array.shape
-    if b * k > 1:
+    if array.shape[:2] != (1, 1):
         array = jnp.broadcast_to(array, (plan.batch, plan.heads, *array.shape[2:]))
     array = jnp.broadcast_to(array, (*array.shape[:2], plan.groups, plan.nq * plan.bq, plan.nk * plan.bk))
     array = array.reshape(-1, plan.groups, plan.nq, plan.bq, plan.nk * plan.bk)
@@ -254,8 +253,8 @@ def _forward(plan: Attention, functions, operands: Operands, masks: Masks, args)
 
 def _states(kernel: Kernel, plan: Attention, functions, operands, masks, args) -> list:
     result = kernel.backend().sweep(kernel, *_forward(plan, functions, operands, masks, args))
-    parts = jax.tree.leaves(result.carry)[0].shape[0]
-    each = [jax.tree.map(lambda a: _by_block(plan, a[part], plan.nq), result.carry) for part in range(parts)]
+    rows = jax.tree.map(lambda a: [_by_block(plan, part, plan.nq) for part in a], result.carry)
+    each = jax.tree.transpose(jax.tree.structure(result.carry), None, rows)
 
     def join(a, b):
         return [r.merge(x, y, *p) for r, x, y, p in zip(functions, a, b, args)]

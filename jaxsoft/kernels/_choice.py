@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import functools
 import importlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -54,6 +54,29 @@ class Decision(NamedTuple):
     def __str__(self) -> str:
         others = "; ".join(f"not {name}: {reason}" for name, reason in self.reasons.items())
         return f"{self.what}: {self.implementation}" + (f" ({others})" if others else "")
+
+
+class Work(NamedTuple):
+    """What there is to do, as far as the best sizes of blocks depend on it.
+
+    Attributes:
+      kind: `"dense"` (stored scores), `"linear"` (the product of two matrices) or `"attention"`.
+      rows: how many (of attention: queries times the heads that share a key).
+      columns: how many (of attention: keys).
+      features: of the product; 0 for stored scores.
+      itemsize: bytes of a score, or of an entry of the two matrices.
+    """
+
+    kind: str
+    rows: int
+    columns: int
+    features: int
+    itemsize: int
+
+    def distance(self, other: Work) -> float:
+        """How far apart two of one kind are: the sum of the logarithms of the sizes' ratios."""
+        pairs = zip(self[1:4], other[1:4])
+        return sum(abs(math.log2(max(a, 1) / max(b, 1))) for a, b in pairs)
 
 
 _interpreted = contextvars.ContextVar("interpreted", default=False)
@@ -138,8 +161,15 @@ def explain(function: Callable, *args: Any, **kwargs: Any) -> list[Decision]:
     """
     token = _log.set([])
     try:
+        leaves, treedef = jax.tree.flatten((args, kwargs))
+        arrays = {i: a for i, a in enumerate(leaves) if hasattr(a, "shape") and hasattr(a, "dtype")}
+
+        def traced(arrays):
+            args, kwargs = treedef.unflatten([arrays.get(i, a) for i, a in enumerate(leaves)])
+            return function(*args, **kwargs)
+
         with jax.disable_jit():  # else a function that was compiled before would not be traced again
-            jax.eval_shape(functools.partial(function, **kwargs), *args)
+            jax.eval_shape(traced, arrays)
         return _log.get() or []
     finally:
         _log.reset(token)
@@ -160,26 +190,26 @@ def device() -> tuple[str, str]:
     return platform, "" if platform == "cpu" else jax.devices()[0].device_kind
 
 
-def likely(implementation: str | None) -> bool:
+def likely(implementation: str | None, work: Work) -> bool:
     """Whether kernels would be tried for a pass: sizes of blocks that are fixed before it is known are then theirs."""
     if implementation is not None:
         return implementation in BACKENDS
-    platform, kind = device()
-    return any(platform == name for name, _ in BACKENDS.values()) and _is_measured(kind)
-
-
-def _is_measured(kind: str) -> bool:
     from jaxsoft.kernels import _tuning
 
-    return _tuning.is_measured(kind)
+    here, kind = device()
+    names = [name for name, (platform, _) in BACKENDS.items() if platform == here]
+    return any(_tuning.objection(name, kind, work) is None for name in names)
 
 
-def choose(what: str, implementation: str | None, case: Callable[[Any, Kernel], str | None]) -> Kernel | None:
+def choose(
+    what: str, implementation: str | None, work: Work, case: Callable[[Any, Kernel], str | None]
+) -> Kernel | None:
     """The kernel backend for a pass, or None for XLA.
 
     Args:
       what: the pass, in words.
       implementation: what the user asked for; None for the best there is.
+      work: the pass, as it is measured.
       case: `(backend, kernel) -> why the backend cannot run the pass, or None`.
 
     Returns:
@@ -195,7 +225,7 @@ def choose(what: str, implementation: str | None, case: Callable[[Any, Kernel], 
         if implementation not in (None, name):
             reasons[name] = f"implementation={implementation!r} was asked for"
             continue
-        reason, kernel = _possible(name, platform, implementation is not None, case)
+        reason, kernel = _possible(name, platform, implementation is not None, work, case)
         if reason is None and chosen is None:
             chosen = kernel
         elif reason is not None:
@@ -204,11 +234,13 @@ def choose(what: str, implementation: str | None, case: Callable[[Any, Kernel], 
         raise ValueError(f"implementation={implementation!r} cannot run {what}: {reasons[implementation]}")
     log = _log.get()
     if log is not None:
-        log.append(Decision(what, "xla" if chosen is None else chosen.name, reasons))
+        decision = Decision(what, "xla" if chosen is None else chosen.name, reasons)
+        if decision not in log[-1:]:  # a pass may be traced more than once
+            log.append(decision)
     return chosen
 
 
-def _possible(name, platform, asked: bool, case) -> tuple[str | None, Kernel | None]:
+def _possible(name, platform, asked: bool, work: Work, case) -> tuple[str | None, Kernel | None]:
     """Why a backend cannot run a pass (None if it can), and the kernel."""
     here, kind = device()
     interpret = _interpreted.get()
@@ -220,8 +252,5 @@ def _possible(name, platform, asked: bool, case) -> tuple[str | None, Kernel | N
     if reason is None and not asked:
         from jaxsoft.kernels import _tuning
 
-        if not _tuning.is_measured(kernel.device_kind):
-            reason = (
-                f"it has not been measured on {kind!r}: run python -m jaxsoft.kernels.tune, or ask for it"
-            )
+        reason = _tuning.objection(name, kernel.device_kind, work)
     return reason, kernel

@@ -31,11 +31,10 @@ _NARROWEST_STRETCH = 1024
 
 def refusal(backend, kernel: Kernel, functions, source, masks: Masks, arrays: list[Arrays]) -> str | None:
     """Why a backend cannot run these reductions, or None."""
-    linear = isinstance(source, LinearLogits)
     n, columns = source.shape
     if n == 0 or columns == 0:
         return "there is nothing to read"
-    if linear and source.filter_eps is not None:
+    if source.filter_eps is not None and _stored(source) is None:
         return "filter_eps skips blocks in the XLA driver only"
     if any(isinstance(e, LinearLogits) for a in arrays for e in a.entry_args):
         return "two expressions are read at a time"
@@ -56,10 +55,10 @@ def stream(kernel: Kernel, functions, block: int, source, masks: Masks, arrays: 
     """The finished states of the reductions, with their derivatives attached."""
     states = _states(kernel, functions, *jax.lax.stop_gradient((source, masks, arrays)))
     floats, others = _driver.partition(states)
-    if (
-        kernel.backend().refusal(kernel, *_backward(functions, states, floats, source, masks, arrays))
-        is not None
-    ):
+    backward = functools.partial(_backward, functions, states, floats, source, masks, arrays)
+    # What reads a stored product takes its gradient by itself.
+    stored = isinstance(source, LinearLogits) and _stored(source) is not None
+    if stored or kernel.backend().refusal(kernel, *backward()) is not None:
         return _driver.attach(functions, block, states, source, masks, arrays)
     return _driver.combine(_attach(kernel, functions, floats, others, source, masks, arrays), others)
 
@@ -68,12 +67,18 @@ def stream(kernel: Kernel, functions, block: int, source, masks: Masks, arrays: 
 
 
 def _scores(source, start=0, size: int | None = None) -> Scores:
-    if not isinstance(source, LinearLogits):
-        return Scores(values=source.values[None])
+    stored = _stored(source)
+    if stored is not None:
+        return Scores(values=stored[None])
     size = source.shape[-1] if size is None else size
     weight = cut(source.weight, start, size, 0 if source.transpose_weight else 1)
     left, right = (a.astype(source.dtype)[None] for a in (source.hidden, weight))
     return Scores(None, left, right, source.transpose_weight, source.precision)
+
+
+def _stored(source) -> Array | None:
+    """The scores, or the product that they are made of, if it is stored; None for a product that is not."""
+    return getattr(source, "raw" if isinstance(source, LinearLogits) else "values", None)
 
 
 def _operands(source, masks: Masks, arrays: list[Arrays], start=0, size: int | None = None) -> Operands:
@@ -138,7 +143,8 @@ def _tiles(template, columns: int, block: Block, raw, rows: dict, cols: dict, en
 def _template(source) -> LinearLogits | None:
     if not isinstance(source, LinearLogits):
         return None
-    return dataclasses.replace(source, hidden=None, weight=None, bias=None, scale=None, temperature=None)
+    nothing = jax.tree.map(lambda _: None, source)
+    return dataclasses.replace(nothing, softcap=source.softcap)
 
 
 # --- the forward pass ----------------------------------------------------------------------------------------
@@ -165,8 +171,8 @@ def _states(kernel: Kernel, functions, source, masks: Masks, arrays: list[Arrays
     """The finished states; nothing here is differentiated."""
     body, scores, operands, init, plan = _forward(functions, source, masks, arrays)
     result = kernel.backend().sweep(kernel, body, scores, operands, init, plan)
-    parts = jax.tree.leaves(result.carry)[0].shape[0]
-    each = [jax.tree.map(lambda a: a[i, 0], result.carry) for i in range(parts)]
+    parts = jax.tree.map(lambda a: list(a[:, 0]), result.carry)
+    each = jax.tree.transpose(jax.tree.structure(result.carry), None, parts)
 
     def join(a, b):
         return [r.merge(x, y, *args.args) for r, x, y, args in zip(functions, a, b, arrays)]
@@ -301,7 +307,10 @@ def _linear_cotangents(kernel, functions, states, cotangents, source, masks, arr
         total = pulled(0, columns)
     else:
         shapes = jax.eval_shape(functools.partial(pulled, 0), size)
-        whole = [jax.tree.map(lambda a: _longer(a, axis, columns), shapes[1 + axis]) for axis in (0, 1)]
+        whole = [
+            jax.tree.map(functools.partial(_longer, axis=axis, size=columns), shapes[1 + axis])
+            for axis in (0, 1)
+        ]
         total = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (shapes[0], *whole))
         total = _driver.align_varying((total, source.hidden))[0]
         total = _driver.over_blocks(columns, size, stretch, total)

@@ -75,7 +75,7 @@ class Block(NamedTuple):
       row: `[br, bc]` int32, the row of each entry (also beyond the last).
       col: `[br, bc]` int32, the column of each entry in the whole row, `start` added.
       batch: int32 scalar, which matrix.
-      inside: `[br, bc]` booleans, False beyond the last row or column; None where no tile of the sweep has such entries.
+      inside: `[br, bc]` booleans, False beyond the last row or column; None if no tile reaches beyond.
       left: the block of `Scores.left`, `[br, D]`; None for stored scores.
       right: the block of `Scores.right`, `[D, bc]` or `[bc, D]`.
     """
@@ -125,7 +125,10 @@ Body = Callable[[Block, Any], Out]
 """`(block, carry) -> Out`, traced by the backend on values of a tile."""
 
 Init = Callable[[Any, jax.Array], Any]
-"""`(rows, like) -> the carry before the first tile`; `like` is `[br]` zeros in float32 (with `over="rows"`: columns, `[bc]`)."""
+"""`(rows, like) -> the carry before the first tile`; `like` is `[br]` zeros in float32.
+
+With `over="rows"` it gets the columns, and `like` is `[bc]`.
+"""
 
 
 class Tiles(NamedTuple):
@@ -148,7 +151,8 @@ class Plan(NamedTuple):
     Attributes:
       over: `"columns"`, if the carry belongs to rows and moves along the columns, or `"rows"`.
       entry_dtypes: dtypes of the entry outputs.
-      live: `(i, j, rows, columns) -> whether tile (i, j) of that size has anything to do`, for int32 scalars i and j; None: all.
+      live: `(i, j, rows, columns) -> whether tile (i, j) of that size has anything to do`, for int32
+        scalars i and j; None: all.
         A tile without anything to do is neither computed nor, where possible, fetched: it changes no carry; its entry
         and column outputs are 0.
       tiles: sizes, if the caller needs them to be these.

@@ -133,19 +133,26 @@ def reduce_rows(
     else:
         if implementation is None and isinstance(logits, LinearLogits):
             implementation = logits.implementation
-        what = f"reductions of {'linear' if isinstance(logits, LinearLogits) else 'dense'} rows"
-        case = functools.partial(_kernel_refusal, functions, source, masks, arrays)
-        kernel = _choice.choose(what, implementation, case)
+        kernel = choose_kernel(implementation, functions, source, masks, arrays)
         results = run(source, functions, block, masks, arrays, kernel)
     results = jax.tree.map(lambda a: a.reshape(*rows, *a.shape[1:]), results)
     return jax.tree.unflatten(treedef, results)
 
 
-def _kernel_refusal(functions, source, masks, arrays, backend, kernel) -> str | None:
-    """Why a kernel backend cannot run these reductions, or None."""
-    from jaxsoft.kernels import _rows
+def choose_kernel(implementation, functions, source, masks: Masks, arrays: list[Arrays]) -> Kernel | None:
+    """The kernel backend that runs these reductions, None for XLA; raises if what was asked for cannot."""
+    stored = hasattr(source, "raw")
+    kind = "stored" if stored else "linear" if isinstance(source, LinearLogits) else "dense"
+    features = source.hidden.shape[-1] if kind == "linear" else 0
+    dtype = source.raw.dtype if stored else source.dtype if features else source.values.dtype
+    work = _choice.Work("linear" if features else "dense", *source.shape, features, dtype.itemsize)
 
-    return _rows.refusal(backend, kernel, functions, source, masks, arrays)
+    def refusal(backend, kernel: Kernel) -> str | None:
+        from jaxsoft.kernels import _rows
+
+        return _rows.refusal(backend, kernel, functions, source, masks, arrays)
+
+    return _choice.choose(f"reductions of {kind} rows", implementation, work, refusal)
 
 
 # --- the arguments ---------------------------------------------------------------------------------------

@@ -25,9 +25,14 @@ from jaxsoft._numerics import weigh
 from jaxsoft.rows import _driver
 from jaxsoft.rows._logits import LinearLogits, Logits, cut
 
-# Measured on a CPU (docs/architecture.md): chunks of 512 rows, their columns in blocks of 1024.
+# Measured on a CPU (docs/architecture.md): chunks of 512 rows, their columns in blocks of 1024. Accelerators want
+# larger products.
 _CHUNK_ROWS = 512
-_BLOCK_COLUMNS = 1024
+_BLOCK_COLUMNS = {"cpu": 1024, "other": 8192}
+
+
+def _block_columns() -> int:
+    return _BLOCK_COLUMNS["cpu" if jax.default_backend() == "cpu" else "other"]
 
 
 class _Tape:
@@ -69,7 +74,7 @@ class ChunkLogits(LinearLogits):
         return self
 
     def _default_block_size(self, rows: int) -> int:
-        return _BLOCK_COLUMNS
+        return _block_columns()
 
     def _accumulates(self) -> LinearLogits:
         return dataclasses.replace(super()._accumulates(), raw=False)
@@ -81,7 +86,8 @@ class ChunkLogits(LinearLogits):
             tape=None,
             **{name: lax.stop_gradient(getattr(self, name)) for name in ("hidden", "weight", "raw")},
         )
-        states = _driver.stream(functions, block, source, masks, arrays)
+        kernel = _driver.choose_kernel(self.implementation, functions, source, masks, arrays)
+        states = _driver.stream(functions, block, source, masks, arrays, kernel)
         floats, put_back = _driver.differentiable(states)
         tape: Any = self.tape
         if tape.probes is not None:
@@ -244,7 +250,7 @@ def _weighted_forward(call: _Call, chunk: int, *primals):
     logits, by_row, arrays = jax.tree.unflatten(treedef, [p.value for p in leaves])
     perturbed = jax.tree.unflatten(treedef, [p.perturbed for p in leaves])
     n, columns = logits.shape
-    block = min(logits.block_size or _BLOCK_COLUMNS, max(columns, 1))
+    block = min(logits.block_size or _block_columns(), max(columns, 1))
     wide = logits._accumulation_dtype
 
     # Everything but hidden and weight is differentiated by JAX, through the loss of a chunk.
