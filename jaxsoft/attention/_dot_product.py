@@ -13,11 +13,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype
-from jaxsoft.attention._driver import Masks, Operands, Plan
+from jaxsoft.attention._driver import Masks, Operands, Plan, attention_work
 from jaxsoft.attention._weights import AttentionRows, from_blocks, to_blocks, weighted_values, with_dropout
+from jaxsoft.kernels import _choice
 from jaxsoft.normalizers import softmax
 from jaxsoft.normalizers._exponential import is_exponential, times_scale, with_sink
-from jaxsoft.kernels import _choice
 from jaxsoft.normalizers._normalizer import Normalizer, after
 from jaxsoft.normalizers.stochastic import key_words
 from jaxsoft.rows import reductions
@@ -288,8 +288,9 @@ def prepare(
     for name, size in zip(("queries", "keys"), block_sizes):
         if size is not None:
             _checks.integer(f"block_sizes ({name})", size, at_least=1)
-    if _choice.likely(implementation):
-        bq, bk = _kernel_block_sizes(block_sizes, n // k, t, s)
+    work = attention_work(n // k, t, s, query)
+    if _choice.likely(implementation, work):
+        bq, bk = _kernel_block_sizes(block_sizes, n // k, t, s, _tuned(implementation, work))
     else:
         bq, bk = _block_sizes(block_sizes, b * n, t, s)
     static = _is_static(query_offset) and _is_static(key_offset)
@@ -347,12 +348,23 @@ def prepare(
     return rows, shape
 
 
-def _kernel_block_sizes(given, groups: int, t: int, s: int) -> tuple[int, int]:
+def _tuned(implementation: str | None, work: _choice.Work) -> dict[str, int]:
+    """The sizes of blocks that were measured to be the best for kernels."""
+    from jaxsoft.kernels import _tuning
+
+    here, kind = _choice.device()
+    names = [name for name, (platform, _) in _choice.BACKENDS.items() if platform == here]
+    if not names or implementation not in (None, *names):
+        return {}
+    return _tuning.sizes((), kind, names[0], work, "both")[0]
+
+
+def _kernel_block_sizes(given, groups: int, t: int, s: int, tuned: dict[str, int]) -> tuple[int, int]:
     """Queries and keys of a tile in a kernel: a whole number of 64 rows (queries times heads), 128 keys or all."""
-    sizes = dict(_choice.blocks())
+    user = dict(_choice.blocks())
     least = 64 // math.gcd(64, groups)
-    bq = given[0] or sizes.get("rows") or max(least, 128 // groups // least * least)
-    bk = given[1] or sizes.get("columns") or 128
+    bq = user.get("rows") or given[0] or tuned.get("rows") or max(least, 128 // groups // least * least)
+    bk = user.get("columns") or given[1] or tuned.get("columns") or 128
     return max(min(bq, -(-t // least) * least), 1), max(min(bk, -(-s // 8) * 8), 1)
 
 

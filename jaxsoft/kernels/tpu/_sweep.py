@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxsoft.kernels import _tuning
 from jaxsoft.kernels._choice import Kernel
 from jaxsoft.kernels._sweep import Block, Operands, Out, Plan, Result, Scores, Tiles
 from jaxsoft.kernels._trace import examples, is_ragged, unsupported
@@ -51,14 +52,16 @@ def refusal(kernel: Kernel, body: Callable, scores: Scores, operands: Operands, 
 
 
 def tiles_of(kernel: Kernel, scores: Scores, plan: Plan) -> Tiles:
-    """The sizes of tiles: the caller's, the user's, or as large as vector memory allows."""
+    """The sizes of tiles: the caller's (which follow the user's), the user's, measured ones, or as large as may be."""
     if plan.tiles is not None:
         return plan.tiles
     _, n, columns = scores.shape
-    sizes = dict(kernel.blocks)
-    rows, width = sizes.get("rows", 256), sizes.get("columns", 1024 if scores.values is not None else 512)
-    if scores.values is None and not kernel.blocks:
-        depth = scores.left.shape[-1] * scores.left.dtype.itemsize * 2
+    depth = 0 if scores.values is not None else scores.left.shape[-1] * scores.left.dtype.itemsize * 2
+    for sizes in _tuning.sweep_sizes(kernel, scores, plan):
+        rows, width = sizes.get("rows", 256), sizes.get("columns", 512 if depth else 1024)
+        if kernel.blocks or (rows + width) * depth + rows * width * 16 <= _VMEM:
+            break
+    if not sizes:
         while (rows + width) * depth > _VMEM // 2 and (rows > 128 or width > 128):
             rows, width = (rows // 2, width) if rows >= width else (rows, width // 2)
     return Tiles(n if n <= rows else rows, columns if columns <= width else width)
