@@ -6,7 +6,10 @@ logits = jaxsoft.linear_logits(hidden, kernel)    # an expression: nothing is co
 loss = jaxsoft.losses.cross_entropy(logits, labels, label_smoothing=0.1, z_loss=1e-4).mean()
 """
 
-from jaxsoft import attention, losses, merging, normalizers, norms, optimizers, rows
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from jaxsoft import kernels, normalizers, rows
 from jaxsoft._version import __version__
 from jaxsoft.normalizers import (
     adaptive_temperature_softmax,
@@ -45,6 +48,9 @@ from jaxsoft.rows import (
     top_k,
 )
 
+if TYPE_CHECKING:
+    from jaxsoft import attention, losses, merging, norms, optimizers
+
 __all__ = [
     "LinearLogits",
     "RowReduction",
@@ -56,6 +62,7 @@ __all__ = [
     "entmax15",
     "entropy",
     "gumbel_softmax",
+    "kernels",
     "label_rank",
     "linear_logits",
     "log_prob",
@@ -87,3 +94,15 @@ __all__ = [
     "temperature",
     "top_k",
 ]
+
+_ON_FIRST_USE = ("attention", "losses", "merging", "norms", "optimizers")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ON_FIRST_USE:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__doc__"]
