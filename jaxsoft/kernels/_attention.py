@@ -180,8 +180,8 @@ def _tile(plan: Attention, block: Block, raw: Array, rows: dict, cols: dict, ent
         x = capped(x, plan.softcap)
     if entries["bias"] is not None:
         x = x + entries["bias"].astype(x.dtype)
-    q = None if rows["position"] is None else rows["position"][:, None]
-    k = None if cols["position"] is None else cols["position"][None, :]
+    q: Any = None if rows["position"] is None else rows["position"][:, None]
+    k: Any = None if cols["position"] is None else cols["position"][None, :]
     if rows["slopes"] is not None:
         x = x + rows["slopes"][:, None] * (k - q).astype(x.dtype)
     keeps = []

@@ -123,12 +123,12 @@ def _plain(a: Array) -> Array:
 def _tiles(template, columns: int, block: Block, raw, rows: dict, cols: dict, entries: dict) -> list[Tile]:
     """A tile as each reduction sees it. `template` is the expression without its arrays, or None for stored scores."""
 
-    def clean(a):
+    def clean(a: Any) -> Any:
         return a if a is None or block.inside is None else jnp.where(block.inside, a, 0)
 
     entries = jax.tree.map(clean, entries)
     keeps = Masks(*(None if part["keep"] is None else part["keep"] != 0 for part in (rows, cols, entries)))
-    x = clean(raw)
+    x: Any = clean(raw)
     if keeps.cols is not None:  # a column nobody reads may hold NaN
         x = jnp.where(keeps.cols, x, 0)
     if template is not None:

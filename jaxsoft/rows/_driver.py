@@ -128,8 +128,9 @@ def reduce_rows(
     block = max(min(block_size, columns), 1)
     masks = Masks(flat(masks.rows), masks.cols, flat(masks.entries))
     arrays = [Arrays(jax.tree.map(flat, a.args), a.col_args, tuple(map(flat, a.entry_args))) for a in arrays]
-    if hasattr(source, "_run"):
-        results = source._run(functions, block, masks, arrays)
+    run_alone = getattr(source, "_run", None)
+    if run_alone is not None:
+        results = run_alone(functions, block, masks, arrays)
     else:
         if implementation is None and isinstance(logits, LinearLogits):
             implementation = logits.implementation
@@ -141,7 +142,7 @@ def reduce_rows(
 
 def choose_kernel(implementation, functions, source, masks: Masks, arrays: list[Arrays]) -> Kernel | None:
     """The kernel backend that runs these reductions, None for XLA; raises if what was asked for cannot."""
-    stored = hasattr(source, "raw")
+    stored = getattr(source, "raw", None) is not None
     kind = "stored" if stored else "linear" if isinstance(source, LinearLogits) else "dense"
     features = source.hidden.shape[-1] if kind == "linear" else 0
     dtype = source.raw.dtype if stored else source.dtype if features else source.values.dtype
