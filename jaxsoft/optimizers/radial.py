@@ -172,12 +172,14 @@ def _adam(b1: Scalar, b2: Scalar, eps: Scalar, nesterov: bool, mu_dtype: Any) ->
         count = jnp.asarray(optax.safe_increment(state.count))
         g = _common.widen(updates)
         mu = _common.cast_like(moving_average(b1, state.mu, g), state.mu)
-        nu = moving_average(b2, state.nu, jax.tree.map(jnp.square, g))
-        c1, c2 = bias_correction(b1, count), bias_correction(b2, count)
+        # Multiplied in this order: the square alone is also summed for the projection, and would be stored.
+        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, g)
+        # Their inverses are scalars; to divide every entry by them would take as long as to read it.
+        c1, c2 = 1 / bias_correction(b1, count), 1 / bias_correction(b2, count)
 
         def direction(g, m, v):
             m = b1 * m + (1 - b1) * g if nesterov else m
-            return safe_divide(m / c1, jnp.sqrt(v / c2) + eps)
+            return safe_divide(c1 * m, jnp.sqrt(c2 * v) + eps)
 
         return jax.tree.map(direction, g, _common.widen(mu), nu), optax.ScaleByAdamState(count, mu, nu)
 

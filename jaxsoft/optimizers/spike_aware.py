@@ -665,10 +665,11 @@ def scale_by_stable_spam(
         mu, nu = _zero_if(count % reset_every == 0, (state.mu, state.nu))
         mu = _common.cast_like(moving_average(b1_now, mu, g1), state.mu)  # rounded to mu_dtype here: no copy
         nu = moving_average(b2, nu, _squares(g2))
-        correction1, correction2 = bias_correction(b1_now, since_reset), bias_correction(b2, since_reset)
+        # Their inverses are scalars; to divide every entry by them would take as long as to read it.
+        correction1, correction2 = (1 / bias_correction(b, since_reset) for b in (b1_now, b2))
 
         def direction(m, v):
-            return safe_divide(m / correction1, jnp.sqrt(v / correction2) + eps)
+            return safe_divide(correction1 * m, jnp.sqrt(correction2 * v) + eps)
 
         u = _common.cast_like(jax.tree.map(direction, _common.widen(mu), nu), updates)
         return u, ScaleByStableSpamState(count, peak_mean, norm_mean, norm_square, mu, nu)
