@@ -69,8 +69,9 @@ class Block(NamedTuple):
 
     Attributes:
       raw: `[br, bc]` scores, in float32; anything beyond the last row or column.
-      rows: as the operands, leaves `[br]` or `[br, k]`; 0 for rows beyond the last.
-      cols: leaves `[bc]` or `[bc, k]`; 0 for columns beyond the last.
+      rows: as the operands, leaves `[br]` or `[br, k]`; those of the last row for rows beyond it (a function of them
+        may divide by them: its gradient must be a number, though nothing is made of it).
+      cols: leaves `[bc]` or `[bc, k]`; those of the last column for columns beyond it.
       entries: leaves `[br, bc]`; anything beyond the last row or column.
       row: `[br, bc]` int32, the row of each entry (also beyond the last).
       col: `[br, bc]` int32, the column of each entry in the whole row, `start` added.

@@ -67,6 +67,12 @@ def tiles_of(kernel: Kernel, scores: Scores, plan: Plan) -> Tiles:
     return Tiles(n if n <= rows else rows, columns if columns <= width else width)
 
 
+def _whole(a: jax.Array, size: int) -> jax.Array:
+    """Numbers of rows or columns in whole blocks; the last stands for those beyond it, and is a number like any."""
+    beyond = -a.shape[1] % size
+    return jnp.pad(a, [(0, 0), (0, beyond)] + [(0, 0)] * (a.ndim - 2), mode="edge") if beyond else a
+
+
 def sweep(
     kernel: Kernel, body: Callable, scores: Scores, operands: Operands, init: Callable, plan: Plan
 ) -> Result:
@@ -105,11 +111,11 @@ def sweep(
     cols, cols_tree = jax.tree.flatten(operands.cols)
     entries, entries_tree = jax.tree.flatten(operands.entries)
     for a in rows:
-        at = matrix(a)
+        at, a = matrix(a), _whole(a, br)
         arrays.append(a if a.ndim == 3 else a[..., None])
         specs.append(spec((1, br, arrays[-1].shape[-1]), lambda g, i, j, at=at: (at(g), i, 0)))
     for a in cols:
-        at = matrix(a)
+        at, a = matrix(a), _whole(a, bc)
         if a.ndim == 2:
             arrays.append(a[:, None, :])
             specs.append(spec((1, 1, bc), lambda g, i, j, at=at: (at(g), 0, j)))
@@ -169,24 +175,10 @@ def sweep(
         inside = (row < n) & (local < columns) if ragged else None
 
         def read():
-            values = []
-            beyond_rows, beyond_cols = n % br != 0, columns % bc != 0
-            places = [*(rows and ["row"] * len(rows)), *["col"] * len(cols), *["entry"] * len(entries)]
-            given = [*rows, *cols, *entries]
-            for a, ref, place in zip(given, inputs[-len(given) :] if given else (), places):
-                value = ref[0]
-                if place == "row":
-                    if beyond_rows:
-                        kept = lax.broadcasted_iota(jnp.int32, value.shape, 0) + i * br < n
-                        value = jnp.where(kept, value, jnp.zeros_like(value))
-                    value = value if a.ndim == 3 else value[:, 0]
-                elif place == "col":
-                    if beyond_cols:
-                        axis = 0 if a.ndim == 3 else 1
-                        kept = lax.broadcasted_iota(jnp.int32, value.shape, axis) + j * bc < columns
-                        value = jnp.where(kept, value, jnp.zeros_like(value))
-                    value = value if a.ndim == 3 else value[0]
-                values.append(value)
+            values = [ref[0] for ref in inputs[len(inputs) - len(rows) - len(cols) - len(entries) :]]
+            for at, a in enumerate((*rows, *cols)):
+                if a.ndim == 2:
+                    values[at] = values[at][:, 0] if at < len(rows) else values[at][0]
             return beside(values)
 
         blocks = read()
