@@ -415,12 +415,13 @@ def quantize_state(
     Second moments (see `unsigned`) use the map without signs, and a positive entry is never rounded to 0: the
     step divides by its root. Not for optimizers that subtract two moments under a root (centered RMSProp).
 
-    Without `chunk_size` the moments of a leaf exist in float32 within the step, and on a CPU those of many
-    leaves at once. With it a leaf is done in pieces of about so many entries, which needs no such memory, but is
-    only for an inner transformation that treats each entry alone (Adam, Lion, RMSProp; anything with a norm is
-    refused) and, as the pieces are cut across shards, for parameters that are not sharded (or inside
-    `shard_map`). The updates are written over the gradients if these are computed in the same jitted function;
-    else they are stored, 4 bytes a parameter.
+    If `inner` treats each entry alone (Adam, Lion, RMSProp; nothing with a norm) and `block_size` is a multiple
+    of 64, the moments are computed from 8 bits wherever they are used and never stored in float32. Else they
+    exist in float32 within the step, on a CPU those of many leaves at once. With `chunk_size` a leaf is done in
+    pieces of about so many entries, which needs no such memory for any `block_size`, but is only for such an
+    inner transformation (others are refused) and, as the pieces are cut across shards, for parameters that are
+    not sharded (or inside `shard_map`). The updates are written over the gradients if these are computed in the
+    same jitted function; else they are stored, 4 bytes a parameter.
 
     Sharding: codes are sharded as the parameter is, and scales have as many axes, so that one
     `PartitionSpec` serves both unless it shards the last axis into pieces that are not whole blocks:
