@@ -104,7 +104,8 @@ def read(path: pathlib.Path) -> Table:
         if content["format"] != FORMAT:
             raise BrokenTable(f"{path} has format {content['format']!r}, this version reads {FORMAT}")
         rows = tuple(Row.of_json(line) for line in content["rows"])
-        return Table(*(str(content[name]) for name in ("device_kind", "implementation", "jax")), rows)
+        device_kind, implementation, version = (str(content[name]) for name in Table._fields[:3])
+        return Table(device_kind, implementation, version, rows)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         if isinstance(error, BrokenTable):
             raise

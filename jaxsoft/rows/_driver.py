@@ -142,11 +142,11 @@ def reduce_rows(
 
 def choose_kernel(implementation, functions, source, masks: Masks, arrays: list[Arrays]) -> Kernel | None:
     """The kernel backend that runs these reductions, None for XLA; raises if what was asked for cannot."""
-    stored = getattr(source, "raw", None) is not None
-    kind = "stored" if stored else "linear" if isinstance(source, LinearLogits) else "dense"
-    features = source.hidden.shape[-1] if kind == "linear" else 0
-    dtype = source.raw.dtype if stored else source.dtype if features else source.values.dtype
-    work = _choice.Work("linear" if features else "dense", *source.shape, features, dtype.itemsize)
+    stored = getattr(source, "raw", None) if isinstance(source, LinearLogits) else source.values
+    kind = "linear" if stored is None else "stored" if isinstance(source, LinearLogits) else "dense"
+    features, dtype = (source.hidden.shape[-1], source.dtype) if stored is None else (0, stored.dtype)
+    n, columns = source.shape
+    work = _choice.Work("dense" if features == 0 else "linear", n, columns, features, dtype.itemsize)
 
     def refusal(backend, kernel: Kernel) -> str | None:
         from jaxsoft.kernels import _rows

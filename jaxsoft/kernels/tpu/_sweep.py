@@ -20,6 +20,7 @@ from jaxsoft.kernels import _tuning
 from jaxsoft.kernels._choice import Kernel
 from jaxsoft.kernels._sweep import Block, Operands, Out, Plan, Result, Scores, Tiles
 from jaxsoft.kernels._trace import examples, is_ragged, unsupported
+from jaxsoft.rows._driver import align_varying
 
 # Vector memory that the blocks of a tile may fill, twice buffered.
 _VMEM = 48 * 2**20
@@ -57,13 +58,14 @@ def tiles_of(kernel: Kernel, scores: Scores, plan: Plan) -> Tiles:
         return plan.tiles
     _, n, columns = scores.shape
     depth = 0 if scores.values is not None else scores.left.shape[-1] * scores.left.dtype.itemsize * 2
+    rows, width = 256, 512 if depth else 1024
+    while (rows + width) * depth > _VMEM // 2 and (rows > 128 or width > 128):
+        rows, width = (rows // 2, width) if rows >= width else (rows, width // 2)
     for sizes in _tuning.sweep_sizes(kernel, scores, plan):
-        rows, width = sizes.get("rows", 256), sizes.get("columns", 512 if depth else 1024)
-        if kernel.blocks or (rows + width) * depth + rows * width * 16 <= _VMEM:
+        r, w = sizes.get("rows", rows), sizes.get("columns", width)
+        if kernel.blocks or (r + w) * depth + r * w * 16 <= _VMEM:
+            rows, width = r, w
             break
-    if not sizes:
-        while (rows + width) * depth > _VMEM // 2 and (rows > 128 or width > 128):
-            rows, width = (rows // 2, width) if rows >= width else (rows, width // 2)
     return Tiles(n if n <= rows else rows, columns if columns <= width else width)
 
 
@@ -144,27 +146,33 @@ def sweep(
     entry_leaves, entry_tree = jax.tree.flatten(out.entries)
     col_leaves, col_tree = jax.tree.flatten(out.cols)
 
+    arrays = align_varying([jnp.reshape(jnp.asarray(operands.start, jnp.int32), (1,)), *arrays])
+
+    def result(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        """Inside shard_map results vary as the operands do."""
+        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(arrays[0]).manual_axis_type)
+
     out_shapes, out_specs = [], []
     for a in carry_leaves:
         width = math.prod(a.shape[1:])
-        out_shapes.append(jax.ShapeDtypeStruct((batch, columns if by_rows else n, width), a.dtype))
+        out_shapes.append(result((batch, columns if by_rows else n, width), a.dtype))
         if by_rows:
             out_specs.append(spec((1, bc, width), lambda g, i, j: (g, j, 0)))
         else:
             out_specs.append(spec((1, br, width), lambda g, i, j: (g, i, 0)))
     for dtype in plan.entry_dtypes:
-        out_shapes.append(jax.ShapeDtypeStruct((batch, n, columns), dtype))
+        out_shapes.append(result((batch, n, columns), dtype))
         out_specs.append(spec((1, br, bc), lambda g, i, j: (g, i, j)))
     for a in col_leaves:
         if len(a.shape) == 1:
-            out_shapes.append(jax.ShapeDtypeStruct((batch, ni, 1, columns), a.dtype))
+            out_shapes.append(result((batch, ni, 1, columns), a.dtype))
             out_specs.append(spec((1, 1, 1, bc), lambda g, i, j: (g, i, 0, j)))
         else:
-            out_shapes.append(jax.ShapeDtypeStruct((batch, ni, columns, a.shape[1]), a.dtype))
+            out_shapes.append(result((batch, ni, columns, a.shape[1]), a.dtype))
             out_specs.append(spec((1, 1, bc, a.shape[1]), lambda g, i, j: (g, i, j, 0)))
 
     def kernel_body(start_ref, *refs):
-        inputs, outputs = refs[: len(arrays)], refs[len(arrays) :]
+        inputs, outputs = refs[: len(specs)], refs[len(specs) :]
         carries = outputs[: len(carry_leaves)]
         entry_refs = outputs[len(carry_leaves) : len(carry_leaves) + len(entry_leaves)]
         col_refs = outputs[len(carry_leaves) + len(entry_leaves) :]
@@ -235,7 +243,7 @@ def sweep(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=2 * _VMEM
         ),
-    )(jnp.reshape(jnp.asarray(operands.start, jnp.int32), (1,)), *arrays)
+    )(*arrays)
 
     k, e = len(carry_leaves), len(carry_leaves) + len(entry_leaves)
     length = columns if by_rows else n
