@@ -306,7 +306,7 @@ def _linear_cotangents(kernel, functions, states, cotangents, source, masks, arr
     if size == columns:
         total = pulled(0, columns)
     else:
-        shapes = jax.eval_shape(functools.partial(pulled, 0), size)
+        shapes = jax.eval_shape(lambda: pulled(0, size))  # whose size must be static
         whole = [
             jax.tree.map(functools.partial(_longer, axis=axis, size=columns), shapes[1 + axis])
             for axis in (0, 1)
