@@ -70,6 +70,10 @@ class Space:
         self.layout, self.load, self.product = layout, load, product
         self.crosses_warps = False
 
+    def actual(self, size: int) -> int:
+        """The length of an axis that has this length where it is traced."""
+        return next((self.sizes[k] for k in "rc" if self.traced[k] == size), size)
+
     def shape(self, dims: str) -> tuple[int, ...]:
         return tuple(self.sizes[d] for d in dims)
 
@@ -377,6 +381,7 @@ _ELEMENTWISE: dict[str, Callable | None] = {
     "add_any": lax.add,
     "and": None,
     "square": lambda x: x * x,
+    "one_minus_square": lambda x: (_fill(x, 1) + x) * (_fill(x, 1) - x),
     "not": _not,
     "eq": _equal,
     "ne": _not_equal,
@@ -572,7 +577,7 @@ def _reduced(space: Space, name: str, value: Value, axes: list[int], shape: tupl
                 lambda a, b: _map(space, combine, a, b), [Value(kinds, p) for p in parts]
             )
         else:
-            n = space.sizes[kind] if kind is not None else shape[d]
+            n = space.sizes[kind] if kind is not None else space.actual(shape[d])
             out = np.empty(items.shape[:d] + items.shape[d + 1 :], object)
             for at in np.ndindex(out.shape):
                 item = items[(*at[:d], 0, *at[d:])]
@@ -645,6 +650,29 @@ def _dot_general(space: Space, eqn, a: Value, b: Value) -> Value:
     return _map(space, lambda x: lax.convert_element_type(x, dtype), total)
 
 
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+
+
+def _threefry(space: Space, eqn, *values: Value) -> list:
+    """Threefry-2x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3"), 20 rounds."""
+
+    def rotate(x, by: int):
+        return (x << np.uint32(by)) | lax.shift_right_logical(x, _fill(x, 32 - by))
+
+    def word(k0, k1, x0, x1, which: int):
+        keys = (k0, k1, k0 ^ k1 ^ _fill(k0, np.uint32(0x1BD11BDA)))
+        x0, x1 = x0 + keys[0], x1 + keys[1]
+        for i in range(5):
+            for by in _ROTATIONS[i % 2]:
+                x0 = x0 + x1
+                x1 = rotate(x1, by) ^ x0
+            x0 = x0 + keys[(i + 1) % 3]
+            x1 = x1 + keys[(i + 2) % 3] + _fill(x1, np.uint32(i + 1))
+        return (x0, x1)[which]
+
+    return [_map(space, functools.partial(word, which=which), *values) for which in range(2)]
+
+
 def wide_as(kinds: str, item: Item) -> Value:
     """The value of one item, whose axes come in the order `kinds`."""
     return _single(item, tuple(kinds))
@@ -683,6 +711,7 @@ _RULES: dict[str, Callable] = {
     "iota": _iota,
     "dot_general": _dot_general,
     "scan": _scan,
+    "threefry2x32": _threefry,
     **dict.fromkeys(
         ("copy", "copy_p", "optimization_barrier", "stop_gradient", "reshard", "sharding_constraint"),
         _argument,

@@ -27,8 +27,14 @@ _HALF = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 _CACHED = 24 * 2**20
 # Stands for the number of rows while a body is traced: no other axis has this length.
 _TRACED_ROWS = 7919
+# A row or column with so many numbers may have features; fewer are numbers on their own.
+_FEWEST_FEATURES = 16
 # Features that fit into shared memory whole.
 _LONGEST_FEATURES = 256
+
+
+class _TooLarge(Exception):
+    """Blocks of these sizes do not fit into shared memory; the message is a reason."""
 
 
 class Leaf(NamedTuple):
@@ -135,7 +141,16 @@ class Program:
         self.major, self.minor_letter = ("r", "c") if plan.over == "columns" else ("c", "r")
         self.lengths = {"r": self.n, "c": self.columns}
         self._check_scores()
-        self.minor = self._minor()
+        reasons = []
+        for minor in self._widths():
+            try:
+                return self._build(body, init, minor)
+            except _TooLarge as reason:
+                reasons.append(reason)
+        raise Unsupported(str(reasons[-1]))
+
+    def _build(self, body, init, minor: int) -> None:
+        self.minor, scores = minor, self.scores
         # The letter of each number of features: of wide operands, and of a product that fits into shared memory whole.
         self.letters: dict[int, str] = {}
         depth = 0 if scores.values is not None else scores.left.shape[2]
@@ -151,6 +166,7 @@ class Program:
         self.order = self.major + self.minor_letter + "".join(self.letters.values())
         self._trace(body, init)
         self.products_from_registers: set[tuple] = set()
+        self.reads: dict[str, set[str]] = {}
         self.uses_sides = False
         self.crosses_warps = self._try()
         self.sizes = self._cut()
@@ -174,20 +190,23 @@ class Program:
         if dtype not in _HALF:
             raise Unsupported(f"its matrix products are in bfloat16 or float16, not in {dtype}")
 
-    def _minor(self) -> int:
+    def _widths(self) -> tuple[int, ...]:
+        """Lengths of a tile along its minor axis, the best first."""
         name = "columns" if self.plan.over == "columns" else "rows"
-        minor = dict(self.kernel.blocks).get(name)
-        if minor is None:
-            minor = 64 if self.scores.values is not None else 128
-        if minor % 64 or minor > 256:
-            raise Unsupported(f"a tile has 64, 128, 192 or 256 {name}, not {minor}")
-        return minor
+        wanted = dict(self.kernel.blocks).get(name)
+        if wanted is None:
+            return (64,) if self.scores.values is not None or self.plan.over == "rows" else (128, 64)
+        if wanted % 64 or wanted > 256:
+            raise Unsupported(f"a tile has 64, 128, 192 or 256 {name}, not {wanted}")
+        return (wanted,)
 
     def _traced_columns(self) -> int:
         return self.minor if self.minor_letter == "c" else 7907
 
     def _letter(self, size: int) -> str:
-        return self.letters.setdefault(size, "hijk"[len(self.letters)])
+        if size not in self.letters:
+            self.letters[size] = "hijklm"[len(self.letters)]
+        return self.letters[size]
 
     def _describe_operands(self) -> None:
         self.rows, self.cols, self.entries = Packer(), Packer(), Packer()
@@ -201,9 +220,11 @@ class Program:
                 if len(a.shape) > 3 or a.shape[1] != self.lengths[letter]:
                     raise Unsupported(f"an operand of shape {a.shape} is not a few numbers a row or column")
                 k = a.shape[2] if len(a.shape) == 3 else 0
-                if k >= 16 and jnp.dtype(a.dtype) in _HALF:
+                if k >= _FEWEST_FEATURES and k in self.letters and jnp.issubdtype(a.dtype, jnp.floating):
                     if k > _LONGEST_FEATURES:
-                        raise Unsupported(f"it reads up to {_LONGEST_FEATURES} features a row or column, not {k}")
+                        raise Unsupported(
+                            f"it reads up to {_LONGEST_FEATURES} features a row or column, not {k}"
+                        )
                     packer.add((letter, self._letter(k)), (_TRACED_ROWS, k), a.dtype)
                 else:
                     packer.add((letter, *[None] * (len(a.shape) - 2)), (_TRACED_ROWS, *a.shape[2:]), a.dtype)
@@ -233,7 +254,10 @@ class Program:
         self.ragged = self._ragged()
         tiles = Tiles(self.traced["r"], self.traced["c"])
         block, carry = _trace.examples(init, self.scores, self.operands, self.plan, tiles)
-        own, like = (block.rows if self.major == "r" else block.cols), jax.ShapeDtypeStruct((self.traced[self.major],), jnp.float32)
+        own, like = (
+            (block.rows if self.major == "r" else block.cols),
+            jax.ShapeDtypeStruct((self.traced[self.major],), jnp.float32),
+        )
         self.init, _ = _narrow.trace(init, own, like)
         inside = jax.ShapeDtypeStruct((tiles.rows, tiles.columns), jnp.bool_)
         block = block._replace(inside=inside if any(self.ragged.values()) else None)
@@ -260,7 +284,8 @@ class Program:
                 raise Unsupported(f"it writes entries in bfloat16, float16 or float32, not in {dtype}")
 
     def _add_output(self, packer: Packer, letter: str, a) -> None:
-        features = len(a.shape) == 2 and a.shape[1] in self.letters and jnp.issubdtype(a.dtype, jnp.floating)
+        features = len(a.shape) == 2 and a.shape[1] >= _FEWEST_FEATURES and a.shape[1] in self.letters
+        features = features and jnp.issubdtype(a.dtype, jnp.floating)
         if len(a.shape) > 2:
             raise Unsupported(f"a carried array of shape {a.shape[1:]} a row is more than a few numbers")
         packer.add(
@@ -288,13 +313,13 @@ class Program:
         """Evaluates the functions on shapes; returns whether they reduce across warps."""
 
         def load(item):
-            self.use(item)
+            self.use(item, "load")
             if item.dims[0] != self.major:
                 raise Unsupported("it uses features of the minor axis other than in matrix products")
             return jnp.zeros(space.shape(item.dims), item.x.dtype)
 
         def product(left, right, kind, letters, dtype):
-            dims = self.product_dims(left, right, kind, letters)
+            dims = self._product_of_shapes(left, right, kind, letters)
             return Item(dims, jnp.zeros(space.shape(dims), dtype))
 
         space = self.space(lambda x, dims: x, load, product)
@@ -305,7 +330,8 @@ class Program:
                 for leaf in packer.leaves:
                     dims = self.tile("".join(k for k in leaf.kinds if k))
                     if leaf.pack == "w" and packer is not self.entries:
-                        out.append(leaf.value([Item(dims, jax.ShapeDtypeStruct((), leaf.dtype), True)]))
+                        name = f"{leaf.kinds[0]}{leaf.at}"
+                        out.append(leaf.value([Item(dims, jax.ShapeDtypeStruct((), leaf.dtype), name)]))
                     else:
                         out.append(leaf.value([jnp.zeros(space.shape(dims), leaf.dtype)] * leaf.count))
                 return out
@@ -333,29 +359,46 @@ class Program:
         value = _narrow.wide_as("c" + letter, Item("c" + letter, right, "right"))
         return [*values, value if self.scores.transposed else Value(value.kinds[::-1], value.items)]
 
-    def use(self, item: Item) -> None:
-        """Notes that a body reads an operand in shared memory."""
+    def use(self, item: Item, how: str) -> None:
+        """Notes that a body reads an operand in shared memory: how is `"load"` or `"product"`."""
         if item.memory in ("left", "right"):
             if not self.resident:
                 raise Unsupported(f"it reads more than {_LONGEST_FEATURES} features of a product at once")
             if not self.scores.transposed:
                 raise Unsupported("it reads the columns of a product that lie feature by feature")
             self.uses_sides = True
+        elif item.memory:
+            self.reads.setdefault(item.memory, set()).add(how)
 
-    def product_dims(self, left: Item, right: Item, kind: str, letters: str) -> str:
-        """The axes of a product in the order of its tile; notes which left sides are in registers."""
+    def stored(self, leaf: Leaf) -> Any:
+        """In what dtype a wide operand lies in memory: that of the products if it is for them only, None if unused."""
+        how = self.reads.get(f"{leaf.kinds[0]}{leaf.at}")
+        return None if how is None else self.half(leaf.dtype) if how == {"product"} else leaf.dtype
+
+    def half(self, dtype: Any) -> Any:
+        """The dtype in which numbers of a dtype are multiplied."""
+        return dtype if jnp.dtype(dtype) in _HALF else jnp.dtype(self.scores.dtype)
+
+    def product_sides(self, left: Item, right: Item, kind: str, letters: str) -> tuple[str, Item, Item]:
+        """The axes of a product in the order of its tile, its side along the major axis, and the other one."""
         dims = self.tile(letters)
-        self.use(left)
-        self.use(right)
         a, b = (left, right) if dims[0] in left.dims else (right, left)
-        if dims[0] not in a.dims or dims[1] not in b.dims or not b.memory:
+        if dims[0] != self.major or dims[0] not in a.dims or dims[1] not in b.dims or not b.memory:
             raise Unsupported("it multiplies tiles in a way that Mosaic GPU has no rule for")
-        if dims[0] != self.major:
-            raise Unsupported("it multiplies tiles in a way that Mosaic GPU has no rule for")
+        return dims, a, b
+
+    def _product_of_shapes(self, left: Item, right: Item, kind: str, letters: str) -> str:
+        """The axes of a product; notes what it reads."""
+        dims, a, b = self.product_sides(left, right, kind, letters)
+        if not any(jnp.dtype(side.x.dtype) in _HALF for side in (a, b)):
+            raise Unsupported(f"its matrix products are in bfloat16 or float16, not in {b.x.dtype}")
+        self.use(a, "product")
+        self.use(b, "product")
         if not a.memory:
             if set(a.dims) != {dims[0], kind}:
                 raise Unsupported("it multiplies tiles in a way that Mosaic GPU has no rule for")
-            self.products_from_registers.add((kind, jnp.dtype(b.x.dtype)))
+        if not a.memory or jnp.dtype(a.x.dtype) not in _HALF:
+            self.products_from_registers.add((kind, self.half(b.x.dtype)))
         return dims
 
     def start(self, space: Space, own: list[Value]) -> list[list]:
@@ -432,33 +475,56 @@ class Program:
     # --- how it is cut -----------------------------------------------------------------------------------------
 
     def _cut(self) -> Sizes:
-        named = dict(self.kernel.blocks)
-        length, passes = self.lengths[self.major], self.lengths[self.minor_letter]
-        groups = 1 if self.crosses_warps or self.out_cols.leaves or length <= WARPGROUP else 2
-        wanted = named.get("rows" if self.major == "r" else "columns")
+        name = "rows" if self.major == "r" else "columns"
+        wanted = dict(self.kernel.blocks).get(name)
         if wanted is not None and wanted not in (WARPGROUP, 2 * WARPGROUP):
-            raise Unsupported(f"a block has {WARPGROUP} or {2 * WARPGROUP} rows, not {wanted}")
-        groups = min(groups, wanted // WARPGROUP) if wanted else groups
-        blocks, n_tiles = -(-length // (groups * WARPGROUP)), -(-passes // self.minor)
-        depth = steps = 0
+            raise Unsupported(f"a block has {WARPGROUP} or {2 * WARPGROUP} {name}, not {wanted}")
+        # Warpgroups would share the memory through which their warps exchange sums.
+        alone = self.crosses_warps or self.out_cols.leaves or self.lengths[self.major] <= WARPGROUP
+        most = 1 if alone else 2 if wanted is None else wanted // WARPGROUP
+        for groups in range(most, 0, -1):
+            try:
+                return self._cut_for(groups)
+            except _TooLarge:
+                if groups == 1:
+                    raise
+        raise AssertionError
+
+    def _cut_for(self, groups: int) -> Sizes:
+        named = dict(self.kernel.blocks)
+        blocks = -(-self.lengths[self.major] // (groups * WARPGROUP))
+        n_tiles = -(-self.lengths[self.minor_letter] // self.minor)
+        depth = steps = tile_stages = 0
         if self.scores.values is None:
             d = self.scores.left.shape[2]
             depth = features(d) if self.resident else _LINE // jnp.dtype(self.scores.dtype).itemsize
             steps = -(-d // depth)
         fixed, tile, step = self._bytes(groups, depth)
-        room = SHARED_MEMORY - fixed
+        room, most = SHARED_MEMORY - fixed, named.get("stages", 4)
         if self.scores.values is not None:
-            stages = min(named.get("stages", 4), n_tiles, room // max(tile, 1))
-            tile_stages = 0
+            stages = min(most, n_tiles, room // tile)
         else:
-            tile_stages = min(2, n_tiles) if tile else 0
-            room -= tile_stages * tile
-            stages = min(named.get("stages", 4), steps * n_tiles, room // step)
+            # Two tiles of the other operands, if that leaves two steps; else one.
+            fits = [n for n in (2, 1) if room - n * tile >= min(2, n) * step]
+            tile_stages = min(fits[0] if fits else 1, n_tiles) if tile else 0
+            stages = min(most, steps * n_tiles, (room - tile_stages * tile) // step)
         if stages < 1:
-            raise Unsupported(f"a tile of its operands needs {fixed + tile + step} bytes of shared memory")
+            raise _TooLarge(
+                f"a tile of its operands needs {fixed + tile + step} bytes of shared memory, more than there are"
+            )
         parts, together = self._parts(groups, blocks, n_tiles)
         return Sizes(
-            groups, self.minor, depth, steps, self.resident, stages, tile_stages, parts, together, blocks, n_tiles
+            groups,
+            self.minor,
+            depth,
+            steps,
+            self.resident,
+            stages,
+            tile_stages,
+            parts,
+            together,
+            blocks,
+            n_tiles,
         )
 
     def _bytes(self, groups: int, depth: int) -> tuple[int, int, int]:
@@ -468,21 +534,15 @@ class Program:
         wide = {letter: features(size) for size, letter in self.letters.items()}
         fixed = 128 * 4 * 4 if self.crosses_warps else 0
         fixed += 4 * major * (self.carry.counts["f"] + self.carry.counts["i"])
-        fixed += sum(4 * major * features(leaf.shape[1]) for leaf in self.carry.leaves if leaf.pack == "w")
-        fixed += sum(
-            major * features(leaf.shape[1]) * leaf.dtype.itemsize for leaf in self.own.leaves if leaf.pack == "w"
-        )
+        fixed += sum(major * features(leaf.shape[1]) * size for leaf, size in self._wide(self.own))
         fixed += sum(major * minor * jnp.dtype(d).itemsize for d in self.plan.entry_dtypes)
         fixed += 4 * groups * minor * (self.out_cols.counts["f"] + self.out_cols.counts["i"])
         if self.kernel.interpret:
             fixed += sum(
-                major * {**wide, self.minor_letter: minor}[k] * d.itemsize
-                for k, d in self.products_from_registers
+                major * {**wide, self.minor_letter: minor}[k] * 2 for k, _ in self.products_from_registers
             )
         tile = 4 * minor * (self.passing.counts["f"] + self.passing.counts["i"])
-        tile += sum(
-            minor * features(leaf.shape[1]) * leaf.dtype.itemsize for leaf in self.passing.leaves if leaf.pack == "w"
-        )
+        tile += sum(minor * features(leaf.shape[1]) * size for leaf, size in self._wide(self.passing))
         tile += sum(major * minor * entry_dtype(leaf.dtype).itemsize for leaf in self.entries.leaves)
         step = 0
         if self.scores.values is not None:
@@ -494,6 +554,11 @@ class Program:
             else:
                 step += major * depth * item
         return fixed, tile, step
+
+    def _wide(self, packer: Packer) -> list[tuple[Leaf, int]]:
+        """The wide operands that are read, with the bytes of a number in memory."""
+        stored = [(leaf, self.stored(leaf)) for leaf in packer.leaves if leaf.pack == "w"]
+        return [(leaf, jnp.dtype(dtype).itemsize) for leaf, dtype in stored if dtype is not None]
 
     def _parts(self, groups: int, blocks: int, n_tiles: int) -> tuple[int, int]:
         """Into how many parts the minor axis is cut, and how many blocks along the major axis run side by side."""

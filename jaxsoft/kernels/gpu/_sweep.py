@@ -61,13 +61,14 @@ def _tiled(a):
     )
 
 
-def _packed(packer: Packer, leaves: list, batches: int, length: int) -> dict[str, Any]:
+def _packed(program: Program, packer: Packer, leaves: list, batches: int, length: int) -> dict[str, Any]:
     """The numbers of leaves `[batches, n, ...]` as `[batches, count, length]` for each dtype, and the wide arrays."""
     parts: dict[str, list] = {"f": [], "i": []}
     wide = []
     for leaf, a in zip(packer.leaves, leaves, strict=True):
         if leaf.pack == "w":
-            wide.append(_tiled(a))
+            dtype = program.stored(leaf)
+            wide.append(None if dtype is None else _tiled(a.astype(dtype)))
             continue
         a = a.reshape(*a.shape[:2], -1).swapaxes(1, 2)
         a = a.astype(jnp.float32 if leaf.pack == "f" else jnp.int32)
@@ -128,7 +129,6 @@ class _Shared(NamedTuple):
     resident: Any
     once: Any
     carry: dict
-    wide: list
     out: list
     cols: dict
     staged: dict
@@ -178,10 +178,10 @@ class _Sweep:
         self.major_length = self.s.blocks * self.s.major
         self.minor_length = self.s.tiles * self.s.minor
         # Without anything to fetch for a tile but the steps of its product, there is no second ring.
-        self.has_ring = not self.product or self._fetched() > 0
-
-    def _fetched(self) -> int:
-        return sum(self.p.passing.counts.values()) + len(self.p.entries.leaves)
+        passing = (
+            _fetched(program.passing) + len(program._wide(program.passing)) + len(program.entries.leaves)
+        )
+        self.has_ring = not self.product or passing > 0
 
     # --- outside of the kernel ---------------------------------------------------------------------------------
 
@@ -227,8 +227,8 @@ class _Sweep:
             order, live = self._order()
         return _Memory(
             scores,
-            _packed(p.own, own, _batches(own), self.major_length),
-            _packed(p.passing, passing, _batches(passing), self.minor_length),
+            _packed(p, p.own, own, _batches(own), self.major_length),
+            _packed(p, p.passing, passing, _batches(passing), self.minor_length),
             entries,
             jnp.asarray(p.operands.start, jnp.int32).reshape(1),
             order,
@@ -239,14 +239,18 @@ class _Sweep:
         """For each block, its tiles with anything to do before those without; and how many have."""
         p, s = self.p, self.s
 
-        tiles = p.plan.tiles or Tiles(s.major if p.major == "r" else s.minor, s.minor if p.major == "r" else s.major)
+        tiles = p.plan.tiles or Tiles(
+            s.major if p.major == "r" else s.minor, s.minor if p.major == "r" else s.major
+        )
         coarse = (tiles.rows, tiles.columns) if p.major == "r" else (tiles.columns, tiles.rows)
         lengths = (p.lengths[p.major], p.lengths[p.minor_letter])
 
         def overlapping(i, size: int, axis: int) -> list:
             """The caller's tiles that the i-th of ours overlaps, with repetitions."""
             last = (jnp.minimum((i + 1) * size, lengths[axis]) - 1) // coarse[axis]
-            return [jnp.minimum(i * size // coarse[axis] + k, last) for k in range((size - 1) // coarse[axis] + 2)]
+            return [
+                jnp.minimum(i * size // coarse[axis] + k, last) for k in range((size - 1) // coarse[axis] + 2)
+            ]
 
         def is_live(i, j):
             pairs = [(a, b) for a in overlapping(i, s.major, 0) for b in overlapping(j, s.minor, 1)]
@@ -294,7 +298,9 @@ class _Sweep:
             return jnp.moveaxis(a, 2, 3).reshape(*a.shape[:2], length, *leaf.shape[1:]).astype(leaf.dtype)
 
         carry = [
-            out.wide[leaf.at][:, :, :major, : leaf.shape[1]] if leaf.pack == "w" else numbers(leaf, out.carry, major)
+            out.wide[leaf.at][:, :, :major, : leaf.shape[1]]
+            if leaf.pack == "w"
+            else numbers(leaf, out.carry, major)
             for leaf in p.carry.leaves
         ]
         entries = [a[:, :, : p.columns] for a in out.entries]
@@ -321,8 +327,18 @@ class _Sweep:
         dtypes = {"f": jnp.float32, "i": jnp.int32}
         item = p.scores.dtype
         stages = s.tile_stages if self.product else s.stages
-        copies = (0 if self.product else 1) + _count(p_counts(p.passing)) + len(p.entries.leaves)
-        own_wide = [leaf for leaf in p.own.leaves if leaf.pack == "w"]
+
+        def wide(packer: Packer, shape: tuple[int, ...]) -> list:
+            """Shared memory for wide operands, None for those that nobody reads."""
+            stored = [(leaf, p.stored(leaf)) for leaf in packer.leaves if leaf.pack == "w"]
+            return [
+                None if d is None else _tile_in((*shape, features(leaf.shape[1])), d) for leaf, d in stored
+            ]
+
+        own_wide, passing_wide = wide(p.own, (s.major,)), wide(p.passing, (stages, s.minor))
+        copies = (
+            (0 if self.product else 1) + _fetched(p.passing) + _count(passing_wide) + len(p.entries.leaves)
+        )
         if self.product:
             # [..., minor, depth] or [..., depth, minor]: as it lies in device memory.
             shape = (s.minor, s.depth) if self._minor_first() else (s.depth, s.minor)
@@ -331,7 +347,7 @@ class _Sweep:
             block = _tile_in(major if s.resident else (s.stages, *major), item)
             if not s.resident:
                 step.append(block)
-        once = len(own_wide) + (self.product and s.resident)
+        once = _count(own_wide) + (self.product and s.resident)
         return _Shared(
             scores=[]
             if self.product
@@ -342,11 +358,7 @@ class _Sweep:
                     for k in dtypes
                     if p.passing.counts[k]
                 },
-                "w": [
-                    _tile_in((stages, s.minor, features(leaf.shape[1])), leaf.dtype)
-                    for leaf in p.passing.leaves
-                    if leaf.pack == "w"
-                ],
+                "w": passing_wide,
             },
             entries=[_tile_in((stages, s.major, s.minor), ref.dtype, ref.shape) for ref in memory.entries],
             full=plgpu.Barrier(num_arrivals=copies, num_barriers=stages) if copies else None,
@@ -354,7 +366,7 @@ class _Sweep:
             steps=step if self.product else [],
             step_full=plgpu.Barrier(num_arrivals=len(step), num_barriers=s.stages) if self.product else None,
             step_free=plgpu.Barrier(num_arrivals=s.groups, num_barriers=s.stages) if self.product else None,
-            own=[_tile_in((s.major, features(leaf.shape[1])), leaf.dtype) for leaf in own_wide],
+            own=own_wide,
             resident=block if self.product and s.resident else None,
             once=plgpu.Barrier(num_arrivals=once) if once else None,
             carry={
@@ -362,11 +374,6 @@ class _Sweep:
                 for k in dtypes
                 if p.carry.counts[k]
             },
-            wide=[
-                _tile_in((s.groups, WARPGROUP, features(leaf.shape[1])), leaf.dtype)
-                for leaf in p.carry.leaves
-                if leaf.pack == "w"
-            ],
             out=[_tile_in((s.groups, WARPGROUP, s.minor), ref.dtype, ref.shape) for ref in out.entries],
             cols={
                 k: plgpu.SMEM((s.groups, p.out_cols.counts[k], s.minor), dtypes[k])
@@ -429,9 +436,9 @@ class _Sweep:
         _, count, tile_of = self._range(memory, at)
         major = pl.ds(at.block * s.major, s.major)
         copy = plgpu.copy_gmem_to_smem
-        for i, ref in enumerate(shared.own):
-            source = memory.own["w"][i]
-            copy(source.at[_batch(source, at), major, pl.ds(0, ref.shape[1])], ref, shared.once)
+        for ref, source in zip(shared.own, memory.own.get("w", [])):
+            if ref is not None:
+                copy(source.at[_batch(source, at), major, pl.ds(0, ref.shape[1])], ref, shared.once)
         if shared.resident is not None:
             copy(self._of_major(memory.scores[0], at, major, 0), shared.resident, shared.once)
 
@@ -449,7 +456,8 @@ class _Sweep:
                         source = memory.passing[name]
                         copy(source.at[_batch(source, at), :, minor], shared.passing[name].at[slot], full)
                 for ref, source in zip(shared.passing["w"], memory.passing.get("w", [])):
-                    copy(source.at[_batch(source, at), minor, pl.ds(0, ref.shape[2])], ref.at[slot], full)
+                    if ref is not None:
+                        copy(source.at[_batch(source, at), minor, pl.ds(0, ref.shape[2])], ref.at[slot], full)
                 for ref, source in zip(shared.entries, memory.entries):
                     rows, columns = (major, minor) if p.major == "r" else (minor, major)
                     copy(source.at[_batch(source, at), rows, columns], ref.at[slot], full)
@@ -520,7 +528,7 @@ class _Sweep:
 
         def own(leaf):
             if leaf.pack == "w":
-                return leaf.value([Item("".join(leaf.kinds), shared.own[leaf.at].at[mine], True)])
+                return leaf.value([Item("".join(leaf.kinds), _at(shared.own[leaf.at], mine), "own")])
             source = memory.own[leaf.pack]
             numbers = [
                 _load(source.at[_batch(source, at), leaf.at + i, pl.ds(begin, WARPGROUP)], row_layout)
@@ -554,7 +562,7 @@ class _Sweep:
             def passing(leaf):
                 if leaf.pack == "w":
                     dims = p.tile("".join(leaf.kinds))
-                    return leaf.value([Item(dims, shared.passing["w"][leaf.at].at[slot], True)])
+                    return leaf.value([Item(dims, _at(shared.passing["w"][leaf.at], slot), "passing")])
                 ref = shared.passing[leaf.pack]
                 return leaf.value([_load(ref.at[slot, leaf.at + i], col_layout) for i in range(leaf.count)])
 
@@ -568,7 +576,17 @@ class _Sweep:
             raw = Value(("r", "c"), _narrow.wide(raw, p.tile("rc")).items)
             values = [leaf.value(x) for leaf, x in zip(p.carry.leaves, carry)]
             new, entries, left = p.visit(
-                space, raw, rows, cols, list(map(entry, p.entries.leaves)), row, col, start, at.batch, sides, values
+                space,
+                raw,
+                rows,
+                cols,
+                list(map(entry, p.entries.leaves)),
+                row,
+                col,
+                start,
+                at.batch,
+                sides,
+                values,
             )
             if p.uses_sides:
                 plgpu.barrier_arrive(shared.step_free.at[self._last_slot(t)])
@@ -634,14 +652,13 @@ class _Sweep:
 
     def _multiply(self, shared: _Shared, me, left: Item, right: Item, kind: str, letters: str, dtype) -> Item:
         """A product in the body of a sweep: the right side in shared memory, the left there or in registers."""
-        dims = self.p.product_dims(left, right, kind, letters)
-        a, b = (left, right) if dims[0] in left.dims else (right, left)
+        dims, a, b = self.p.product_sides(left, right, kind, letters)
         b_ref = b.x if b.dims[0] == kind else _transposed(b.x)
-        shape = (WARPGROUP, self.p.space(None, None, None).sizes[dims[1]])
-        if a.memory:
+        shape = (WARPGROUP, {**self.wide_sizes, self.p.minor_letter: self.s.minor}[dims[1]])
+        if a.memory and a.x.dtype == b_ref.dtype:
             a_side = a.x
         else:
-            a_side = _narrow.convert(a.x, b_ref.dtype)
+            a_side = _narrow.convert(self._load_item(a) if a.memory else a.x, b_ref.dtype)
             if self.p.kernel.interpret:  # the interpreter multiplies from shared memory only
                 stage = shared.staged[f"{kind}{jnp.dtype(b_ref.dtype)}"].at[me]
                 _store(stage, a_side)
@@ -698,20 +715,16 @@ class _Sweep:
 
     def _write_carry(self, out: _Results, shared: _Shared, at, me, carry: list) -> None:
         p, s = self.p, self.s
+        mine = pl.ds(at.block * s.major + me * WARPGROUP, WARPGROUP)
         for leaf, numbers in zip(p.carry.leaves, carry):
             for i, x in enumerate(numbers):
-                target = (
-                    shared.wide[leaf.at].at[me]
-                    if leaf.pack == "w"
-                    else shared.carry[leaf.pack].at[me, leaf.at + i]
-                )
-                _store(target, x)
+                if leaf.pack == "w":  # straight to device memory: once a block, and shared memory is short
+                    _store(out.wide[leaf.at].at[at.part, at.batch, mine], x)
+                else:
+                    _store(shared.carry[leaf.pack].at[me, leaf.at + i], x)
         plgpu.commit_smem()
-        mine = pl.ds(at.block * s.major + me * WARPGROUP, WARPGROUP)
         for name, ref in shared.carry.items():
             plgpu.copy_smem_to_gmem(ref.at[me], out.carry[name].at[at.part, at.batch, :, mine])
-        for ref, target in zip(shared.wide, out.wide):
-            plgpu.copy_smem_to_gmem(ref.at[me], target.at[at.part, at.batch, mine, pl.ds(0, ref.shape[2])])
 
 
 class _Place(NamedTuple):
@@ -722,11 +735,15 @@ class _Place(NamedTuple):
     block: Any
 
 
+def _at(ref, index):
+    return None if ref is None else ref.at[index]
+
+
 def _batch(ref, at: _Place):
     """The index of the matrix in an array that may hold one for all."""
     return 0 if ref.shape[0] == 1 else at.batch
 
 
-def p_counts(packer: Packer) -> list:
-    """What is fetched for a tile: one array for each kind of packed numbers, and each wide one."""
-    return [name for name in ("f", "i") if packer.counts[name]] + ["w"] * packer.counts["w"]
+def _fetched(packer: Packer) -> int:
+    """How many kinds of packed numbers there are."""
+    return sum(packer.counts[name] > 0 for name in ("f", "i"))
