@@ -1,0 +1,355 @@
+"""Row reductions in the TPU's kernels, interpreted, against XLA: values, gradients, ragged sizes, masks, NaN beyond."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from kernels.compare import close, run, same
+from rows.test_reductions import CASES, given_of, make_scores, some_function
+
+import jaxsoft
+from jaxsoft import losses
+from jaxsoft.kernels import _rows
+from jaxsoft.rows import RowReduction, reduce_rows, reductions
+
+INF, NAN = np.inf, np.nan
+BLOCKS = dict(rows=8, columns=128)
+
+
+# --- every reduction -----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def every_reduction():
+    """All of them in one pass over 6 x 11 scores in tiles of 4 x 4: results by implementation and case."""
+
+    def f(p, implementation):
+        wanted = {case.id: case.make({k: p[f"{case.id}.{k}"] for k in case.inputs}) for case in CASES}
+        out = reduce_rows(p["x"], wanted, implementation=implementation)
+        return {case.id: case.view(out[case.id]) for case in CASES}
+
+    point = {f"{case.id}.{k}": v for case in CASES for k, v in given_of(case).items()} | {"x": make_scores()}
+    return [run(f, point, name, rows=4, columns=4) for name in ("pallas_tpu", "xla")]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+def test_every_reduction(case):
+    """Scores with ties, absent entries and a row without any; the gradients of every array that it is given."""
+    (got, got_gradient), (expected, gradient) = every_reduction()
+    close(got[case.id], expected[case.id])
+    names = [f"{case.id}.{name}" for name in case.inputs if f"{case.id}.{name}" in gradient]
+    close([got_gradient[name] for name in names], [gradient[name] for name in names])
+
+
+def test_every_reduction_with_one_gradient():
+    (_, got), (_, expected) = every_reduction()
+    close(got["x"], expected["x"], 16)  # the sum of some fifty shares
+    assert jnp.all(got["x"][3] == 0)  # the row without entries
+
+
+# --- sizes, dtypes and masks ---------------------------------------------------------------------------------
+
+
+def chosen(p, columns):
+    """Reductions of every kind: sums, selections, integer states, states of several numbers; arrays of every kind."""
+    ids = (jnp.arange(p["theta"].shape[0], dtype=jnp.int32) * 7) % columns
+    return {
+        "label": reductions.label_statistics(ids),
+        "take": reductions.take(jnp.stack([ids, columns - 1 - ids], axis=-1)),
+        "moments": reductions.softmax_moments(),
+        "best": reductions.top_k(2),
+        "mean": reductions.mean(),
+        "by column": reductions.weighted_logsumexp(p["by_column"]),
+        "by entry": reductions.soft_label_statistics(p["by_entry"]),
+        "mapped": reductions.mapped_sum(
+            some_function, p["theta"], col_args=(p["by_column"],), entry_args=(p["by_entry"],)
+        ),
+    }
+
+
+def arrays_for(rng, n, columns):
+    return dict(
+        theta=jnp.asarray(rng.normal(size=n), jnp.float32),
+        by_column=jnp.asarray(0.1 + rng.random(columns), jnp.float32),
+        by_entry=jnp.asarray(rng.random((n, columns)), jnp.float32),
+    )
+
+
+def masks_for(kind, rng, n, columns):
+    """Options of `reduce_rows`, and the entries that they leave."""
+    rows, cols = jnp.arange(n) % 4 != 2, jnp.asarray(rng.random(columns) < 0.8)
+    if kind == "rows":
+        return dict(where=rows[:, None]), rows[:, None]
+    if kind == "rows and columns":
+        return dict(where=cols, row_where=rows), rows[:, None] & cols
+    if kind == "entries":
+        keep = rows[:, None] & jnp.asarray(rng.random((n, columns)) < 0.7)
+        return dict(where=keep), keep
+    return {}, jnp.ones((1, 1), bool)
+
+
+def assert_clean(gradients):
+    for name, gradient in gradients.items():
+        assert jnp.all(jnp.isfinite(gradient)), name
+
+
+# Both compute in float32: bfloat16 gradients are one rounding of numbers that agree to a few units of float32, so
+# that they are the same or neighbours.
+
+
+@pytest.mark.parametrize(
+    ("n", "columns", "mask", "dtype"),
+    [
+        (13, 300, None, jnp.float32),
+        (1, 1, "rows", jnp.float32),
+        (9, 129, "rows and columns", jnp.float32),
+        (8, 128, "entries", jnp.bfloat16),
+        (9, 130, "entries", jnp.float16),
+    ],
+)
+def test_dense_rows(n, columns, mask, dtype):
+    """Ragged or not, with NaN under the masks, absent entries, and a row without any."""
+    rng = np.random.default_rng(n)
+    options, keep = masks_for(mask, rng, n, columns)
+    x = jnp.asarray(rng.normal(size=(n, columns)) * 3, dtype)
+    if columns > 1:
+        x = x.at[:, 3].set(-INF).at[n - 1].set(-INF)
+    given = dict(x=jnp.where(keep, x, NAN), **arrays_for(rng, n, columns))
+
+    def f(p, implementation):
+        return reduce_rows(p["x"], chosen(p, columns), **options, implementation=implementation)
+
+    (_, gradients) = same(f, given, **BLOCKS)
+    assert_clean(gradients)
+    assert jnp.all(jnp.where(keep, 0, gradients["x"]) == 0)
+
+
+@pytest.mark.parametrize(
+    "transposed, mask, dtype",
+    [
+        (False, None, jnp.float32),
+        (True, "rows and columns", jnp.float32),
+        (False, "entries", jnp.bfloat16),
+    ],
+)
+def test_linear_logits(transposed, mask, dtype):
+    """Both layouts of the weight; bias, softcap; scale and temperature, one number or one a row; NaN nobody reads."""
+    n, columns, d = 9, 130, 5
+    rng = np.random.default_rng(3)
+    options, keep = masks_for(mask, rng, n, columns)
+    rows, cols = jnp.any(keep, axis=1), jnp.any(keep, axis=0)
+    point = arrays_for(rng, n, columns) | dict(
+        hidden=jnp.where(rows[:, None], jnp.asarray(rng.normal(size=(n, d)), dtype), NAN),
+        weight=jnp.where(cols, jnp.asarray(rng.normal(size=(d, columns)), dtype), NAN),
+        bias=jnp.asarray(rng.normal(size=columns), jnp.float32),
+        scale=jnp.asarray(0.5 + rng.random(n) if transposed else 0.7, jnp.float32),
+    )
+    if mask == "entries":
+        point["bias"] = point["bias"].at[5].set(-INF)
+    else:
+        point["temperature"] = jnp.asarray(1.3 if transposed else 0.5 + rng.random(n), jnp.float32)
+    if transposed:
+        point["weight"] = point["weight"].T
+
+    def f(p, implementation):
+        arrays = {k: p.get(k) for k in ("hidden", "weight", "bias", "scale", "temperature")}
+        logits = jaxsoft.linear_logits(
+            **arrays, softcap=4.0, transpose_weight=transposed, implementation=implementation
+        )
+        return reduce_rows(logits, chosen(p, columns), **options)
+
+    (got, gradient), (expected, other) = (run(f, point, name, **BLOCKS) for name in ("pallas_tpu", "xla"))
+    close(got, expected)
+    products = {name: (gradient.pop(name), other.pop(name)) for name in ("hidden", "weight")}
+    close(gradient, other, 64)  # sums of a thousand terms of either sign, where it is one number for all rows
+    # In bfloat16 the kernel stores the gradient of the scores in it: half a unit more of every term of the products.
+    for a, b in products.values():
+        close(a, b, 16 if dtype == jnp.float32 else 2)
+    assert_clean(gradient | {name: a for name, (a, _) in products.items()})
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_stretches_of_columns(transposed, monkeypatch):
+    """The gradients of a product, a stretch of columns at a time: two whole ones and a rest of 4."""
+    n, columns, d = 5, 68, 3
+    rng = np.random.default_rng(4)
+    widths = []
+    one_stretch = _rows._cotangents
+
+    def watched(kernel, functions, states, cotangents, source, masks, arrays, start, size):
+        widths.append(size)
+        return one_stretch(kernel, functions, states, cotangents, source, masks, arrays, start, size)
+
+    monkeypatch.setattr(_rows, "_STRETCH", 1)
+    monkeypatch.setattr(_rows, "_NARROWEST_STRETCH", 32)
+    monkeypatch.setattr(_rows, "_cotangents", watched)
+    weight = rng.normal(size=(columns, d) if transposed else (d, columns))
+    point = arrays_for(rng, n, columns) | dict(
+        hidden=jnp.asarray(rng.normal(size=(n, d)), jnp.float32),
+        weight=jnp.asarray(weight, jnp.float32),
+        bias=jnp.asarray(rng.normal(size=columns), jnp.float32),
+        scale=jnp.asarray(0.5 + rng.random(n), jnp.float32),
+    )
+    cols = jnp.asarray(rng.random(columns) < 0.8)
+
+    def f(p, implementation):
+        arrays = {k: p[k] for k in ("hidden", "weight", "bias", "scale")}
+        logits = jaxsoft.linear_logits(**arrays, transpose_weight=transposed, implementation=implementation)
+        return reduce_rows(logits, chosen(p, columns), where=cols)
+
+    same(f, point, 32, rows=4, columns=16)
+    assert set(widths) == {32, 4}
+
+
+# --- what is not in the library ------------------------------------------------------------------------------
+
+
+def hinge_init(like, theta):
+    return like
+
+
+def hinge_update(state, tile, theta):
+    return state + tile.sum(jax.nn.softplus(tile.x - theta[..., None]))
+
+
+def ratio_update(state, tile, theta):
+    """A function that has no derivative, and no value, where what it is given is 0."""
+    (by_column,), (by_entry,) = tile.col_args, tile.entry_args
+    return state + tile.sum(jnp.log(by_column) * tile.x / theta[..., None] + 0 * by_entry)
+
+
+def test_a_reduction_of_the_user():
+    """Also one that divides by what belongs to rows, and takes the logarithm of what belongs to columns."""
+    rng = np.random.default_rng(5)
+    point = arrays_for(rng, 9, 130) | dict(x=jnp.asarray(rng.normal(size=(9, 130)), jnp.float32))
+
+    def f(p, implementation):
+        wanted = (
+            RowReduction(hinge_init, hinge_update, args=(p["theta"],)),
+            RowReduction(
+                hinge_init,
+                ratio_update,
+                args=(p["theta"],),
+                col_args=(p["by_column"],),
+                entry_args=(p["by_entry"],),
+            ),
+        )
+        return reduce_rows(p["x"], wanted, implementation=implementation)
+
+    _, gradients = same(f, point, 16, **BLOCKS)
+    assert_clean(gradients)
+
+
+def gathered_share(state, tile, theta):
+    order = jnp.argsort(tile.x, axis=-1)
+    return [jnp.sum(jax.nn.softplus(jnp.take_along_axis(tile.x, order, -1) - theta[..., None]), axis=-1)]
+
+
+def test_a_derivative_that_no_kernel_has_is_taken_by_xla():
+    rng = np.random.default_rng(6)
+    point = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in (("theta", 9), ("x", (9, 130)))}
+
+    def f(p, implementation):
+        hinge = RowReduction(hinge_init, hinge_update, share=gathered_share, args=(p["theta"],))
+        return reduce_rows(p["x"], hinge, implementation=implementation)
+
+    same(f, point, **BLOCKS)
+
+
+# --- losses, and functions of dense rows ---------------------------------------------------------------------
+
+
+def loss_of(name, logits, p):
+    if name == "cross_entropy":
+        return losses.cross_entropy(logits, p["labels"], label_smoothing=0.1, z_loss=1e-2, weights=p["weights"])
+    if name == "soft labels":
+        return losses.cross_entropy(logits, p["soft"])
+    if name == "focal_loss":
+        return losses.focal_loss(logits, p["labels"])
+    return losses.info_nce_loss(logits / p["temperature"])
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "soft labels", "focal_loss", "info_nce_loss"])
+def test_losses(name):
+    """The same loss by changing one word of its logits; of `info_nce_loss`, the columns are the other tower."""
+    n, d = 9, 6
+    rng = np.random.default_rng(7)
+    columns = n if name == "info_nce_loss" else 130
+    soft = rng.random((n, columns))
+    labels = rng.integers(0, columns, n)
+    labels[2] = -100
+    point = dict(
+        hidden=jnp.asarray(rng.normal(size=(n, d)), jnp.float32),
+        weight=jnp.asarray(rng.normal(size=(columns, d)), jnp.float32),
+        labels=jnp.asarray(labels, jnp.int32),
+    )
+    more = dict(
+        weights=rng.random(n), soft=soft / soft.sum(axis=1, keepdims=True), temperature=np.asarray(0.3)
+    )
+    used = {"cross_entropy": ["weights"], "soft labels": ["soft"], "info_nce_loss": ["temperature"]}
+    point |= {k: jnp.asarray(more[k], jnp.float32) for k in used.get(name, [])}
+
+    def f(p, implementation):
+        logits = jaxsoft.linear_logits(
+            p["hidden"], p["weight"], transpose_weight=True, implementation=implementation
+        )
+        return loss_of(name, logits, p)
+
+    same(f, point, 16, **BLOCKS)
+
+
+def test_a_label_out_of_range():
+    """NaN in value and gradient, of its own row only."""
+    rng = np.random.default_rng(8)
+    x, labels = jnp.asarray(rng.normal(size=(4, 9)), jnp.float32), jnp.asarray([3, 9, 0, -1], jnp.int32)
+
+    def f(x, implementation):
+        out = reduce_rows(x, reductions.label_statistics(labels), implementation=implementation)
+        return out.nll
+
+    with jaxsoft.kernels.interpreted(), jaxsoft.kernels.block_sizes(rows=4, columns=4):
+        value, pull = jax.vjp(lambda x: f(x, "pallas_tpu"), x)
+        (gradient,) = pull(jnp.arange(1.0, 5.0))
+    expected, pull = jax.vjp(lambda x: f(x, "xla"), x)
+    close((value, gradient), (expected, *pull(jnp.arange(1.0, 5.0))))
+    bad = jnp.asarray([False, True, False, True])
+    assert jnp.all(jnp.isnan(value) == bad) and jnp.all(jnp.any(jnp.isnan(gradient), axis=1) == bad)
+
+
+def test_functions_of_dense_rows():
+    """Every public function with `implementation=`, along the last axis and along another."""
+    rng = np.random.default_rng(9)
+    point = dict(x=jnp.asarray(rng.normal(size=(9, 130)) * 2, jnp.float32))
+    keep = jnp.asarray(rng.random((9, 130)) < 0.8)
+    labels = jnp.asarray(rng.integers(0, 130, 9), jnp.int32)
+
+    def f(p, implementation):
+        how = dict(implementation=implementation)
+        return dict(
+            softmax=jaxsoft.softmax(p["x"], where=keep, **how),
+            log_softmax=jaxsoft.log_softmax(p["x"], axis=0, **how),
+            logsumexp=jaxsoft.logsumexp(p["x"], **how),
+            top_k=jaxsoft.top_k(p["x"], 3, **how),
+            softmax_top_k=jaxsoft.rows.softmax_top_k(p["x"], 3, **how),
+            log_prob=jaxsoft.log_prob(p["x"], labels, **how),
+            entropy=jaxsoft.entropy(p["x"], where=keep, **how),
+        )
+
+    same(f, point, 32, **BLOCKS)
+
+
+def test_batches():
+    """Under `vmap`, and with several leading axes."""
+    rng = np.random.default_rng(10)
+    x = jnp.asarray(rng.normal(size=(3, 5, 20)), jnp.float32)
+
+    def f(x):
+        return reduce_rows(x, reductions.softmax_moments(), implementation="pallas_tpu").entropy
+
+    with jaxsoft.kernels.interpreted(), jaxsoft.kernels.block_sizes(rows=4, columns=16):
+        whole, pull = jax.vjp(f, x)
+        each, pull_each = jax.vjp(jax.vmap(f), x)
+    cotangent = jnp.asarray(rng.normal(size=(3, 5)), jnp.float32)
+    close((each, pull_each(cotangent)), (whole, pull(cotangent)))
