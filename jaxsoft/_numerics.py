@@ -43,3 +43,16 @@ def weigh(values: jax.Array, weights: jax.Array) -> jax.Array:
 def as_ids(ids: jax.Array) -> jax.Array:
     """Integer ids in at least int32, signed: narrower types cannot hold the number of columns, or -100."""
     return ids.astype(jnp.promote_types(ids.dtype, jnp.int32))
+
+
+@jax.custom_jvp
+def scale_gradient(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """`x` itself, with `factor` times the derivatives of the identity; `factor` has none."""
+    del factor
+    return x
+
+
+@scale_gradient.defjvp
+def _scale_gradient_jvp(primals, tangents):
+    x, factor = primals
+    return x, (jax.lax.stop_gradient(factor) * tangents[0]).astype(x.dtype)

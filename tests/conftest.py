@@ -19,6 +19,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 
 import jax
+import numpy as np
 import pytest
 
 _ROOT = pathlib.Path(__file__).parent.parent
@@ -52,3 +53,10 @@ def forget_compiled_programs():
     """Gives back the memory of a file's compiled programs, gigabytes over all tests."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def new_random_numbers(request, monkeypatch):
+    """A file's `RNG` begins anew with each test, which so gets the same numbers whatever ran before it."""
+    if isinstance(getattr(request.module, "RNG", None), np.random.Generator):
+        monkeypatch.setattr(request.module, "RNG", np.random.default_rng(0))

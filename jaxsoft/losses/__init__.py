@@ -207,6 +207,7 @@ from jaxsoft.losses.structured import (
     transducer_lattice_loss,
     transducer_loss,
 )
+from jaxsoft.losses.unit_scaled import unit_scaled_cross_entropy
 from jaxsoft.losses.weighting import (
     easy_llp_loss,
     easy_llp_weights,
@@ -374,6 +375,7 @@ __all__ = [
     "transducer_loss",
     "tversky_loss",
     "two_hot_targets",
+    "unit_scaled_cross_entropy",
     "vq_commitment_loss",
     "weighted_mean",
     "weighted_mmd",

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
-from jaxsoft._numerics import accumulation_dtype, as_ids, safe_divide
+from jaxsoft._numerics import accumulation_dtype, as_ids, safe_divide, scale_gradient
 from jaxsoft.losses._common import IGNORE_INDEX
 from jaxsoft.losses.classification import cross_entropy
 from jaxsoft.normalizers.masks import present_scores
@@ -499,21 +499,9 @@ def gradient_reversal(x: Any, strength: float | Float[Array, ""] = 1.0) -> Any:
 
     def reverse(path, leaf):
         _checks.floating(f"x{jax.tree_util.keystr(path)}", leaf)
-        return _reversed(leaf, strength)
+        return scale_gradient(leaf, -jnp.asarray(strength))
 
     return jax.tree_util.tree_map_with_path(reverse, x)
-
-
-@jax.custom_jvp
-def _reversed(x, strength):
-    del strength
-    return x
-
-
-@_reversed.defjvp
-def _reversed_jvp(primals, tangents):
-    x, strength = primals
-    return x, (-lax.stop_gradient(strength) * tangents[0]).astype(x.dtype)
 
 
 def domain_adversarial_schedule(progress: Any, *, rate: float = 10.0) -> Float[Array, "*shape"]:

@@ -61,6 +61,7 @@ from jaxsoft.normalizers.temperature import (
     noisy_logits,
     temperature_network,
 )
+from jaxsoft.normalizers.unit_scaled import unit_scaled_softmax
 
 __all__ = [
     "Interpolant",
@@ -117,5 +118,6 @@ __all__ = [
     "taylor_softmax",
     "temperature_network",
     "top_k_gate",
+    "unit_scaled_softmax",
     "wina_mask",
 ]

@@ -143,6 +143,9 @@ _TESTED_IN = {
     "tests/rows/test_linear_logits.py": "jaxsoft: LinearLogits linear_logits",
     "tests/rows/test_reductions.py": "jaxsoft: RowReduction; jaxsoft.rows: Tile",
     "tests/rows/test_weighted.py": "jaxsoft.losses: weighted_sum weighted_mean; jaxsoft.rows: weighted_sum",
+    "tests/normalizers/test_unit_scaled.py": (
+        "jaxsoft.losses: unit_scaled_cross_entropy; jaxsoft.normalizers: unit_scaled_softmax"
+    ),
     "tests/normalizers/test_worked_numbers.py": (
         "jaxsoft: gumbel_softmax; jaxsoft.normalizers: masked_logit_softmax quantized_softmax"
     ),
