@@ -44,7 +44,7 @@ class Leaf(NamedTuple):
       kinds: of its axes after the batch, as `Value.kinds`.
       shape: of its axes after the batch, of a tile as it is traced.
       dtype: as the body sees it.
-      pack: where its numbers are: `"f"` or `"i"`, the packed float32 or int32 numbers of its kind; `"w"`, an array of its own.
+      pack: where its numbers are: `"f"` or `"i"`, among the packed float32 or int32 numbers; `"w"`, an array of its own.
       at: which of the packed numbers, or which of the arrays.
     """
 
@@ -394,9 +394,8 @@ class Program:
             raise Unsupported(f"its matrix products are in bfloat16 or float16, not in {b.x.dtype}")
         self.use(a, "product")
         self.use(b, "product")
-        if not a.memory:
-            if set(a.dims) != {dims[0], kind}:
-                raise Unsupported("it multiplies tiles in a way that Mosaic GPU has no rule for")
+        if not a.memory and set(a.dims) != {dims[0], kind}:
+            raise Unsupported("it multiplies tiles in a way that Mosaic GPU has no rule for")
         if not a.memory or jnp.dtype(a.x.dtype) not in _HALF:
             self.products_from_registers.add((kind, self.half(b.x.dtype)))
         return dims

@@ -106,7 +106,14 @@ class _Memory(NamedTuple):
 
 
 class _Results(NamedTuple):
-    """What the kernel writes: `numbers` of the carry `[parts, G, count, n]`, `wide` `[parts, G, n, H]`, entries, columns."""
+    """What the kernel writes.
+
+    Attributes:
+      carry: packed numbers, `[parts, G, count, n]`.
+      wide: carried features, `[parts, G, n, H]`.
+      entries: arrays `[G, n, S]`.
+      cols: packed numbers, `[G, blocks of rows, count, S]`.
+    """
 
     carry: dict
     wide: list
@@ -206,7 +213,7 @@ class _Sweep:
         return self._unpacked(written)
 
     def _memory(self) -> _Memory:
-        p, s = self.p, self.s
+        p = self.p
         rows, cols = jax.tree.leaves(p.operands.rows), jax.tree.leaves(p.operands.cols)
         entries = []
         for a, (where, _) in zip(jax.tree.leaves(p.operands.entries), p.by_entry):
@@ -537,7 +544,7 @@ class _Sweep:
             return leaf.value(numbers)
 
         own_values = list(map(own, p.own.leaves))
-        first, count, tile_of = self._range(memory, at)
+        _, count, tile_of = self._range(memory, at)
         start = memory.start[0]
 
         def tile(t, carry):

@@ -1,0 +1,351 @@
+"""The Mosaic GPU backend: interpreted on the CPU, and lowered for GPUs that are not there."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxsoft
+from jaxsoft.kernels import gpu
+from jaxsoft.kernels._choice import Kernel
+from jaxsoft.kernels._sweep import Operands, Out, Plan, Scores
+from jaxsoft.kernels.gpu import _narrow
+from jaxsoft.rows import reduce_rows, reductions
+
+INTERPRETED = Kernel("mosaic_gpu", True, "")
+missing = gpu.unavailable(INTERPRETED)
+interpreter = pytest.mark.skipif(missing is not None, reason=str(missing))
+missing_lowering = gpu.unavailable(Kernel("mosaic_gpu", False, "NVIDIA H200"))
+lowering = pytest.mark.skipif(missing_lowering is not None, reason=str(missing_lowering))
+
+
+def normal(seed: int, shape: tuple, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+
+
+def agree(got, want, tolerance: float) -> None:
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        np.testing.assert_allclose(
+            a, b, rtol=tolerance, atol=tolerance * max(1, np.abs(b[np.isfinite(b)]).max(initial=0))
+        )
+
+
+# --- the evaluator -----------------------------------------------------------------------------------------------
+
+ROWS, COLUMNS = 8, 16
+
+
+def evaluated(function, row, col, tile):
+    """`function(row, col, tile)` by `_narrow`, with every value in the fewest axes."""
+    traced = {"r": 7919, "c": COLUMNS}
+    space = _narrow.Space({"r": ROWS, "c": COLUMNS}, traced, "rc", lambda x, dims: x, None, None)
+    shapes = [(traced["r"], *row.shape[1:]), (COLUMNS, *col.shape[1:]), (traced["r"], COLUMNS)]
+    args = [jax.ShapeDtypeStruct(s, a.dtype) for s, a in zip(shapes, (row, col, tile))]
+    closed, out = _narrow.trace(function, *args)
+
+    def narrow(a, kind):
+        if a.ndim == 1:
+            return _narrow.wide(a, kind)
+        items = np.empty((1, a.shape[1]), object)
+        items[0] = [_narrow.Item(kind, a[:, i]) for i in range(a.shape[1])]
+        return _narrow.Value((kind, None), items)
+
+    values = _narrow.evaluate(space, closed, [narrow(row, "r"), narrow(col, "c"), _narrow.wide(tile, "rc")])
+    results = []
+    for value, struct in zip(values, jax.tree.leaves(out)):
+        kinds = tuple("r" if n == traced["r"] else "c" if n == COLUMNS else None for n in struct.shape)
+        arrays = _narrow.arrays(space, value, kinds, struct.shape)
+        wide = [space.sizes[k] for k in kinds if k]
+        lead = [n for n, k in zip(struct.shape, kinds) if k is None]
+        stacked = jnp.stack(arrays, -1).reshape(*wide, *lead)
+        results.append(stacked)
+    return results
+
+
+def some_elementwise(r, c, x):
+    y = r[:, :1] * x + c[None, :, 0]
+    odd = jnp.floor(y) + jnp.ceil(y) + jnp.sign(y) + jnp.log1p(jnp.abs(y)) + jnp.expm1(y) + jax.nn.sigmoid(y)
+    more = (
+        jnp.power(y, 3.0)
+        + jnp.power(jnp.abs(y) + 0.1, r[:, 1:2])
+        + y**-2
+        + jnp.tanh(y)
+        + jnp.clip(y, -0.5, 0.5)
+    )
+    return jnp.where(jnp.isfinite(y) & ~(y > 1) | (y == 2), odd, more) + jnp.sinh(y) + jnp.cosh(y)
+
+
+def some_narrow_axes(r, c, x):
+    joined = jnp.concatenate([r, jnp.max(x, axis=1, keepdims=True)], axis=-1)
+    ranked = jnp.sum(joined[:, :, None] > joined[:, None, :], axis=-1, dtype=jnp.int32)
+    picked = jnp.sum(jnp.where(ranked == jnp.arange(3), joined, 0), axis=-1)
+    return joined[:, ::2], ranked, picked, jnp.stack([r[:, 0], picked], axis=-1).reshape(-1, 2, 1)[..., 0]
+
+
+def some_reductions(r, c, x):
+    keep = x > c[None, :, 0]
+    columns = jnp.sum(jnp.where(keep, x, 0), axis=0)
+    return (
+        jnp.sum(keep, axis=1, dtype=jnp.float32),
+        jnp.any(keep, axis=1),
+        jnp.min(x, axis=-1),
+        columns[:, None] * c,
+        jnp.sum(jnp.ones_like(x), axis=1) + jnp.sum(jnp.broadcast_to(r[:, :1], x.shape), axis=1),
+        jnp.einsum("rj,rj->r", x, x * r[:, 1:2]),
+        jnp.einsum("rj,jk->rk", x, c),
+    )
+
+
+def some_calls(r, c, x):
+    y = jax.lax.fori_loop(0, 3, lambda i, y: jax.nn.softplus(y) * (i + 1), x)
+    return jax.jit(jax.nn.gelu)(y), jax.grad(lambda x: jnp.sum(jax.nn.silu(x) * r[:, :1]))(x)
+
+
+@pytest.mark.parametrize("function", [some_elementwise, some_narrow_axes, some_reductions, some_calls])
+def test_evaluates_what_jax_numpy_does(function):
+    row, col, tile = normal(0, (ROWS, 2)), normal(1, (COLUMNS, 2)), normal(2, (ROWS, COLUMNS))
+    agree(evaluated(function, row, col, tile), jax.tree.leaves(function(row, col, tile)), 1e-5)
+
+
+def test_names_what_it_has_no_rule_for():
+    row, col, tile = normal(0, (ROWS, 2)), normal(1, (COLUMNS, 2)), normal(2, (ROWS, COLUMNS))
+    for function, reason in (
+        (lambda r, c, x: jnp.sort(x, axis=1), "no rule for sort"),
+        (lambda r, c, x: x + tile[:1], "close over arrays"),
+        (lambda r, c, x: x[:, :3], "cuts or joins"),
+        (lambda r, c, x: jnp.sum(x), "whole tile"),
+    ):
+        with pytest.raises(_narrow.Unsupported, match=reason):
+            evaluated(function, row, col, tile)
+
+
+# --- sweeps ------------------------------------------------------------------------------------------------------
+
+
+def _scale(x, cols, t, b):
+    return jax.nn.softplus(x - t) * b
+
+
+def _results(logits, ids, theta, bias, soft, implementation):
+    return reduce_rows(
+        logits,
+        {
+            "lse": reductions.logsumexp(),
+            "labels": reductions.label_statistics(ids),
+            "best": reductions.maximum_and_argmax(),
+            "top": reductions.top_k(3),
+            "moments": reductions.softmax_moments(),
+            "mapped": reductions.mapped_sum(_scale, theta, col_args=(bias,)),
+            "soft": reductions.soft_label_statistics(soft),
+        },
+        implementation=implementation,
+    )
+
+
+def _value_and_grads(make_logits, arrays, beside, implementation):
+    ids, *differentiable = beside
+
+    def f(arrays, differentiable):
+        out = _results(make_logits(*arrays), ids, *differentiable, implementation)
+        floats = [a for a in jax.tree.leaves(out) if jnp.issubdtype(a.dtype, jnp.floating)]
+        return sum(jnp.sum(jnp.sin(0.3 * a + i)) for i, a in enumerate(floats)), out
+
+    return jax.value_and_grad(f, argnums=(0, 1), has_aux=True)(arrays, tuple(differentiable))
+
+
+N, COUNT = 70, 76
+
+
+def _beside():
+    return (
+        jax.random.randint(jax.random.key(3), (N,), 0, COUNT),
+        normal(4, (N,)),
+        normal(5, (COUNT,)),
+        jax.nn.softmax(normal(6, (N, COUNT))),
+    )
+
+
+@interpreter
+def test_reductions_of_stored_scores():
+    x = 2 * normal(0, (N, COUNT))
+    want = _value_and_grads(lambda x: x, (x,), _beside(), "xla")
+    with jaxsoft.kernels.interpreted():
+        got = _value_and_grads(lambda x: x, (x,), _beside(), "mosaic_gpu")
+    agree(got, want, 3e-5)
+
+
+@interpreter
+def test_reductions_of_products():
+    h = normal(0, (N, 40), jnp.bfloat16)
+    w = (normal(1, (40, COUNT)) / 6).astype(jnp.bfloat16)
+    want = _value_and_grads(jaxsoft.linear_logits, (h, w), _beside(), "xla")
+    with jaxsoft.kernels.interpreted():
+        got = _value_and_grads(jaxsoft.linear_logits, (h, w), _beside(), "mosaic_gpu")
+    agree(got, want, 1e-2)
+
+
+@interpreter
+def test_products_a_few_features_at_a_time():
+    h, table = normal(0, (130, 264), jnp.bfloat16), (normal(1, (COUNT, 264)) / 16).astype(jnp.bfloat16)
+    with jaxsoft.kernels.interpreted():
+        logits = jaxsoft.linear_logits(h, table, transpose_weight=True)
+        got = jaxsoft.logsumexp(logits, implementation="mosaic_gpu")
+    x = h.astype(jnp.float32) @ table.astype(jnp.float32).T
+    agree(got, jax.nn.logsumexp(x, axis=-1), 1e-5)
+
+
+def _everything(block, carry):
+    inside = jnp.ones_like(block.raw, jnp.bool_) if block.inside is None else block.inside
+    x = jnp.where(inside, block.raw, 0) + jnp.where(inside, block.entries["bias"], 0)
+    weights = (block.row % 3).astype(jnp.float32) + block.col.astype(jnp.float32) * 0.01
+    y = jnp.where(inside, x * weights * block.rows["a"][:, None] + block.batch.astype(jnp.float32), 0)
+    return Out(
+        {
+            "sum": carry["sum"] + jnp.sum(y, axis=1),
+            "count": carry["count"] + jnp.sum(inside, 1, dtype=jnp.int32)[:, None],
+        },
+        y * block.cols["b"][None, :, 1],
+        (jnp.sum(y, axis=0), jnp.max(jnp.where(inside, y, -1e9), axis=0)[:, None] * block.cols["b"]),
+    )
+
+
+def _begin(rows, like):
+    return {"sum": like + rows["a"], "count": jnp.zeros((*like.shape, 1), jnp.int32)}
+
+
+@interpreter
+@pytest.mark.parametrize("live", [None, lambda i, j, rows, columns: (i + j) % 2 == 0])
+def test_every_kind_of_output(live):
+    batches, n, columns = 2, 100, 150
+    x, a, b = normal(0, (batches, n, columns)), normal(1, (batches, n)), normal(2, (1, columns, 2))
+    bias = normal(3, (1, n, columns))
+    kernel = INTERPRETED._replace(blocks=(("columns", 64), ("parts", 2)))
+    case = (
+        Scores(values=x),
+        Operands({"a": a}, {"b": b}, {"bias": bias}, 5),
+        _begin,
+        Plan("columns", (jnp.float32,), live),
+    )
+    assert gpu.refusal(kernel, _everything, *case) is None
+    result = gpu.sweep(kernel, _everything, *case)
+
+    row, col = np.arange(n)[:, None], np.arange(columns)[None] + 5
+    y = (x + bias) * (row % 3 + col * 0.01) * a[..., None] + np.arange(batches)[:, None, None]
+    seen = np.ones((n, columns), bool) if live is None else (row // 64 + (col - 5) // 64) % 2 == 0
+    y = np.where(seen, y, 0)
+    agree(result.entries, y * b[..., 1][:, None], 1e-5)
+    # Each part starts from the same carry.
+    agree(jnp.sum(result.carry["sum"], 0), y.sum(-1) + 2 * a, 1e-4)
+    agree(jnp.sum(result.carry["count"], 0)[..., 0], np.broadcast_to(seen.sum(-1), (batches, n)), 0)
+    assert result.cols[0].shape == (batches, 2, columns)
+    agree(jnp.sum(result.cols[0], 1), y.sum(1), 1e-4)
+    for block in range(2):
+        rows = slice(64 * block, min(64 * block + 64, n))
+        most = np.where(seen[rows].any(0), y[:, rows].max(1), 0)
+        agree(result.cols[1][:, block], most[..., None] * b, 1e-5)
+
+
+def _attention(q, k, v, implementation, **kwargs):
+    def f(q, k, v):
+        out = jaxsoft.attention.dot_product_attention(q, k, v, implementation=implementation, **kwargs)
+        return jnp.sum(jnp.sin(out.astype(jnp.float32) * 3)), out
+
+    return jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+
+
+@interpreter
+def test_attention():
+    q, k, v = normal(0, (1, 70, 2, 32)), normal(1, (1, 76, 1, 32)), normal(2, (1, 76, 1, 32))
+    q, k, v = (a.astype(jnp.bfloat16) for a in (q, k, v))
+    how = {"normalizer": jaxsoft.softpick, "is_causal": True, "softcap": 5.0}
+    want = _attention(q, k, v, "xla", **how)
+    with jaxsoft.kernels.interpreted():
+        got = _attention(q, k, v, "mosaic_gpu", **how)
+    agree(got, want, 1.5e-2)
+
+
+# --- what it refuses ---------------------------------------------------------------------------------------------
+
+
+def _sums(block, carry):
+    return Out(carry + jnp.sum(block.raw, axis=1))
+
+
+def _sorts(block, carry):
+    return Out(carry + jnp.sort(block.raw, axis=1)[:, 0])
+
+
+def _zeros(rows, like):
+    return like
+
+
+@pytest.mark.skipif(
+    missing_lowering is not None and "no Mosaic" in missing_lowering, reason=str(missing_lowering)
+)
+@pytest.mark.parametrize(
+    ("body", "scores", "reason"),
+    [
+        (_sums, Scores(values=jax.ShapeDtypeStruct((1, 8, 8), jnp.int32)), "not in int32"),
+        (_sorts, Scores(values=jax.ShapeDtypeStruct((1, 8, 8), jnp.float32)), "no rule for sort"),
+        (
+            _sums,
+            Scores(
+                left=jax.ShapeDtypeStruct((1, 8, 8), jnp.float32),
+                right=jax.ShapeDtypeStruct((1, 8, 8), jnp.float32),
+            ),
+            "matrix products are in bfloat16 or float16, not in float32",
+        ),
+    ],
+)
+def test_refuses(body, scores, reason):
+    assert reason in gpu.refusal(INTERPRETED, body, scores, Operands(), _zeros, Plan())
+
+
+def test_needs_a_hopper_gpu_and_a_recent_jax():
+    reason = gpu.unavailable(Kernel("mosaic_gpu", False, "NVIDIA A100"))
+    assert ("Hopper" if missing_lowering is None else "jax 0.11") in reason
+
+
+# --- lowering ----------------------------------------------------------------------------------------------------
+
+
+def _lowered(kind: str, function, *shapes) -> str:
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=132, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+    args = [jax.ShapeDtypeStruct(*s) for s in shapes]
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@lowering
+def test_rows_lower():
+    n, columns, depth = 1000, 50257, 4096
+    half = jnp.bfloat16
+
+    def loss(h, w, x, ids):
+        logits = jaxsoft.linear_logits(h, w)
+        out = [
+            reduce_rows(source, reductions.label_statistics(ids), implementation="mosaic_gpu").nll
+            for source in (logits, x)
+        ]
+        return sum(map(jnp.sum, out))
+
+    text = _lowered(
+        "NVIDIA H200",
+        jax.grad(loss, argnums=(0, 1, 2)),
+        ((n, depth), half),
+        ((depth, columns), half),
+        ((n, columns), jnp.float32),
+        ((n,), jnp.int32),
+    )
+    assert text.count("mosaic_gpu") >= 4
+
+
+@lowering
+def test_attention_lowers():
+    head = ((2, 1024, 4, 128), jnp.bfloat16)
+    attention = functools.partial(_attention, implementation="mosaic_gpu", is_causal=True)
+    assert _lowered("NVIDIA H100", attention, head, head, head).count("mosaic_gpu") >= 3
