@@ -25,7 +25,7 @@ train: .venv/ready
 
 test: test-oldest test-newest
 	@echo "make test: $$(.venv/bin/python tests/versions.py): passed"
-	@if [ -x .venv-newest/bin/python ]; then echo "make test: $$(.venv-newest/bin/python tests/versions.py): passed (engine, conformance, optimizers)"; \
+	@if [ -x .venv-newest/bin/python ]; then echo "make test: $$(.venv-newest/bin/python tests/versions.py): passed (engine, kernels, conformance, optimizers)"; \
 	else echo "make test: no Python 3.12 or newer found, so the newest jax was NOT tested"; fi
 
 test-oldest: .venv/ready-tests
@@ -34,8 +34,8 @@ test-oldest: .venv/ready-tests
 
 ifneq ($(NEWEST_PYTHON),)
 test-newest: .venv-newest/ready-tests
-	@echo "== engine, conformance and optimizer tests on $$(.venv-newest/bin/python tests/versions.py)"
-	JAXSOFT_LAWS=engine .venv-newest/bin/python -m pytest -n $(WORKERS) tests/rows tests/conformance tests/optimizers/test_common.py
+	@echo "== engine, kernel, conformance and optimizer tests on $$(.venv-newest/bin/python tests/versions.py)"
+	JAXSOFT_LAWS=engine .venv-newest/bin/python -m pytest -n $(WORKERS) tests/rows tests/kernels tests/conformance tests/optimizers/test_common.py
 else
 test-newest:
 	@echo "== no Python 3.12 or newer found (PATH, pyenv): the newest jax is not tested"
@@ -55,6 +55,7 @@ bench: .venv/ready
 	.venv/bin/python benchmarks/optimizer_step.py
 	.venv/bin/python benchmarks/zeroth_order.py
 	.venv/bin/python benchmarks/hostile_training.py
+	.venv/bin/python benchmarks/accelerator.py
 
 docs: .venv/ready-docs
 	.venv/bin/mkdocs build --strict
