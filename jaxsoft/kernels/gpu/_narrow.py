@@ -3,9 +3,9 @@
 Mosaic GPU knows tiles, one number a row, one number a column, and scalars; a body of a sweep is ordinary `jax.numpy`
 code, with arrays such as `[br, 1]` or `[br, k]`. So the body is traced to a jaxpr, which is evaluated on `Value`s.
 A value knows of each of its axes whether it is the tile's rows (`"r"`), its columns (`"c"`), the features of wide
-operands (`"h"`), or none of them: a narrow axis, whose entries are arrays of their own. Each array has only those of the
-wide axes over which it varies: a number a row stays a number a row however it is broadcast, until it meets the columns.
-Inserting, moving and broadcasting axes is bookkeeping, then, and costs nothing.
+operands (`"h"`), or none of them: a narrow axis, whose entries are arrays of their own. Each array has only those of
+the wide axes over which it varies: a number a row stays a number a row however it is broadcast, until it meets the
+columns. Inserting, moving and broadcasting axes is bookkeeping, then, and costs nothing.
 """
 
 from __future__ import annotations

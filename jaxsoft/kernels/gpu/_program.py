@@ -25,6 +25,10 @@ _LINE = 128
 _HALF = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 # What blocks that run at the same time should read again and again, of the second-level cache.
 _CACHED = 24 * 2**20
+# More parts of the minor axis than these are not tried.
+_MOST_PARTS = 32
+# Blocks of threads along the last axes of a grid.
+_LARGEST_GRID = 65535
 # Stands for the number of rows while a body is traced: no other axis has this length.
 _TRACED_ROWS = 7919
 # A row or column with so many numbers may have features; fewer are numbers on their own.
@@ -44,7 +48,7 @@ class Leaf(NamedTuple):
       kinds: of its axes after the batch, as `Value.kinds`.
       shape: of its axes after the batch, of a tile as it is traced.
       dtype: as the body sees it.
-      pack: where its numbers are: `"f"` or `"i"`, among the packed float32 or int32 numbers; `"w"`, an array of its own.
+      pack: where its numbers are: `"f"` or `"i"`, among packed float32 or int32 numbers; `"w"`, an array of its own.
       at: which of the packed numbers, or which of the arrays.
     """
 
@@ -499,19 +503,21 @@ class Program:
             depth = features(d) if self.resident else _LINE // jnp.dtype(self.scores.dtype).itemsize
             steps = -(-d // depth)
         fixed, tile, step = self._bytes(groups, depth)
-        room, most = SHARED_MEMORY - fixed, named.get("stages", 4)
+        room = SHARED_MEMORY - fixed
         if self.scores.values is not None:
-            stages = min(most, n_tiles, room // tile)
+            stages = min(named.get("stages", 6), n_tiles, room // tile)
         else:
             # Two tiles of the other operands, if that leaves two steps; else one.
             fits = [n for n in (2, 1) if room - n * tile >= min(2, n) * step]
             tile_stages = min(fits[0] if fits else 1, n_tiles) if tile else 0
-            stages = min(most, steps * n_tiles, (room - tile_stages * tile) // step)
+            stages = min(named.get("stages", 4), steps * n_tiles, (room - tile_stages * tile) // step)
         if stages < 1:
             raise _TooLarge(
                 f"a tile of its operands needs {fixed + tile + step} bytes of shared memory, more than there are"
             )
         parts, together = self._parts(groups, blocks, n_tiles)
+        if self.g * -(-blocks // together) > _LARGEST_GRID:
+            raise Unsupported(f"it has {self.g} matrices, too many blocks of threads")
         return Sizes(
             groups,
             self.minor,
@@ -569,12 +575,17 @@ class Program:
             return 1, together
         wanted = dict(self.kernel.blocks).get("parts")
         if wanted is None:
-            at_once = processors(self.kernel)
-            concurrent = min(blocks * self.g, together) if blocks > together else blocks * self.g
-            wanted = max(1, at_once // concurrent)
-            # A part has some tiles at least, to be worth its own carry.
-            wanted = min(wanted, max(1, n_tiles // 4))
-        return min(wanted, n_tiles), together
+            least = 1 if together == blocks else -(-processors(self.kernel) // together)
+            wanted = min(
+                range(least, max(least, _MOST_PARTS) + 1),
+                key=lambda parts: self._time(parts, blocks, n_tiles),
+            )
+        return max(1, min(wanted, n_tiles)), together
+
+    def _time(self, parts: int, blocks: int, n_tiles: int) -> int:
+        """How long a sweep in parts takes, in tiles; a part costs some for what it begins and ends with."""
+        waves = -(-self.g * blocks * parts // processors(self.kernel))
+        return waves * (-(-n_tiles // parts) + 4)
 
 
 def features(n: int) -> int:

@@ -17,6 +17,7 @@ from jaxsoft.kernels._sweep import Operands, Plan, Result, Scores, Tiles
 from jaxsoft.kernels.gpu import _narrow
 from jaxsoft.kernels.gpu._narrow import Item, Unsupported, Value
 from jaxsoft.kernels.gpu._program import WARPGROUP, Packer, Program, entry_dtype, features
+from jaxsoft.rows._driver import align_varying
 
 
 def refusal(kernel: Kernel, body, scores: Scores, operands: Operands, init, plan: Plan) -> str | None:
@@ -94,6 +95,7 @@ class _Memory(NamedTuple):
       start: `[1]`.
       order: `[blocks, tiles]`, the tiles of a block that have anything to do, then the others; None for all in order.
       live: `[blocks]`, how many have.
+      first: `[blocks]`, the blocks, those with most to do before the others.
     """
 
     scores: list
@@ -103,6 +105,7 @@ class _Memory(NamedTuple):
     start: Any
     order: Any
     live: Any
+    first: Any
 
 
 class _Results(NamedTuple):
@@ -210,6 +213,8 @@ class _Sweep:
             **({"interpret": plgpu.InterpretGPUParams()} if p.kernel.interpret else {}),
         )
         written = jax.tree.unflatten(jax.tree.structure(out), kernel(*jax.tree.leaves(memory)))
+        # In a shard_map, what a kernel returns does not know that it varies as its operands do.
+        written = align_varying((memory, written))[1]
         return self._unpacked(written)
 
     def _memory(self) -> _Memory:
@@ -229,21 +234,18 @@ class _Sweep:
             scores = [left, right] if p.major == "r" else [right, left]
         else:
             scores = [_aligned(p.scores.values)]
-        order = live = None
-        if p.plan.live is not None:
-            order, live = self._order()
+        order = (None, None, None) if p.plan.live is None else self._order()
         return _Memory(
             scores,
             _packed(p, p.own, own, _batches(own), self.major_length),
             _packed(p, p.passing, passing, _batches(passing), self.minor_length),
             entries,
             jnp.asarray(p.operands.start, jnp.int32).reshape(1),
-            order,
-            live,
+            *order,
         )
 
-    def _order(self):
-        """For each block, its tiles with anything to do before those without; and how many have."""
+    def _order(self) -> tuple:
+        """For each block, its tiles with anything to do before those without; how many have; the order of blocks."""
         p, s = self.p, self.s
 
         tiles = p.plan.tiles or Tiles(
@@ -267,9 +269,9 @@ class _Sweep:
 
         i, j = jnp.arange(s.blocks, dtype=jnp.int32), jnp.arange(s.tiles, dtype=jnp.int32)
         live = jax.vmap(lambda i: jax.vmap(lambda j: jnp.asarray(is_live(i, j), jnp.bool_))(j))(i)
-        return jnp.argsort(~live, axis=1, stable=True).astype(jnp.int32), jnp.sum(
-            live, axis=1, dtype=jnp.int32
-        )
+        count = jnp.sum(live, axis=1, dtype=jnp.int32)
+        order = jnp.argsort(~live, axis=1, stable=True).astype(jnp.int32)
+        return order, count, jnp.argsort(-count, stable=True).astype(jnp.int32)
 
     def _results(self) -> _Results:
         p, s = self.p, self.s
@@ -405,15 +407,14 @@ class _Sweep:
 
     def _shared(self, memory: _Memory, out: _Results, shared: _Shared) -> None:
         s = self.s
-        at = _Place(
-            batch=lax.axis_index("batch"),
-            part=lax.axis_index("part"),
-            block=lax.axis_index("group") * s.together + lax.axis_index("block"),
-        )
+        place = lax.axis_index("group") * s.together + lax.axis_index("block")
         me = lax.axis_index("warpgroup")
 
-        @pl.when(at.block < s.blocks)
+        @pl.when(place < s.blocks)
         def _():
+            block = place if memory.first is None else memory.first[place]
+            at = _Place(lax.axis_index("batch"), lax.axis_index("part"), block)
+
             @pl.when(me == s.groups)
             def _():
                 if s.groups > 1:
@@ -434,7 +435,7 @@ class _Sweep:
         last = (at.part + 1) * count // s.parts
         if memory.order is None:
             return first, last - first, lambda t: first + t
-        return first, last - first, lambda t: memory.order[at.block, first + t]
+        return first, last - first, lambda t: memory.order[at.block, jnp.minimum(first + t, s.tiles - 1)]
 
     # --- the warpgroup that fetches ---------------------------------------------------------------------------------
 
@@ -548,7 +549,8 @@ class _Sweep:
         start = memory.start[0]
 
         def tile(t, carry):
-            j = tile_of(t)
+            j, carry = carry
+            after = tile_of(t + 1)  # asked for a tile ahead: it may come from device memory
             slot = None
             if self.has_ring:
                 slot = lax.rem(t, jnp.int32(self._stages()))
@@ -600,13 +602,13 @@ class _Sweep:
             if self.has_ring:
                 plgpu.barrier_arrive(shared.free.at[slot])
             self._write(out, shared, at, me, j, entries, left)
-            return new
+            return after, new
 
         initial = [
             [self._layout(x, p.tile("".join(k for k in leaf.kinds if k))) for x in numbers]
             for leaf, numbers in zip(p.carry.leaves, p.start(space, own_values))
         ]
-        carry = lax.fori_loop(0, count, tile, initial)
+        _, carry = lax.fori_loop(0, count, tile, (tile_of(jnp.int32(0)), initial))
         if memory.order is not None and (shared.out or shared.cols):
             self._write_dead(memory, out, shared, at, me)
         self._write_carry(out, shared, at, me, carry)
