@@ -1,0 +1,185 @@
+"""What the parts of `accelerator.py` share: sizes, random data, the clock, compiling, and the record that is kept."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import pathlib
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+
+class Sizes(NamedTuple):
+    """What is timed.
+
+    Attributes:
+      rows: rows and columns of stored scores.
+      heads: tokens, features and vocabulary.
+      attention: batch, heads, head size, length.
+      decode: batch, heads, heads of keys, head size, cached keys.
+      copy: bytes of the copy.
+      product: the side of the product.
+      repeats: samples of each time.
+    """
+
+    rows: tuple = ((8192, 32768), (256, 1048576))
+    heads: tuple = ((8192, 4096, 131072), (8192, 2304, 256000))
+    attention: tuple = (4, 16, 128, 8192)
+    decode: tuple = (64, 32, 8, 128, 32768)
+    copy: int = 2**31
+    product: int = 8192
+    repeats: int = 7
+
+
+SMOKE = Sizes(
+    rows=((16, 512),),
+    heads=((32, 16, 256),),
+    attention=(1, 2, 16, 128),
+    decode=(2, 4, 2, 16, 256),
+    copy=2**20,
+    product=128,
+    repeats=1,
+)
+
+
+class Run:
+    """One run: its settings, and its record, which is written after every step, for a kernel may take all down.
+
+    Attributes:
+      implementation: whose kernels.
+      smoke: whether all is tiny.
+      out: the file of the record.
+      checks: what was compared.
+      rows: what was timed.
+      dropped: what was left out, and why.
+      ceilings: what the machine can do, by name.
+      doing: what is being done, and its number; None between steps.
+    """
+
+    def __init__(self, implementation: str, smoke: bool, seconds: float, seed: int, out: pathlib.Path):
+        self.implementation, self.smoke, self.out = implementation, smoke, out
+        self.start, self.seconds, self.seed = time.monotonic(), seconds, seed
+        self.sizes = SMOKE if smoke else Sizes()
+        self.console = Console(width=200)
+        self.checks: list[dict] = []
+        self.rows: list[dict] = []
+        self.dropped: list[str] = []
+        self.ceilings: dict[str, float] = {}
+        self.doing: tuple[str, int] | None = None
+        self._keys: list = []
+
+    @property
+    def keys(self) -> Run:
+        """An iterator of fresh keys."""
+        return self
+
+    def __next__(self) -> jax.Array:
+        if not self._keys:
+            first, *self._keys = jax.random.split(jax.random.key(self.seed), 1025)
+            self.seed = int(jax.random.randint(first, (), 0, 2**31 - 1))
+        return self._keys.pop()
+
+    def begin(self, name: str, number: int = 0) -> None:
+        """Notes what is about to be done."""
+        self.doing = (name, number)
+        self.save()
+
+    def finish(self) -> None:
+        """Notes that it is done."""
+        self.doing = None
+        self.save()
+
+    def save(self) -> None:
+        """Writes the record."""
+        record = {
+            "device": jax.devices()[0].device_kind,
+            "machine": f"{platform.machine()}, {jax.default_backend()}",
+            "jax": jax.__version__,
+            "implementation": self.implementation,
+            "smoke": self.smoke,
+            "ceilings": self.ceilings,
+            "left_out": self.dropped,
+            "doing": self.doing,
+            "checks": self.checks,
+            "rows": self.rows,
+        }
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.out.with_name(self.out.name + ".new")
+        beside.write_text(json.dumps(record, indent=1) + "\n")
+        beside.replace(self.out)
+
+    def load(self) -> None:
+        """Reads the record."""
+        record = json.loads(self.out.read_text())
+        self.ceilings, self.dropped, self.doing = record["ceilings"], record["left_out"], record["doing"]
+        self.checks, self.rows = record["checks"], record["rows"]
+
+    def left(self) -> float:
+        """Seconds until the end."""
+        return self.seconds - (time.monotonic() - self.start)
+
+    def say(self, line: str) -> None:
+        """Prints a line with the time."""
+        self.console.print(f"{time.monotonic() - self.start:5.0f} s  {line}", markup=False, highlight=False)
+        sys.stdout.flush()
+
+    def normal(self, *shape: int, dtype: Any = jnp.bfloat16, scale: float = 1.0) -> jax.Array:
+        """Fresh normal random numbers."""
+        return jax.random.normal(next(self.keys), shape, dtype) * jnp.asarray(scale, dtype)
+
+    def integers(self, *shape: int, high: int) -> jax.Array:
+        """Fresh random integers from 0 on, below `high`."""
+        return jax.random.randint(next(self.keys), shape, 0, high)
+
+    def booleans(self, *shape: int, probability: float = 0.7) -> jax.Array:
+        """Fresh random booleans."""
+        return jax.random.bernoulli(next(self.keys), probability, shape)
+
+
+def first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0].strip()[:160] if lines else 'no reason'}"
+
+
+def compile_all(functions: dict[Any, tuple[Callable, tuple]], workers: int = 8) -> dict[Any, Any]:
+    """Compiles `name: (function, arguments)` side by side; an exception stands for what failed."""
+    lowered, compiled = {}, {}
+    for name, (function, args) in functions.items():
+        try:  # traced here: what a `with` block says holds for this thread only
+            lowered[name] = jax.jit(function).lower(*args)
+        except Exception as error:
+            compiled[name] = error
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        futures = {name: pool.submit(one.compile) for name, one in lowered.items()}
+        for name, future in futures.items():
+            try:
+                compiled[name] = future.result()
+            except Exception as error:
+                compiled[name] = error
+    return compiled
+
+
+def kernels_in(compiled: Any) -> int | None:
+    """How many kernels of Pallas a compiled function calls; None if that cannot be read (interpreted ones, say)."""
+    if jax.default_backend() == "cpu":
+        return None
+    try:
+        return len(re.findall(r'custom_call_target="(?:mosaic_gpu|tpu_custom_call)', compiled.as_text()))
+    except Exception:
+        return None
+
+
+def works() -> bool:
+    """Whether the device still does anything: after a bad access to memory it does not."""
+    try:
+        return float(jax.jit(jnp.sum)(jnp.ones(8))) == 8
+    except Exception:
+        return False
