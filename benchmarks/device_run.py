@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import math
 import pathlib
 import platform
 import re
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 
 
@@ -67,6 +69,7 @@ class Run:
     def __init__(self, implementation: str, smoke: bool, seconds: float, seed: int, out: pathlib.Path):
         self.implementation, self.smoke, self.out = implementation, smoke, out
         self.start, self.seconds, self.seed = time.monotonic(), seconds, seed
+        self.random = np.random.default_rng(seed)
         self.sizes = SMOKE if smoke else Sizes()
         self.console = Console(width=200)
         self.checks: list[dict] = []
@@ -74,18 +77,6 @@ class Run:
         self.dropped: list[str] = []
         self.ceilings: dict[str, float] = {}
         self.doing: tuple[str, int] | None = None
-        self._keys: list = []
-
-    @property
-    def keys(self) -> Run:
-        """An iterator of fresh keys."""
-        return self
-
-    def __next__(self) -> jax.Array:
-        if not self._keys:
-            first, *self._keys = jax.random.split(jax.random.key(self.seed), 1025)
-            self.seed = int(jax.random.randint(first, (), 0, 2**31 - 1))
-        return self._keys.pop()
 
     def begin(self, name: str, number: int = 0) -> None:
         """Notes what is about to be done."""
@@ -132,16 +123,23 @@ class Run:
         sys.stdout.flush()
 
     def normal(self, *shape: int, dtype: Any = jnp.bfloat16, scale: float = 1.0) -> jax.Array:
-        """Fresh normal random numbers."""
-        return jax.random.normal(next(self.keys), shape, dtype) * jnp.asarray(scale, dtype)
+        """Fresh normal random numbers; many of them are drawn by the device."""
+        if math.prod(shape) > 2**20:
+            key = jax.random.key(self.random.integers(2**31))
+            return jax.random.normal(key, shape, dtype) * jnp.asarray(scale, dtype)
+        return jnp.asarray(self.random.standard_normal(shape, np.float32) * np.float32(scale), dtype)
+
+    def uniform(self, *shape: int) -> jax.Array:
+        """Fresh random numbers between 1/2 and 3/2."""
+        return jnp.asarray(self.random.random(shape, np.float32) + np.float32(0.5))
 
     def integers(self, *shape: int, high: int) -> jax.Array:
         """Fresh random integers from 0 on, below `high`."""
-        return jax.random.randint(next(self.keys), shape, 0, high)
+        return jnp.asarray(self.random.integers(0, high, shape, np.int32))
 
     def booleans(self, *shape: int, probability: float = 0.7) -> jax.Array:
         """Fresh random booleans."""
-        return jax.random.bernoulli(next(self.keys), probability, shape)
+        return jnp.asarray(self.random.random(shape, np.float32) < probability)
 
 
 def first_line(error: BaseException) -> str:
