@@ -27,6 +27,8 @@ from jaxsoft.rows._reduction import Tile
 # A stretch of columns has so many scores at most, whose gradients are stored: 128 MiB in bfloat16.
 _STRETCH = 2**26
 _NARROWEST_STRETCH = 1024
+# Numbers a row of a state, on which a kernel works one by one (for the k best: k rounds of k steps).
+_WIDEST_STATE = 32
 
 
 def refusal(backend, kernel: Kernel, functions, source, masks: Masks, arrays: list[Arrays]) -> str | None:
@@ -48,6 +50,8 @@ def refusal(backend, kernel: Kernel, functions, source, masks: Masks, arrays: li
         for state in jax.tree.leaves(jax.eval_shape(r.init, like, *a.args)):
             if state.shape[:1] != (n,) or state.ndim > 2:
                 return f"a state of shape {state.shape} is not one number or a few a row"
+            if state.ndim == 2 and state.shape[1] > _WIDEST_STATE:
+                return f"a state has at most {_WIDEST_STATE} numbers a row, and {state.shape[1]} were asked for"
     return backend.refusal(kernel, *_forward(functions, source, masks, arrays))
 
 
