@@ -12,12 +12,10 @@ _DEVICES = ("H100", "H200", "H800", "H20")
 
 def unavailable(kernel: Kernel) -> str | None:
     """Why no sweep can run here, or None."""
-    if jax.__version_info__ < (0, 11):
-        return f"Mosaic GPU kernels need jax 0.11 or newer, this is {jax.__version__}"
     try:
         from jax.experimental.pallas import mosaic_gpu
     except ImportError as error:
-        return f"this jax has no Mosaic GPU ({error})"
+        return f"this jax {jax.__version__} has no Mosaic GPU ({error})"
     if kernel.interpret:
         return (
             None if hasattr(mosaic_gpu, "InterpretGPUParams") else "this jax has no interpreter of Mosaic GPU"

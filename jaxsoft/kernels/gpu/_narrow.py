@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.extend import core
 
 
@@ -33,7 +34,7 @@ class Item(NamedTuple):
 
     dims: str
     x: Any
-    memory: bool | str = False
+    memory: str = ""
 
 
 class Value(NamedTuple):
@@ -95,7 +96,7 @@ class Space:
         return wide(x + start, letter)
 
 
-def wide(x: Any, kinds: str, memory: bool = False) -> Value:
+def wide(x: Any, kinds: str, memory: str = "") -> Value:
     """The value of one array, whose axes are `kinds` (in the space's order)."""
     return _single(Item(kinds, x, memory), tuple(kinds))
 
@@ -134,7 +135,7 @@ def trace(function: Callable, *args: Any) -> tuple[Any, Any]:
     """The jaxpr of a function of `ShapeDtypeStruct`s, and the structure (with shapes) of what it returns."""
     closed, out = jax.make_jaxpr(function, return_shape=True)(*args)
     for const in closed.consts:
-        if isinstance(const, jax.core.Tracer) or np.ndim(const) > 0:
+        if isinstance(const, Tracer) or np.ndim(const) > 0:
             raise Unsupported("its functions close over arrays")
     return closed, out
 
@@ -215,17 +216,10 @@ def _map(space: Space, function: Callable, *values: Value) -> Value:
     spread = [np.broadcast_to(v.items, shape) for v in values]
     out = np.empty(shape, object)
     for at in np.ndindex(shape):
-        items = [s[at] for s in spread]
-        if len(items) == 1 and function is _same:
-            out[at] = items[0]
-            continue
+        items: list[Any] = [s[at] for s in spread]
         dims = space.union(*(i.dims for i in items))
         out[at] = Item(dims, function(*(space.spread(i, dims) for i in items)))
     return Value(kinds, out)
-
-
-def _same(x):
-    return x
 
 
 def _elementwise(space: Space, primitive, params: dict, *values: Value) -> Value:
@@ -295,7 +289,7 @@ def _is_finite(x):
     return lax.eq(x - x, _fill(x, 0))
 
 
-def _integer_pow(x, *, y: int):
+def _integer_pow(x, *, y: int) -> Any:
     if y < 0:
         return _fill(x, 1) / _integer_pow(x, y=-y)
     if y == 0:

@@ -347,8 +347,8 @@ class Program:
             zero = jnp.int32(0)
             side = jax.ShapeDtypeStruct((), self.scores.dtype)
             sides = self.sides(side, side)
-            read = map(operands, (self.rows, self.cols, self.entries))
-            out = self.visit(space, raw, *read, zero, zero, zero, zero, sides, values)
+            rows, cols, entries = (operands(packer) for packer in (self.rows, self.cols, self.entries))
+            out = self.visit(space, raw, rows, cols, entries, zero, zero, zero, zero, sides, values)
             return jax.tree.leaves(out)
 
         jax.eval_shape(run)

@@ -160,16 +160,24 @@ def _tile_in(shape: tuple[int, ...], dtype, whole: tuple[int, ...] | None = None
 
 def _load(ref, layout):
     """A load of any layout: vectorized where it can be."""
-    if "idx" in inspect.signature(plgpu.load).parameters:
-        return plgpu.load(ref, (), layout=layout, optimized=False)
-    return plgpu.load(ref, layout=layout, optimized=False)
+    everything = [()] if "idx" in inspect.signature(plgpu.load).parameters else []
+    return plgpu.load(ref, *everything, layout=layout, optimized=False)
 
 
 def _store(ref, x) -> None:
-    if hasattr(plgpu, "store"):
-        plgpu.store(ref, x, optimized=False)
-    else:
+    store = getattr(plgpu, "store", None)
+    if store is None:  # an older jax, whose assignments take any layout
         ref[...] = x
+    else:
+        store(ref, x, optimized=False)
+
+
+def _accumulator(width: int):
+    return plgpu.ACC((WARPGROUP, width), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _interpreter():
+    return getattr(plgpu, "InterpretGPUParams")  # noqa: B009  (older versions have none)
 
 
 def _transposed(ref):
@@ -210,7 +218,7 @@ class _Sweep:
                 lowering_semantics=plgpu.LoweringSemantics.Lane,
                 approx_math=bool(dict(p.kernel.blocks).get("approximate", 0)),
             ),
-            **({"interpret": plgpu.InterpretGPUParams()} if p.kernel.interpret else {}),
+            interpret=_interpreter()() if p.kernel.interpret else None,
         )
         written = jax.tree.unflatten(jax.tree.structure(out), kernel(*jax.tree.leaves(memory)))
         # In a shard_map, what a kernel returns does not know that it varies as its operands do.
@@ -261,10 +269,13 @@ class _Sweep:
                 jnp.minimum(i * size // coarse[axis] + k, last) for k in range((size - 1) // coarse[axis] + 2)
             ]
 
+        is_live_there = p.plan.live
+        assert is_live_there is not None
+
         def is_live(i, j):
             pairs = [(a, b) for a in overlapping(i, s.major, 0) for b in overlapping(j, s.minor, 1)]
             pairs = pairs if p.major == "r" else [(b, a) for a, b in pairs]
-            found = [p.plan.live(a, b, tiles.rows, tiles.columns) for a, b in pairs]
+            found = [is_live_there(a, b, tiles.rows, tiles.columns) for a, b in pairs]
             return functools.reduce(jnp.logical_or, found, False)
 
         i, j = jnp.arange(s.blocks, dtype=jnp.int32), jnp.arange(s.tiles, dtype=jnp.int32)
@@ -642,7 +653,7 @@ class _Sweep:
                 lax.fori_loop(0, s.steps, step, None)
             return acc[...]
 
-        return pl.run_scoped(run, plgpu.ACC((WARPGROUP, s.minor), jnp.float32))
+        return pl.run_scoped(run, _accumulator(s.minor))
 
     def _last_slot(self, t):
         """Where the last step of the t-th tile's product is."""
@@ -663,7 +674,7 @@ class _Sweep:
         """A product in the body of a sweep: the right side in shared memory, the left there or in registers."""
         dims, a, b = self.p.product_sides(left, right, kind, letters)
         b_ref = b.x if b.dims[0] == kind else _transposed(b.x)
-        shape = (WARPGROUP, {**self.wide_sizes, self.p.minor_letter: self.s.minor}[dims[1]])
+        width = {**self.wide_sizes, self.p.minor_letter: self.s.minor}[dims[1]]
         if a.memory and a.x.dtype == b_ref.dtype:
             a_side = a.x
         else:
@@ -678,7 +689,7 @@ class _Sweep:
             plgpu.wgmma(acc, a_side, b_ref)
             return acc[...]
 
-        x = pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
+        x = pl.run_scoped(run, _accumulator(width))
         return Item(dims, _narrow.convert(x, dtype))
 
     # --- what is written ---------------------------------------------------------------------------------------------
