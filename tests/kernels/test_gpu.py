@@ -131,7 +131,8 @@ def _scale(x, cols, t, b):
     return jax.nn.softplus(x - t) * b
 
 
-def _results(logits, ids, theta, bias, soft, implementation):
+def _results(logits, ids, beside, implementation):
+    theta, bias, soft = beside
     return reduce_rows(
         logits,
         {
@@ -151,7 +152,7 @@ def _value_and_grads(make_logits, arrays, beside, implementation):
     ids, *differentiable = beside
 
     def f(arrays, differentiable):
-        out = _results(make_logits(*arrays), ids, *differentiable, implementation)
+        out = _results(make_logits(*arrays), ids, differentiable, implementation)
         floats = [a for a in jax.tree.leaves(out) if jnp.issubdtype(a.dtype, jnp.floating)]
         return sum(jnp.sum(jnp.sin(0.3 * a + i)) for i, a in enumerate(floats)), out
 
@@ -255,7 +256,7 @@ def _attention(q, k, v, implementation, **kwargs):
 
 @interpreter
 def test_attention():
-    q, k, v = normal(0, (1, 70, 2, 32)), normal(1, (1, 76, 1, 32)), normal(2, (1, 76, 1, 32))
+    q, k, v = normal(0, (1, 70, 2, 32)), normal(1, (1, 76, 1, 32)), normal(2, (1, 76, 1, 48))
     q, k, v = (a.astype(jnp.bfloat16) for a in (q, k, v))
     how = {"normalizer": jaxsoft.softpick, "is_causal": True, "softcap": 5.0}
     want = _attention(q, k, v, "xla", **how)

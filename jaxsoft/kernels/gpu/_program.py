@@ -33,6 +33,8 @@ _LARGEST_GRID = 65535
 _TRACED_ROWS = 7919
 # A row or column with so many numbers may have features; fewer are numbers on their own.
 _FEWEST_FEATURES = 16
+# What axes of features are called, in the order of their lengths.
+_LETTERS = "hijklm"
 # Features that fit into shared memory whole.
 _LONGEST_FEATURES = 256
 
@@ -209,13 +211,18 @@ class Program:
 
     def _letter(self, size: int) -> str:
         if size not in self.letters:
-            self.letters[size] = "hijklm"[len(self.letters)]
+            if len(self.letters) == len(_LETTERS):
+                raise Unsupported("its operands have too many different numbers of features")
+            self.letters[size] = _LETTERS[len(self.letters)]
         return self.letters[size]
 
     def _describe_operands(self) -> None:
         self.rows, self.cols, self.entries = Packer(), Packer(), Packer()
         # Arrays of the entries' own: (how it is stored, batches); others are packed among the rows or columns.
         self.by_entry: list[tuple[str, int]] = []
+        for a in jax.tree.leaves((self.operands.rows, self.operands.cols)):
+            if len(a.shape) == 3 and a.shape[2] >= _FEWEST_FEATURES and jnp.dtype(a.dtype) in _HALF:
+                self._letter(a.shape[2])
         for packer, letter, tree in (
             (self.rows, "r", self.operands.rows),
             (self.cols, "c", self.operands.cols),
