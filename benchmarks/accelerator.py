@@ -88,7 +88,7 @@ def ours(run: Run) -> tuple[tuple[str, str], ...]:
 def time_all(run: Run, case: str, contestants: list[Contestant]) -> dict[str, dict]:
     """Times the contestants of a case; its lines of the table by name."""
     run.begin(case)
-    compiled = compile_all({c.name: (c.function, c.args) for c in contestants})
+    compiled = compile_all({c.name: (c.function, c.args) for c in contestants}, run.save)
     found: dict[str, dict[str, Any]] = {
         c.name: {"case": case, "contestant": c.name, "ms": None} for c in contestants
     }
@@ -423,7 +423,7 @@ def parts() -> dict[str, Part]:
     all_parts = {"ceilings": Part("ceilings", lambda run, _: measure_ceilings(run), 60)}
     for group in CHECKS:
         check = functools.partial(run_checks, group=group)
-        all_parts[f"checks-{group}"] = Part("checks", lambda run, first, f=check: f(run, first=first), 90)
+        all_parts[f"checks-{group}"] = Part("checks", lambda run, first, f=check: f(run, first=first), 110)
     return all_parts | {
         "rows": Part("rows", lambda run, _: time_rows(run), 90),
         "head-1": Part("head", of_head(0), 90),

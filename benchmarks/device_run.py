@@ -147,21 +147,27 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0].strip()[:160] if lines else 'no reason'}"
 
 
-def compile_all(functions: dict[Any, tuple[Callable, tuple]], workers: int = 8) -> dict[Any, Any]:
-    """Compiles `name: (function, arguments)` side by side; an exception stands for what failed."""
-    lowered, compiled = {}, {}
-    for name, (function, args) in functions.items():
-        try:  # traced here: what a `with` block says holds for this thread only
-            lowered[name] = jax.jit(function).lower(*args)
-        except Exception as error:
-            compiled[name] = error
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        futures = {name: pool.submit(one.compile) for name, one in lowered.items()}
+def compile_all(functions: dict[Any, tuple[Callable, tuple]], alive: Callable[[], None]) -> dict[Any, Any]:
+    """Compiles `name: (function, arguments)` side by side; an exception stands for what failed.
+
+    Args:
+      functions: what to compile.
+      alive: called after each step.
+    """
+    futures, compiled = {}, {}
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for name, (function, args) in functions.items():
+            try:  # traced here: what a `with` block says holds for this thread only
+                futures[name] = pool.submit(jax.jit(function).lower(*args).compile)
+            except Exception as error:
+                compiled[name] = error
+            alive()
         for name, future in futures.items():
             try:
                 compiled[name] = future.result()
             except Exception as error:
                 compiled[name] = error
+            alive()
     return compiled
 
 

@@ -307,8 +307,8 @@ def check_some(run: Run, checks: list[tuple[int, Check]]) -> None:
         ours = functools.partial(c.function, run.implementation)
         mine[i] = vector_jacobian(ours, c.wanted), (cotangents[i], *c.args)
     with jax.default_matmul_precision("highest"):
-        references = compile_all(theirs)
-    compiled = compile_all(mine)
+        references = compile_all(theirs, run.save)
+    compiled = compile_all(mine, run.save)
     for i, c in checks:
         run.begin(c.name, i)
         row: dict[str, Any] = {
