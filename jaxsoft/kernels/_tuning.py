@@ -238,10 +238,11 @@ def sizes(
 
 
 def sweep_sizes(kernel: Kernel, scores: Scores, plan: Plan) -> list[dict[str, int]]:
-    """`sizes` for a sweep of rows: what a backend asks where a plan has no tiles (which follow the user's already)."""
+    """`sizes` for a sweep; one whose plan has tiles is an attention's."""
     _, n, columns = scores.shape
     features = 0 if scores.values is not None else scores.left.shape[-1]
-    work = Work("linear" if features else "dense", n, columns, features, scores.dtype.itemsize)
+    kind = "attention" if plan.tiles is not None else "linear" if features else "dense"
+    work = Work(kind, n, columns, features, scores.dtype.itemsize)
     return sizes(
         kernel.blocks, kernel.device_kind, kernel.name, work, "backward" if plan.entry_dtypes else "forward"
     )

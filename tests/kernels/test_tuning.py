@@ -153,6 +153,12 @@ class TestSizes:
         scores = Scores(left=left, right=right)
         assert self.tiles(scores) == self.tiles(scores, kind="TPU v6 lite")
 
+    def test_of_a_sweep_of_an_attention(self, table):
+        scores = Scores(left=f32(2, 512, 64), right=f32(2, 512, 64), transposed=True)
+        for plan in (Plan(tiles=Tiles(64, 256)), Plan(tiles=Tiles(64, 256), over="rows")):
+            found = _tuning.sweep_sizes(Kernel("pallas_tpu", False, KIND), scores, plan)
+            assert found == [{"rows": 64, "columns": 256}, {}]
+
     def test_of_an_attention(self, table):
         def sizes(given, user, tuned):
             with jaxsoft.kernels.block_sizes(**user):
