@@ -22,6 +22,7 @@ from jaxsoft.attention._driver import Masks, Operands
 from jaxsoft.attention._driver import Plan as Attention
 from jaxsoft.kernels import _sweep
 from jaxsoft.kernels._choice import Kernel
+from jaxsoft.kernels._rows import first_order_only
 from jaxsoft.kernels._sweep import Block, Out, Plan, Scores, Tiles
 from jaxsoft.rows import _driver
 from jaxsoft.rows._logits import capped
@@ -337,7 +338,7 @@ def _attach_forward(kernel, plan, functions, *given):
 
 
 def _attach_backward(kernel, plan, functions, residuals, cotangents):
-    floats, others, operands, masks, args = residuals
+    (floats, others, operands, masks, args), cotangents = first_order_only((residuals, cotangents))
     states = _driver.combine(floats, others)
     case = _backward(plan, functions, states, cotangents, operands, masks, args)
     by_query, by_key = (kernel.backend().sweep(kernel, *sweep) for sweep in case)

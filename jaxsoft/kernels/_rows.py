@@ -51,7 +51,9 @@ def refusal(backend, kernel: Kernel, functions, source, masks: Masks, arrays: li
             if state.shape[:1] != (n,) or state.ndim > 2:
                 return f"a state of shape {state.shape} is not one number or a few a row"
             if state.ndim == 2 and state.shape[1] > _WIDEST_STATE:
-                return f"a state has at most {_WIDEST_STATE} numbers a row, and {state.shape[1]} were asked for"
+                return (
+                    f"a state has at most {_WIDEST_STATE} numbers a row, and {state.shape[1]} were asked for"
+                )
     return backend.refusal(kernel, *_forward(functions, source, masks, arrays))
 
 
@@ -264,7 +266,7 @@ def _attach_forward(kernel, functions, *operands):
 
 
 def _attach_backward(kernel, functions, residuals, cotangents):
-    floats, others, source, masks, arrays = residuals
+    (floats, others, source, masks, arrays), cotangents = first_order_only((residuals, cotangents))
     case = (functions, _driver.combine(floats, others), cotangents, source, masks, arrays)
     if isinstance(source, LinearLogits):
         d_source, d_arrays = _linear_cotangents(kernel, *case)
@@ -275,6 +277,19 @@ def _attach_backward(kernel, functions, residuals, cotangents):
     wanted = _driver.differentiable((source, arrays))[0]
     d_source, d_arrays = jax.tree.map(lambda a, d: _of_shape(d, a), wanted, (d_source, d_arrays))
     return None, None, d_source, None, d_arrays
+
+
+@jax.custom_jvp
+def first_order_only(x):
+    """The identity, which refuses to be differentiated: JAX knows no derivative of a kernel."""
+    return x
+
+
+@first_order_only.defjvp
+def _refuse(primals, tangents):
+    raise TypeError(
+        "kernels have no second derivatives: use implementation='xla', which has those of every order and mode"
+    )
 
 
 def _of_shape(d: Array, a: Array) -> Array:
