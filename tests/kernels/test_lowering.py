@@ -1,0 +1,149 @@
+"""Every kernel lowers for TPUs, on a machine that has none: forward and backward, in blocks of their full size."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from attention.test_dot_product import NORMALIZERS
+from jax.sharding import AbstractDevice, AbstractMesh
+from rows.test_reductions import CASES, is_float, make_inputs
+
+import jaxsoft
+from jaxsoft import kernels, losses
+from jaxsoft.attention import dot_product_attention
+from jaxsoft.rows import reduce_rows
+
+KINDS = ("TPU v5 lite", "TPU v6 lite")
+ROWS, COLUMNS = 300, 1111  # ragged in blocks of 256 x 1024
+SIZES = dict(zip(make_inputs()["entry_weights"].shape, (ROWS, COLUMNS)))
+
+
+def lowered(f, *arrays, kind=KINDS[1]):
+    """The text of `f` and its gradients, lowered for a device that is not there."""
+
+    def both(*arrays):
+        floats = tuple(i for i, a in enumerate(arrays) if is_float(a))
+
+        def total(*arrays):
+            out = f(*arrays)
+            parts = [jnp.sum(a.astype(jnp.float32)) for a in jax.tree.leaves(out) if is_float(a)]
+            return sum(parts, start=jnp.float32(0)), out
+
+        return jax.grad(total, floats, has_aux=True)(*arrays)
+
+    mesh = AbstractMesh(
+        (1,), ("x",), abstract_device=AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.jit(both).trace(*arrays).lower(lowering_platforms=("tpu",)).as_text()
+
+
+def array(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def enlarged(a):
+    return array(*(SIZES.get(size, size) for size in a.shape), dtype=jnp.float32 if is_float(a) else a.dtype)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+def test_reductions(case):
+    given = make_inputs()
+
+    def f(x, *arrays):
+        wanted = case.make(dict(zip(case.inputs, arrays)))
+        return case.view(reduce_rows(x, wanted, implementation="pallas_tpu"))
+
+    text = lowered(f, array(ROWS, COLUMNS), *(enlarged(given[name]) for name in case.inputs))
+    counts = case.factory in ("argmax", "count_above", "rank")  # integers, which have no gradient
+    assert text.count("tpu_custom_call") == (1 if counts else 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_linear_logits(transposed, kind):
+    """A loss whose scores are a product of bfloat16, with all that may belong to it, and masks of every kind."""
+
+    def f(hidden, weight, bias, scale, labels, rows, columns):
+        logits = jaxsoft.linear_logits(
+            hidden,
+            weight,
+            bias=bias,
+            scale=scale,
+            temperature=0.7,
+            softcap=20.0,
+            transpose_weight=transposed,
+            implementation="pallas_tpu",
+        )
+        where = columns if transposed else rows[:, None] & columns
+        return losses.cross_entropy(logits, labels, label_smoothing=0.1, z_loss=1e-3, where=where)
+
+    shape = (3000, 256) if transposed else (256, 3000)
+    arrays = (
+        array(512, 256, dtype=jnp.bfloat16),
+        array(*shape, dtype=jnp.bfloat16),
+        array(3000),
+        array(512),
+        array(512, dtype=jnp.int32),
+        array(512, dtype=bool),
+        array(3000, dtype=bool),
+    )
+    assert lowered(f, *arrays, kind=kind).count("tpu_custom_call") == 2
+
+
+SHAPES = dict(query=(2, 300, 8, 64), key=(2, 260, 2, 64), value=(2, 260, 2, 128))
+
+
+def heads(dtype=jnp.bfloat16):
+    return [array(*shape, dtype=dtype) for shape in SHAPES.values()]
+
+
+@pytest.mark.parametrize("name", NORMALIZERS)
+def test_normalizers(name):
+    def f(q, k, v):
+        return dot_product_attention(
+            q, k, v, normalizer=NORMALIZERS[name], is_causal=True, implementation="pallas_tpu"
+        )
+
+    assert lowered(f, *heads()).count("tpu_custom_call") >= 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_with_options(kind):
+    """Everything that a tile of scores may read."""
+    dynamic = dict(
+        query_seq_lengths=array(2, dtype=jnp.int32),
+        key_value_seq_lengths=array(2, dtype=jnp.int32),
+        query_segment_ids=array(2, 300, dtype=jnp.int32),
+        key_segment_ids=array(2, 260, dtype=jnp.int32),
+        mask=array(2, 1, 300, 260, dtype=bool),
+        query_offset=array(2, dtype=jnp.int32),
+    )
+
+    def f(q, k, v, bias, slopes, sinks, *rest):
+        return dot_product_attention(
+            q,
+            k,
+            v,
+            bias,
+            alibi_slopes=slopes,
+            sinks=sinks,
+            softcap=10.0,
+            local_window_size=(100, 20),
+            mask_fn=lambda i, j: (i + j) % 3 != 0,
+            dropout_rate=0.1,
+            dropout_key=jax.random.key(0),
+            implementation="pallas_tpu",
+            **dict(zip(dynamic, rest)),
+        )
+
+    floats = (array(1, 8, 300, 260, dtype=jnp.bfloat16), array(8), array(8))
+    assert lowered(f, *heads(), *floats, *dynamic.values(), kind=kind).count("tpu_custom_call") == 3
+
+
+def test_sizes_of_the_user():
+    def f(x):
+        return jaxsoft.logsumexp(x, implementation="pallas_tpu")
+
+    with kernels.block_sizes(rows=64, columns=256):
+        text = lowered(f, array(ROWS, COLUMNS))
+    assert text.count("tpu_custom_call") == 2
