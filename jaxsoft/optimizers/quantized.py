@@ -482,7 +482,8 @@ def quantize_state(
     def encode(
         x: jax.Array, prefix: tuple, key: jax.Array | None, again: jax.Array | None = None
     ) -> QuantizedArray:
-        x, again = _common.widen((x, again))
+        x = x.astype(_common.wide(x))
+        again = None if again is None else again.astype(x.dtype)
         return _quantize(x, block_size, signed(prefix), key, not signed(prefix), again)
 
     def decode(x: Any, prefix: tuple) -> Any:
@@ -652,8 +653,9 @@ def quantize_state(
             """
 
             def turn(i, state):
-                whole = paste(*state, start_of(jnp.maximum(i - 1, 0)))
-                part = lax.cond(i < turns, lambda: piece(whole, start_of(i), count), lambda: state[1])
+                whole, last = state
+                whole = paste(whole, last, start_of(jnp.maximum(i - 1, 0)))
+                part = lax.cond(i < turns, lambda: piece(whole, start_of(i), count), lambda: last)
                 return whole, part
 
             return lax.fori_loop(0, turns + 1, turn, (whole, cut(whole, start_of(0), count)))[0]

@@ -409,6 +409,7 @@ def block_sums(functions, states, block_tiles: list[Tile], arrays: list[Arrays])
 
 def shares(reduction: RowReduction, state, tile: Tile, *args) -> list[Array]:
     """A tile's share of the float leaves of a finished state, as `RowReduction.share` gives it."""
+    tile = tile._replace(finished=True)
     if reduction.share is not None:
         return reduction.share(state, tile, *args)
     return jax.tree.leaves(partition(reduction.update(reduction.neutral(state), tile, *args))[0])

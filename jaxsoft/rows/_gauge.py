@@ -14,6 +14,8 @@ from jaxsoft.rows._reduction import Tile
 
 def running_max(m: jax.Array, tile: Tile) -> jax.Array:
     """The gauge m, raised to the largest score of the tile."""
+    if tile.finished:
+        return lax.stop_gradient(m)
     tile_max = jnp.max(tile.scores, axis=-1, initial=-jnp.inf)
     return lax.stop_gradient(jnp.maximum(m, tile_max))
 

@@ -26,6 +26,7 @@ class Tile(NamedTuple):
       col_args: the reduction's `col_args`, each cut to `[block, ...]`.
       entry_args: the reduction's `entry_args`, each cut to `[*rows, block]`.
       in_kernel: whether the tile is in the registers of a kernel, which has no gathers and no sorting (static).
+      finished: whether it meets a finished state, whose gauge no tile moves any more (static).
     """
 
     x: jax.Array
@@ -36,6 +37,7 @@ class Tile(NamedTuple):
     col_args: tuple[jax.Array, ...] = ()
     entry_args: tuple[jax.Array, ...] = ()
     in_kernel: bool = False
+    finished: bool = False
 
     @classmethod
     def of(cls, scores: jax.Array, cols: jax.Array, columns: int, *rest: Any) -> Tile:

@@ -99,7 +99,7 @@ def _pow2(e: jax.Array) -> jax.Array:
 def _exponent_update(state, tile, *args):
     e_old, a_old = state
     e = jnp.where(tile.keep, _exponent_of(tile.x), -jnp.inf)
-    e_new = jnp.maximum(e_old, jnp.max(e, axis=-1, initial=-jnp.inf))
+    e_new = e_old if tile.finished else jnp.maximum(e_old, jnp.max(e, axis=-1, initial=-jnp.inf))
     e_safe = finite_gauge(e)
     mantissa = jnp.exp((tile.x - e_safe * _LN2_HI) - e_safe * _LN2_LO)
     scaled = jnp.where(tile.keep, mantissa * _pow2(e_safe - finite_gauge(e_new)[..., None]), 0)

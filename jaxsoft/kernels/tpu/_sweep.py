@@ -212,7 +212,8 @@ def sweep(
                     preferred_element_type=jnp.float32,
                 )
             old = [ref[0].reshape(a.shape) for ref, a in zip(carries, carry_leaves)]
-            block = Block(raw, *blocks, row, local + start_ref[0], g, inside, left, right)
+            r, c, e = blocks
+            block = Block(raw, r, c, e, row, local + start_ref[0], g, inside, left, right)
             new: Out = body(block, carry_tree.unflatten(old))
             for ref, value in zip(carries, jax.tree.leaves(new.carry)):
                 ref[0] = value.reshape(ref.shape[1:])
