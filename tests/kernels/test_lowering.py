@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from attention.test_dot_product import NORMALIZERS
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
 from rows.test_reductions import CASES, is_float, make_inputs
 
 import jaxsoft
@@ -138,6 +139,24 @@ def test_attention_with_options(kind):
 
     floats = (array(1, 8, 300, 260, dtype=jnp.bfloat16), array(8), array(8))
     assert lowered(f, *heads(), *floats, *dynamic.values(), kind=kind).count("tpu_custom_call") == 3
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_rows_sharded_over_devices(check):
+    device = AbstractDevice(device_kind=KINDS[1], num_cores=1, platform="tpu")
+    mesh = AbstractMesh((2,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
+
+    def local(h, w, labels, q):
+        logits = jaxsoft.linear_logits(h, w, implementation="pallas_tpu")
+        out = dot_product_attention(q, q, q, is_causal=True, implementation="pallas_tpu")
+        return jax.lax.psum(losses.cross_entropy(logits, labels).sum() + out.sum(), "data")
+
+    specs = (P("data"), P(), P("data"), P("data"))
+    arrays = (array(600, 64), array(64, 3000), array(600, dtype=jnp.int32), array(4, 256, 4, 64))
+    with jax.sharding.use_abstract_mesh(mesh):
+        f = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=check)
+        text = jax.jit(jax.grad(f, (0, 1, 3))).trace(*arrays).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") == 5
 
 
 def test_sizes_of_the_user():

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from kernels.compare import close, run, same
 from rows.test_reductions import CASES, given_of, make_scores, some_function
 
@@ -348,3 +349,24 @@ def test_batches():
         each, pull_each = jax.vjp(jax.vmap(f), x)
     cotangent = jnp.asarray(rng.normal(size=(3, 5)), jnp.float32)
     close((each, pull_each(cotangent)), (whole, pull(cotangent)))
+
+
+def test_rows_sharded_over_devices():
+    """The weight's gradient is summed once. (JAX's interpreter of kernels does not run with `check_vma`.)"""
+    rng = np.random.default_rng(11)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    h, w = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((8, 5), (5, 20)))
+    labels = jnp.arange(8, dtype=jnp.int32)
+
+    def total(h, w, labels, implementation):
+        logits = jaxsoft.linear_logits(h, w, implementation=implementation)
+        return losses.cross_entropy(logits, labels).sum()
+
+    def local(*arrays):
+        return jax.lax.psum(total(*arrays, "pallas_tpu"), "data")
+
+    specs = (P("data"), P(), P("data"))
+    f = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
+    with jaxsoft.kernels.interpreted(), jaxsoft.kernels.block_sizes(rows=4, columns=16):
+        got = jax.jit(jax.value_and_grad(f, (0, 1)))(h, w, labels)
+    close(got, jax.value_and_grad(total, (0, 1))(h, w, labels, "xla"))
