@@ -44,7 +44,7 @@ def unit_scaled_cross_entropy(
       >>> from jaxsoft.losses import unit_scaled_cross_entropy
       >>> loss = lambda x: unit_scaled_cross_entropy(x, jnp.array([1])).sum()
       >>> value, gradient = jax.value_and_grad(loss)(jnp.zeros((1, 5)))
-      >>> print(value.round(4), gradient)
+      >>> print(f"{value:.4f}", gradient)
       1.6094 [[ 0.5 -2.   0.5  0.5  0.5]]
     """
     _checks.number("multiplier", multiplier, above=0)

@@ -12,6 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxsoft.kernels import _tuning
 from jaxsoft.kernels._choice import Kernel
 from jaxsoft.kernels._sweep import Operands, Plan, Result, Scores, Tiles
 from jaxsoft.kernels.gpu import _narrow
@@ -23,7 +24,7 @@ from jaxsoft.rows._driver import align_varying
 def refusal(kernel: Kernel, body, scores: Scores, operands: Operands, init, plan: Plan) -> str | None:
     """Why this sweep cannot run, or None."""
     try:
-        Program(kernel, body, scores, operands, init, plan)
+        _program(kernel, body, scores, operands, init, plan)
     except Unsupported as reason:
         return str(reason)
     return None
@@ -31,7 +32,22 @@ def refusal(kernel: Kernel, body, scores: Scores, operands: Operands, init, plan
 
 def sweep(kernel: Kernel, body, scores: Scores, operands: Operands, init, plan: Plan) -> Result:
     """Visits the tiles of a matrix of scores: see `jaxsoft.kernels._sweep`."""
-    return _Sweep(Program(kernel, body, scores, operands, init, plan)).run()
+    return _Sweep(_program(kernel, body, scores, operands, init, plan)).run()
+
+
+def _program(kernel: Kernel, body, scores: Scores, operands: Operands, init, plan: Plan) -> Program:
+    """The sweep with measured sizes of blocks, or with the backend's own where these do not fit."""
+    *measured, own = _tuning.sweep_sizes(kernel, scores, plan)
+    for sizes in measured:
+        try:
+            return Program(_with_blocks(kernel, sizes), body, scores, operands, init, plan)
+        except Unsupported:
+            continue
+    return Program(_with_blocks(kernel, own), body, scores, operands, init, plan)
+
+
+def _with_blocks(kernel: Kernel, sizes: dict[str, int]) -> Kernel:
+    return kernel._replace(blocks=tuple(sorted(sizes.items())))
 
 
 # --- arrays in device memory -----------------------------------------------------------------------------------
