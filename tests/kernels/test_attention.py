@@ -72,17 +72,15 @@ def masks(rng):
     )
 
 
+DROPOUT = dict(dropout_rate=0.3, dropout_key=jax.random.key(1))
 OPTIONS = {
-    "arrays": lambda rng: (floats(rng), dict(softcap=2.0)),
+    "arrays, dropout": lambda rng: (floats(rng), dict(softcap=2.0, **DROPOUT)),
     "masks": lambda rng: ({}, masks(rng)),
-    "window": lambda rng: ({}, dict(local_window_size=(2, 1), query_offset=-1)),
-    "predicate": lambda rng: ({}, dict(mask_fn=even, is_causal=True, query_offset=3)),
-    "bias of keys": lambda rng: (
+    "static": lambda rng: ({}, dict(local_window_size=(4, 1), mask_fn=even, query_offset=-1)),
+    "offsets, bias of keys": lambda rng: (
         dict(bias=jnp.asarray(rng.normal(size=(B, 1, 1, S)), jnp.float32)),
-        dict(is_causal=True),
+        dict(is_causal=True, query_offset=jnp.asarray([1, -3])),
     ),
-    "offsets": lambda rng: ({}, dict(is_causal=True, query_offset=jnp.asarray([1, -3]))),
-    "dropout": lambda rng: ({}, dict(dropout_rate=0.3, dropout_key=jax.random.key(1))),
 }
 
 

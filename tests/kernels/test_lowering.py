@@ -46,17 +46,19 @@ def enlarged(a):
     return array(*(SIZES.get(size, size) for size in a.shape), dtype=jnp.float32 if is_float(a) else a.dtype)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
-def test_reductions(case):
-    given = make_inputs()
+def test_every_reduction():
+    """All in one pass, of stored scores."""
+    given = {
+        f"{case.id}.{k}": enlarged(a) for case in CASES for k, a in make_inputs().items() if k in case.inputs
+    }
 
     def f(x, *arrays):
-        wanted = case.make(dict(zip(case.inputs, arrays)))
-        return case.view(reduce_rows(x, wanted, implementation="pallas_tpu"))
+        p = dict(zip(given, arrays))
+        wanted = {case.id: case.make({k: p[f"{case.id}.{k}"] for k in case.inputs}) for case in CASES}
+        out = reduce_rows(x, wanted, implementation="pallas_tpu")
+        return [case.view(out[case.id]) for case in CASES]
 
-    text = lowered(f, array(ROWS, COLUMNS), *(enlarged(given[name]) for name in case.inputs))
-    counts = case.factory in ("argmax", "count_above", "rank")  # integers, which have no gradient
-    assert text.count("tpu_custom_call") == (1 if counts else 2)
+    assert lowered(f, array(ROWS, COLUMNS), *given.values()).count("tpu_custom_call") == 2
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -98,7 +100,7 @@ def heads(dtype=jnp.bfloat16):
     return [array(*shape, dtype=dtype) for shape in SHAPES.values()]
 
 
-@pytest.mark.parametrize("name", NORMALIZERS)
+@pytest.mark.parametrize("name", [name for name in NORMALIZERS if "," not in name])
 def test_normalizers(name):
     def f(q, k, v):
         return dot_product_attention(

@@ -53,10 +53,10 @@ def test_every_reduction_with_one_gradient():
 # --- sizes, dtypes and masks ---------------------------------------------------------------------------------
 
 
-def chosen(p, columns):
+def chosen(p, columns, *names):
     """Reductions of every kind: sums, selections, integer states, states of several numbers; arrays of every kind."""
     ids = (jnp.arange(p["theta"].shape[0], dtype=jnp.int32) * 7) % columns
-    return {
+    wanted = {
         "label": reductions.label_statistics(ids),
         "take": reductions.take(jnp.stack([ids, columns - 1 - ids], axis=-1)),
         "moments": reductions.softmax_moments(),
@@ -65,6 +65,7 @@ def chosen(p, columns):
             some_function, p["theta"], col_args=(p["by_column"],), entry_args=(p["by_entry"],)
         ),
     }
+    return {name: wanted[name] for name in names or wanted}
 
 
 def arrays_for(rng, n, columns):
@@ -98,15 +99,15 @@ def assert_clean(gradients):
 
 
 @pytest.mark.parametrize(
-    ("n", "columns", "mask", "dtype"),
+    ("n", "columns", "mask", "dtype", "names"),
     [
-        (13, 300, None, jnp.float32),
-        (1, 1, "rows", jnp.float32),
-        (9, 129, "rows and columns", jnp.float16),
-        (8, 128, "entries", jnp.bfloat16),
+        (13, 300, None, jnp.float32, ("label", "take", "moments", "best", "mapped")),
+        (1, 1, "rows", jnp.float32, ("label", "best")),
+        (8, 128, "entries", jnp.bfloat16, ("label", "mapped")),
+        (9, 129, "rows and columns", jnp.float16, ("moments", "mapped")),
     ],
 )
-def test_dense_rows(n, columns, mask, dtype):
+def test_dense_rows(n, columns, mask, dtype, names):
     """Ragged or not, with NaN under the masks, absent entries, and a row without any."""
     rng = np.random.default_rng(n)
     options, keep = masks_for(mask, rng, n, columns)
@@ -116,7 +117,7 @@ def test_dense_rows(n, columns, mask, dtype):
     given = dict(x=jnp.where(keep, x, NAN), **arrays_for(rng, n, columns))
 
     def f(p, implementation):
-        return reduce_rows(p["x"], chosen(p, columns), **options, implementation=implementation)
+        return reduce_rows(p["x"], chosen(p, columns, *names), **options, implementation=implementation)
 
     (_, gradients) = same(f, given, **BLOCKS)
     assert_clean(gradients)
@@ -155,7 +156,7 @@ def test_linear_logits(transposed, mask, dtype):
         logits = jaxsoft.linear_logits(
             **arrays, softcap=4.0, transpose_weight=transposed, implementation=implementation
         )
-        return reduce_rows(logits, chosen(p, columns), **options)
+        return reduce_rows(logits, chosen(p, columns, "label", "moments", "mapped"), **options)
 
     (got, gradient), (expected, other) = (run(f, point, name, **BLOCKS) for name in ("pallas_tpu", "xla"))
     close(got, expected)
@@ -194,8 +195,7 @@ def test_stretches_of_columns(transposed, monkeypatch):
     def f(p, implementation):
         arrays = {k: p[k] for k in ("hidden", "weight", "bias", "scale")}
         logits = jaxsoft.linear_logits(**arrays, transpose_weight=transposed, implementation=implementation)
-        some = {name: chosen(p, columns)[name] for name in ("label", "mapped")}
-        return reduce_rows(logits, some, where=cols)
+        return reduce_rows(logits, chosen(p, columns, "mapped"), where=cols)
 
     same(f, point, 32, rows=4, columns=16)
     assert set(widths) == {32, 4}
