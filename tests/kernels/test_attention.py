@@ -99,7 +99,8 @@ def test_options(name):
     def f(p, implementation):
         return attend(p, implementation, **{k: p[k] for k in arrays}, **options)
 
-    out, gradients = same(f, point | arrays, 16, **SMALL)
+    # The gradient of a number of a head is a sum of hundreds of terms of either sign.
+    out, gradients = same(f, point | arrays, 64 if "arrays" in name else 16, **SMALL)
     for gradient in (out, *gradients.values()):
         assert jnp.all(jnp.isfinite(gradient)) and jnp.any(gradient != 0)
 

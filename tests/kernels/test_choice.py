@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxsoft
 from jaxsoft import kernels, losses
@@ -152,6 +153,13 @@ def test_two_expressions_and_a_filter():
 
     refused("two expressions are read at a time", divergence)
     refused("filter_eps", linear, X, filter_eps=1e-3)
+
+
+def test_explicitly_sharded_operands():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        x = jax.device_put(X, NamedSharding(mesh, P("data")))
+        refused("sharded over Explicit mesh axes: call it inside jax.shard_map", lse, x)
 
 
 def test_nothing_to_read():

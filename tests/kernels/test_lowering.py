@@ -100,6 +100,9 @@ def heads(dtype=jnp.bfloat16):
     return [array(*shape, dtype=dtype) for shape in SHAPES.values()]
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="all of them on the newest jax only: half a minute"
+)
 @pytest.mark.parametrize("name", [name for name in NORMALIZERS if "," not in name])
 def test_normalizers(name):
     def f(q, k, v):
