@@ -69,185 +69,211 @@ def tiles_of(kernel: Kernel, scores: Scores, plan: Plan) -> Tiles:
     return Tiles(n if n <= rows else rows, columns if columns <= width else width)
 
 
-def _whole(a: jax.Array, size: int) -> jax.Array:
+class _Layout:
+    """How the arrays of a sweep are cut into blocks.
+
+    Numbers one a row are `[G, n, 1]`, numbers one a column `[G, 1, S]`, so that the last two axes of every block are
+    multiples of a vector register's, or whole.
+    """
+
+    def __init__(self, scores: Scores, plan: Plan, tiles: Tiles):
+        self.batch, self.n, self.columns = scores.shape
+        self.br, self.bc, _ = tiles
+        self.over_rows, self.live = plan.over == "rows", plan.live
+        blocks = (pl.cdiv(self.n, self.br), pl.cdiv(self.columns, self.bc))
+        self.ni = blocks[0]
+        self.grid = (self.batch, *(reversed(blocks) if self.over_rows else blocks))
+
+    def tile(self, g, first, second) -> tuple:
+        """`(g, i, j)` of a step of the grid."""
+        return (g, second, first) if self.over_rows else (g, first, second)
+
+    def output(self, shape: tuple[int, ...], index: Callable) -> pl.BlockSpec:
+        """Blocks at `index(g, i, j)`."""
+        return pl.BlockSpec(shape, lambda g, first, second, start: index(*self.tile(g, first, second)))
+
+    def input(self, a: jax.Array, shape: tuple[int, ...], index: Callable) -> pl.BlockSpec:
+        """Blocks `[1, *shape]` of an array of G matrices, or one for all, at `(g, *index(i, j))`.
+
+        Tiles without anything to do all read the first block along the way, once, instead of blocks of their own.
+        """
+
+        def at(g, first, second, start):
+            g, i, j = self.tile(g, first, second)
+            if self.live is not None:
+                live = self.live(i, j, self.br, self.bc)
+                i, j = (jnp.where(live, i, 0), j) if self.over_rows else (i, jnp.where(live, j, 0))
+            return (g if a.shape[0] > 1 else 0, *index(i, j))
+
+        return pl.BlockSpec((1, *shape), at)
+
+    def scores(self, scores: Scores) -> tuple[list, list]:
+        """The stored scores, or the two matrices, and their blocks."""
+        if scores.values is not None:
+            return [scores.values], [self.input(scores.values, (self.br, self.bc), lambda i, j: (i, j))]
+        left, right, depth = scores.left, scores.right, scores.left.shape[-1]
+        specs = [self.input(left, (self.br, depth), lambda i, j: (i, 0))]
+        if scores.transposed:
+            specs.append(self.input(right, (self.bc, depth), lambda i, j: (j, 0)))
+        else:
+            specs.append(self.input(right, (depth, self.bc), lambda i, j: (0, j)))
+        return [left, right], specs
+
+    def rows(self, a: jax.Array) -> tuple[jax.Array, pl.BlockSpec]:
+        """Numbers of rows."""
+        a = _whole(a if a.ndim == 3 else a[..., None], 1, self.br)
+        return a, self.input(a, (self.br, a.shape[-1]), lambda i, j: (i, 0))
+
+    def cols(self, a: jax.Array) -> tuple[jax.Array, pl.BlockSpec]:
+        """Numbers of columns."""
+        if a.ndim == 2:
+            a = _whole(a[:, None, :], 2, self.bc)
+            return a, self.input(a, (1, self.bc), lambda i, j: (0, j))
+        a = _whole(a, 1, self.bc)
+        return a, self.input(a, (self.bc, a.shape[-1]), lambda i, j: (j, 0))
+
+    def entries(self, a: jax.Array) -> tuple[jax.Array, pl.BlockSpec]:
+        """Numbers of entries."""
+        return a, self.input(a, (self.br, self.bc), lambda i, j: (i, j))
+
+    def carry(self, a: jax.ShapeDtypeStruct) -> tuple[tuple[int, ...], pl.BlockSpec]:
+        """The shape of a result that belongs to rows (or to columns, over rows)."""
+        width = math.prod(a.shape[1:])
+        if self.over_rows:
+            return (self.batch, self.columns, width), self.output(
+                (1, self.bc, width), lambda g, i, j: (g, j, 0)
+            )
+        return (self.batch, self.n, width), self.output((1, self.br, width), lambda g, i, j: (g, i, 0))
+
+    def entry_output(self) -> tuple[tuple[int, ...], pl.BlockSpec]:
+        """The shape of a result of the scores' shape."""
+        return (self.batch, self.n, self.columns), self.output(
+            (1, self.br, self.bc), lambda g, i, j: (g, i, j)
+        )
+
+    def col_output(self, a: jax.ShapeDtypeStruct) -> tuple[tuple[int, ...], pl.BlockSpec]:
+        """The shape of a result that has a number (or k) a column for each block of rows."""
+        if len(a.shape) == 1:
+            shape = (self.batch, self.ni, 1, self.columns)
+            return shape, self.output((1, 1, 1, self.bc), lambda g, i, j: (g, i, 0, j))
+        shape = (self.batch, self.ni, self.columns, a.shape[1])
+        return shape, self.output((1, 1, self.bc, a.shape[1]), lambda g, i, j: (g, i, j, 0))
+
+
+def _whole(a: jax.Array, axis: int, size: int) -> jax.Array:
     """Numbers of rows or columns in whole blocks; the last stands for those beyond it, and is a number like any."""
-    beyond = -a.shape[1] % size
-    return jnp.pad(a, [(0, 0), (0, beyond)] + [(0, 0)] * (a.ndim - 2), mode="edge") if beyond else a
+    beyond = -a.shape[axis] % size
+    widths = [(0, beyond if k == axis else 0) for k in range(a.ndim)]
+    return jnp.pad(a, widths, mode="edge") if beyond else a
+
+
+def _pairs(function: Callable, tree: Any) -> tuple[Any, Any]:
+    """The tree of the first, and that of the second results of a function of each leaf."""
+    leaves, treedef = jax.tree.flatten(tree)
+    pairs = [function(leaf) for leaf in leaves]
+    return treedef.unflatten([p[0] for p in pairs]), treedef.unflatten([p[1] for p in pairs])
 
 
 def sweep(
     kernel: Kernel, body: Callable, scores: Scores, operands: Operands, init: Callable, plan: Plan
 ) -> Result:
     """Visits the tiles of `scores`, see `jaxsoft.kernels._sweep`."""
-    batch, n, columns = scores.shape
     tiles = tiles_of(kernel, scores, plan)
-    br, bc = tiles.rows, tiles.columns
-    ni, nj = pl.cdiv(n, br), pl.cdiv(columns, bc)
-    by_rows = plan.over == "rows"
+    layout = _Layout(scores, plan, tiles)
+    over_rows, ragged = layout.over_rows, is_ragged(scores, tiles)
+    matrices, matrix_specs = layout.scores(scores)
+    rows, row_specs = _pairs(layout.rows, operands.rows)
+    cols, col_specs = _pairs(layout.cols, operands.cols)
+    entries, entry_specs = _pairs(layout.entries, operands.entries)
+    start = jnp.reshape(jnp.asarray(operands.start, jnp.int32), (1,))
+    arrays = align_varying((start, matrices, rows, cols, entries))
 
-    def spec(shape, index):
-        """A block at `index(g, i, j)`, whichever of i and j moves first; the last argument is the prefetched start."""
-        if by_rows:
-            return pl.BlockSpec(shape, lambda g, j, i, start: index(g, i, j))
-        return pl.BlockSpec(shape, lambda g, i, j, start: index(g, i, j))
+    example, carry = examples(init, scores, operands, plan, tiles)
+    out = jax.eval_shape(body, example, carry)
+    shapes, specs = zip(
+        _pairs(layout.carry, carry),
+        _pairs(lambda a: layout.entry_output(), out.entries),
+        _pairs(layout.col_output, out.cols),
+    )
+    dtypes = (carry, jax.tree.unflatten(jax.tree.structure(out.entries), plan.entry_dtypes), out.cols)
 
-    def matrix(a: Any) -> Callable:
-        return (lambda g: g) if a.shape[0] > 1 else (lambda g: 0)
-
-    # The scores.
-    arrays, specs = [], []
-    if scores.values is not None:
-        arrays.append(scores.values)
-        specs.append(spec((1, br, bc), lambda g, i, j: (g, i, j)))
-    else:
-        depth, of_right = scores.left.shape[-1], matrix(scores.right)
-        arrays += [scores.left, scores.right]
-        specs.append(spec((1, br, depth), lambda g, i, j: (g, i, 0)))
-        if scores.transposed:
-            specs.append(spec((1, bc, depth), lambda g, i, j: (of_right(g), j, 0)))
-        else:
-            specs.append(spec((1, depth, bc), lambda g, i, j: (of_right(g), 0, j)))
-
-    # What is beside them.
-    rows, rows_tree = jax.tree.flatten(operands.rows)
-    cols, cols_tree = jax.tree.flatten(operands.cols)
-    entries, entries_tree = jax.tree.flatten(operands.entries)
-    for a in rows:
-        at, a = matrix(a), _whole(a, br)
-        arrays.append(a if a.ndim == 3 else a[..., None])
-        specs.append(spec((1, br, arrays[-1].shape[-1]), lambda g, i, j, at=at: (at(g), i, 0)))
-    for a in cols:
-        at, a = matrix(a), _whole(a, bc)
-        if a.ndim == 2:
-            arrays.append(a[:, None, :])
-            specs.append(spec((1, 1, bc), lambda g, i, j, at=at: (at(g), 0, j)))
-        else:
-            arrays.append(a)
-            specs.append(spec((1, bc, a.shape[-1]), lambda g, i, j, at=at: (at(g), j, 0)))
-    for a in entries:
-        at = matrix(a)
-        arrays.append(a)
-        specs.append(spec((1, br, bc), lambda g, i, j, at=at: (at(g), i, j)))
-
-    def beside(values: list) -> tuple:
-        """The values of the blocks, in the structure of the operands."""
-        r, c, e = (
-            values[: len(rows)],
-            values[len(rows) : len(rows) + len(cols)],
-            values[len(rows) + len(cols) :],
-        )
-        return rows_tree.unflatten(r), cols_tree.unflatten(c), entries_tree.unflatten(e)
-
-    # The outputs: their shapes are those that `body` gives for a tile.
-    ragged = is_ragged(scores, tiles)
-    block, carry = examples(init, scores, operands, plan, tiles)
-    out = jax.eval_shape(body, block, carry)
-    carry_leaves, carry_tree = jax.tree.flatten(carry)
-    entry_leaves, entry_tree = jax.tree.flatten(out.entries)
-    col_leaves, col_tree = jax.tree.flatten(out.cols)
-
-    arrays = align_varying([jnp.reshape(jnp.asarray(operands.start, jnp.int32), (1,)), *arrays])
-
-    def result(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    def result(a: Any, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
         """Inside shard_map results vary as the operands do."""
-        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(arrays[0]).manual_axis_type)
+        varying = jax.typeof(arrays[0]).manual_axis_type
+        return jax.ShapeDtypeStruct(shape, getattr(a, "dtype", a), manual_axis_type=varying)
 
-    out_shapes, out_specs = [], []
-    for a in carry_leaves:
-        width = math.prod(a.shape[1:])
-        out_shapes.append(result((batch, columns if by_rows else n, width), a.dtype))
-        if by_rows:
-            out_specs.append(spec((1, bc, width), lambda g, i, j: (g, j, 0)))
-        else:
-            out_specs.append(spec((1, br, width), lambda g, i, j: (g, i, 0)))
-    for dtype in plan.entry_dtypes:
-        out_shapes.append(result((batch, n, columns), dtype))
-        out_specs.append(spec((1, br, bc), lambda g, i, j: (g, i, j)))
-    for a in col_leaves:
-        if len(a.shape) == 1:
-            out_shapes.append(result((batch, ni, 1, columns), a.dtype))
-            out_specs.append(spec((1, 1, 1, bc), lambda g, i, j: (g, i, 0, j)))
-        else:
-            out_shapes.append(result((batch, ni, columns, a.shape[1]), a.dtype))
-            out_specs.append(spec((1, 1, bc, a.shape[1]), lambda g, i, j: (g, i, j, 0)))
+    def visit(start_ref, matrix_refs, row_refs, col_refs, entry_refs, carry_refs, entry_out, col_out):
+        first, second = pl.program_id(1), pl.program_id(2)
+        g, i, j = layout.tile(pl.program_id(0), first, second)
 
-    def kernel_body(start_ref, *refs):
-        inputs, outputs = refs[: len(specs)], refs[len(specs) :]
-        carries = outputs[: len(carry_leaves)]
-        entry_refs = outputs[len(carry_leaves) : len(carry_leaves) + len(entry_leaves)]
-        col_refs = outputs[len(carry_leaves) + len(entry_leaves) :]
-        g, first, second = (pl.program_id(axis) for axis in range(3))
-        i, j = (second, first) if by_rows else (first, second)
-        row = lax.broadcasted_iota(jnp.int32, (br, bc), 0) + i * br
-        local = lax.broadcasted_iota(jnp.int32, (br, bc), 1) + j * bc
-        inside = (row < n) & (local < columns) if ragged else None
+        def value(ref, like):
+            return ref[0].reshape(like.shape)
 
-        def read():
-            values = [ref[0] for ref in inputs[len(inputs) - len(rows) - len(cols) - len(entries) :]]
-            for at, a in enumerate((*rows, *cols)):
-                if a.ndim == 2:
-                    values[at] = values[at][:, 0] if at < len(rows) else values[at][0]
-            return beside(values)
+        block = Block(
+            None,
+            jax.tree.map(value, row_refs, example.rows),
+            jax.tree.map(value, col_refs, example.cols),
+            jax.tree.map(value, entry_refs, example.entries),
+            lax.broadcasted_iota(jnp.int32, example.raw.shape, 0) + i * layout.br,
+            lax.broadcasted_iota(jnp.int32, example.raw.shape, 1) + j * layout.bc,
+            g,
+            None,
+        )
+        if ragged:
+            block = block._replace(inside=(block.row < layout.n) & (block.col < layout.columns))
+        block = block._replace(col=block.col + start_ref[0])
 
-        blocks = read()
+        def store(refs, values):
+            jax.tree.map(
+                lambda ref, x: ref.__setitem__(..., x.astype(ref.dtype).reshape(ref.shape)), refs, values
+            )
 
         @pl.when(second == 0)
         def _():
-            shape = (bc if by_rows else br,)
-            start = init(blocks[1 if by_rows else 0], jnp.zeros(shape, jnp.float32))
-            for ref, value in zip(carries, jax.tree.leaves(start)):
-                ref[0] = value.reshape(ref.shape[1:])
+            like = jnp.zeros(layout.bc if over_rows else layout.br, jnp.float32)
+            store(carry_refs, init(block.cols if over_rows else block.rows, like))
 
         def work():
-            left = right = None
+            parts = [ref[0] for ref in matrix_refs]
             if scores.values is not None:
-                raw = inputs[0][0].astype(jnp.float32)
+                made = block._replace(raw=parts[0].astype(jnp.float32))
             else:
-                left, right = inputs[0][0], inputs[1][0]
-                raw = lax.dot_general(
-                    left,
-                    right,
-                    (((1,), (1 if scores.transposed else 0,)), ((), ())),
-                    precision=scores.precision,
-                    preferred_element_type=jnp.float32,
-                )
-            old = [ref[0].reshape(a.shape) for ref, a in zip(carries, carry_leaves)]
-            r, c, e = blocks
-            block = Block(raw, r, c, e, row, local + start_ref[0], g, inside, left, right)
-            new: Out = body(block, carry_tree.unflatten(old))
-            for ref, value in zip(carries, jax.tree.leaves(new.carry)):
-                ref[0] = value.reshape(ref.shape[1:])
-            for ref, value in zip(entry_refs, jax.tree.leaves(new.entries)):
-                ref[0] = value.astype(ref.dtype)
-            for ref, value in zip(col_refs, jax.tree.leaves(new.cols)):
-                ref[0, 0] = value.reshape(ref.shape[2:])
+                made = block._replace(raw=_product(scores, *parts), left=parts[0], right=parts[1])
+            new: Out = body(made, jax.tree.map(value, carry_refs, carry))
+            store((carry_refs, entry_out, col_out), (new.carry, new.entries, new.cols))
 
         if plan.live is None:
             work()
             return
-        live = plan.live(i, j, br, bc)
+        live = plan.live(i, j, layout.br, layout.bc)
         pl.when(live)(work)
 
         @pl.when(jnp.logical_not(live))
         def _():
-            for ref in (*entry_refs, *col_refs):
-                ref[...] = jnp.zeros_like(ref)
+            outs = (entry_out, col_out)
+            store(outs, jax.tree.map(lambda ref: jnp.zeros(ref.shape, ref.dtype), outs))
 
-    grid = (batch, nj, ni) if by_rows else (batch, ni, nj)
-    outputs = pl.pallas_call(
-        kernel_body,
+    results = pl.pallas_call(
+        visit,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1, grid=grid, in_specs=specs, out_specs=out_specs
+            num_scalar_prefetch=1,
+            grid=layout.grid,
+            in_specs=[matrix_specs, row_specs, col_specs, entry_specs],
+            out_specs=specs,
         ),
-        out_shape=out_shapes,
+        out_shape=jax.tree.map(result, dtypes, shapes),
         interpret=kernel.interpret,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=2 * _VMEM
         ),
     )(*arrays)
+    carried = jax.tree.map(lambda a, like: a.reshape(1, *a.shape[:2], *like.shape[1:]), results[0], carry)
+    sums = jax.tree.map(lambda a, like: a[:, :, 0] if len(like.shape) == 1 else a, results[2], out.cols)
+    return Result(carried, results[1], sums)
 
-    k, e = len(carry_leaves), len(carry_leaves) + len(entry_leaves)
-    length = columns if by_rows else n
-    final = [a.reshape(1, batch, length, *leaf.shape[1:]) for a, leaf in zip(outputs[:k], carry_leaves)]
-    sums = [a[:, :, 0] if len(leaf.shape) == 1 else a for a, leaf in zip(outputs[e:], col_leaves)]
-    return Result(carry_tree.unflatten(final), entry_tree.unflatten(outputs[k:e]), col_tree.unflatten(sums))
+
+def _product(scores: Scores, left: jax.Array, right: jax.Array) -> jax.Array:
+    contract = (((1,), (1 if scores.transposed else 0,)), ((), ()))
+    return lax.dot_general(
+        left, right, contract, precision=scores.precision, preferred_element_type=jnp.float32
+    )
