@@ -35,7 +35,7 @@ test-oldest: .venv/ready-tests
 ifneq ($(NEWEST_PYTHON),)
 test-newest: .venv-newest/ready-tests
 	@echo "== engine, kernel, conformance and optimizer tests on $$(.venv-newest/bin/python tests/versions.py)"
-	JAXSOFT_LAWS=engine .venv-newest/bin/python -m pytest -n $(WORKERS) tests/rows tests/kernels tests/conformance tests/optimizers/test_common.py
+	JAXSOFT_LAWS=engine .venv-newest/bin/python -m pytest -n $(WORKERS) tests/rows tests/kernels/test_gpu.py tests/kernels/test_lowering.py tests/conformance tests/optimizers/test_common.py
 else
 test-newest:
 	@echo "== no Python 3.12 or newer found (PATH, pyenv): the newest jax is not tested"

@@ -201,7 +201,12 @@ class LinearLogits:
         if self.softcap is not None:
             x = capped(x, self.softcap)
         if self.temperature is not None:
-            x = x / self.temperature[..., None].astype(x.dtype)
+            temperature = self.temperature[..., None].astype(x.dtype)
+            if bias is None:
+                return x / temperature
+            # A column whose bias is -inf is absent: its score must not meet the gradient of the temperature.
+            absent = x == -jnp.inf
+            x = jnp.where(absent, -jnp.inf, jnp.where(absent, 0, x) / temperature)
         return x
 
     def _is_affine(self) -> bool:

@@ -191,6 +191,26 @@ def test_reductions_of_products():
 
 
 @interpreter
+def test_no_number_beyond_the_last_row_is_divided_by():
+    """Per-row numbers of 0 in the padding of a block made NaN of the gradients of column operands."""
+    h = normal(0, (13, 64), jnp.bfloat16)
+    w = (normal(1, (64, 200)) / 8).astype(jnp.bfloat16)
+    labels = jnp.arange(13) * 10
+
+    def loss(h, w, bias, temperature, implementation):
+        logits = jaxsoft.linear_logits(
+            h, w, bias=bias, temperature=temperature, implementation=implementation
+        )
+        return jaxsoft.losses.cross_entropy(logits, labels).sum()
+
+    operands = h, w, normal(2, (200,)), jnp.linspace(0.5, 2, 13)
+    want = jax.grad(loss, (0, 1, 2, 3))(*operands, "xla")
+    with jaxsoft.kernels.interpreted():
+        got = jax.grad(loss, (0, 1, 2, 3))(*operands, "mosaic_gpu")
+    agree(got, want, 1e-2)
+
+
+@interpreter
 def test_products_a_few_features_at_a_time():
     h, table = normal(0, (130, 264), jnp.bfloat16), (normal(1, (COUNT, 264)) / 16).astype(jnp.bfloat16)
     with jaxsoft.kernels.interpreted():

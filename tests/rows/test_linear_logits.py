@@ -296,6 +296,23 @@ def test_no_columns():
     np.testing.assert_array_equal(gradient, np.zeros((N, D)))
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_a_bias_of_minus_infinity_takes_its_column_out(softcap, x64):
+    """In every gradient, too: that of a temperature was NaN."""
+    given = operands()
+    labels = jnp.array([0, 3, 9, 1])
+    absent = jnp.arange(V) == 5
+
+    def loss(given, bias, where):
+        logits = jaxsoft.linear_logits(**{**given, "bias": bias}, softcap=softcap, block_size=BLOCK)
+        return jnp.sum(cross_entropy(logits, labels, where=where))
+
+    got = jax.grad(loss)(given, jnp.where(absent, -jnp.inf, given["bias"]), None)
+    want = jax.grad(loss)(given, given["bias"], ~absent)
+    for name in ("hidden", "weight", "scale", "temperature"):
+        np.testing.assert_allclose(got[name], want[name], rtol=1e-12, atol=1e-14, err_msg=name)
+
+
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_all_rows_ignored(softcap):
     p = operands(dtype=np.float32)

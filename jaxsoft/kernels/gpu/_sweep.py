@@ -53,13 +53,13 @@ def _with_blocks(kernel: Kernel, sizes: dict[str, int]) -> Kernel:
 # --- arrays in device memory -----------------------------------------------------------------------------------
 
 
-def _padded(a, axis: int, size: int):
-    """An array with zeros up to `size` along an axis."""
+def _padded(a, axis: int, size: int, mode: str = "constant"):
+    """An array with zeros, or with `mode="edge"` its last entry, up to `size` along an axis."""
     if a.shape[axis] == size:
         return a
     widths = [(0, 0)] * a.ndim
     widths[axis] = (0, size - a.shape[axis])
-    return jnp.pad(a, widths)
+    return jnp.pad(a, widths, mode=mode)
 
 
 def _up(n: int, unit: int) -> int:
@@ -89,7 +89,9 @@ def _packed(program: Program, packer: Packer, leaves: list, batches: int, length
             continue
         a = a.reshape(*a.shape[:2], -1).swapaxes(1, 2)
         a = a.astype(jnp.float32 if leaf.pack == "f" else jnp.int32)
-        parts[leaf.pack].append(_padded(jnp.broadcast_to(a, (batches, *a.shape[1:])), 2, length))
+        a = jnp.broadcast_to(a, (batches, *a.shape[1:]))
+        # Beyond the last are numbers like any: a function may divide by them.
+        parts[leaf.pack].append(_padded(a, 2, length, "edge"))
     out: dict[str, Any] = {name: jnp.concatenate(each, axis=1) for name, each in parts.items() if each}
     if wide:
         out["w"] = wide
