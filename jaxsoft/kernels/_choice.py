@@ -90,8 +90,8 @@ def interpreted() -> Iterator[None]:
 
     For tests: the numbers are those of the kernels, the time is not. The functions must be traced within it.
 
-    Yields:
-      Nothing.
+    Returns:
+      A context manager.
 
     Example:
       >>> import jax.numpy as jnp
@@ -115,8 +115,8 @@ def block_sizes(**sizes: int) -> Iterator[None]:
     Args:
       **sizes: sizes by name, `rows` and `columns` (of attention: queries and keys), and others of a backend.
 
-    Yields:
-      Nothing.
+    Returns:
+      A context manager.
 
     Raises:
       TypeError: a size that is no static integer.

@@ -140,6 +140,7 @@ ENTRIES: list[Entry] = [
 # Exports that are no functions of one row of scores, or not of its numbers alone (random ones), and the tests of their
 # laws: files that name them.
 _TESTED_IN = {
+    "tests/kernels/test_choice.py": "jaxsoft.kernels: Decision block_sizes explain interpreted",
     "tests/rows/test_linear_logits.py": "jaxsoft: LinearLogits linear_logits",
     "tests/rows/test_reductions.py": "jaxsoft: RowReduction; jaxsoft.rows: Tile",
     "tests/rows/test_weighted.py": "jaxsoft.losses: weighted_sum weighted_mean; jaxsoft.rows: weighted_sum",

@@ -45,6 +45,7 @@ def test_a_cpu_runs_xla_and_says_why(name):
                 decisions = kernels.explain(f, X)
         else:
             decisions = kernels.explain(f, X)
+        assert all(isinstance(d, kernels.Decision) for d in decisions)
         assert {d.implementation for d in decisions} == {"xla"}
         for d in decisions:
             assert word in d.what and set(d.reasons) == {"pallas_tpu", "mosaic_gpu"}
