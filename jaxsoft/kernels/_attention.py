@@ -155,7 +155,7 @@ def _operands(plan: Attention, operands: Operands, masks: Masks, args) -> _sweep
         "keep": None if masks.entries is None else _five_axes(plan, masks.entries.astype(jnp.int8)),
         "bias": None if operands.bias is None else _five_axes(plan, operands.bias),
     }
-    return _sweep.Operands(by_row, by_column, by_entry)
+    return _sweep.Operands(by_row, by_column, by_entry, seen=_seen(plan, by_row, by_column, masks))
 
 
 def _key_end(plan: Attention, masks: Masks) -> Any:
@@ -229,6 +229,62 @@ def _live(plan: Attention) -> Callable | None:
         return functools.reduce(jnp.logical_and, bounds)
 
     return live
+
+
+def _seen(plan: Attention, rows: dict, cols: dict, masks: Masks) -> Array | None:
+    """`[nq, nk]`: 0 where the masks known at run time hide a pair of blocks in all matrices; None without such masks.
+
+    Of positions and segments only the smallest and largest of a block are looked at: exact where they are sorted, and
+    never 0 where something is seen.
+    """
+    nothing = jnp.iinfo(jnp.int32).max
+
+    def ends(a: Array, keep: Any, blocks: int) -> tuple[Array, Array]:
+        """The smallest and largest number of each block of what is kept, `[G, blocks]`; of nothing, the reverse."""
+        keep = jnp.ones(a.shape, bool) if keep is None else jnp.broadcast_to(keep != 0, a.shape)
+        a, keep = (x.reshape(x.shape[0], blocks, -1) for x in (a, keep))
+        return (
+            jnp.min(jnp.where(keep, a, nothing), axis=-1)[:, :, None],
+            jnp.max(jnp.where(keep, a, -nothing), axis=-1)[:, :, None],
+        )
+
+    def meet(name: str, left: int | None, right: int | None) -> Array:
+        """Whether a key of a block can lie in `[query - left, query + right]` of a query of another."""
+        (q_low, q_high), (k_low, k_high) = (
+            ends(jnp.broadcast_to(part[name], _common(part[name], part["keep"])), part["keep"], blocks)
+            for part, blocks in ((rows, plan.nq), (cols, plan.nk))
+        )
+        k_low, k_high = jnp.swapaxes(k_low, 1, 2), jnp.swapaxes(k_high, 1, 2)
+        some = (q_low <= q_high) & (k_low <= k_high)
+        if left is not None:
+            some &= k_high >= q_low - left
+        if right is not None:
+            some &= k_low <= q_high + right
+        return some
+
+    found = []
+    if plan.offset is None or rows["keep"] is not None or masks.key_lengths is not None:
+        given = [{**part, "position": at} for part, at in zip((rows, cols), _positions(plan, masks))]
+        rows, cols = given
+        found.append(meet("position", *plan.band()))
+    if rows["segment"] is not None:
+        found.append(meet("segment", 0, 0))
+    if masks.entries is not None:
+        kept = _five_axes(plan, masks.entries)
+        found.append(
+            jnp.any(kept.reshape(-1, plan.nq, kept.shape[1] // plan.nq, plan.nk, plan.bk), axis=(2, 4))
+        )
+    if plan.mask_fn is not None and plan.offset is not None:
+        q, k = _positions(plan, masks)
+        kept = jnp.broadcast_to(plan.mask_fn(q[0][:, None], k[0][None, :]), (q.shape[1], k.shape[1]))
+        found.append(jnp.any(kept.reshape(1, plan.nq, -1, plan.nk, plan.bk), axis=(2, 4)))
+    if not found:
+        return None
+    return jnp.any(functools.reduce(jnp.logical_and, found), axis=0).astype(jnp.int32)
+
+
+def _common(a: Array, keep: Any) -> tuple[int, ...]:
+    return a.shape if keep is None else jnp.broadcast_shapes(a.shape, keep.shape)
 
 
 def _tiles(plan: Attention) -> Tiles:

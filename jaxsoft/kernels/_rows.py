@@ -36,8 +36,6 @@ def refusal(backend, kernel: Kernel, functions, source, masks: Masks, arrays: li
     n, columns = source.shape
     if n == 0 or columns == 0:
         return "there is nothing to read"
-    if source.filter_eps is not None and _stored(source) is None:
-        return "filter_eps skips blocks in the XLA driver only"
     if any(isinstance(e, LinearLogits) for a in arrays for e in a.entry_args):
         return "two expressions are read at a time"
     leaves = jax.tree.leaves((source, arrays))
@@ -59,7 +57,7 @@ def refusal(backend, kernel: Kernel, functions, source, masks: Masks, arrays: li
 
 def stream(kernel: Kernel, functions, block: int, source, masks: Masks, arrays: list[Arrays]) -> list:
     """The finished states of the reductions, with their derivatives attached."""
-    states = _states(kernel, functions, *jax.lax.stop_gradient((source, masks, arrays)))
+    states = finished_states(kernel, functions, *jax.lax.stop_gradient((source, masks, arrays)))
     floats, others = _driver.partition(states)
     backward = functools.partial(_backward, functions, states, floats, source, masks, arrays)
     # What reads a stored product takes its gradient by itself.
@@ -173,7 +171,7 @@ def _forward(functions, source, masks: Masks, arrays: list[Arrays]) -> tuple:
     return body, _scores(source), operands, init, Plan()
 
 
-def _states(kernel: Kernel, functions, source, masks: Masks, arrays: list[Arrays]) -> list:
+def finished_states(kernel: Kernel, functions, source, masks: Masks, arrays: list[Arrays]) -> list:
     """The finished states; nothing here is differentiated."""
     body, scores, operands, init, plan = _forward(functions, source, masks, arrays)
     result = kernel.backend().sweep(kernel, body, scores, operands, init, plan)

@@ -56,12 +56,14 @@ class Operands(NamedTuple):
       cols: leaves `[G, S]` or `[G, S, k]`.
       entries: leaves `[G, n, S]`; int8 where they are masks.
       start: int32 scalar: the column of the whole row that column 0 of these scores is.
+      seen: `[nI, nJ]` int32, one for each of `Plan.tiles`: 0 where a tile has nothing to do, in any of the matrices.
     """
 
     rows: Any = None
     cols: Any = None
     entries: Any = None
     start: Any = 0
+    seen: Any = None
 
 
 class Block(NamedTuple):
@@ -153,7 +155,7 @@ class Plan(NamedTuple):
       over: `"columns"`, if the carry belongs to rows and moves along the columns, or `"rows"`.
       entry_dtypes: dtypes of the entry outputs.
       live: `(i, j, rows, columns) -> whether tile (i, j) of that size has anything to do`, for int32
-        scalars i and j; None: all.
+        scalars i and j; None: all. (What is known at run time only is in `Operands.seen`.)
         A tile without anything to do is neither computed nor, where possible, fetched: it changes no carry; its entry
         and column outputs are 0.
       tiles: sizes, if the caller needs them to be these.

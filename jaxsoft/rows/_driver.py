@@ -244,7 +244,7 @@ def run(
             states = stream(some, block, source, masks, some_arrays, kernel)
             finals = finalize(some, states, some_arrays)
         else:
-            finals: Any = _filtered(some, block, source, masks, some_arrays)
+            finals: Any = _filtered(some, block, kernel, source, masks, some_arrays)
         results |= dict(zip(streamed, finals))
     return [results[i] for i in range(len(functions))]
 
@@ -530,15 +530,19 @@ def differentiable(tree: Any) -> tuple[Any, Callable]:
     return floats, lambda f: combine(f, others)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _filtered(functions, block, source, masks, arrays):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _filtered(functions, block, kernel, source, masks, arrays):
     """The results, with a backward pass that skips blocks whose gradient is negligible."""
-    states = _states(functions, block, source, masks, arrays)
-    return finalize(functions, states, arrays)
+    return _filtered_forward(functions, block, kernel, source, masks, arrays)[0]
 
 
-def _filtered_forward(functions, block, source, masks, arrays):
-    states = _states(functions, block, source, masks, arrays)
+def _filtered_forward(functions, block, kernel, source, masks, arrays):
+    if kernel is None:
+        states = _states(functions, block, source, masks, arrays)
+    else:
+        from jaxsoft.kernels import _rows
+
+        states = _rows.finished_states(kernel, functions, source, masks, arrays)
     return finalize(functions, states, arrays), (states, source, masks, arrays)
 
 
@@ -547,7 +551,8 @@ def _filtered_forward(functions, block, source, masks, arrays):
 _FILTER_ROWS = 256
 
 
-def _filtered_backward(functions, block, residuals, cotangents):
+def _filtered_backward(functions, block, kernel, residuals, cotangents):
+    del kernel  # whether a block matters is XLA's to ask, whatever ran forward
     states, source, masks, arrays = residuals
     floats, put_back = differentiable(states)
     args, put_args = differentiable([a.args for a in arrays])

@@ -12,11 +12,14 @@ from kernels.compare import close, run, same
 import jaxsoft
 from jaxsoft import kernels
 from jaxsoft.attention import (
+    _driver,
     decode_attention,
     dot_product_attention,
     merge_partial_attention,
     partial_attention,
 )
+from jaxsoft.attention._dot_product import prepare
+from jaxsoft.kernels import _attention
 
 SMALL = dict(rows=4, columns=3)  # queries and keys of a block; ragged at both ends
 STREAMED = [name for name in NORMALIZERS if "," not in name]  # with options that make another program or not
@@ -150,3 +153,41 @@ def test_chosen_kernels_are_named():
     with kernels.interpreted():
         decisions = kernels.explain(f, make())
     assert decisions and {d.implementation for d in decisions} == {"pallas_tpu"}
+
+
+MASKED_AT_RUN_TIME = {
+    "lengths": dict(key_value_seq_lengths=jnp.array([30, 20]), query_seq_lengths=jnp.array([25, 20])),
+    "causal lengths": dict(is_causal=True, key_value_seq_lengths=jnp.array([30, 20])),
+    "segments": dict(
+        query_segment_ids=jnp.tile(jnp.arange(48) // 16, (2, 1)),
+        key_segment_ids=jnp.tile(jnp.arange(57) // 16, (2, 1)),
+    ),
+    "predicate": dict(mask_fn=lambda q, k: q // 16 == k // 16),
+    "array": dict(mask=jnp.arange(48)[:, None] // 16 >= jnp.arange(57) // 16),
+    "offset": dict(is_causal=True, query_offset=jnp.int32(3)),
+    "offsets": dict(local_window_size=(3, 2), query_offset=jnp.array([3, 9])),
+}
+
+
+@pytest.mark.parametrize("name", MASKED_AT_RUN_TIME)
+def test_what_masks_known_at_run_time_hide_is_skipped(name):
+    """The table of tiles to be visited has those in which any query of the batch sees any key, and no others."""
+    options = dict(MASKED_AT_RUN_TIME[name])
+    query, key = jnp.ones((2, 48, 4, 16)), jnp.ones((2, 57, 2, 16))
+    rows, _ = prepare(
+        query,
+        key,
+        key,
+        None,
+        options.pop("mask", None),
+        implementation="pallas_tpu",
+        block_sizes=(16, 16),
+        **options,
+    )
+    plan = rows.plan
+    seen = _attention._operands(plan, rows.operands, rows.masks, []).seen
+    truth = [
+        [bool(jnp.any(_driver.visible(plan, rows.masks, i, j))) for j in range(plan.nk)]
+        for i in range(plan.nq)
+    ]
+    np.testing.assert_array_equal(np.asarray(seen, bool), truth)

@@ -146,14 +146,13 @@ def test_a_state_that_changes_its_dtype():
         reduce_rows(X, RowReduction(starts_at_zero, drifting_update), implementation="pallas_tpu")
 
 
-def test_two_expressions_and_a_filter():
+def test_two_expressions():
     def divergence(implementation):
         first = jaxsoft.linear_logits(X, W, implementation=implementation)
         second = reductions.relative_entropy(jaxsoft.linear_logits(2 * X, W))
         return reduce_rows(first, second).divergence
 
     refused("two expressions are read at a time", divergence)
-    refused("filter_eps", linear, X, filter_eps=1e-3)
 
 
 def test_explicitly_sharded_operands():

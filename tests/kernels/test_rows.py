@@ -370,3 +370,20 @@ def test_rows_sharded_over_devices():
     with jaxsoft.kernels.interpreted(), jaxsoft.kernels.block_sizes(rows=4, columns=16):
         got = jax.jit(jax.value_and_grad(f, (0, 1)))(h, w, labels)
     close(got, jax.value_and_grad(total, (0, 1))(h, w, labels, "xla"))
+
+
+def test_the_gradient_filter_follows_a_kernel():
+    """Forward in the kernel, backward in XLA, which skips what does not matter."""
+    labels = jnp.arange(13)
+
+    def loss(hidden, weight, implementation, filter_eps):
+        logits = jaxsoft.linear_logits(hidden, weight, implementation=implementation, filter_eps=filter_eps)
+        return jaxsoft.losses.cross_entropy(logits, labels).sum()
+
+    operands = jax.random.normal(jax.random.key(0), (13, 24)), jax.random.normal(jax.random.key(1), (24, 300))
+    want = jax.value_and_grad(loss, (0, 1))(*operands, "xla", None)
+    with jaxsoft.kernels.interpreted():
+        exact = jax.value_and_grad(loss, (0, 1))(*operands, "pallas_tpu", 0.0)
+        nothing = jax.grad(loss, (0, 1))(*operands, "pallas_tpu", 10.0)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), exact, want)
+    assert all((g == 0).all() for g in nothing)

@@ -260,7 +260,8 @@ class _Sweep:
             scores = [left, right] if p.major == "r" else [right, left]
         else:
             scores = [_aligned(p.scores.values)]
-        order = (None, None, None) if p.plan.live is None else self._order()
+        all_live = p.plan.live is None and p.operands.seen is None
+        order = (None, None, None) if all_live else self._order()
         return _Memory(
             scores,
             _packed(p, p.own, own, _batches(own), self.major_length),
@@ -287,8 +288,9 @@ class _Sweep:
                 jnp.minimum(i * size // coarse[axis] + k, last) for k in range((size - 1) // coarse[axis] + 2)
             ]
 
-        is_live_there = p.plan.live
-        assert is_live_there is not None
+        def is_live_there(i, j, rows: int, columns: int):
+            static = True if p.plan.live is None else p.plan.live(i, j, rows, columns)
+            return static if p.operands.seen is None else static & (p.operands.seen[i, j] != 0)
 
         def is_live(i, j):
             pairs = [(a, b) for a in overlapping(i, s.major, 0) for b in overlapping(j, s.minor, 1)]

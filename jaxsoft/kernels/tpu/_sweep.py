@@ -79,7 +79,7 @@ class _Layout:
     def __init__(self, scores: Scores, plan: Plan, tiles: Tiles):
         self.batch, self.n, self.columns = scores.shape
         self.br, self.bc, _ = tiles
-        self.over_rows, self.live = plan.over == "rows", plan.live
+        self.over_rows, self.plan = plan.over == "rows", plan
         blocks = (pl.cdiv(self.n, self.br), pl.cdiv(self.columns, self.bc))
         self.ni = blocks[0]
         self.grid = (self.batch, *(reversed(blocks) if self.over_rows else blocks))
@@ -88,9 +88,14 @@ class _Layout:
         """`(g, i, j)` of a step of the grid."""
         return (g, second, first) if self.over_rows else (g, first, second)
 
+    def live(self, i, j, seen) -> Any:
+        """Whether a tile has anything to do; `seen` refers to `Operands.seen`, or is None."""
+        static = True if self.plan.live is None else self.plan.live(i, j, self.br, self.bc)
+        return static if seen is None else static & (seen[i, j] != 0)
+
     def output(self, shape: tuple[int, ...], index: Callable) -> pl.BlockSpec:
         """Blocks at `index(g, i, j)`."""
-        return pl.BlockSpec(shape, lambda g, first, second, start: index(*self.tile(g, first, second)))
+        return pl.BlockSpec(shape, lambda g, first, second, *_: index(*self.tile(g, first, second)))
 
     def input(self, a: jax.Array, shape: tuple[int, ...], index: Callable) -> pl.BlockSpec:
         """Blocks `[1, *shape]` of an array of G matrices, or one for all, at `(g, *index(i, j))`.
@@ -98,10 +103,9 @@ class _Layout:
         Tiles without anything to do all read the first block along the way, once, instead of blocks of their own.
         """
 
-        def at(g, first, second, start):
+        def at(g, first, second, start, seen=None):
             g, i, j = self.tile(g, first, second)
-            if self.live is not None:
-                live = self.live(i, j, self.br, self.bc)
+            if (live := self.live(i, j, seen)) is not True:
                 i, j = (jnp.where(live, i, 0), j) if self.over_rows else (i, jnp.where(live, j, 0))
             return (g if a.shape[0] > 1 else 0, *index(i, j))
 
@@ -186,7 +190,8 @@ def sweep(
     cols, col_specs = _pairs(layout.cols, operands.cols)
     entries, entry_specs = _pairs(layout.entries, operands.entries)
     start = jnp.reshape(jnp.asarray(operands.start, jnp.int32), (1,))
-    arrays = align_varying((start, matrices, rows, cols, entries))
+    scalars = [start] if operands.seen is None else [start, operands.seen]
+    arrays = align_varying((*scalars, matrices, rows, cols, entries))
 
     example, carry = examples(init, scores, operands, plan, tiles)
     out = jax.eval_shape(body, example, carry)
@@ -202,7 +207,9 @@ def sweep(
         varying = jax.typeof(arrays[0]).manual_axis_type
         return jax.ShapeDtypeStruct(shape, getattr(a, "dtype", a), manual_axis_type=varying)
 
-    def visit(start_ref, matrix_refs, row_refs, col_refs, entry_refs, carry_refs, entry_out, col_out):
+    def visit(start_ref, *refs):
+        seen_ref, *refs = refs if len(scalars) == 2 else (None, *refs)
+        matrix_refs, row_refs, col_refs, entry_refs, carry_refs, entry_out, col_out = refs
         first, second = pl.program_id(1), pl.program_id(2)
         g, i, j = layout.tile(pl.program_id(0), first, second)
 
@@ -242,10 +249,10 @@ def sweep(
             new: Out = body(made, jax.tree.map(value, carry_refs, carry))
             store((carry_refs, entry_out, col_out), (new.carry, new.entries, new.cols))
 
-        if plan.live is None:
+        live = layout.live(i, j, seen_ref)
+        if live is True:
             work()
             return
-        live = plan.live(i, j, layout.br, layout.bc)
         pl.when(live)(work)
 
         @pl.when(jnp.logical_not(live))
@@ -256,7 +263,7 @@ def sweep(
     results = pl.pallas_call(
         visit,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
+            num_scalar_prefetch=len(scalars),
             grid=layout.grid,
             in_specs=[matrix_specs, row_specs, col_specs, entry_specs],
             out_specs=specs,
