@@ -283,7 +283,7 @@ def _seen(plan: Attention, rows: dict, cols: dict, masks: Masks) -> Array | None
     return jnp.any(functools.reduce(jnp.logical_and, found), axis=0).astype(jnp.int32)
 
 
-def _common(a: Array, keep: Any) -> tuple[int, ...]:
+def _common(a: Array, keep: Any) -> Any:
     return a.shape if keep is None else jnp.broadcast_shapes(a.shape, keep.shape)
 
 
