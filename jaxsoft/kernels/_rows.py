@@ -86,7 +86,7 @@ def _stored(source) -> Array | None:
 
 
 def _operands(source, masks: Masks, arrays: list[Arrays], start=0, size: int | None = None) -> Operands:
-    """The arrays beside the scores, for `size` columns from `start` on: booleans as int32, floats in float32."""
+    """The arrays beside the scores, for `size` columns from `start` on; no booleans, and floats of sums in float32."""
     n, columns = source.shape
     size = columns if size is None else size
     linear = isinstance(source, LinearLogits)
@@ -98,7 +98,10 @@ def _operands(source, masks: Masks, arrays: list[Arrays], start=0, size: int | N
         return None if a is None else _plain(cut(a, start, size, 0))[None]
 
     def by_entry(a):
-        return None if a is None else _plain(cut(a, start, size, 1))[None]
+        if a is None:
+            return None
+        a = cut(a, start, size, 1)  # as large as the scores: in as few bytes as it came
+        return (a.astype(jnp.int8) if a.dtype == jnp.bool_ else a)[None]
 
     rows = {
         "keep": by_row(masks.rows),
