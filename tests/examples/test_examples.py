@@ -39,6 +39,9 @@ def _run(name, *flags):
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
 
 
+one_run = pytest.mark.xdist_group("quick run of train_lm")  # in one process, which makes it once
+
+
 @pytest.fixture(scope="module")
 def quick_run(tmp_path_factory):
     """A quick run of train_lm: the finished process and what it wrote."""
@@ -48,6 +51,7 @@ def quick_run(tmp_path_factory):
     return done, json.loads((out / "train_lm.json").read_text()), out
 
 
+@one_run
 @pytest.mark.slow
 def test_train_lm_learns(quick_run):
     _, record, _ = quick_run
@@ -59,6 +63,7 @@ def test_train_lm_learns(quick_run):
     assert ours["validation_after"] < baseline["validation_after"] + 0.05
 
 
+@one_run
 @pytest.mark.slow
 def test_train_lm_streamed_equals_control(quick_run):
     _, record, _ = quick_run
@@ -68,6 +73,7 @@ def test_train_lm_streamed_equals_control(quick_run):
     np.testing.assert_allclose(runs["ours"]["train_loss"], runs["control"]["train_loss"], atol=1e-3)
 
 
+@one_run
 @pytest.mark.slow
 def test_train_lm_writes_plain_text_and_a_plot(quick_run):
     done, record, out = quick_run
