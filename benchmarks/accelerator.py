@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from device_run import Run, compile_all, first_line, kernels_in, works
-from kernel_checks import CHECKS, NORMALIZERS, run_checks
+from kernel_checks import CHECKS, NORMALIZERS, TIMED_NORMALIZERS, run_checks
 from rich.table import Table
 
 import jaxsoft
@@ -43,15 +43,6 @@ from jaxsoft.rows import softmax_top_k
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "accelerator.json"
 MIB = 2**20
-TIMED_NORMALIZERS = (
-    "softpick",
-    "scalable_softmax",
-    "softmax_one",
-    "sinks",
-    "stablemax",
-    "sigmoid_weights",
-    "self_adjust_softmax",
-)
 
 
 def with_gradient(f: Callable, wanted: tuple[int, ...]) -> Callable:

@@ -92,21 +92,31 @@ class Plan:
             right = 0 if right is None else min(right, 0)
         return left, right
 
+    def live(self, i, j) -> Any:
+        """Whether the static masks leave something of the pairs (i, j) of blocks; True where there are none."""
+        if self.offset is None:
+            return True
+        (left, right), shift = self.band(), self.offset - self.key_offset
+        first_q, first_k = i * self.bq + shift, j * self.bk
+        live = True
+        if left is not None:
+            live &= (first_k + self.bk - 1 >= first_q - left) & (self.keys - 1 >= first_q - left)
+        if right is not None:
+            live &= (first_k <= first_q + self.bq - 1 + right) & (first_k <= self.queries - 1 + shift + right)
+        return live
+
     def pairs(self) -> np.ndarray:
         """`[pairs, 3]`: block of queries, block of keys, whether the static masks hide something in the pair."""
         left, right = self.band() if self.offset is not None else (None, None)
         i, j = np.meshgrid(np.arange(self.nq), np.arange(self.nk), indexing="ij")
         shift = (self.offset or 0) - self.key_offset
-        first_q, first_k = i * self.bq + shift, j * self.bk
         last_q = np.minimum((i + 1) * self.bq, self.queries) - 1 + shift
         last_k = np.minimum((j + 1) * self.bk, self.keys) - 1
-        live, hidden = np.ones(i.shape, bool), (j + 1) * self.bk > self.keys
+        live, hidden = np.broadcast_to(self.live(i, j), i.shape), (j + 1) * self.bk > self.keys
         if left is not None:
-            live &= last_k >= first_q - left
-            hidden |= first_k < last_q - left
+            hidden |= j * self.bk < last_q - left
         if right is not None:
-            live &= first_k <= last_q + right
-            hidden |= last_k > first_q + right
+            hidden |= last_k > i * self.bq + shift + right
         if self.offset is None and self.band() != (None, None):
             hidden |= True
         return np.stack([i[live], j[live], hidden[live]], axis=1).astype(np.int32)
@@ -170,17 +180,25 @@ def _positions(plan: Plan, masks: Masks, i, j) -> tuple[Array, Array]:
     return moved(q, masks.offset), moved(k, masks.key_offset)
 
 
-def visible(plan: Plan, masks: Masks, i, j) -> Array:
-    """Which entries of a pair of blocks are visible: five axes that broadcast to `[B, K, G, bq, bk]`."""
-    q, k = _positions(plan, masks, i, j)
+def seen_from(plan: Plan, q: Array, k: Array) -> list[Array]:
+    """What the masks by position say of queries at positions `q` and keys at `k`: booleans, all of which must hold."""
     left, right = plan.band()
     keeps = []
-    if plan.nk * plan.bk > plan.keys:
-        keeps.append((jnp.arange(plan.bk, dtype=jnp.int32) + j * plan.bk < plan.keys)[None, :])
     if left is not None:
         keeps.append(k >= q - left)
     if right is not None:
         keeps.append(k <= q + right)
+    if plan.mask_fn is not None:
+        keeps.append(jnp.broadcast_to(plan.mask_fn(q, k), jnp.broadcast_shapes(q.shape, k.shape)))
+    return keeps
+
+
+def visible(plan: Plan, masks: Masks, i, j) -> Array:
+    """Which entries of a pair of blocks are visible: five axes that broadcast to `[B, K, G, bq, bk]`."""
+    q, k = _positions(plan, masks, i, j)
+    keeps = seen_from(plan, q, k)
+    if plan.nk * plan.bk > plan.keys:
+        keeps.append((jnp.arange(plan.bk, dtype=jnp.int32) + j * plan.bk < plan.keys)[None, :])
     if masks.key_lengths is not None:
         keeps.append(k < masks.key_lengths[:, None, None, None, None])
     if masks.query_lengths is not None:
@@ -192,8 +210,6 @@ def visible(plan: Plan, masks: Masks, i, j) -> Array:
         keeps.append(qs[:, None, None, :, None] == ks[:, None, None, None, :])
     if masks.entries is not None:
         keeps.append(_entries(plan, masks.entries, i, j))
-    if plan.mask_fn is not None:
-        keeps.append(jnp.broadcast_to(plan.mask_fn(q, k), jnp.broadcast_shapes(q.shape, k.shape)))
     keep = functools.reduce(jnp.logical_and, keeps, jnp.ones((1, 1), bool))
     return keep.reshape((1,) * (5 - keep.ndim) + keep.shape)
 
@@ -216,17 +232,29 @@ def _scores(plan: Plan, block: Operands, masks: Masks, i, j) -> Array:
     """The scores of a pair of blocks, `[B, K, R, bk]`."""
     dtype = accumulation_dtype(block.query.dtype, block.key.dtype)
     x = _product("bkrh,bksh->bkrs", block.query, block.key, plan.precision, dtype)
-    if block.scale is not None:
-        x = x * block.scale[..., None]
-    if plan.softcap is not None:
-        x = capped(x, plan.softcap)
+    bias = distance = None
     if block.bias is not None:
-        x = x + as_rows(plan, block.bias).astype(dtype)
+        bias = as_rows(plan, block.bias)
     if block.slopes is not None:
         q, k = _positions(plan, masks, i, j)
-        distance = (k - q).astype(dtype)
-        distance = distance.reshape((1,) * (5 - distance.ndim) + distance.shape)
-        x = x + block.slopes[..., None] * as_rows(plan, distance)
+        distance = k - q
+        distance = as_rows(plan, distance.reshape((1,) * (5 - distance.ndim) + distance.shape))
+    return finished(plan, x, block.scale, bias, block.slopes, distance)
+
+
+def finished(plan: Plan, x: Array, scale, bias, slopes, distance) -> Array:
+    """What follows the product of queries and keys: scale, cap, bias, and slopes times the distance to the key.
+
+    Scale and slopes are `[..., R]`, bias and distance broadcast to the scores; None where there is none.
+    """
+    if scale is not None:
+        x = x * scale[..., None]
+    if plan.softcap is not None:
+        x = capped(x, plan.softcap)
+    if bias is not None:
+        x = x + bias.astype(x.dtype)
+    if slopes is not None:
+        x = x + slopes[..., None] * distance.astype(x.dtype)
     return x
 
 

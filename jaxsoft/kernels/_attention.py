@@ -24,8 +24,8 @@ from jaxsoft.kernels import _sweep
 from jaxsoft.kernels._choice import Kernel
 from jaxsoft.kernels._rows import first_order_only
 from jaxsoft.kernels._sweep import Block, Out, Plan, Scores, Tiles
+from jaxsoft.kernels._trace import objection, plain
 from jaxsoft.rows import _driver
-from jaxsoft.rows._logits import capped
 from jaxsoft.rows._reduction import Tile
 
 
@@ -33,11 +33,8 @@ def refusal(
     backend, kernel: Kernel, plan: Attention, functions, operands: Operands, masks: Masks, args
 ) -> str | None:
     """Why a backend cannot run these reductions, or None."""
-    if any(a.dtype == jnp.float64 for a in jax.tree.leaves((operands, args))):
-        return "kernels compute in float32, and float64 was given"
-    if any(map(_driver.is_explicitly_sharded, jax.tree.leaves((operands, args)))):
-        return "an operand is sharded over Explicit mesh axes: call it inside jax.shard_map"
-    return backend.refusal(kernel, *_forward(plan, functions, operands, masks, args))
+    wrong = objection((operands, args))
+    return wrong or backend.refusal(kernel, *_forward(plan, functions, operands, masks, args))
 
 
 def run(kernel: Kernel, plan: Attention, functions, operands: Operands, masks: Masks, args) -> list:
@@ -118,14 +115,15 @@ def _scores(plan: Attention, operands: Operands) -> Scores:
 def _operands(plan: Attention, operands: Operands, masks: Masks, args) -> _sweep.Operands:
     """The arrays beside the scores: booleans as int32 or int8, floats that belong to rows in float32."""
     q, k = _positions(plan, masks)
-    seen_by_column = [k < (_key_end(plan, masks))] if plan.nk * plan.bk > plan.keys else []
+    beyond = plan.nk * plan.bk > plan.keys
+    seen_by_column = [jnp.arange(plan.nk * plan.bk)[None] < plan.keys] if beyond else []
     if masks.key_lengths is not None:
         seen_by_column.append(k < _each_head(plan, masks.key_lengths)[:, None])
     positioned = plan.band() != (None, None) or plan.mask_fn is not None or operands.slopes is not None
     dynamic = plan.offset is None
 
     def rows(a):
-        return None if a is None else _plain(_by_matrix(plan, a))
+        return None if a is None else plain(_by_matrix(plan, a))
 
     by_row = {
         "position": q if positioned else None,
@@ -158,41 +156,13 @@ def _operands(plan: Attention, operands: Operands, masks: Masks, args) -> _sweep
     return _sweep.Operands(by_row, by_column, by_entry, seen=_seen(plan, by_row, by_column, masks))
 
 
-def _key_end(plan: Attention, masks: Masks) -> Any:
-    """The position after the last key."""
-    if masks.key_offset is None:
-        return plan.keys + plan.key_offset
-    offset = masks.key_offset
-    return plan.keys + (offset if offset.ndim == 0 else _each_head(plan, offset)[:, None])
-
-
-def _plain(a: Array) -> Array:
-    if a.dtype == jnp.bool_:
-        return a.astype(jnp.int32)
-    return a.astype(jnp.float32) if _driver.is_float(a) else a
-
-
 def _tile(plan: Attention, block: Block, raw: Array, rows: dict, cols: dict, entries: dict) -> Tile:
     """A tile as the reductions see it."""
-    x = raw
-    if rows["scale"] is not None:
-        x = x * rows["scale"][:, None]
-    if plan.softcap is not None:
-        x = capped(x, plan.softcap)
-    if entries["bias"] is not None:
-        x = x + entries["bias"].astype(x.dtype)
     q: Any = None if rows["position"] is None else rows["position"][:, None]
     k: Any = None if cols["position"] is None else cols["position"][None, :]
-    if rows["slopes"] is not None:
-        x = x + rows["slopes"][:, None] * (k - q).astype(x.dtype)
-    keeps = []
-    left, right = plan.band()
-    if left is not None:
-        keeps.append(k >= q - left)
-    if right is not None:
-        keeps.append(k <= q + right)
-    if plan.mask_fn is not None:
-        keeps.append(jnp.broadcast_to(plan.mask_fn(q, k), x.shape))
+    distance = None if rows["slopes"] is None else k - q
+    x = xla.finished(plan, raw, rows["scale"], entries["bias"], rows["slopes"], distance)
+    keeps = xla.seen_from(plan, q, k)
     if rows["keep"] is not None:
         keeps.append(rows["keep"][:, None] != 0)
     if cols["keep"] is not None:
@@ -211,24 +181,9 @@ def _tile(plan: Attention, block: Block, raw: Array, rows: dict, cols: dict, ent
 
 def _live(plan: Attention) -> Callable | None:
     """Which pairs of blocks the static masks leave something of."""
-    left, right = plan.band() if plan.offset is not None else (None, None)
-    if left is None and right is None:
+    if plan.offset is None or plan.band() == (None, None):
         return None
-    shift = (plan.offset or 0) - plan.key_offset
-
-    def live(i, j, rows, columns):
-        del rows
-        first_q, first_k = i * plan.bq + shift, j * columns
-        last_q = jnp.minimum((i + 1) * plan.bq, plan.queries) - 1 + shift
-        last_k = jnp.minimum((j + 1) * columns, plan.keys) - 1
-        bounds = []
-        if left is not None:
-            bounds.append(last_k >= first_q - left)
-        if right is not None:
-            bounds.append(first_k <= last_q + right)
-        return functools.reduce(jnp.logical_and, bounds)
-
-    return live
+    return lambda i, j, rows, columns: plan.live(i, j)
 
 
 def _seen(plan: Attention, rows: dict, cols: dict, masks: Masks) -> Array | None:

@@ -19,6 +19,7 @@ from jaxtyping import Array
 
 from jaxsoft.kernels._choice import Kernel
 from jaxsoft.kernels._sweep import Block, Operands, Out, Plan, Scores
+from jaxsoft.kernels._trace import objection, plain
 from jaxsoft.rows import _driver
 from jaxsoft.rows._driver import Arrays, Masks
 from jaxsoft.rows._logits import LinearLogits, cut
@@ -38,11 +39,8 @@ def refusal(backend, kernel: Kernel, functions, source, masks: Masks, arrays: li
         return "there is nothing to read"
     if any(isinstance(e, LinearLogits) for a in arrays for e in a.entry_args):
         return "two expressions are read at a time"
-    leaves = jax.tree.leaves((source, arrays))
-    if any(a.dtype == jnp.float64 for a in leaves):
-        return "kernels compute in float32, and float64 was given"
-    if any(map(_driver.is_explicitly_sharded, leaves)):
-        return "an operand is sharded over Explicit mesh axes: call it inside jax.shard_map"
+    if (wrong := objection((source, arrays))) is not None:
+        return wrong
     for r, a in zip(functions, arrays):
         like = jax.ShapeDtypeStruct((n,), jnp.float32)
         for state in jax.tree.leaves(jax.eval_shape(r.init, like, *a.args)):
@@ -92,10 +90,10 @@ def _operands(source, masks: Masks, arrays: list[Arrays], start=0, size: int | N
     linear = isinstance(source, LinearLogits)
 
     def by_row(a):
-        return None if a is None else _plain(jnp.broadcast_to(a, (n, *a.shape[1:])))[None]
+        return None if a is None else plain(jnp.broadcast_to(a, (n, *a.shape[1:])))[None]
 
     def by_column(a):
-        return None if a is None else _plain(cut(a, start, size, 0))[None]
+        return None if a is None else plain(cut(a, start, size, 0))[None]
 
     def by_entry(a):
         if a is None:
@@ -119,12 +117,6 @@ def _operands(source, masks: Masks, arrays: list[Arrays], start=0, size: int | N
         "args": [tuple(map(by_entry, a.entry_args)) for a in arrays],
     }
     return Operands(rows, cols, entries, jnp.asarray(start, jnp.int32))
-
-
-def _plain(a: Array) -> Array:
-    if a.dtype == jnp.bool_:
-        return a.astype(jnp.int32)
-    return a.astype(jnp.float32) if _driver.is_float(a) and a.ndim <= 2 else a
 
 
 def _tiles(template, columns: int, block: Block, raw, rows: dict, cols: dict, entries: dict) -> list[Tile]:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsoft.kernels._sweep import Block, Operands, Plan, Scores, Tiles
+from jaxsoft.rows._driver import is_explicitly_sharded, is_float
 
 
 def examples(
@@ -34,6 +35,23 @@ def examples(
     block = Block(raw, rows, cols, entries, index, index, number, inside, left, right)
     own, size = (cols, bc) if plan.over == "rows" else (rows, br)
     return block, jax.eval_shape(init, own, struct((size,), jnp.float32))
+
+
+def objection(arrays: Any) -> str | None:
+    """Why no backend reads these arrays, or None."""
+    leaves = jax.tree.leaves(arrays)
+    if any(a.dtype == jnp.float64 for a in leaves):
+        return "kernels compute in float32, and float64 was given"
+    if any(map(is_explicitly_sharded, leaves)):
+        return "an operand is sharded over Explicit mesh axes: call it inside jax.shard_map"
+    return None
+
+
+def plain(a: jax.Array) -> jax.Array:
+    """Numbers of rows or columns as kernels read them: booleans as int32; floats in float32, where gradients add up."""
+    if a.dtype == jnp.bool_:
+        return a.astype(jnp.int32)
+    return a.astype(jnp.float32) if is_float(a) else a
 
 
 def is_ragged(scores: Scores, tiles: Tiles) -> bool:

@@ -45,8 +45,8 @@ def unit_scaled_softmax(
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxsoft.normalizers import unit_scaled_softmax
-      >>> print([f"{weight:.3f}" for weight in unit_scaled_softmax(jnp.array([1.0, 2.0, -1.0, 0.5]))])
-      ['0.781', '2.122', '0.106', '0.473']
+      >>> print([f"{weight:.2f}" for weight in unit_scaled_softmax(jnp.array([1.0, 2.0, -1.0, 0.5]))])
+      ['0.78', '2.12', '0.11', '0.47']
     """
     _checks.number("multiplier", multiplier, above=0)
     _checks.option("constraint", constraint, ("to_output_scale", None))

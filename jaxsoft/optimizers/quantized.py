@@ -317,6 +317,9 @@ def quantize_blockwise(x: jax.Array, *, block_size: int = 256, signed: bool = Tr
 def dequantize_blockwise(q: QuantizedArray, *, block_size: int = 256, signed: bool = True) -> jax.Array:
     """The array that `quantize_blockwise` has put in 8 bits: `map[codes] scale`.
 
+    The map's entries are computed from the codes, which no gather slows down, and differ from the map's by less than
+    1e-6 of themselves.
+
     Args:
       q: what `quantize_blockwise` returned.
       block_size: as given there.
