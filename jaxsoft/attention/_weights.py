@@ -164,11 +164,14 @@ class AttentionRows:
 def to_blocks(plan: Plan, rows: Array) -> Array:
     """`[B, N, T, ...]` as `[nq, B, K, R, ...]`, padded to whole blocks with the last row (0 may be no good value)."""
     rest = rows.shape[3:]
+    rows = jnp.swapaxes(
+        rows, 1, 2
+    )  # as queries come: blocks that a kernel puts back in this order are not copied
     pad = plan.nq * plan.bq - plan.queries
     if pad:
-        rows = jnp.pad(rows, ((0, 0), (0, 0), (0, pad), *((0, 0) for _ in rest)), mode="edge")
-    rows = rows.reshape(plan.batch, plan.heads, plan.groups, plan.nq, plan.bq, *rest)
-    return jnp.moveaxis(rows, 3, 0).reshape(*plan.rows, *rest)
+        rows = jnp.pad(rows, ((0, 0), (0, pad), (0, 0), *((0, 0) for _ in rest)), mode="edge")
+    rows = rows.reshape(plan.batch, plan.nq, plan.bq, plan.heads, plan.groups, *rest)
+    return jnp.moveaxis(rows, (1, 2), (0, 4)).reshape(*plan.rows, *rest)
 
 
 def from_blocks(plan: Plan, blocks: Array) -> Array:

@@ -58,6 +58,12 @@ def _by_matrix(plan: Attention, rows: Array) -> Array:
     return moved.reshape(plan.batch * plan.heads, -1, *rows.shape[4:])
 
 
+def _side_by_side(plan: Attention, rows: Array) -> Array:
+    """`[nq or nk, B, K, ..., H]` as `[B, rows, K, H]`: how queries and keys came, which the compiler does not copy."""
+    moved = jnp.moveaxis(rows, (0, 2), (1, -2))
+    return moved.reshape(plan.batch, -1, plan.heads, rows.shape[-1])
+
+
 def _by_block(plan: Attention, rows: Array, blocks: int) -> Array:
     """The inverse of `_by_matrix`."""
     shape = (plan.batch, plan.heads, blocks, rows.shape[1] // blocks, *rows.shape[2:])
@@ -108,7 +114,8 @@ def _each_head(plan: Attention, per_batch: Array) -> Array:
 
 def _scores(plan: Attention, operands: Operands) -> Scores:
     common = jnp.promote_types(operands.query.dtype, operands.key.dtype)
-    query, key = (_by_matrix(plan, a.astype(common)) for a in (operands.query, operands.key))
+    query = operands.query.reshape(*plan.rows[:3], plan.groups, plan.bq, -1)
+    query, key = (_side_by_side(plan, a.astype(common)) for a in (query, operands.key))
     return Scores(None, query, key, True, plan.precision)
 
 
@@ -137,7 +144,7 @@ def _operands(plan: Attention, operands: Operands, masks: Masks, args) -> _sweep
         "position": k if positioned or dynamic else None,
         "keep": None,
         "segment": None,
-        "value": None if operands.value is None else _by_matrix(plan, operands.value),
+        "value": None if operands.value is None else _side_by_side(plan, operands.value),
     }
     if seen_by_column:
         by_column["keep"] = functools.reduce(jnp.logical_and, seen_by_column).astype(jnp.int32)

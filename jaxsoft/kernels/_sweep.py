@@ -7,7 +7,8 @@ functions; a backend knows how to bring blocks in and out, and no formula.
 
     sweep(kernel, body, scores, operands, init, plan) -> Result
 
-Shapes: a batch of G matrices of n rows and S columns, visited in tiles of `br` rows and `bc` columns.
+Shapes: a batch of G matrices of n rows and S columns, visited in tiles of `br` rows and `bc` columns. Where features
+follow rows or columns, `[G, n, D]`, those of C matrices may lie side by side, as heads do: `[G / C, n, C, D]`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,22 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+
+
+def abreast(a: Any) -> int:
+    """How many matrices' features lie side by side in an operand."""
+    return a.shape[2] if len(a.shape) == 4 else 1
+
+
+def of_one(a: Any) -> tuple[int, ...]:
+    """The shape of what one row (or column) has of an operand `[G, n, ...]`: `()` or `(k,)`."""
+    return a.shape[3:] if len(a.shape) == 4 else a.shape[2:]
+
+
+def apart(a: jax.Array) -> jax.Array:
+    """`[G / C, n, C, k]` as `[G, n, k]`, which is a copy."""
+    return jnp.swapaxes(a, 1, 2).reshape(-1, a.shape[1], a.shape[3]) if len(a.shape) == 4 else a
 
 
 class Scores(NamedTuple):
@@ -23,8 +40,8 @@ class Scores(NamedTuple):
 
     Attributes:
       values: `[G, n, S]`; None for a product.
-      left: `[G, n, D]`.
-      right: `[G, D, S]`, or `[G, S, D]` where `transposed`. G may be 1 for all.
+      left: `[G, n, D]`, or side by side.
+      right: `[G, D, S]`, or `[G, S, D]`, maybe side by side, where `transposed`. G may be 1 for all.
       transposed: whether `right` has the columns first.
       precision: of the product.
     """
@@ -45,15 +62,16 @@ class Scores(NamedTuple):
         """G, n and S."""
         if self.values is not None:
             return self.values.shape
-        return (*self.left.shape[:2], self.right.shape[1 if self.transposed else 2])
+        columns = self.right.shape[1 if self.transposed else 2]
+        return (self.left.shape[0] * abreast(self.left), self.left.shape[1], columns)
 
 
 class Operands(NamedTuple):
     """Arrays that a tile reads beside its scores; pytrees, None where there is nothing.
 
     Attributes:
-      rows: leaves `[G, n]` or `[G, n, k]`; here and below, G may be 1 for all.
-      cols: leaves `[G, S]` or `[G, S, k]`.
+      rows: leaves `[G, n]` or `[G, n, k]`, these maybe side by side; here and below, G may be 1 for all.
+      cols: leaves `[G, S]` or `[G, S, k]`, these maybe side by side.
       entries: leaves `[G, n, S]`; int8 where they are masks.
       start: int32 scalar: the column of the whole row that column 0 of these scores is.
       seen: `[nI, nJ]` int32, one for each of `Plan.tiles`: 0 where a tile has nothing to do, in any of the matrices.

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxsoft.kernels._sweep import Block, Operands, Plan, Scores, Tiles
+from jaxsoft.kernels._sweep import Block, Operands, Plan, Scores, Tiles, of_one
 from jaxsoft.rows._driver import is_explicitly_sharded, is_float
 
 
@@ -21,8 +21,8 @@ def examples(
     def struct(shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    rows = jax.tree.map(lambda a: struct((br, *a.shape[2:]), a.dtype), operands.rows)
-    cols = jax.tree.map(lambda a: struct((bc, *a.shape[2:]), a.dtype), operands.cols)
+    rows = jax.tree.map(lambda a: struct((br, *of_one(a)), a.dtype), operands.rows)
+    cols = jax.tree.map(lambda a: struct((bc, *of_one(a)), a.dtype), operands.cols)
     entries = jax.tree.map(lambda a: struct((br, bc), a.dtype), operands.entries)
     index = struct((br, bc), jnp.int32)
     inside = struct((br, bc), jnp.bool_) if is_ragged(scores, tiles) else None

@@ -50,6 +50,24 @@ def test_every_normalizer(name):
     same(f, make(), 64 if name == "entropy_target_softmax" else 16, **SMALL)  # where an iteration stops
 
 
+@pytest.mark.parametrize("heads", [N, K])
+def test_heads_are_read_where_they_lie(heads):
+    """The way into blocks and back is no copy of keys and values, nor of queries with a head of keys each."""
+
+    def operands(q, k, v):
+        rows, _ = prepare(q, k, v, None, None, block_sizes=(4, 3))
+        scores = _attention._scores(rows.plan, rows.operands)
+        value = _attention._operands(rows.plan, rows.operands, rows.masks, []).cols["value"]
+        left = scores.left if heads == N else None
+        return [a.reshape(*a.shape[:2], -1) for a in (left, scores.right, value) if a is not None]
+
+    shapes = (B, 8, N, 128), (B, 9, heads, 128), (B, 9, heads, 64)
+    text = (
+        jax.jit(operands).lower(*(jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes)).compile().as_text()
+    )
+    assert "transpose" not in text and "fusion(" not in text
+
+
 def floats(rng):
     return dict(
         bias=jnp.asarray(rng.normal(size=(1, N, T, S)), jnp.float32),

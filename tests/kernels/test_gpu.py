@@ -275,10 +275,14 @@ def _attention(q, k, v, implementation, **kwargs):
 
 
 @interpreter
-def test_attention():
-    q, k, v = normal(0, (1, 70, 2, 32)), normal(1, (1, 76, 1, 32)), normal(2, (1, 76, 1, 48))
-    q, k, v = (a.astype(jnp.bfloat16) for a in (q, k, v))
-    how = {"normalizer": jaxsoft.softpick, "is_causal": True, "softcap": 5.0}
+@pytest.mark.parametrize(
+    "normalizer, batch, heads, width",
+    [(jaxsoft.softpick, 1, 1, 32), (jaxsoft.softmax, 2, 2, 64)],  # 64 are read where they lie, side by side
+)
+def test_attention(normalizer, batch, heads, width):
+    shapes = (batch, 70, 2, width), (batch, 76, heads, width), (batch, 76, heads, 48)
+    q, k, v = (normal(i, shape).astype(jnp.bfloat16) for i, shape in enumerate(shapes))
+    how = {"normalizer": normalizer, "is_causal": True, "softcap": 5.0}
     want = _attention(q, k, v, "xla", **how)
     with jaxsoft.kernels.interpreted():
         got = _attention(q, k, v, "mosaic_gpu", **how)

@@ -13,6 +13,7 @@ from jaxsoft.kernels._choice import Kernel
 from jaxsoft.kernels._sweep import Operands, Out, Plan, Scores, Tiles
 
 G, N, S, D, K = 2, 6, 11, 5, 3
+FULL = 128  # features that may lie beside those of another matrix, as they fill vector registers
 TILES = Tiles(4, 4)  # ragged both ways: 6 = 4 + 2, 11 = 4 + 4 + 3
 START = 7
 
@@ -50,11 +51,15 @@ def the_case(kind):
         scores = Scores(values=array(G, N, S))
     elif kind == "product":
         scores = Scores(None, array(G, N, D), array(1, D, S))
-    else:
+    elif kind == "transposed product":
         scores = Scores(None, array(G, N, D), array(G, S, D), True)
+    else:
+        scores = Scores(None, array(1, N, G, FULL), array(1, S, G, FULL), True)
     operands = Operands(
         {"a": array(G, N), "wide": array(1, N, K)}, {"b": array(1, S), "wide": array(G, S, K)}, array(1, N, S)
     )
+    if kind == "side by side":  # the features of these are too few: they are brought apart
+        operands.cols["wide"] = array(1, S, G, K)
     return scores, operands._replace(start=jnp.int32(START))
 
 
@@ -69,10 +74,13 @@ def terms(x, rows, cols, entries):
 
 
 def expected(scores, operands, over, plan):
-    raw = scores.values
-    if raw is None:
+    raw, left = scores.values, scores.left
+    if raw is None and left.ndim == 4:
+        raw = jnp.einsum("bngd,bsgd->gns", left, scores.right)
+        operands.cols["wide"] = jnp.swapaxes(operands.cols["wide"][0], 0, 1)
+    elif raw is None:
         right = scores.right if not scores.transposed else jnp.swapaxes(scores.right, 1, 2)
-        raw = jnp.einsum("gnd,gds->gns", scores.left, jnp.broadcast_to(right, (G, D, S)))
+        raw = jnp.einsum("gnd,gds->gns", left, jnp.broadcast_to(right, (G, D, S)))
     everything = Operands(*jax.tree.map(lambda a: jnp.broadcast_to(a, (G, *a.shape[1:])), operands[:3]))
     x, *_ = terms(raw, *everything[:3])
     row, col = np.arange(N)[:, None], np.arange(S)
@@ -95,6 +103,7 @@ def expected(scores, operands, over, plan):
         ("stored", True, True),
         ("product", False, True),
         ("transposed product", False, True),
+        ("side by side", False, True),
         (
             "stored",
             False,

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxsoft.kernels import _trace
 from jaxsoft.kernels._choice import Kernel
-from jaxsoft.kernels._sweep import Operands, Out, Plan, Scores, Tiles
+from jaxsoft.kernels._sweep import Operands, Out, Plan, Scores, Tiles, abreast, apart, of_one
 from jaxsoft.kernels.gpu import _narrow
 from jaxsoft.kernels.gpu._narrow import Item, Space, Unsupported, Value
 
@@ -52,6 +52,7 @@ class Leaf(NamedTuple):
       dtype: as the body sees it.
       pack: where its numbers are: `"f"` or `"i"`, among packed float32 or int32 numbers; `"w"`, an array of its own.
       at: which of the packed numbers, or which of the arrays.
+      abreast: how many matrices' features lie side by side in that array.
     """
 
     kinds: tuple
@@ -59,6 +60,7 @@ class Leaf(NamedTuple):
     dtype: Any
     pack: str
     at: int
+    abreast: int = 1
 
     @property
     def count(self) -> int:
@@ -86,17 +88,22 @@ class Packer:
         self.counts = {"f": 0, "i": 0, "w": 0}
         self.leaves: list[Leaf] = []
 
-    def add(self, kinds: tuple, shape: tuple[int, ...], dtype: Any) -> None:
+    def add(self, kinds: tuple, shape: tuple[int, ...], dtype: Any, abreast: int = 1) -> None:
         dtype = jnp.dtype(dtype)
         if dtype.itemsize > 4 or dtype.kind == "c":
             raise Unsupported(f"kernels compute in float32, and {dtype} was given")
         several = sum(k is not None for k in kinds) > 1
         pack = "w" if several else "f" if jnp.issubdtype(dtype, jnp.floating) else "i"
-        leaf = Leaf(kinds, shape, dtype, pack, self.counts[pack])
+        leaf = Leaf(kinds, shape, dtype, pack, self.counts[pack], abreast)
         if not several and leaf.count > _narrow.LONGEST:
             raise Unsupported(f"{leaf.count} numbers a row or column are more than {_narrow.LONGEST}")
         self.counts[pack] += 1 if several else leaf.count
         self.leaves.append(leaf)
+
+    @property
+    def wide(self) -> list[Leaf]:
+        """Those that are arrays of their own."""
+        return [leaf for leaf in self.leaves if leaf.pack == "w"]
 
 
 class Sizes(NamedTuple):
@@ -142,7 +149,8 @@ class Program:
     """
 
     def __init__(self, kernel: Kernel, body, scores: Scores, operands: Operands, init, plan: Plan):
-        self.kernel, self.scores, self.operands, self.plan = kernel, scores, operands, plan
+        self.kernel, self.plan = kernel, plan
+        self.scores, self.operands = jax.tree.map(_as_copied, (scores, operands))
         self.g, self.n, self.columns = scores.shape
         self.major, self.minor_letter = ("r", "c") if plan.over == "columns" else ("c", "r")
         self.lengths = {"r": self.n, "c": self.columns}
@@ -159,7 +167,7 @@ class Program:
         self.minor, scores = minor, self.scores
         # The letter of each number of features: of wide operands, and of a product that fits into shared memory whole.
         self.letters: dict[int, str] = {}
-        depth = 0 if scores.values is not None else scores.left.shape[2]
+        depth = 0 if scores.values is not None else scores.left.shape[-1]
         self.resident = 0 < depth <= _LONGEST_FEATURES
         if depth:
             self._letter(depth)
@@ -221,24 +229,24 @@ class Program:
         # Arrays of the entries' own: (how it is stored, batches); others are packed among the rows or columns.
         self.by_entry: list[tuple[str, int]] = []
         for a in jax.tree.leaves((self.operands.rows, self.operands.cols)):
-            if len(a.shape) == 3 and a.shape[2] >= _FEWEST_FEATURES and jnp.dtype(a.dtype) in _HALF:
-                self._letter(a.shape[2])
+            if len(a.shape) > 2 and a.shape[-1] >= _FEWEST_FEATURES and jnp.dtype(a.dtype) in _HALF:
+                self._letter(a.shape[-1])
         for packer, letter, tree in (
             (self.rows, "r", self.operands.rows),
             (self.cols, "c", self.operands.cols),
         ):
             for a in jax.tree.leaves(tree):
-                if len(a.shape) > 3 or a.shape[1] != self.lengths[letter]:
+                if len(of_one(a)) > 1 or a.shape[1] != self.lengths[letter]:
                     raise Unsupported(f"an operand of shape {a.shape} is not a few numbers a row or column")
-                k = a.shape[2] if len(a.shape) == 3 else 0
+                k = a.shape[-1] if len(a.shape) > 2 else 0
                 if k >= _FEWEST_FEATURES and k in self.letters and jnp.issubdtype(a.dtype, jnp.floating):
                     if k > _LONGEST_FEATURES:
                         raise Unsupported(
                             f"it reads up to {_LONGEST_FEATURES} features a row or column, not {k}"
                         )
-                    packer.add((letter, self._letter(k)), (_TRACED_ROWS, k), a.dtype)
+                    packer.add((letter, self._letter(k)), (_TRACED_ROWS, k), a.dtype, abreast(a))
                 else:
-                    packer.add((letter, *[None] * (len(a.shape) - 2)), (_TRACED_ROWS, *a.shape[2:]), a.dtype)
+                    packer.add((letter, *[None] * len(of_one(a))), (_TRACED_ROWS, *of_one(a)), a.dtype)
         for a in jax.tree.leaves(self.operands.entries):
             kinds = tuple(k for k, size in zip("rc", a.shape[1:]) if size > 1)
             if kinds == ("r", "c"):
@@ -365,7 +373,7 @@ class Program:
         """`Block.left` and `Block.right`, where the block has them: references to shared memory."""
         if self.scores.values is not None:
             return []
-        letter = self.letters[self.scores.left.shape[2]]
+        letter = self.letters[self.scores.left.shape[-1]]
         values = [_narrow.wide_as("r" + letter, Item("r" + letter, left, "left"))]
         value = _narrow.wide_as("c" + letter, Item("c" + letter, right, "right"))
         return [*values, value if self.scores.transposed else Value(value.kinds[::-1], value.items)]
@@ -506,7 +514,7 @@ class Program:
         n_tiles = -(-self.lengths[self.minor_letter] // self.minor)
         depth = steps = tile_stages = 0
         if self.scores.values is None:
-            d = self.scores.left.shape[2]
+            d = self.scores.left.shape[-1]
             depth = features(d) if self.resident else _LINE // jnp.dtype(self.scores.dtype).itemsize
             steps = -(-d // depth)
         fixed, tile, step = self._bytes(groups, depth)
@@ -569,14 +577,14 @@ class Program:
 
     def _wide(self, packer: Packer) -> list[tuple[Leaf, int]]:
         """The wide operands that are read, with the bytes of a number in memory."""
-        stored = [(leaf, self.stored(leaf)) for leaf in packer.leaves if leaf.pack == "w"]
+        stored = [(leaf, self.stored(leaf)) for leaf in packer.wide]
         return [(leaf, jnp.dtype(dtype).itemsize) for leaf, dtype in stored if dtype is not None]
 
     def _parts(self, groups: int, blocks: int, n_tiles: int) -> tuple[int, int]:
         """Into how many parts the minor axis is cut, and how many blocks along the major axis run side by side."""
         together = blocks
         if self.scores.values is None:
-            each = groups * WARPGROUP * self.scores.left.shape[2] * jnp.dtype(self.scores.dtype).itemsize
+            each = groups * WARPGROUP * self.scores.left.shape[-1] * jnp.dtype(self.scores.dtype).itemsize
             together = max(1, min(blocks, _CACHED // each))
         if self.plan.over == "rows":
             return 1, together
@@ -593,6 +601,13 @@ class Program:
         """How long a sweep in parts takes, in tiles; a part costs some for what it begins and ends with."""
         waves = -(-self.g * blocks * parts // processors(self.kernel))
         return waves * (-(-n_tiles // parts) + 4)
+
+
+def _as_copied(a: Any) -> Any:
+    """Features side by side stay so if those of one matrix fill whole lines of shared memory, as products read it."""
+    if len(getattr(a, "shape", ())) == 4 and (a.shape[3] != features(a.shape[3]) or a.dtype not in _HALF):
+        return apart(a)
+    return a
 
 
 def features(n: int) -> int:

@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxsoft.kernels import _tuning
 from jaxsoft.kernels._choice import Kernel
-from jaxsoft.kernels._sweep import Operands, Plan, Result, Scores, Tiles
+from jaxsoft.kernels._sweep import Operands, Plan, Result, Scores, Tiles, abreast
 from jaxsoft.kernels.gpu import _narrow
 from jaxsoft.kernels.gpu._narrow import Item, Unsupported, Value
 from jaxsoft.kernels.gpu._program import WARPGROUP, Packer, Program, entry_dtype, features
@@ -78,13 +78,15 @@ def _tiled(a):
     )
 
 
-def _packed(program: Program, packer: Packer, leaves: list, batches: int, length: int) -> dict[str, Any]:
+def _packed(program: Program, packer: Packer, leaves: list, length: int) -> dict[str, Any]:
     """The numbers of leaves `[batches, n, ...]` as `[batches, count, length]` for each dtype, and the wide arrays."""
     parts: dict[str, list] = {"f": [], "i": []}
     wide = []
+    batches = max((a.shape[0] for leaf, a in zip(packer.leaves, leaves) if leaf.pack != "w"), default=1)
     for leaf, a in zip(packer.leaves, leaves, strict=True):
         if leaf.pack == "w":
             dtype = program.stored(leaf)
+            a = a.reshape(*a.shape[:2], -1)
             wide.append(None if dtype is None else _tiled(a.astype(dtype)))
             continue
         a = a.reshape(*a.shape[:2], -1).swapaxes(1, 2)
@@ -96,10 +98,6 @@ def _packed(program: Program, packer: Packer, leaves: list, batches: int, length
     if wide:
         out["w"] = wide
     return out
-
-
-def _batches(leaves: list) -> int:
-    return max((a.shape[0] for a in leaves), default=1)
 
 
 class _Memory(NamedTuple):
@@ -256,7 +254,10 @@ class _Sweep:
                 entries.append(_aligned(a.astype(entry_dtype(a.dtype))))
         own, passing = (rows, cols) if p.major == "r" else (cols, rows)
         if self.product:
-            left, right = _tiled(p.scores.left), _tiled(p.scores.right)
+            left, right = (
+                _tiled(a.reshape(*a.shape[:2], a.shape[-1] * abreast(a)))
+                for a in (p.scores.left, p.scores.right)
+            )
             scores = [left, right] if p.major == "r" else [right, left]
         else:
             scores = [_aligned(p.scores.values)]
@@ -264,8 +265,8 @@ class _Sweep:
         order = (None, None, None) if all_live else self._order()
         return _Memory(
             scores,
-            _packed(p, p.own, own, _batches(own), self.major_length),
-            _packed(p, p.passing, passing, _batches(passing), self.minor_length),
+            _packed(p, p.own, own, self.major_length),
+            _packed(p, p.passing, passing, self.minor_length),
             entries,
             jnp.asarray(p.operands.start, jnp.int32).reshape(1),
             *order,
@@ -370,7 +371,7 @@ class _Sweep:
 
         def wide(packer: Packer, shape: tuple[int, ...]) -> list:
             """Shared memory for wide operands, None for those that nobody reads."""
-            stored = [(leaf, p.stored(leaf)) for leaf in packer.leaves if leaf.pack == "w"]
+            stored = [(leaf, p.stored(leaf)) for leaf in packer.wide]
             return [
                 None if d is None else _tile_in((*shape, features(leaf.shape[1])), d) for leaf, d in stored
             ]
@@ -475,9 +476,9 @@ class _Sweep:
         _, count, tile_of = self._range(memory, at)
         major = pl.ds(at.block * s.major, s.major)
         copy = plgpu.copy_gmem_to_smem
-        for ref, source in zip(shared.own, memory.own.get("w", [])):
+        for leaf, ref, source in zip(p.own.wide, shared.own, memory.own.get("w", [])):
             if ref is not None:
-                copy(source.at[_batch(source, at), major, pl.ds(0, ref.shape[1])], ref, shared.once)
+                copy(_lines(source, at, major, 0, ref.shape[1], leaf.abreast), ref, shared.once)
         if shared.resident is not None:
             copy(self._of_major(memory.scores[0], at, major, 0), shared.resident, shared.once)
 
@@ -494,9 +495,12 @@ class _Sweep:
                     if name in shared.passing:
                         source = memory.passing[name]
                         copy(source.at[_batch(source, at), :, minor], shared.passing[name].at[slot], full)
-                for ref, source in zip(shared.passing["w"], memory.passing.get("w", [])):
+                for leaf, ref, source in zip(
+                    p.passing.wide, shared.passing["w"], memory.passing.get("w", [])
+                ):
                     if ref is not None:
-                        copy(source.at[_batch(source, at), minor, pl.ds(0, ref.shape[2])], ref.at[slot], full)
+                        lines = _lines(source, at, minor, 0, ref.shape[2], leaf.abreast)
+                        copy(lines, ref.at[slot], full)
                 for ref, source in zip(shared.entries, memory.entries):
                     rows, columns = (major, minor) if p.major == "r" else (minor, major)
                     copy(source.at[_batch(source, at), rows, columns], ref.at[slot], full)
@@ -534,17 +538,21 @@ class _Sweep:
 
         return slot
 
-    def _of_major(self, ref, at, major, depth):
-        depth = pl.ds(depth, self.s.depth)
-        return ref.at[
-            (_batch(ref, at), major, depth) if self._major_first() else (_batch(ref, at), depth, major)
-        ]
+    def _of_major(self, ref, at, major, first):
+        """A step of the product's operand along the major axis, from feature `first` on."""
+        p = self.p
+        operand = p.scores.left if p.major == "r" else p.scores.right
+        return self._step(ref, at, major, first, self._major_first(), abreast(operand))
 
-    def _of_minor(self, ref, at, minor, depth):
-        depth = pl.ds(depth, self.s.depth)
-        return ref.at[
-            (_batch(ref, at), minor, depth) if self._minor_first() else (_batch(ref, at), depth, minor)
-        ]
+    def _of_minor(self, ref, at, minor, first):
+        p = self.p
+        operand = p.scores.right if p.major == "r" else p.scores.left
+        return self._step(ref, at, minor, first, self._minor_first(), abreast(operand))
+
+    def _step(self, ref, at, along, first, along_first: bool, side: int):
+        if along_first:
+            return _lines(ref, at, along, first, self.s.depth, side)
+        return ref.at[_batch(ref, at), pl.ds(first, self.s.depth), along]
 
     # --- the warpgroups that compute ---------------------------------------------------------------------------------
 
@@ -782,6 +790,14 @@ def _at(ref, index):
 def _batch(ref, at: _Place):
     """The index of the matrix in an array that may hold one for all."""
     return 0 if ref.shape[0] == 1 else at.batch
+
+
+def _lines(ref, at: _Place, along, first, size: int, side: int):
+    """`size` features from `first` on, of a matrix that has `side - 1` others beside it."""
+    if side == 1:
+        return ref.at[_batch(ref, at), along, pl.ds(first, size)]
+    first = lax.rem(at.batch, jnp.int32(side)) * (ref.shape[2] // side) + first
+    return ref.at[lax.div(at.batch, jnp.int32(side)), along, pl.ds(first, size)]
 
 
 def _fetched(packer: Packer) -> int:

@@ -18,12 +18,15 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxsoft.kernels import _tuning
 from jaxsoft.kernels._choice import Kernel
-from jaxsoft.kernels._sweep import Block, Operands, Out, Plan, Result, Scores, Tiles
+from jaxsoft.kernels._sweep import Block, Operands, Out, Plan, Result, Scores, Tiles, abreast, apart
 from jaxsoft.kernels._trace import examples, is_ragged, unsupported
 from jaxsoft.rows._driver import align_varying
 
 # Vector memory that the blocks of a tile may fill, twice buffered.
 _VMEM = 48 * 2**20
+
+# Numbers of a vector register along the last axis of an array.
+_LANES = 128
 
 # What Mosaic's compiler for TPUs does not lower, of what a reduction might do.
 _UNSUPPORTED = {
@@ -97,8 +100,10 @@ class _Layout:
         """Blocks at `index(g, i, j)`."""
         return pl.BlockSpec(shape, lambda g, first, second, *_: index(*self.tile(g, first, second)))
 
-    def input(self, a: jax.Array, shape: tuple[int, ...], index: Callable) -> pl.BlockSpec:
+    def input(self, a: jax.Array, shape: tuple[int, ...], index: Callable, side: int = 1) -> pl.BlockSpec:
         """Blocks `[1, *shape]` of an array of G matrices, or one for all, at `(g, *index(i, j))`.
+
+        With `side` matrices side by side the blocks of the last axis are theirs.
 
         Tiles without anything to do all read the first block along the way, once, instead of blocks of their own.
         """
@@ -107,34 +112,42 @@ class _Layout:
             g, i, j = self.tile(g, first, second)
             if (live := self.live(i, j, seen)) is not True:
                 i, j = (jnp.where(live, i, 0), j) if self.over_rows else (i, jnp.where(live, j, 0))
-            return (g if a.shape[0] > 1 else 0, *index(i, j))
+            *between, last = index(i, j)
+            return (g // side if a.shape[0] > 1 else 0, *between, g % side if side > 1 else last)
 
         return pl.BlockSpec((1, *shape), at)
+
+    def features(self, a: jax.Array, size: int, at: Callable) -> tuple[jax.Array, pl.BlockSpec]:
+        """Features of rows or columns, `size` of these at block `at(i, j)`; side by side if they fill registers."""
+        if a.shape[-1] % _LANES:
+            a = apart(a)
+        side, width = abreast(a), a.shape[-1]
+        a = a.reshape(*a.shape[:2], side * width)
+        return a, self.input(a, (size, width), lambda i, j: (at(i, j), 0), side)
 
     def scores(self, scores: Scores) -> tuple[list, list]:
         """The stored scores, or the two matrices, and their blocks."""
         if scores.values is not None:
             return [scores.values], [self.input(scores.values, (self.br, self.bc), lambda i, j: (i, j))]
-        left, right, depth = scores.left, scores.right, scores.left.shape[-1]
-        specs = [self.input(left, (self.br, depth), lambda i, j: (i, 0))]
+        left, left_spec = self.features(scores.left, self.br, lambda i, j: i)
         if scores.transposed:
-            specs.append(self.input(right, (self.bc, depth), lambda i, j: (j, 0)))
+            right, right_spec = self.features(scores.right, self.bc, lambda i, j: j)
         else:
-            specs.append(self.input(right, (depth, self.bc), lambda i, j: (0, j)))
-        return [left, right], specs
+            right = scores.right
+            right_spec = self.input(right, (right.shape[1], self.bc), lambda i, j: (0, j))
+        return [left, right], [left_spec, right_spec]
 
     def rows(self, a: jax.Array) -> tuple[jax.Array, pl.BlockSpec]:
         """Numbers of rows."""
-        a = _whole(a if a.ndim == 3 else a[..., None], 1, self.br)
-        return a, self.input(a, (self.br, a.shape[-1]), lambda i, j: (i, 0))
+        a = _whole(a if a.ndim > 2 else a[..., None], 1, self.br)
+        return self.features(a, self.br, lambda i, j: i)
 
     def cols(self, a: jax.Array) -> tuple[jax.Array, pl.BlockSpec]:
         """Numbers of columns."""
         if a.ndim == 2:
             a = _whole(a[:, None, :], 2, self.bc)
             return a, self.input(a, (1, self.bc), lambda i, j: (0, j))
-        a = _whole(a, 1, self.bc)
-        return a, self.input(a, (self.bc, a.shape[-1]), lambda i, j: (j, 0))
+        return self.features(_whole(a, 1, self.bc), self.bc, lambda i, j: j)
 
     def entries(self, a: jax.Array) -> tuple[jax.Array, pl.BlockSpec]:
         """Numbers of entries."""
