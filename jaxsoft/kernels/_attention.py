@@ -194,7 +194,7 @@ def _live(plan: Attention) -> Callable | None:
 
 
 def _seen(plan: Attention, rows: dict, cols: dict, masks: Masks) -> Array | None:
-    """`[nq, nk]`: 0 where the masks known at run time hide a pair of blocks in all matrices; None without such masks.
+    """`[B or 1, nq, nk]`: False where masks known at run time hide a pair of blocks from all heads; None without such.
 
     Of positions and segments only the smallest and largest of a block are looked at: exact where they are sorted, and
     never 0 where something is seen.
@@ -242,7 +242,8 @@ def _seen(plan: Attention, rows: dict, cols: dict, masks: Masks) -> Array | None
         found.append(jnp.any(kept.reshape(1, plan.nq, -1, plan.nk, plan.bk), axis=(2, 4)))
     if not found:
         return None
-    return jnp.any(functools.reduce(jnp.logical_and, found), axis=0).astype(jnp.int32)
+    seen = functools.reduce(jnp.logical_and, found)
+    return jnp.any(seen.reshape(-1, plan.heads, plan.nq, plan.nk), axis=1) if len(seen) > 1 else seen
 
 
 def _common(a: Array, keep: Any) -> Any:

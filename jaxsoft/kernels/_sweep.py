@@ -74,7 +74,8 @@ class Operands(NamedTuple):
       cols: leaves `[G, S]` or `[G, S, k]`, these maybe side by side.
       entries: leaves `[G, n, S]`; int8 where they are masks.
       start: int32 scalar: the column of the whole row that column 0 of these scores is.
-      seen: `[nI, nJ]` int32, one for each of `Plan.tiles`: 0 where a tile has nothing to do, in any of the matrices.
+      seen: `[M, nI, nJ]` booleans for each of `Plan.tiles`, False where a tile has nothing to do in any of `G / M`
+        matrices that follow one another.
     """
 
     rows: Any = None

@@ -16,6 +16,8 @@ G, N, S, D, K = 2, 6, 11, 5, 3
 FULL = 128  # features that may lie beside those of another matrix, as they fill vector registers
 TILES = Tiles(4, 4)  # ragged both ways: 6 = 4 + 2, 11 = 4 + 4 + 3
 START = 7
+SEEN = np.ones((G, 2, 3), bool)  # which tiles have something to do, if they are not all the same
+SEEN[0, 1, 0] = SEEN[1, 0] = False
 
 
 def test_the_interpreter_fills_what_is_beyond_with_nan():
@@ -60,7 +62,9 @@ def the_case(kind):
     )
     if kind == "side by side":  # the features of these are too few: they are brought apart
         operands.cols["wide"] = array(1, S, G, K)
-    return scores, operands._replace(start=jnp.int32(START))
+    return scores, operands._replace(
+        start=jnp.int32(START), seen=jnp.asarray(SEEN) if kind == "side by side" else None
+    )
 
 
 def terms(x, rows, cols, entries):
@@ -85,6 +89,7 @@ def expected(scores, operands, over, plan):
     x, *_ = terms(raw, *everything[:3])
     row, col = np.arange(N)[:, None], np.arange(S)
     keep = np.ones((N, S), bool) if plan.live is None else np.asarray(live(row // 4, col // 4, 4, 4))
+    keep = keep & (True if operands.seen is None else SEEN[:, row // 4, col // 4])
     x = jnp.where(keep, x, 0)
     seen = jnp.where(keep, col + START, 0) * jnp.ones((G, 1, 1), jnp.int32)
     blocks = [x[:, :4], x[:, 4:]]

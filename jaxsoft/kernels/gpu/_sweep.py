@@ -109,9 +109,10 @@ class _Memory(NamedTuple):
       passing: packed operands along the minor axis.
       entries: arrays `[G, n, S]`.
       start: `[1]`.
-      order: `[blocks, tiles]`, the tiles of a block that have anything to do, then the others; None for all in order.
-      live: `[blocks]`, how many have.
-      first: `[blocks]`, the blocks, those with most to do before the others.
+      order: `[M, blocks, tiles]`, the tiles of a block that have anything to do, then the others, for each `G / M`
+        matrices; None for all in order.
+      live: `[M, blocks]`, how many have.
+      first: `[M, blocks]`, the blocks, those with most to do before the others.
     """
 
     scores: list
@@ -289,21 +290,22 @@ class _Sweep:
                 jnp.minimum(i * size // coarse[axis] + k, last) for k in range((size - 1) // coarse[axis] + 2)
             ]
 
-        def is_live_there(i, j, rows: int, columns: int):
-            static = True if p.plan.live is None else p.plan.live(i, j, rows, columns)
-            return static if p.operands.seen is None else static & (p.operands.seen[i, j] != 0)
+        def is_live_there(i, j, seen):
+            static = True if p.plan.live is None else p.plan.live(i, j, tiles.rows, tiles.columns)
+            return static if seen is None else static & seen[i, j]
 
-        def is_live(i, j):
+        def is_live(seen, i, j):
             pairs = [(a, b) for a in overlapping(i, s.major, 0) for b in overlapping(j, s.minor, 1)]
             pairs = pairs if p.major == "r" else [(b, a) for a, b in pairs]
-            found = [is_live_there(a, b, tiles.rows, tiles.columns) for a, b in pairs]
-            return functools.reduce(jnp.logical_or, found, False)
+            found = [is_live_there(a, b, seen) for a, b in pairs]
+            return jnp.broadcast_to(functools.reduce(jnp.logical_or, found, False), (s.blocks, s.tiles))
 
-        i, j = jnp.arange(s.blocks, dtype=jnp.int32), jnp.arange(s.tiles, dtype=jnp.int32)
-        live = jax.vmap(lambda i: jax.vmap(lambda j: jnp.asarray(is_live(i, j), jnp.bool_))(j))(i)
-        count = jnp.sum(live, axis=1, dtype=jnp.int32)
-        order = jnp.argsort(~live, axis=1, stable=True).astype(jnp.int32)
-        return order, count, jnp.argsort(-count, stable=True).astype(jnp.int32)
+        i, j = jnp.arange(s.blocks, dtype=jnp.int32)[:, None], jnp.arange(s.tiles, dtype=jnp.int32)
+        seen = p.operands.seen
+        live = is_live(None, i, j)[None] if seen is None else jax.vmap(lambda each: is_live(each, i, j))(seen)
+        count = jnp.sum(live, axis=2, dtype=jnp.int32)
+        order = jnp.argsort(~live, axis=2, stable=True).astype(jnp.int32)
+        return order, count, jnp.argsort(-count, axis=1, stable=True).astype(jnp.int32)
 
     def _results(self) -> _Results:
         p, s = self.p, self.s
@@ -444,7 +446,7 @@ class _Sweep:
 
         @pl.when(place < s.blocks)
         def _():
-            block = place if memory.first is None else memory.first[place]
+            block = place if memory.first is None else memory.first[self._table(memory), place]
             at = _Place(lax.axis_index("batch"), lax.axis_index("part"), block)
 
             @pl.when(me == s.groups)
@@ -462,12 +464,22 @@ class _Sweep:
     def _range(self, memory: _Memory, at) -> tuple:
         """The first of a block's tiles in a part, how many there are, and which tile the t-th one is."""
         s = self.s
-        count = s.tiles if memory.order is None else memory.live[at.block]
+        count = s.tiles if memory.order is None else memory.live[self._table(memory), at.block]
         first = at.part * count // s.parts
         last = (at.part + 1) * count // s.parts
         if memory.order is None:
             return first, last - first, lambda t: first + t
-        return first, last - first, lambda t: memory.order[at.block, jnp.minimum(first + t, s.tiles - 1)]
+        table = self._table(memory)
+        return (
+            first,
+            last - first,
+            lambda t: memory.order[table, at.block, jnp.minimum(first + t, s.tiles - 1)],
+        )
+
+    def _table(self, memory: _Memory):
+        """Which of the tables of tiles is that of this matrix."""
+        each = self.p.g // memory.order.shape[0]
+        return lax.div(lax.axis_index("batch"), jnp.int32(each))
 
     # --- the warpgroup that fetches ---------------------------------------------------------------------------------
 
@@ -746,7 +758,8 @@ class _Sweep:
     def _write_dead(self, memory: _Memory, out: _Results, shared: _Shared, at, me) -> None:
         """Zeros for tiles without anything to do."""
         p, s = self.p, self.s
-        live = memory.live[at.block]
+        table = self._table(memory)
+        live = memory.live[table, at.block]
         dead = s.tiles - live
         first, last = live + at.part * dead // s.parts, live + (at.part + 1) * dead // s.parts
 
@@ -757,7 +770,7 @@ class _Sweep:
             entries = [zeros(p.tile("rc"), d) for d in p.plan.entry_dtypes]
             dtypes = {"f": jnp.float32, "i": jnp.int32}
             left = [[zeros(p.minor_letter, dtypes[leaf.pack])] * leaf.count for leaf in p.out_cols.leaves]
-            self._write(out, shared, at, me, memory.order[at.block, t], entries, left)
+            self._write(out, shared, at, me, memory.order[table, at.block, t], entries, left)
 
         lax.fori_loop(first, last, tile, None)
 

@@ -25,6 +25,9 @@ from jaxsoft.rows._driver import align_varying
 # Vector memory that the blocks of a tile may fill, twice buffered.
 _VMEM = 48 * 2**20
 
+# Scalar memory that tables of tiles may fill, in numbers.
+_SCALARS = 2**16
+
 # Numbers of a vector register along the last axis of an array.
 _LANES = 128
 
@@ -91,10 +94,13 @@ class _Layout:
         """`(g, i, j)` of a step of the grid."""
         return (g, second, first) if self.over_rows else (g, first, second)
 
-    def live(self, i, j, seen) -> Any:
-        """Whether a tile has anything to do; `seen` refers to `Operands.seen`, or is None."""
+    def live(self, g, i, j, seen) -> Any:
+        """Whether a tile has anything to do; `seen` refers to what `_bits` has made of `Operands.seen`, or is None."""
         static = True if self.plan.live is None else self.plan.live(i, j, self.br, self.bc)
-        return static if seen is None else static & (seen[i, j] != 0)
+        if seen is None:
+            return static
+        table = g // (self.batch // seen.shape[0])
+        return static & ((seen[table, i, j // 32] >> (j % 32)) % 2 == 1)
 
     def output(self, shape: tuple[int, ...], index: Callable) -> pl.BlockSpec:
         """Blocks at `index(g, i, j)`."""
@@ -110,7 +116,7 @@ class _Layout:
 
         def at(g, first, second, start, seen=None):
             g, i, j = self.tile(g, first, second)
-            if (live := self.live(i, j, seen)) is not True:
+            if (live := self.live(g, i, j, seen)) is not True:
                 i, j = (jnp.where(live, i, 0), j) if self.over_rows else (i, jnp.where(live, j, 0))
             *between, last = index(i, j)
             return (g // side if a.shape[0] > 1 else 0, *between, g % side if side > 1 else last)
@@ -184,6 +190,19 @@ def _whole(a: jax.Array, axis: int, size: int) -> jax.Array:
     return jnp.pad(a, widths, mode="edge") if beyond else a
 
 
+def _bits(seen: jax.Array) -> jax.Array | None:
+    """`Operands.seen` as bits of int32 `[M, nI, nJ / 32]`; one table for all, or none, if there is no room for them."""
+    for table in (seen, jnp.any(seen, axis=0, keepdims=True)):
+        words = -(-table.shape[2] // 32)
+        if table.shape[0] * table.shape[1] * words <= _SCALARS:
+            bits = jnp.pad(table, ((0, 0), (0, 0), (0, 32 * words - table.shape[2])))
+            bits = bits.reshape(*table.shape[:2], words, 32).astype(jnp.uint32) << jnp.arange(
+                32, dtype=jnp.uint32
+            )
+            return lax.bitcast_convert_type(jnp.sum(bits, axis=-1, dtype=jnp.uint32), jnp.int32)
+    return None
+
+
 def _pairs(function: Callable, tree: Any) -> tuple[Any, Any]:
     """The tree of the first, and that of the second results of a function of each leaf."""
     leaves, treedef = jax.tree.flatten(tree)
@@ -203,7 +222,8 @@ def sweep(
     cols, col_specs = _pairs(layout.cols, operands.cols)
     entries, entry_specs = _pairs(layout.entries, operands.entries)
     start = jnp.reshape(jnp.asarray(operands.start, jnp.int32), (1,))
-    scalars = [start] if operands.seen is None else [start, operands.seen]
+    seen = None if operands.seen is None else _bits(operands.seen)
+    scalars = [start] if seen is None else [start, seen]
     arrays = align_varying((*scalars, matrices, rows, cols, entries))
 
     example, carry = examples(init, scores, operands, plan, tiles)
@@ -262,7 +282,7 @@ def sweep(
             new: Out = body(made, jax.tree.map(value, carry_refs, carry))
             store((carry_refs, entry_out, col_out), (new.carry, new.entries, new.cols))
 
-        live = layout.live(i, j, seen_ref)
+        live = layout.live(g, i, j, seen_ref)
         if live is True:
             work()
             return
