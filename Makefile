@@ -56,7 +56,6 @@ bench: .venv/ready
 	.venv/bin/python benchmarks/zeroth_order.py
 	.venv/bin/python benchmarks/hostile_training.py
 	.venv/bin/python benchmarks/accelerator.py
-	.venv/bin/python benchmarks/accelerator.py
 
 docs: .venv/ready-docs
 	.venv/bin/mkdocs build --strict

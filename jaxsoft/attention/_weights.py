@@ -164,9 +164,8 @@ class AttentionRows:
 def to_blocks(plan: Plan, rows: Array) -> Array:
     """`[B, N, T, ...]` as `[nq, B, K, R, ...]`, padded to whole blocks with the last row (0 may be no good value)."""
     rest = rows.shape[3:]
-    rows = jnp.swapaxes(
-        rows, 1, 2
-    )  # as queries come: blocks that a kernel puts back in this order are not copied
+    # Cut in the order in which queries come: a kernel that puts the blocks back in this order copies nothing.
+    rows = jnp.swapaxes(rows, 1, 2)
     pad = plan.nq * plan.bq - plan.queries
     if pad:
         rows = jnp.pad(rows, ((0, 0), (0, pad), (0, 0), *((0, 0) for _ in rest)), mode="edge")

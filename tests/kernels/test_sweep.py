@@ -11,6 +11,7 @@ from kernels.compare import close
 from jaxsoft.kernels import tpu
 from jaxsoft.kernels._choice import Kernel
 from jaxsoft.kernels._sweep import Operands, Out, Plan, Scores, Tiles
+from jaxsoft.kernels.tpu import _sweep
 
 G, N, S, D, K = 2, 6, 11, 5, 3
 FULL = 128  # features that may lie beside those of another matrix, as they fill vector registers
@@ -138,3 +139,17 @@ def test_sweep(kind, skips, interpret, over):
     result = tpu.sweep(kernel, body, scores, operands, init, plan)
     carry, entries, cols = expected(scores, operands, over, plan)
     close(result, result._replace(carry=carry, entries=entries, cols=cols))
+
+
+def test_tables_of_tiles_fit_into_scalar_memory():
+    """A bit for each tile, of each matrix if there is room, else of all."""
+    rng = np.random.default_rng(0)
+    for shape, tables in (((2, 3, 45), 2), ((8, 300, 1280), 1), ((1, 2000, 2000), 0)):
+        seen = rng.random(shape) < 0.4
+        bits = _sweep._bits(jnp.asarray(seen))
+        if not tables:
+            assert bits is None
+            continue
+        tile = np.arange(shape[2])
+        got = (np.asarray(bits)[:, :, tile // 32] >> (tile % 32)) & 1
+        np.testing.assert_array_equal(got, seen if tables == shape[0] else seen.any(0, keepdims=True))

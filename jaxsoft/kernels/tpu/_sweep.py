@@ -100,7 +100,7 @@ class _Layout:
         if seen is None:
             return static
         table = g // (self.batch // seen.shape[0])
-        return static & ((seen[table, i, j // 32] >> (j % 32)) % 2 == 1)
+        return static & ((seen[table, i, j // 32] >> (j % 32)) & 1 == 1)
 
     def output(self, shape: tuple[int, ...], index: Callable) -> pl.BlockSpec:
         """Blocks at `index(g, i, j)`."""
@@ -193,12 +193,11 @@ def _whole(a: jax.Array, axis: int, size: int) -> jax.Array:
 def _bits(seen: jax.Array) -> jax.Array | None:
     """`Operands.seen` as bits of int32 `[M, nI, nJ / 32]`; one table for all, or none, if there is no room for them."""
     for table in (seen, jnp.any(seen, axis=0, keepdims=True)):
-        words = -(-table.shape[2] // 32)
-        if table.shape[0] * table.shape[1] * words <= _SCALARS:
-            bits = jnp.pad(table, ((0, 0), (0, 0), (0, 32 * words - table.shape[2])))
-            bits = bits.reshape(*table.shape[:2], words, 32).astype(jnp.uint32) << jnp.arange(
-                32, dtype=jnp.uint32
-            )
+        m, blocks, tiles = table.shape
+        words = -(-tiles // 32)
+        if m * blocks * words <= _SCALARS:
+            bits = jnp.pad(table, ((0, 0), (0, 0), (0, 32 * words - tiles))).reshape(m, blocks, words, 32)
+            bits = bits.astype(jnp.uint32) << jnp.arange(32, dtype=jnp.uint32)
             return lax.bitcast_convert_type(jnp.sum(bits, axis=-1, dtype=jnp.uint32), jnp.int32)
     return None
 
