@@ -196,7 +196,7 @@ def decode_attention(
     """Attention of the newest tokens to a cache of keys and values, each sequence with its own length.
 
     The T queries are the last T of the `lengths` tokens that the cache holds, their own keys and values included;
-    each sees what came before it, and itself. Blocks of the cache behind all lengths are not read.
+    each sees what came before it, and itself. No scores are computed of blocks of the cache behind all lengths.
 
     Args:
       query: `[*batch, T, N, H]`, T small.
