@@ -82,7 +82,8 @@ def expected(scores, operands, over, plan):
     raw, left = scores.values, scores.left
     if raw is None and left.ndim == 4:
         raw = jnp.einsum("bngd,bsgd->gns", left, scores.right)
-        operands.cols["wide"] = jnp.swapaxes(operands.cols["wide"][0], 0, 1)
+        wide = jnp.swapaxes(operands.cols["wide"][0], 0, 1)
+        operands = operands._replace(cols={**operands.cols, "wide": wide})
     elif raw is None:
         right = scores.right if not scores.transposed else jnp.swapaxes(scores.right, 1, 2)
         raw = jnp.einsum("gnd,gds->gns", left, jnp.broadcast_to(right, (G, D, S)))

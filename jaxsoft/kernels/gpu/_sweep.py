@@ -72,7 +72,8 @@ def _aligned(a):
 
 
 def _tiled(a):
-    """An array that divides into the tiles in which tensor cores read shared memory."""
+    """An array that divides into the tiles in which tensor cores read shared memory; side by side in a line."""
+    a = a.reshape(*a.shape[:2], -1)
     return _padded(
         _padded(a, a.ndim - 1, _up(a.shape[-1], 128 // a.dtype.itemsize)), a.ndim - 2, _up(a.shape[-2], 8)
     )
@@ -86,7 +87,6 @@ def _packed(program: Program, packer: Packer, leaves: list, length: int) -> dict
     for leaf, a in zip(packer.leaves, leaves, strict=True):
         if leaf.pack == "w":
             dtype = program.stored(leaf)
-            a = a.reshape(*a.shape[:2], -1)
             wide.append(None if dtype is None else _tiled(a.astype(dtype)))
             continue
         a = a.reshape(*a.shape[:2], -1).swapaxes(1, 2)
@@ -254,14 +254,8 @@ class _Sweep:
             else:
                 entries.append(_aligned(a.astype(entry_dtype(a.dtype))))
         own, passing = (rows, cols) if p.major == "r" else (cols, rows)
-        if self.product:
-            left, right = (
-                _tiled(a.reshape(*a.shape[:2], a.shape[-1] * abreast(a)))
-                for a in (p.scores.left, p.scores.right)
-            )
-            scores = [left, right] if p.major == "r" else [right, left]
-        else:
-            scores = [_aligned(p.scores.values)]
+        product = self.product
+        scores = [_tiled(side) for side, _ in self._sides()] if product else [_aligned(p.scores.values)]
         all_live = p.plan.live is None and p.operands.seen is None
         order = (None, None, None) if all_live else self._order()
         return _Memory(
@@ -290,14 +284,14 @@ class _Sweep:
                 jnp.minimum(i * size // coarse[axis] + k, last) for k in range((size - 1) // coarse[axis] + 2)
             ]
 
-        def is_live_there(i, j, seen):
+        def is_live_there(seen, i, j):
             static = True if p.plan.live is None else p.plan.live(i, j, tiles.rows, tiles.columns)
             return static if seen is None else static & seen[i, j]
 
         def is_live(seen, i, j):
             pairs = [(a, b) for a in overlapping(i, s.major, 0) for b in overlapping(j, s.minor, 1)]
             pairs = pairs if p.major == "r" else [(b, a) for a, b in pairs]
-            found = [is_live_there(a, b, seen) for a, b in pairs]
+            found = [is_live_there(seen, a, b) for a, b in pairs]
             return jnp.broadcast_to(functools.reduce(jnp.logical_or, found, False), (s.blocks, s.tiles))
 
         i, j = jnp.arange(s.blocks, dtype=jnp.int32)[:, None], jnp.arange(s.tiles, dtype=jnp.int32)
@@ -432,12 +426,17 @@ class _Sweep:
             },
         )
 
+    def _sides(self) -> list:
+        """The product's operands along the major and the minor axis, and whether that axis is before the features."""
+        p = self.p
+        sides = [(p.scores.left, True), (p.scores.right, p.scores.transposed)]
+        return sides if p.major == "r" else sides[::-1]
+
     def _major_first(self) -> bool:
-        """Whether the product's operand of the major axis has that axis before the features."""
-        return True if self.p.major == "r" else self.p.scores.transposed
+        return self._sides()[0][1]
 
     def _minor_first(self) -> bool:
-        return self.p.scores.transposed if self.p.major == "r" else True
+        return self._sides()[1][1]
 
     def _shared(self, memory: _Memory, out: _Results, shared: _Shared) -> None:
         s = self.s
@@ -492,7 +491,7 @@ class _Sweep:
             if ref is not None:
                 copy(_lines(source, at, major, 0, ref.shape[1], leaf.abreast), ref, shared.once)
         if shared.resident is not None:
-            copy(self._of_major(memory.scores[0], at, major, 0), shared.resident, shared.once)
+            copy(self._step(memory, 0, at, major, 0), shared.resident, shared.once)
 
         def tile(t, _):
             j = tile_of(t)
@@ -522,13 +521,13 @@ class _Sweep:
                     slot = self._claim(t * s.steps + k, shared.step_free, s.stages)
                     full = shared.step_full.at[slot]
                     copy(
-                        self._of_minor(memory.scores[1], at, minor, k * s.depth),
+                        self._step(memory, 1, at, minor, k * s.depth),
                         shared.steps[0].at[slot],
                         full,
                     )
                     if not s.resident:
                         copy(
-                            self._of_major(memory.scores[0], at, major, k * s.depth),
+                            self._step(memory, 0, at, major, k * s.depth),
                             shared.steps[1].at[slot],
                             full,
                         )
@@ -550,20 +549,11 @@ class _Sweep:
 
         return slot
 
-    def _of_major(self, ref, at, major, first):
-        """A step of the product's operand along the major axis, from feature `first` on."""
-        p = self.p
-        operand = p.scores.left if p.major == "r" else p.scores.right
-        return self._step(ref, at, major, first, self._major_first(), abreast(operand))
-
-    def _of_minor(self, ref, at, minor, first):
-        p = self.p
-        operand = p.scores.right if p.major == "r" else p.scores.left
-        return self._step(ref, at, minor, first, self._minor_first(), abreast(operand))
-
-    def _step(self, ref, at, along, first, along_first: bool, side: int):
+    def _step(self, memory: _Memory, side: int, at, along, first):
+        """Features from `first` on of the product's operand along the major (0) or the minor axis (1)."""
+        ref, (operand, along_first) = memory.scores[side], self._sides()[side]
         if along_first:
-            return _lines(ref, at, along, first, self.s.depth, side)
+            return _lines(ref, at, along, first, self.s.depth, abreast(operand))
         return ref.at[_batch(ref, at), pl.ds(first, self.s.depth), along]
 
     # --- the warpgroups that compute ---------------------------------------------------------------------------------
