@@ -37,9 +37,9 @@ from rich.table import Table
 import jaxsoft
 from jaxsoft import losses
 from jaxsoft.attention import decode_attention, dot_product_attention
-from jaxsoft.kernels import _choice
-from jaxsoft.kernels.tune import milliseconds
+from jaxsoft.kernels.inner import BACKENDS, device
 from jaxsoft.rows import softmax_top_k
+from jaxsoft.tune import milliseconds
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "accelerator.json"
 MIB = 2**20
@@ -573,7 +573,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=500, help="after them, what is left is dropped")
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="these parts")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, interpreted kernels, any machine")
-    parser.add_argument("--implementation", choices=list(_choice.BACKENDS), help="whose kernels")
+    parser.add_argument("--implementation", choices=list(BACKENDS), help="whose kernels")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of the data; fresh by default")
     parser.add_argument("--out", type=pathlib.Path, help="where the numbers go")
     parser.add_argument(
@@ -589,8 +589,8 @@ def main(argv: list[str] | None = None) -> None:
         os.environ.setdefault(
             "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
         )  # the parts' processes need the memory
-    here, kind = _choice.device()
-    native = [name for name, (needed, _) in _choice.BACKENDS.items() if needed == here]
+    here, kind = device()
+    native = [name for name, (needed, _) in BACKENDS.items() if needed == here]
     smoke = args.smoke or not native
     implementation = args.implementation or (native or ["pallas_tpu"])[0]
     out = args.out or (RESULTS if not smoke else RESULTS.parents[2] / "runs" / "accelerator-smoke.json")

@@ -1,10 +1,10 @@
 """Attention with any normalizer, streamed; and linear-time attentions."""
 
 from jaxsoft.attention._dot_product import AttentionStatistics, dot_product_attention
+from jaxsoft.attention._flax import flax_attention_fn
 from jaxsoft.attention._partial import (
     PartialAttention,
     decode_attention,
-    flax_attention_fn,
     merge_partial_attention,
     partial_attention,
 )

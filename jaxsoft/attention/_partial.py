@@ -13,12 +13,14 @@ from jaxtyping import Array, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import log_or_neg_inf
-from jaxsoft.attention._dot_product import dot_product_attention, last_pass, prepare, to_user, weighting
-from jaxsoft.attention._driver import Plan
-from jaxsoft.attention._weights import AttentionRows, from_blocks, to_blocks, weighted_values
-from jaxsoft.normalizers._exponential import exponent, is_exponential
-from jaxsoft.normalizers._normalizer import Normalizer, per_row
-from jaxsoft.rows import _gauge, reductions
+from jaxsoft.attention._arguments import prepare
+from jaxsoft.attention._rows import AttentionRows, from_blocks, to_blocks, to_user
+from jaxsoft.attention._spec import AttentionSpec
+from jaxsoft.attention._weights import last_pass, weighted_values, weighting
+from jaxsoft.normalizers import Normalizer
+from jaxsoft.normalizers.inner import exponent, is_exponential, per_row
+from jaxsoft.rows import reductions
+from jaxsoft.rows.inner import keep_gauge
 
 
 @jax.tree_util.register_dataclass
@@ -33,7 +35,7 @@ class PartialAttention:
     state: Any
     params: Any
     normalizer: Normalizer = dataclasses.field(metadata=dict(static=True))
-    plan: Plan = dataclasses.field(metadata=dict(static=True))
+    spec: AttentionSpec = dataclasses.field(metadata=dict(static=True))
     shape: tuple[int, ...] = dataclasses.field(metadata=dict(static=True))
     dtype: Any = dataclasses.field(metadata=dict(static=True))
 
@@ -44,14 +46,14 @@ class PartialAttention:
     def output(self) -> Array:
         """The attention of the queries to the keys seen, `[*batch, T, N, V]`."""
         values = self._reduction.finalize(self.state, self.params)
-        return to_user(self.plan, values, self.shape).astype(self.dtype)
+        return to_user(self.spec, values, self.shape).astype(self.dtype)
 
     def logsumexp(self) -> Array:
         """The log-sum-exp of the scores seen, `[*batch, T, N]`; for normalizers of the exponential family."""
         if not is_exponential(self.normalizer):
             raise ValueError("logsumexp needs a normalizer of the exponential family")
         m, s = exponent(self.state.statistics, self.params), self.state.statistics[1]
-        return to_user(self.plan, jnp.where(s > 0, m, 0) + log_or_neg_inf(s), self.shape)
+        return to_user(self.spec, jnp.where(s > 0, m, 0) + log_or_neg_inf(s), self.shape)
 
 
 class _OnePass(AttentionRows):
@@ -74,7 +76,7 @@ class _OnePass(AttentionRows):
                 "key_count must be given for this normalizer, which depends on the number of keys that a query sees "
                 "in all parts together"
             )
-        p = self.plan
+        p = self.spec
         shape = (p.batch, p.heads * p.groups, p.queries)
         return to_blocks(p, per_row("key_count", self.key_count, shape, self.dtype))
 
@@ -128,11 +130,11 @@ def partial_attention(
       True
     """
     rows, shape = prepare(query, key, value, bias, mask, key_offset=key_offset, **options)
-    rows = _OnePass(rows.plan, rows.operands, rows.masks)
+    rows = _OnePass(rows.spec, rows.inputs, rows.masks)
     rows.key_count = key_count
     last = last_pass(rows, normalizer, sinks)
     state = rows.run([weighting(rows, last)])[0]
-    return PartialAttention(state, last.params, last.functions(), rows.plan, shape, query.dtype)
+    return PartialAttention(state, last.params, last.functions(), rows.spec, shape, query.dtype)
 
 
 def merge_partial_attention(*parts: PartialAttention) -> PartialAttention:
@@ -164,15 +166,15 @@ def merge_partial_attention(*parts: PartialAttention) -> PartialAttention:
     for part in parts:
         if not isinstance(part, PartialAttention):
             raise TypeError(f"parts must be PartialAttention, got {_checks.describe(part)}")
-        same = (part.normalizer, part.shape, part.plan.rows) == (
+        same = (part.normalizer, part.shape, part.spec.rows) == (
             parts[0].normalizer,
             parts[0].shape,
-            parts[0].plan.rows,
+            parts[0].spec.rows,
         )
         if not same:
             raise ValueError(
                 "parts must be of the same queries, blocks of queries and normalizer, got queries of shape "
-                f"{part.shape} and {parts[0].shape}, rows in blocks {part.plan.rows} and {parts[0].plan.rows}"
+                f"{part.shape} and {parts[0].shape}, rows in blocks {part.spec.rows} and {parts[0].spec.rows}"
             )
     merge = parts[0]._reduction.merge
     states = [part.state for part in parts]
@@ -246,7 +248,7 @@ def decode_attention(
             last = last_pass(rows, normalizer, options.get("sinks"))
             reduction = weighting(rows, last)
             (state,) = rows.run([reduction])
-            return to_user(rows.plan, reduction.finalize(state, last.params), shape).astype(query.dtype)
+            return to_user(rows.spec, reduction.finalize(state, last.params), shape).astype(query.dtype)
         return _split(query, key_cache, value_cache, splits, normalizer, options).output()
 
     if unified_max is None:
@@ -259,7 +261,7 @@ def decode_attention(
     last = _UNIFIED._replace(params={"reference": phi})
     reduction = weighting(rows, last)
     (state,) = rows.run([reduction])
-    out = to_user(rows.plan, reduction.finalize(state, last.params), shape).astype(query.dtype)
+    out = to_user(rows.spec, reduction.finalize(state, last.params), shape).astype(query.dtype)
     return lax.cond(jnp.all(_in_range(state.statistics, last.params)), lambda: out, exact)
 
 
@@ -271,7 +273,7 @@ def _positional(options: dict[str, Any]) -> dict[str, Any]:
 def _split(query, key, value, splits: int, normalizer, options) -> PartialAttention:
     """All parts of the cache at once, as a further batch axis in front, merged in a tree."""
     rows, _ = prepare(query, key, value, **_positional(options))
-    count = from_blocks(rows.plan, rows.count())
+    count = from_blocks(rows.spec, rows.count())
     options = {**options, "key_count": jnp.tile(count, (splits, 1, 1))}
     if any(
         options.get(name) is not None for name in ("bias", "mask", "query_segment_ids", "key_segment_ids")
@@ -292,10 +294,10 @@ def _split(query, key, value, splits: int, normalizer, options) -> PartialAttent
     for name in ("key_value_seq_lengths", "query_offset"):
         options[name] = each(options[name])
     whole = partial_attention(each(query), parts(key), parts(value), normalizer=normalizer, **options)
-    plan = dataclasses.replace(whole.plan, batch=whole.plan.batch // splits)
+    spec = dataclasses.replace(whole.spec, batch=whole.spec.batch // splits)
 
     def of_split(tree, k):
-        return jax.tree.map(lambda a: a.reshape(a.shape[0], splits, plan.batch, *a.shape[2:])[:, k], tree)
+        return jax.tree.map(lambda a: a.reshape(a.shape[0], splits, spec.batch, *a.shape[2:])[:, k], tree)
 
     return merge_partial_attention(
         *(
@@ -303,7 +305,7 @@ def _split(query, key, value, splits: int, normalizer, options) -> PartialAttent
                 whole,
                 state=of_split(whole.state, k),
                 params=of_split(whole.params, k),
-                plan=plan,
+                spec=spec,
                 shape=whole.shape[1:],
             )
             for k in range(splits)
@@ -340,79 +342,8 @@ def _reference_coefficient(state, params):
 
 _UNIFIED = Normalizer(
     reductions.RowReduction(
-        _reference_init, _reference_update, reductions._reference_merge, neutral=_gauge.keep_gauge
+        _reference_init, _reference_update, reductions._reference_merge, neutral=keep_gauge
     ),
     _reference_terms,
     _reference_coefficient,
 )
-
-
-def flax_attention_fn(**options) -> Callable:
-    """`dot_product_attention` as the `attention_fn` of Flax's multi-head attention, nnx and linen.
-
-    Args:
-      **options: of `dot_product_attention`, such as `normalizer` or `is_causal`.
-
-    Returns:
-      A function for `nnx.MultiHeadAttention(attention_fn=...)` or `nn.MultiHeadAttention(attention_fn=...)`. Of the
-      module's arguments it honours mask, bias, dropout (each weight by itself: `broadcast_dropout` must be off when
-      dropout is on) and precision; it cannot sow attention weights, which are never stored.
-
-    Raises:
-      TypeError: an argument of a wrong type, when the function is called.
-      ValueError: an option that cannot be honoured, when the function is called.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, jaxsoft
-      >>> attend = jaxsoft.attention.flax_attention_fn(normalizer=jaxsoft.softmax_one)
-      >>> x = jnp.ones((1, 3, 2, 4))
-      >>> attend(x, x, x, mask=None, deterministic=True, dropout_rate=0.1).shape
-      (1, 3, 2, 4)
-    """
-
-    def attend(
-        query,
-        key,
-        value,
-        bias=None,
-        mask=None,
-        broadcast_dropout=False,
-        dropout_rng=None,
-        dropout_rate=0.0,
-        deterministic=False,
-        dtype=None,
-        precision=None,
-        module=None,
-        is_causal=False,
-        **others,
-    ):
-        if module is not None:
-            raise ValueError(
-                "attention weights are never stored, so that they cannot be sown: sow_weights must be off"
-            )
-        if others.get("force_fp32_for_softmax") is False:
-            others.pop("force_fp32_for_softmax")  # it is always so here
-        others = {k: v for k, v in others.items() if v is not None}
-        if others:
-            raise ValueError(f"attention_fn does not take {', '.join(sorted(others))}")
-        dropping = dropout_rate > 0 and not deterministic
-        if dropping and broadcast_dropout:
-            raise ValueError("broadcast_dropout must be False: weights are dropped each by itself")
-        if dtype is not None:
-            query, key, value = (a.astype(dtype) for a in (query, key, value))
-        given = dict(options)
-        given["is_causal"] = bool(is_causal or options.get("is_causal", False))
-        if precision is not None:
-            given["precision"] = precision
-        return dot_product_attention(
-            query,
-            key,
-            value,
-            bias,
-            None if mask is None else mask.astype(bool),
-            dropout_rate=dropout_rate if dropping else 0.0,
-            dropout_key=dropout_rng if dropping else None,
-            **given,
-        )
-
-    return attend

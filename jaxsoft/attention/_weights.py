@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype
-from jaxsoft.attention import _driver
-from jaxsoft.attention._driver import Masks, Operands, Plan
-from jaxsoft.normalizers._normalizer import Normalizer, after, changed, per_row
-from jaxsoft.normalizers.stochastic import random_bits
-from jaxsoft.rows._driver import shares
-from jaxsoft.rows._reduction import RowReduction, is_reduction
+from jaxsoft.attention._rows import AttentionRows
+from jaxsoft.normalizers import Normalizer, softmax
+from jaxsoft.normalizers.inner import changed, is_exponential, key_words, random_bits, with_sink
+from jaxsoft.rows import RowReduction
+from jaxsoft.rows.inner import shares
 
 
 class WeightedState(NamedTuple):
@@ -104,78 +104,50 @@ def with_dropout(normalizer: Normalizer, rate: float, words, rows: Array) -> Nor
     return normalizer._replace(terms=_dropped(normalizer.terms, rate), params={**normalizer.params, **params})
 
 
-class AttentionRows:
-    """The rows of scores of an attention, as the definitions of normalizers see them (`DenseRows` for stored ones).
-
-    Attributes:
-      shape: of the rows, in blocks of queries: `[nq, B, K, R]`.
-      dtype: of statistics and parameters.
-    """
-
-    def __init__(self, plan: Plan, operands: Operands, masks: Masks):
-        self.plan, self.operands, self.masks = plan, operands, masks
-        self.shape = plan.rows
-        self.dtype = accumulation_dtype(operands.query.dtype, operands.key.dtype)
-
-    def run(self, wanted: list[RowReduction]) -> list:
-        """The states of reductions, one pass."""
-        functions = tuple(r._replace(args=()) for r in wanted)
-        return _driver.run(self.plan, functions, self.operands, self.masks, [r.args for r in wanted])
-
-    def _without_values(self) -> AttentionRows:
-        return AttentionRows(self.plan, self.operands._replace(value=None), self.masks)
-
-    def reduce(self, wanted: Any) -> Any:
-        """Runs row reductions over the scores, one pass."""
-        leaves, treedef = jax.tree.flatten(wanted, is_leaf=is_reduction)
-        states = self._without_values().run(leaves)
-        return jax.tree.unflatten(treedef, [r.finalize(s, *r.args) for r, s in zip(leaves, states)])
-
-    def state(self, normalizer: Normalizer) -> Any:
-        """The state of a normalizer's statistics, one pass."""
-        if normalizer.statistics is None:
-            return ()
-        statistics = after(normalizer.statistics, normalizer.before)
-        return self.reduce(statistics._replace(args=(normalizer.params,)))
-
-    def count(self) -> Array:
-        """The number of visible keys of each query."""
-        return _driver.count(self.plan, self.operands, self.masks)
-
-    def detached(self) -> AttentionRows:
-        """The same rows without their gradient."""
-        return AttentionRows(self.plan, jax.lax.stop_gradient(self.operands), self.masks)
-
-    def row_number(self) -> Array:
-        """A number for each row that depends on batch, head and position only (uint32)."""
-        p = self.plan
-        heads = p.heads * p.groups
-        numbers = jnp.arange(p.batch * heads * p.queries, dtype=jnp.uint32)
-        return to_blocks(p, numbers.reshape(p.batch, heads, p.queries))
-
-    def per_row(self, name: str, value: Any) -> Array:
-        """A number, one a head, or an array that broadcasts to `[B, N, T]`, as rows in blocks."""
-        p = self.plan
-        if getattr(value, "ndim", 0) == 1:
-            value = value[:, None]
-        return to_blocks(p, per_row(name, value, (p.batch, p.heads * p.groups, p.queries), self.dtype))
+def define(normalizer: Callable | None, rows: AttentionRows) -> Normalizer:
+    """The last pass of a normalizer given as a public function, a `partial` of one, or a `Normalizer`."""
+    normalizer = softmax if normalizer is None else normalizer
+    if isinstance(normalizer, Normalizer):
+        return normalizer
+    options: dict[str, Any] = {}
+    function = normalizer
+    while isinstance(function, functools.partial):
+        if function.args:
+            raise ValueError(f"normalizer takes its options by keyword, got positional {function.args!r}")
+        options = {**function.keywords, **options}
+        function = function.func
+    definition = getattr(function, "define", None)
+    if definition is None:
+        raise TypeError(
+            "normalizer must be a normalizer of jaxsoft that streams (jaxsoft.softmax, jaxsoft.softpick, ...), a "
+            f"functools.partial of one, or a Normalizer, got {_checks.describe(normalizer)}; for any other function "
+            "of stored scores, write the attention out"
+        )
+    for name in ("axis", "where"):
+        if name in options:
+            raise ValueError(f"normalizer must not be given {name}: attention has its own masks")
+    return definition(rows, **options)
 
 
-def to_blocks(plan: Plan, rows: Array) -> Array:
-    """`[B, N, T, ...]` as `[nq, B, K, R, ...]`, padded to whole blocks with the last row (0 may be no good value)."""
-    rest = rows.shape[3:]
-    # Cut in the order in which queries come: a kernel that puts the blocks back in this order copies nothing.
-    rows = jnp.swapaxes(rows, 1, 2)
-    pad = plan.nq * plan.bq - plan.queries
-    if pad:
-        rows = jnp.pad(rows, ((0, 0), (0, pad), (0, 0), *((0, 0) for _ in rest)), mode="edge")
-    rows = rows.reshape(plan.batch, plan.nq, plan.bq, plan.heads, plan.groups, *rest)
-    return jnp.moveaxis(rows, (1, 2), (0, 4)).reshape(*plan.rows, *rest)
+def last_pass(rows, normalizer, sinks=None, dropout_rate=0.0, dropout_key=None) -> Normalizer:
+    """The last pass of a normalizer, with sinks and dropout; earlier passes are run."""
+    last = define(normalizer, rows)
+    if sinks is not None:
+        if not is_exponential(last):
+            raise ValueError(
+                "sinks need a normalizer of the exponential family in one pass (softmax, softmax_n, "
+                f"scalable_softmax, sink_softmax, ...), got {_checks.describe(normalizer)}"
+            )
+        last = with_sink(last, rows.per_row("sinks", sinks))
+    _checks.number("dropout_rate", dropout_rate, at_least=0, below=1)
+    if dropout_rate:
+        if dropout_key is None:
+            raise ValueError(f"dropout_key must be a PRNG key for dropout_rate={dropout_rate}, got None")
+        last = with_dropout(last, float(dropout_rate), key_words(dropout_key), rows.row_number())
+    return last
 
 
-def from_blocks(plan: Plan, blocks: Array) -> Array:
-    """`[nq, B, K, R, ...]` as `[B, N, T, ...]`."""
-    rest = blocks.shape[4:]
-    blocks = blocks.reshape(plan.nq, plan.batch, plan.heads, plan.groups, plan.bq, *rest)
-    rows = jnp.moveaxis(blocks, 0, 3).reshape(plan.batch, plan.heads * plan.groups, -1, *rest)
-    return rows[:, :, : plan.queries]
+def weighting(rows: AttentionRows, normalizer: Normalizer) -> RowReduction:
+    """The reduction of the last pass."""
+    width = rows.inputs.value.shape[-1]
+    return weighted_values(normalizer.functions(), width)._replace(args=(normalizer.params,))

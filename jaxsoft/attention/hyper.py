@@ -23,8 +23,8 @@ from jaxsoft.attention._layout import (
     streamed,
     to_blocks,
 )
-from jaxsoft.rows._softmax import softmax_with
-from jaxsoft.rows._statistics import logsumexp as row_logsumexp
+from jaxsoft.rows import logsumexp as row_logsumexp
+from jaxsoft.rows.inner import softmax_with
 
 
 def angular_lsh_buckets(

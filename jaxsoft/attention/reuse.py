@@ -24,12 +24,10 @@ from jaxsoft.attention._layout import (
     streamed,
     to_blocks,
 )
-from jaxsoft.normalizers import sparse_softmax
-from jaxsoft.normalizers._normalizer import Normalizer, defined_by, per_row
-from jaxsoft.rows import reductions
-from jaxsoft.rows._driver import check_axis, reduce_rows
-from jaxsoft.rows._logits import Logits
-from jaxsoft.rows._softmax import softmax_with
+from jaxsoft.normalizers import Normalizer, defined_by, sparse_softmax
+from jaxsoft.normalizers.inner import per_row
+from jaxsoft.rows import Logits, reduce_rows, reductions
+from jaxsoft.rows.inner import check_axis, softmax_with
 
 
 def _by_query_blocks(function: Callable, queries: Any, block_size: int) -> Any:

@@ -1,10 +1,12 @@
 """Pallas kernels that run the library's row reductions and normalizers, for TPUs and GPUs (Mosaic).
 
-No formula stands here: a kernel traces the `update` of a `RowReduction` on a tile of scores, and `jax.vjp` of it in the
-backward pass. So any reduction, the user's own too, runs in every kernel. `implementation=` of `linear_logits`,
-`reduce_rows`, `dot_product_attention` and others names one; `explain` says what runs a call, and why.
+A kernel contains no formula: it traces the `update` of a `RowReduction` on a tile of scores, and in the backward pass
+`jax.vjp` of it. So every reduction, a user's own included, runs in every kernel. The `implementation=` of
+`linear_logits`, `reduce_rows`, `dot_product_attention` and others names a backend; `explain` says what runs a call, and
+why.
 """
 
-from jaxsoft.kernels._choice import Decision, block_sizes, explain, interpreted
+from jaxsoft.kernels._choice import Decision, explain
+from jaxsoft.kernels._device import block_sizes, interpreted
 
 __all__ = ["Decision", "block_sizes", "explain", "interpreted"]

@@ -19,6 +19,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+NO_SECOND_DERIVATIVES = (
+    "kernels have no second derivatives: use implementation='xla', which has those of every order and mode"
+)
+
 
 def abreast(a: Any) -> int:
     """How many matrices' features lie side by side in an operand."""

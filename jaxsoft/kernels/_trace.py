@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxsoft._trees import is_explicitly_sharded, is_float
 from jaxsoft.kernels._sweep import Block, Operands, Plan, Scores, Tiles, of_one
-from jaxsoft.rows._driver import is_explicitly_sharded, is_float
 
 
 def examples(

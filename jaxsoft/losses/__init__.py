@@ -216,7 +216,7 @@ from jaxsoft.losses.weighting import (
     loss_based_weights,
     shrink_class_space_loss,
 )
-from jaxsoft.rows._weighted import weighted_sum
+from jaxsoft.rows import weighted_sum
 
 __all__ = [
     "active_passive_loss",

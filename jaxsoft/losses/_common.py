@@ -10,10 +10,8 @@ from jaxtyping import Array, Bool, Float
 
 from jaxsoft import _checks
 from jaxsoft._numerics import as_ids, weigh
-from jaxsoft.rows import reductions
-from jaxsoft.rows._driver import check_axis, reduce_rows, rows_of
-from jaxsoft.rows._logits import Logits
-from jaxsoft.rows._statistics import check_ids, check_range
+from jaxsoft.rows import Logits, reduce_rows, reductions
+from jaxsoft.rows.inner import check_axis, check_ids, check_range, rows_of
 
 IGNORE_INDEX = -100
 

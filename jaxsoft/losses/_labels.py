@@ -7,8 +7,7 @@ from jaxtyping import Array
 
 from jaxsoft._numerics import as_ids
 from jaxsoft.losses._common import Rows
-from jaxsoft.rows import reductions
-from jaxsoft.rows._reduction import RowReduction
+from jaxsoft.rows import RowReduction, reductions
 
 
 def _share(state, tile, ids):

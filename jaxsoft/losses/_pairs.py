@@ -14,9 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxsoft import _checks
-from jaxsoft.rows._driver import check_axis
-from jaxsoft.rows._logits import LinearLogits, Logits
-from jaxsoft.rows._reduction import RowReduction, Tile
+from jaxsoft.rows import LinearLogits, Logits, RowReduction, Tile
+from jaxsoft.rows.inner import check_axis
 from jaxsoft.rows.reductions import LogPartition
 
 

@@ -11,9 +11,8 @@ from jaxtyping import Array, Float
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, as_ids, safe_divide
 from jaxsoft.losses._common import IGNORE_INDEX
-from jaxsoft.rows._driver import check_axis, rows_of
-from jaxsoft.rows._logits import Logits
-from jaxsoft.rows._weighted import weighted_sum
+from jaxsoft.rows import Logits, weighted_sum
+from jaxsoft.rows.inner import check_axis, rows_of
 
 
 def weighted_mean(

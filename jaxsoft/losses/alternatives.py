@@ -18,9 +18,8 @@ from jaxsoft import _checks
 from jaxsoft._numerics import finite_gauge
 from jaxsoft.losses._common import IGNORE_INDEX, Rows, prepare
 from jaxsoft.losses._labels import finish, label_score
-from jaxsoft.normalizers.rectified import _taylor_exponential, stable_exponential
-from jaxsoft.rows import reductions
-from jaxsoft.rows._logits import Logits
+from jaxsoft.normalizers.inner import stable_exponential, taylor_exponential
+from jaxsoft.rows import Logits, reductions
 
 
 def squared_error_loss(
@@ -159,7 +158,7 @@ def taylor_softmax_cross_entropy(
     if order % 2:
         raise ValueError(f"order must be even (an odd polynomial is negative somewhere), got {order}")
     rows = _prepare(logits, labels, axis, where, weights, ignore_index)
-    t = _taylor_exponential(order)
+    t = taylor_exponential(order)
     if order > 2:
         return _normalized(rows, t)
     score, moments = rows.reduce((label_score(rows.labels), reductions.moments()))

@@ -18,9 +18,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype
 from jaxsoft.losses._common import IGNORE_INDEX, poison_of, power_of, prepare
-from jaxsoft.rows import reductions
-from jaxsoft.rows._driver import rows_of
-from jaxsoft.rows._logits import Logits
+from jaxsoft.rows import Logits, reductions
+from jaxsoft.rows.inner import rows_of
 
 Labels = Int[Array, "*rows"] | Float[Array, "*rows columns"]
 

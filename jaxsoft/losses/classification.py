@@ -16,8 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsoft import _checks
 from jaxsoft._numerics import safe_divide
 from jaxsoft.losses._common import IGNORE_INDEX, is_zero, miss_of, power_of, prepare
-from jaxsoft.rows import reductions
-from jaxsoft.rows._logits import Logits
+from jaxsoft.rows import Logits, reductions
 
 Labels = Int[Array, "*rows"] | Float[Array, "*rows columns"]
 

@@ -15,10 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, as_ids, safe_divide, weigh
 from jaxsoft.losses._common import IGNORE_INDEX, prepare
-from jaxsoft.rows import reductions
-from jaxsoft.rows._driver import check_axis, reduce_rows
-from jaxsoft.rows._logits import Logits
-from jaxsoft.rows._two_way import reduce_two_ways
+from jaxsoft.rows import Logits, reduce_rows, reductions
+from jaxsoft.rows.inner import check_axis, reduce_two_ways
 
 
 def info_nce_loss(

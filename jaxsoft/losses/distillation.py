@@ -20,11 +20,9 @@ from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, as_ids, safe_divide
 from jaxsoft.losses._common import IGNORE_INDEX, Rows, check_weights, prepare
 from jaxsoft.losses._pairs import check_second, of_second, pair_sum
-from jaxsoft.rows import reductions
-from jaxsoft.rows._driver import check_axis, rows_of
-from jaxsoft.rows._logits import LinearLogits, Logits
-from jaxsoft.rows._statistics import check_range
-from jaxsoft.rows._statistics import temperature as tempered
+from jaxsoft.rows import LinearLogits, Logits, reductions
+from jaxsoft.rows import temperature as tempered
+from jaxsoft.rows.inner import check_axis, check_range, rows_of
 
 _DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon", "total_variation")
 

@@ -12,10 +12,8 @@ from jaxtyping import Array, Bool, Float
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, finite_gauge, safe_divide
 from jaxsoft.losses.regularizers import _mask, _sqrt, _vectors
-from jaxsoft.rows import reductions
-from jaxsoft.rows._driver import check_axis, reduce_rows
-from jaxsoft.rows._logits import LinearLogits, Logits
-from jaxsoft.rows._softmax import check_dense
+from jaxsoft.rows import LinearLogits, Logits, reduce_rows, reductions
+from jaxsoft.rows.inner import check_axis, check_dense
 from jaxsoft.rows.reductions import partition_of
 
 # --- two samples -----------------------------------------------------------------------------------------

@@ -20,13 +20,9 @@ from jaxsoft._numerics import accumulation_dtype, safe_divide
 from jaxsoft.losses._common import IGNORE_INDEX, Rows, prepare
 from jaxsoft.losses._labels import label_score
 from jaxsoft.losses.classification import Labels
-from jaxsoft.normalizers._normalizer import per_row
-from jaxsoft.normalizers.rectified import positive_power
-from jaxsoft.normalizers.sparse import _entmax, _excess
-from jaxsoft.rows import reductions
-from jaxsoft.rows._logits import Logits
-from jaxsoft.rows._reduction import RowReduction
-from jaxsoft.rows._weighted import detached
+from jaxsoft.normalizers.inner import define_entmax, excess, per_row, positive_power
+from jaxsoft.rows import Logits, RowReduction, reductions
+from jaxsoft.rows.inner import detached
 
 
 def entmax_loss(
@@ -83,7 +79,7 @@ def entmax_loss(
         return rows.finish(label.nll - entropy)
 
     # All but the three sums of the last pass is a constant to the derivative.
-    params = lax.stop_gradient(_entmax(_Fixed(rows), alpha=alpha).params)
+    params = lax.stop_gradient(define_entmax(_Fixed(rows), alpha=alpha).params)
     top, tau = params["top"], params["tau"]
     exponent = 1 / (float(alpha) - 1) if _checks.is_concrete_number(alpha) else None
     a = jnp.asarray(alpha, tau.dtype).reshape(())
@@ -195,7 +191,7 @@ def _conjugate(exponent: float | None) -> RowReduction:
         return like, like, like
 
     def update(state, tile, params):
-        u = _excess(tile, params)
+        u = excess(tile, params)
         r = 1 / params["slope"][..., None] if exponent is None else exponent
         p = positive_power(u, r)
         lower = (u > 0).astype(u.dtype) if exponent == 1 else positive_power(lax.stop_gradient(u), r - 1)

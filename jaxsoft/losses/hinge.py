@@ -13,9 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsoft import _checks
 from jaxsoft.losses._common import IGNORE_INDEX, Rows, prepare
 from jaxsoft.losses._labels import finish, label_score
-from jaxsoft.rows import reductions
-from jaxsoft.rows._logits import Logits
-from jaxsoft.rows._reduction import RowReduction
+from jaxsoft.rows import Logits, RowReduction, reductions
 
 
 def one_vs_rest_hinge_loss(

@@ -14,10 +14,8 @@ from jaxtyping import Array, Bool, Float
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, safe_divide
 from jaxsoft.losses.classification import cross_entropy
-from jaxsoft.rows import _gauge
-from jaxsoft.rows._driver import check_axis, reduce_rows, rows_of
-from jaxsoft.rows._logits import Logits
-from jaxsoft.rows._reduction import RowReduction
+from jaxsoft.rows import Logits, RowReduction, reduce_rows
+from jaxsoft.rows.inner import check_axis, exponentials, keep_gauge, rescale, rows_of, running_max
 
 
 def histogram_loss(
@@ -289,8 +287,8 @@ def _expectation_init(like):
 
 def _expectation_update(state, tile):
     m, s, u = state
-    m_new = _gauge.running_max(m, tile)
-    factor, w = _gauge.rescale(m, m_new), _gauge.exponentials(tile, m_new)
+    m_new = running_max(m, tile)
+    factor, w = rescale(m, m_new), exponentials(tile, m_new)
     return (
         m_new,
         factor * s + jnp.sum(w, axis=-1),
@@ -300,7 +298,7 @@ def _expectation_update(state, tile):
 
 def _expectation_merge(a, b, *args):
     m = jnp.maximum(a[0], b[0])
-    by_a, by_b = _gauge.rescale(a[0], m), _gauge.rescale(b[0], m)
+    by_a, by_b = rescale(a[0], m), rescale(b[0], m)
     return m, by_a * a[1] + by_b * b[1], by_a * a[2] + by_b * b[2]
 
 
@@ -313,5 +311,5 @@ _EXPECTATION = RowReduction(
     _expectation_update,
     _expectation_merge,
     _expectation_finalize,
-    _gauge.keep_gauge,
+    keep_gauge,
 )

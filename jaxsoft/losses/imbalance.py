@@ -17,8 +17,7 @@ from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, log_or_neg_inf, safe_divide
 from jaxsoft.losses._common import IGNORE_INDEX, poison_of, prepare
 from jaxsoft.losses.classification import cross_entropy
-from jaxsoft.rows import reductions
-from jaxsoft.rows._logits import Logits, linear_logits
+from jaxsoft.rows import Logits, linear_logits, reductions
 
 
 def logit_adjusted_cross_entropy(

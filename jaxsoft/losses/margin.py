@@ -23,10 +23,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, finite_gauge, log_or_neg_inf
 from jaxsoft.losses._common import IGNORE_INDEX, Rows, prepare, prepare_positives
-from jaxsoft.rows import reductions
-from jaxsoft.rows._driver import check_axis, rows_of
-from jaxsoft.rows._logits import LinearLogits, Logits, linear_logits
-from jaxsoft.rows._softmax import check_dense
+from jaxsoft.rows import LinearLogits, Logits, linear_logits, reductions
+from jaxsoft.rows.inner import check_axis, check_dense, rows_of
 from jaxsoft.rows.reductions import LogPartition
 
 

@@ -19,10 +19,8 @@ from jaxsoft._numerics import accumulation_dtype, as_ids, safe_divide, weigh
 from jaxsoft.losses._common import IGNORE_INDEX
 from jaxsoft.losses.classification import cross_entropy
 from jaxsoft.losses.margin import cosine_logits, l2_normalize
-from jaxsoft.rows import reductions
-from jaxsoft.rows._driver import reduce_rows
-from jaxsoft.rows._logits import LinearLogits, Logits, linear_logits
-from jaxsoft.rows._statistics import check_range
+from jaxsoft.rows import LinearLogits, Logits, linear_logits, reduce_rows, reductions
+from jaxsoft.rows.inner import check_range
 
 # --- fixed classifiers -------------------------------------------------------------------------------------
 

@@ -15,14 +15,9 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, as_ids, safe_divide
 from jaxsoft.losses._common import IGNORE_INDEX, Rows, prepare_positives
-from jaxsoft.normalizers._normalizer import per_row
-from jaxsoft.normalizers.masks import present_scores
-from jaxsoft.rows import reductions
-from jaxsoft.rows._driver import check_axis, reduce_rows, rows_of
-from jaxsoft.rows._logits import Logits
-from jaxsoft.rows._reduction import RowReduction
-from jaxsoft.rows._statistics import check_range
-from jaxsoft.rows._weighted import detached
+from jaxsoft.normalizers.inner import per_row, present_scores
+from jaxsoft.rows import Logits, RowReduction, reduce_rows, reductions
+from jaxsoft.rows.inner import check_axis, check_range, detached, rows_of
 
 Positives = Int[Array, "*rows k"] | Bool[Array, "*rows columns"]
 

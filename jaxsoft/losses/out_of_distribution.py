@@ -12,10 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, finite_gauge
 from jaxsoft.losses._common import IGNORE_INDEX, Rows, poison_of, prepare
-from jaxsoft.rows import reductions
-from jaxsoft.rows._driver import check_axis, rows_of
-from jaxsoft.rows._logits import Logits, row_scalar
-from jaxsoft.rows._reduction import RowReduction
+from jaxsoft.rows import Logits, RowReduction, reductions
+from jaxsoft.rows.inner import check_axis, row_scalar, rows_of
 
 
 def energy_margin_loss(

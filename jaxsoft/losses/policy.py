@@ -17,7 +17,7 @@ from jaxsoft import _checks
 from jaxsoft._numerics import safe_divide
 from jaxsoft.losses._divergences import DIVERGENCES, MAX_EXPONENT
 from jaxsoft.losses._log_probs import prepare, spread
-from jaxsoft.normalizers.masks import present_scores
+from jaxsoft.normalizers.inner import present_scores
 
 _MAX_LOG_RATIO = 20.0  # of one token
 

@@ -20,7 +20,7 @@ from jaxsoft._numerics import accumulation_dtype, safe_divide, weigh
 from jaxsoft.losses._divergences import DIVERGENCES
 from jaxsoft.losses._log_probs import Samples, prepare
 from jaxsoft.normalizers import log_softmax
-from jaxsoft.normalizers.masks import present_scores
+from jaxsoft.normalizers.inner import present_scores
 
 Pairs = Float[Array, "*pairs"]
 

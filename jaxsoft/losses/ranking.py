@@ -21,9 +21,8 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, safe_divide, weigh
 from jaxsoft.losses._common import IGNORE_INDEX, Rows, prepare
-from jaxsoft.normalizers.masks import present_scores
-from jaxsoft.rows import reductions
-from jaxsoft.rows._logits import LinearLogits, Logits
+from jaxsoft.normalizers.inner import present_scores
+from jaxsoft.rows import LinearLogits, Logits, reductions
 
 Scalar = float | Float[Array, ""]
 

@@ -14,9 +14,9 @@ from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, as_ids, safe_divide, scale_gradient
 from jaxsoft.losses._common import IGNORE_INDEX
 from jaxsoft.losses.classification import cross_entropy
-from jaxsoft.normalizers.masks import present_scores
-from jaxsoft.rows._logits import Logits
-from jaxsoft.rows._softmax import softmax_with
+from jaxsoft.normalizers.inner import present_scores
+from jaxsoft.rows import Logits
+from jaxsoft.rows.inner import softmax_with
 
 # --- what the functions of arrays share ------------------------------------------------------------------
 

@@ -11,10 +11,8 @@ from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype
 from jaxsoft.losses.distillation import distillation_loss
 from jaxsoft.losses.margin import cosine_logits
-from jaxsoft.rows import reductions
-from jaxsoft.rows._driver import reduce_rows
-from jaxsoft.rows._logits import Logits
-from jaxsoft.rows._softmax import check_dense
+from jaxsoft.rows import Logits, reduce_rows, reductions
+from jaxsoft.rows.inner import check_dense
 
 
 def graph_on_logits_loss(

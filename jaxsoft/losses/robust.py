@@ -17,8 +17,7 @@ from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, safe_divide
 from jaxsoft.losses._common import IGNORE_INDEX, Rows, miss_of, power_of, prepare, root_of, unless_absent
 from jaxsoft.losses._pairs import check_second, of_second, pair_sum
-from jaxsoft.rows import reductions
-from jaxsoft.rows._logits import Logits
+from jaxsoft.rows import Logits, reductions
 
 # --- functions of the negative log-likelihood ------------------------------------------------------------
 

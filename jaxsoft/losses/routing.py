@@ -10,10 +10,9 @@ from jaxtyping import Array, Bool, Float
 
 from jaxsoft import _checks
 from jaxsoft._numerics import safe_divide
-from jaxsoft.normalizers.masks import present_scores, top_k_mask
-from jaxsoft.rows._driver import rows_of
-from jaxsoft.rows._logits import Logits
-from jaxsoft.rows._statistics import logsumexp
+from jaxsoft.normalizers.inner import present_scores, top_k_mask
+from jaxsoft.rows import Logits, logsumexp
+from jaxsoft.rows.inner import rows_of
 
 
 class _Shares(NamedTuple):

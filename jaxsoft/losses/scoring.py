@@ -19,9 +19,7 @@ from jaxsoft._numerics import accumulation_dtype, finite_gauge, log_or_neg_inf
 from jaxsoft.losses._common import IGNORE_INDEX, Rows, prepare, root_of, unless_absent
 from jaxsoft.losses._pairs import check_second, log_softmax_of, of_second, pair_sum, zero_init
 from jaxsoft.losses.classification import Labels
-from jaxsoft.rows import reductions
-from jaxsoft.rows._logits import Logits
-from jaxsoft.rows._reduction import RowReduction
+from jaxsoft.rows import Logits, RowReduction, reductions
 from jaxsoft.rows.reductions import LogPartition
 
 # The error of a class id y is a function of `1 - p_y = sigmoid(lse_O - x_y)` and of S, the sum of squares of the

@@ -18,8 +18,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsoft import _checks
 from jaxsoft._numerics import safe_divide
 from jaxsoft.losses._common import IGNORE_INDEX, prepare
-from jaxsoft.normalizers.masks import present_scores
-from jaxsoft.rows._softmax import softmax_with
+from jaxsoft.normalizers.inner import present_scores
+from jaxsoft.rows.inner import softmax_with
 
 _PRESENT = 0.01  # a class is present where a pixel's label of it exceeds this
 

@@ -18,10 +18,8 @@ from jaxtyping import Array, Float, Int
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, as_ids, finite_gauge, log_or_neg_inf, weigh
 from jaxsoft.losses._common import IGNORE_INDEX
-from jaxsoft.rows import reductions
-from jaxsoft.rows._driver import check_axis, reduce_rows
-from jaxsoft.rows._logits import Logits
-from jaxsoft.rows._statistics import check_range
+from jaxsoft.rows import Logits, reduce_rows, reductions
+from jaxsoft.rows.inner import check_axis, check_range
 
 # --- the lattice -----------------------------------------------------------------------------------------
 

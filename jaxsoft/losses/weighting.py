@@ -12,8 +12,8 @@ from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, safe_divide, weigh
 from jaxsoft.losses._common import prepare
 from jaxsoft.losses.classification import cross_entropy
-from jaxsoft.rows._driver import check_axis, rows_of
-from jaxsoft.rows._logits import Logits
+from jaxsoft.rows import Logits
+from jaxsoft.rows.inner import check_axis, rows_of
 
 # How strongly each strategy prefers the scaled loss h in [-delta, delta].
 _STRATEGIES = {

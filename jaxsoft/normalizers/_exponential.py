@@ -8,8 +8,8 @@ from jaxtyping import Array
 
 from jaxsoft._numerics import finite_gauge, safe_divide
 from jaxsoft.normalizers._normalizer import Normalizer, Params
-from jaxsoft.rows import _gauge
-from jaxsoft.rows._reduction import RowReduction, Tile
+from jaxsoft.rows import RowReduction, Tile
+from jaxsoft.rows.inner import keep_gauge, running_max
 
 
 def exponentials(tile: Tile, m: Array, params: Params) -> Array:
@@ -34,7 +34,7 @@ def _init(like, params):
 
 
 def _update(state, tile, params):
-    m = _gauge.running_max(state[0], tile)
+    m = running_max(state[0], tile)
     return m, state[1] * rescale(state, (m,), params) + jnp.sum(exponentials(tile, m, params), axis=-1)
 
 
@@ -43,7 +43,7 @@ def _merge(a, b, params):
     return m, a[1] * rescale(a, (m,), params) + b[1] * rescale(b, (m,), params)
 
 
-SUM = RowReduction(_init, _update, _merge, neutral=_gauge.keep_gauge)
+SUM = RowReduction(_init, _update, _merge, neutral=keep_gauge)
 """The state (m, s = sum e^(scale (x - m))), m the largest score; the scale, 0 or more, is 1 unless given."""
 
 

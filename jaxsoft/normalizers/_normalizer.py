@@ -12,10 +12,8 @@ from jaxtyping import Array
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, is_present
-from jaxsoft.rows import reductions
-from jaxsoft.rows._driver import check_axis, reduce_rows, rows_of, shares
-from jaxsoft.rows._reduction import RowReduction, Tile
-from jaxsoft.rows._softmax import check_dense
+from jaxsoft.rows import RowReduction, Tile, reduce_rows, reductions
+from jaxsoft.rows.inner import check_axis, check_dense, rows_of, shares
 
 Params = dict[str, Any]
 

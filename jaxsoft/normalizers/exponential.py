@@ -29,9 +29,7 @@ from jaxsoft.normalizers._exponential import (
 from jaxsoft.normalizers._normalizer import Normalizer, after, defined_by, normalize, together
 from jaxsoft.normalizers.quantized import quantize
 from jaxsoft.rows import reductions
-from jaxsoft.rows._driver import check_axis
-from jaxsoft.rows._softmax import check_dense, softmax_with
-from jaxsoft.rows._statistics import log_partition
+from jaxsoft.rows.inner import check_axis, check_dense, log_partition, softmax_with
 from jaxsoft.rows.reductions import LogPartition
 
 Scores = Float[Array, "*rows columns"]

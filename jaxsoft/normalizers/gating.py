@@ -13,9 +13,8 @@ from jaxtyping import Array, Bool, Float
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, safe_divide
 from jaxsoft.normalizers.masks import present_scores, top_k_mask
-from jaxsoft.rows._logits import row_scalar
-from jaxsoft.rows._softmax import softmax_with
-from jaxsoft.rows._statistics import temperature as divide_by_temperature
+from jaxsoft.rows import temperature as divide_by_temperature
+from jaxsoft.rows.inner import row_scalar, softmax_with
 
 
 def top_k_gate(

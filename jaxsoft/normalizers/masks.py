@@ -13,10 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, as_ids, is_present
-from jaxsoft.rows._driver import check_axis
-from jaxsoft.rows._logits import row_scalar
-from jaxsoft.rows._softmax import check_dense, softmax_with
-from jaxsoft.rows._statistics import check_range
+from jaxsoft.rows.inner import check_axis, check_dense, check_range, row_scalar, softmax_with
 
 
 def present_scores(scores: Any, axis: int, where: Any, name: str) -> tuple[Array, Array, int]:

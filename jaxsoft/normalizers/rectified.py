@@ -17,8 +17,8 @@ from jaxsoft import _checks
 from jaxsoft._numerics import safe_divide
 from jaxsoft.normalizers._exponential import SOFTMAX, rescale
 from jaxsoft.normalizers._normalizer import Normalizer, defined_by, normalize
-from jaxsoft.rows import _gauge, reductions
-from jaxsoft.rows._reduction import RowReduction, Tile
+from jaxsoft.rows import RowReduction, Tile, reductions
+from jaxsoft.rows.inner import keep_gauge, running_max
 
 Scores = Float[Array, "*rows columns"]
 
@@ -64,7 +64,7 @@ def _softpick_init(like, params):
 
 
 def _softpick_update(state, tile, params):
-    m = _gauge.running_max(state[0], tile)
+    m = running_max(state[0], tile)
     # The magnitude of an absent entry, which stands at x = 0, is 0.
     return m, state[1] * rescale(state, (m,), params) + jnp.sum(_magnitude(tile.x, m), axis=-1)
 
@@ -83,7 +83,7 @@ def _softpick_coefficients(state, params):
 
 
 _SOFTPICK = Normalizer(
-    RowReduction(_softpick_init, _softpick_update, _softpick_merge, neutral=_gauge.keep_gauge),
+    RowReduction(_softpick_init, _softpick_update, _softpick_merge, neutral=keep_gauge),
     _softpick_terms,
     _softpick_coefficients,
     rescale,
@@ -172,7 +172,9 @@ def stablemax(scores: Scores, *, axis: int = -1, where: Bool[Array, ...] | None 
 
 
 @functools.cache
-def _taylor_exponential(order: int) -> Callable[[Array], Array]:
+def taylor_exponential(order: int) -> Callable[[Array], Array]:
+    """The Taylor polynomial of the exponential, of the given order."""
+
     def t(x):
         total = jnp.ones_like(x)
         for i in range(order, 0, -1):  # Horner's rule
@@ -184,7 +186,7 @@ def _taylor_exponential(order: int) -> Callable[[Array], Array]:
 
 def _taylor_softmax(rows, *, order=2):
     del rows
-    return ratio(_taylor_exponential(order))
+    return ratio(taylor_exponential(order))
 
 
 @defined_by(_taylor_softmax)

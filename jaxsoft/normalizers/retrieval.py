@@ -17,9 +17,8 @@ from jaxtyping import Array, Bool, Float
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype
 from jaxsoft.normalizers.masks import present_scores, top_k_mask
-from jaxsoft.rows._driver import check_axis
-from jaxsoft.rows._logits import LinearLogits, Logits
-from jaxsoft.rows._statistics import logsumexp, top_k
+from jaxsoft.rows import LinearLogits, Logits, logsumexp, top_k
+from jaxsoft.rows.inner import check_axis
 
 
 def inverted_softmax(

@@ -13,8 +13,7 @@ from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, safe_divide
 from jaxsoft.normalizers.exponential import log_softmax, softmax
 from jaxsoft.normalizers.masks import present_scores
-from jaxsoft.rows._driver import rows_of
-from jaxsoft.rows._logits import row_scalar
+from jaxsoft.rows.inner import row_scalar, rows_of
 
 
 def sdm_activation(

@@ -18,10 +18,8 @@ from jaxsoft._numerics import safe_divide
 from jaxsoft.normalizers._exponential import SOFTMAX
 from jaxsoft.normalizers._normalizer import Normalizer, defined_by, normalize
 from jaxsoft.normalizers.rectified import positive_power
-from jaxsoft.rows import reductions
-from jaxsoft.rows._driver import check_axis
-from jaxsoft.rows._reduction import RowReduction
-from jaxsoft.rows._softmax import check_dense
+from jaxsoft.rows import RowReduction, reductions
+from jaxsoft.rows.inner import check_axis, check_dense
 
 Scores = Float[Array, "*rows columns"]
 
@@ -80,7 +78,8 @@ def sparse_softmax(
 # without overshooting, as the sum is convex and falling in tau (alpha <= 2).
 
 
-def _excess(tile, params) -> Array:
+def excess(tile, params) -> Array:
+    """`(alpha - 1) (x - top) - tau`, below 0 for absent entries."""
     shifted = params["slope"][..., None] * (tile.x - params["top"][..., None])
     return jnp.where(tile.keep, shifted - params["tau"][..., None], -1)
 
@@ -96,7 +95,7 @@ def _entmax_functions(exponent: float | None):
         return like, like
 
     def update(state, tile, params):
-        u, r = _excess(tile, params), power(params)
+        u, r = excess(tile, params), power(params)
         lower = (u > 0).astype(u.dtype) if exponent == 1 else positive_power(u, r - 1)
         # u^r as u^(r - 1) u, lest two logarithms are taken.
         return state[0] + jnp.sum(lower * jnp.maximum(u, 0), axis=-1), state[1] + jnp.sum(lower, axis=-1)
@@ -105,10 +104,10 @@ def _entmax_functions(exponent: float | None):
         return like
 
     def sum_update(state, tile, params):
-        return state + jnp.sum(positive_power(_excess(tile, params), power(params)), axis=-1)
+        return state + jnp.sum(positive_power(excess(tile, params), power(params)), axis=-1)
 
     def terms(tile, state, params):
-        return (positive_power(_excess(tile, params), power(params)),)
+        return (positive_power(excess(tile, params), power(params)),)
 
     def coefficients(state, params):
         return (safe_divide(jnp.ones_like(state), state),)
@@ -120,7 +119,8 @@ def _entmax_functions(exponent: float | None):
 _MOST_STEPS = 64
 
 
-def _entmax(rows, *, alpha: Any = 1.5):
+def define_entmax(rows, *, alpha: Any = 1.5):
+    """The definition of `entmax`; the threshold `tau` is in the `params`."""
     if _checks.is_concrete_number(alpha) and abs(float(alpha) - 1) < 1e-3:
         return SOFTMAX
     slope = rows.per_row("alpha", alpha) - 1
@@ -165,7 +165,7 @@ def _entmax(rows, *, alpha: Any = 1.5):
     return normalizer._replace(params=params)
 
 
-@defined_by(_entmax)
+@defined_by(define_entmax)
 def entmax(
     scores: Scores,
     *,
@@ -200,11 +200,11 @@ def entmax(
     """
     if _checks.is_concrete_number(alpha):
         _checks.number("alpha", alpha, at_least=1)
-    return normalize(_entmax, scores, axis=axis, where=where, name="entmax", alpha=alpha)
+    return normalize(define_entmax, scores, axis=axis, where=where, name="entmax", alpha=alpha)
 
 
 def _entmax15(rows):
-    return _entmax(rows, alpha=1.5)
+    return define_entmax(rows, alpha=1.5)
 
 
 @defined_by(_entmax15)
@@ -235,7 +235,7 @@ def entmax15(scores: Scores, *, axis: int = -1, where: Bool[Array, ...] | None =
 
 
 def _sparsemax(rows):
-    return _entmax(rows, alpha=2.0)
+    return define_entmax(rows, alpha=2.0)
 
 
 @defined_by(_sparsemax)

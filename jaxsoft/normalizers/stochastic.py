@@ -14,15 +14,14 @@ from jaxtyping import Array, Bool, Float
 from jaxsoft import _checks
 from jaxsoft.normalizers._exponential import SOFTMAX, exponentials, scaled
 from jaxsoft.normalizers._normalizer import Normalizer, defined_by, normalize
-from jaxsoft.rows import reductions
-from jaxsoft.rows._reduction import Tile
+from jaxsoft.rows import Tile, reductions
 
 Scores = Float[Array, "*rows columns"]
 
 
 def random_bits(key_words: tuple[Array, Array], rows: Array, cols: Array) -> Array:
     """32 random bits for each pair of a row number and a column (broadcast against each other), by Threefry."""
-    from jax.extend.random import threefry2x32_p  # not needed by all, and slow to import
+    from jax.extend.random import threefry2x32_p  # jax.extend imports Pallas
 
     arrays = jnp.broadcast_arrays(*key_words, rows, cols.astype(jnp.uint32))
     return threefry2x32_p.bind(*arrays)[0]

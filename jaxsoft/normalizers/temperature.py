@@ -14,9 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, as_ids
 from jaxsoft.normalizers.masks import present_scores
-from jaxsoft.rows._driver import check_axis, rows_of
-from jaxsoft.rows._softmax import check_dense, softmax_with
-from jaxsoft.rows._statistics import check_ids
+from jaxsoft.rows.inner import check_axis, check_dense, check_ids, rows_of, softmax_with
 
 
 class TemperatureParameters(NamedTuple):

@@ -1,8 +1,8 @@
 """The engine: rows of scores, reduced, whether they are stored or not."""
 
 from jaxsoft.rows import reductions
-from jaxsoft.rows._driver import reduce_rows
 from jaxsoft.rows._logits import LinearLogits, Logits, linear_logits
+from jaxsoft.rows._reduce import reduce_rows
 from jaxsoft.rows._reduction import RowReduction, Tile
 from jaxsoft.rows._softmax import online_softmax, softmax_top_k, two_pass_softmax, unified_max_softmax
 from jaxsoft.rows._statistics import entropy, label_rank, log_prob, logsumexp, softcap, temperature, top_k

@@ -1,4 +1,4 @@
-"""The kinds of logits: dense arrays, and `hidden @ weight` that is never stored."""
+"""The kinds of logits: stored arrays, and `hidden @ weight` that is never stored."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from jaxtyping import Array, Float
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype
-from jaxsoft.kernels._choice import IMPLEMENTATIONS
+from jaxsoft.kernels.inner import IMPLEMENTATIONS, Work
+from jaxsoft.rows._source import Source, cut
 
-# A block of logits holds about so many entries by default, which bounds the temporary memory whatever the number
-# of rows, and so many columns at most. Measured on a CPU (docs/architecture.md); accelerators want larger
-# matrix products.
+# Default size of a block of logits: about this many entries, which bounds the temporary memory for any number of
+# rows, and at most this many columns. Measured on a CPU (docs/architecture.md); accelerators want larger products.
 _BLOCK_ENTRIES = {"cpu": 2**21, "other": 2**25}
 _WIDEST_BLOCK = {"cpu": 512, "other": 8192}
 _NARROWEST_BLOCK = 128
@@ -26,7 +26,7 @@ _NARROWEST_BLOCK = 128
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LinearLogits:
+class LinearLogits(Source):
     """The logits `softcap(scale * (hidden @ weight) + bias) / temperature`, as an expression.
 
     Nothing is computed until something reads the rows, and then block by block. Made by `linear_logits`; a
@@ -45,6 +45,9 @@ class LinearLogits:
     filter_eps: float | None = dataclasses.field(metadata=dict(static=True))
     precision: Any = dataclasses.field(metadata=dict(static=True))
     implementation: str | None = dataclasses.field(metadata=dict(static=True))
+
+    kind = "linear"
+    tape = None
 
     @property
     def vocab_size(self) -> int:
@@ -73,8 +76,7 @@ class LinearLogits:
 
     def dense(self) -> Float[Array, "*rows vocab"]:
         """Computes and stores all logits, in `dtype` (accumulated in at least float32)."""
-        rows = self._flat()
-        x = rows._block(0, self.vocab_size, None)
+        x = self._flat()._block(0, self.vocab_size, None)
         return x.astype(self.dtype).reshape(self.shape)
 
     def _scaled(self, temperature: Any) -> LinearLogits:
@@ -102,7 +104,7 @@ class LinearLogits:
     __jax_array__ = __array__ = __getitem__ = __iter__ = __matmul__ = __pow__ = __neg__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __rtruediv__ = _refuse
 
-    # What the drivers use. The rows are flattened first: hidden is [n, d], per-row arrays are [n].
+    # What passes use (see Source); after _flat, hidden is [n, d] and per-row arrays are [n].
 
     def _flat(self) -> LinearLogits:
         n = math.prod(self.hidden.shape[:-1])
@@ -118,13 +120,11 @@ class LinearLogits:
         )
 
     def _varies_by_row(self) -> LinearLogits:
-        """Which leaves have an entry a row, and are cut with the rows."""
+        """The expression with booleans for arrays: which have one entry per row."""
         flags = jax.tree.map(lambda a: a.ndim > 0, self)
         return dataclasses.replace(flags, weight=False, bias=None if self.bias is None else False)
 
     def _mask_rows(self, keep: Array) -> LinearLogits:
-        """Puts 0 into the rows nobody reads, so that a NaN in them meets no matrix product."""
-
         def per_row(a):
             return a if a is None or a.ndim == 0 else jnp.where(keep, a, 1)
 
@@ -143,19 +143,18 @@ class LinearLogits:
         return jnp.full_like(self.hidden[..., 0], 0, dtype=self._accumulation_dtype)
 
     def _accumulates(self) -> LinearLogits:
-        """Which leaves' gradients add up over the blocks of columns (the others are cut into blocks)."""
         present = jax.tree.map(lambda _: True, self)
         return dataclasses.replace(present, weight=False, bias=None if self.bias is None else False)
 
     def _weight_block(self, start, size: int, col_keep: Array | None) -> Array:
-        """The columns `start : start + size` of the weight, with 0 in those nobody reads."""
+        """The columns `start : start + size` of the weight, with 0 in those outside `col_keep`."""
         axis = 0 if self.transpose_weight else 1
         block = cut(self.weight, start, size, axis)
         if col_keep is not None:
             block = jnp.where(jnp.expand_dims(col_keep, 1 - axis), block, 0)
         return block
 
-    def _raw(self, weight_block: Array) -> Array:
+    def _product(self, weight_block: Array) -> Array:
         """A block of `hidden @ weight`."""
         contract = 1 if self.transpose_weight else 0
         hidden, weight_block = (a.astype(self.dtype) for a in (self.hidden, weight_block))
@@ -167,7 +166,7 @@ class LinearLogits:
             preferred_element_type=self._accumulation_dtype,
         )
 
-    def _pull_raw(self, d_raw: Array, weight_block: Array) -> tuple[Array, Array]:
+    def _pull_product(self, d_raw: Array, weight_block: Array) -> tuple[Array, Array]:
         """The cotangents of `hidden` and of a block of the weight, from that of the block of their product."""
         d_raw = d_raw.astype(self.dtype)
         product = functools.partial(
@@ -181,37 +180,18 @@ class LinearLogits:
         )
         return d_hidden, d_weight
 
-    def _bias_block(self, start, size: int, col_keep: Array | None) -> Array | None:
-        if self.bias is None:
-            return None
-        block = cut(self.bias, start, size, 0).astype(self._accumulation_dtype)
-        return block if col_keep is None else jnp.where(col_keep, block, 0)
+    def _raw_scores(self) -> Array | None:
+        return None
 
-    def _block(self, start, size: int, col_keep: Array | None) -> Array:
-        raw = self._raw(self._weight_block(start, size, col_keep))
-        return self._finish(raw, self._bias_block(start, size, col_keep))
+    def _raw_block(self, start, size: int, col_keep: Array | None) -> Array:
+        return self._product(self._weight_block(start, size, col_keep))
 
-    def _finish(self, raw: Array, bias: Array | None) -> Array:
-        """What follows the matrix product, entry by entry: scale, bias, softcap, temperature."""
-        x = raw
-        if self.scale is not None:
-            x = x * self.scale[..., None].astype(x.dtype)
-        if bias is not None:
-            x = x + bias
-        if self.softcap is not None:
-            x = capped(x, self.softcap)
-        if self.temperature is not None:
-            temperature = self.temperature[..., None].astype(x.dtype)
-            if bias is None:
-                return x / temperature
-            # A column whose bias is -inf is absent: its score must not meet the gradient of the temperature.
-            absent = x == -jnp.inf
-            x = jnp.where(absent, -jnp.inf, jnp.where(absent, 0, x) / temperature)
-        return x
+    def _work(self) -> Work:
+        rows, features = self.hidden.shape
+        return Work("linear", rows, self.vocab_size, features, self.dtype.itemsize)
 
-    def _is_affine(self) -> bool:
-        """Whether the logits are affine in `hidden`, so that sums over columns have a closed form."""
-        return self.softcap is None
+    def _affine(self) -> LinearLogits | None:
+        return self if self.softcap is None else None
 
     def _affine_columns(self, col_weights: Array, col_keep: Array) -> tuple[Array, Array, Array]:
         """`(n, w, b)`: `sum_j k_j`, and the k-weighted sums of the columns of weight and bias that are present."""
@@ -232,7 +212,7 @@ class LinearLogits:
         return jnp.sum(col_weights), w, b
 
     def _column_sums(self, col_weights: Array, col_keep: Array) -> tuple[Array, Array]:
-        """`sum_j k_j x_j` of every row, without the x_j, and `sum_j k_j`; k is 0 where a column is absent."""
+        """`sum_j k_j x_j` of every row and `sum_j k_j`, without a pass; k is 0 where a column is absent."""
         n, w, b = self._affine_columns(col_weights, col_keep)
         total = self.hidden.astype(w.dtype) @ w
         if self.scale is not None:
@@ -269,27 +249,16 @@ class LinearLogits:
         return min(max(width, _NARROWEST_BLOCK), _WIDEST_BLOCK[backend])
 
 
-def capped(x: Array, cap) -> Array:
-    """`cap * tanh(x / cap)`; an absent entry (-inf) stays absent."""
-    absent = x == -jnp.inf
-    return jnp.where(absent, -jnp.inf, cap * jnp.tanh(jnp.where(absent, 0, x) / cap))
-
-
-def cut(a: Array, start, size: int, axis: int) -> Array:
-    """`a[start : start + size]` along `axis`; `a` itself where that is all of it."""
-    if a.shape[axis] == size:
-        return a
-    return lax.dynamic_slice_in_dim(a, start, size, axis)
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class DenseLogits:
-    """Stored scores with the reduced axis last, in the form the drivers read."""
+class StoredLogits(Source):
+    """Stored scores, `[n, columns]`."""
 
     values: Any
 
-    filter_eps = None
+    kind = "dense"
+    scale = bias = softcap = temperature = None
+    block_size = filter_eps = implementation = tape = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -300,24 +269,38 @@ class DenseLogits:
     def _accumulation_dtype(self):
         return accumulation_dtype(self.values.dtype)
 
-    def _is_affine(self) -> bool:
-        return False
-
-    def _mask_rows(self, keep: Array) -> DenseLogits:
-        del keep  # the mask of the tiles is enough: no matrix product reads the rows
-        return self
+    def _flat(self) -> StoredLogits:
+        return StoredLogits(self.values.reshape(math.prod(self.shape[:-1]), self.shape[-1]))
 
     def _like(self) -> Array:
         if self.values.shape[-1] == 0:
             return jnp.zeros(self.values.shape[:-1], self._accumulation_dtype)
         return jnp.full_like(self.values[..., 0], 0, dtype=self._accumulation_dtype)
 
-    def _accumulates(self) -> DenseLogits:
+    def _accumulates(self) -> StoredLogits:
         return dataclasses.replace(self, values=False)
 
-    def _block(self, start, size: int, col_keep: Array | None) -> Array:
+    def _mask_rows(self, keep: Array) -> StoredLogits:
+        del keep  # the mask of the tiles is enough: no matrix product reads the rows
+        return self
+
+    def _raw_scores(self) -> Array:
+        return self.values
+
+    def _raw_block(self, start, size: int, col_keep: Array | None) -> Array:
         del col_keep
         return cut(self.values, start, size, self.values.ndim - 1).astype(self._accumulation_dtype)
+
+    def _default_block_size(self, rows: int) -> int:
+        del rows
+        return self.shape[-1]
+
+    def _work(self) -> Work:
+        rows, columns = self.shape
+        return Work("dense", rows, columns, 0, self.values.dtype.itemsize)
+
+    def _affine(self) -> None:
+        return None
 
 
 def row_scalar(name: str, value: Any, rows: tuple[int, ...], dtype, *, positive: bool = False) -> Any:
@@ -451,3 +434,23 @@ def _to_array(name: str, value: Any) -> Any:
 
 Logits = LinearLogits | Float[Array, "..."]
 """What every function that reads rows of scores takes: a dense array or a `LinearLogits`."""
+
+
+def check_axis(logits: Any, axis: int) -> int:
+    """Checks `logits` and the axis of its rows; returns the axis counted from the front."""
+    _checks.floating("logits", logits)
+    axis = _checks.integer("axis", axis)
+    if logits.ndim == 0:
+        raise ValueError("logits must have at least one axis, got a scalar")
+    if not -logits.ndim <= axis < logits.ndim:
+        raise ValueError(
+            f"axis must be in [{-logits.ndim}, {logits.ndim}) for logits of shape {logits.shape}, got {axis}"
+        )
+    if isinstance(logits, LinearLogits) and axis not in (-1, logits.ndim - 1):
+        raise ValueError(f"axis must be -1 for linear_logits of shape {logits.shape}, got {axis}")
+    return axis % logits.ndim
+
+
+def rows_of(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    """The shape of the rows: `shape` without the axis."""
+    return tuple(n for i, n in enumerate(shape) if i != axis)

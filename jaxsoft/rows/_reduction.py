@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsoft._numerics import is_present
+from jaxsoft._trees import partition
 
 State = Any
 
@@ -170,3 +171,50 @@ class RowReduction(NamedTuple):
 def is_reduction(x: Any) -> bool:
     """Whether `x` is a `RowReduction` (the leaves of a tree of reductions)."""
     return isinstance(x, RowReduction)
+
+
+class Arrays(NamedTuple):
+    """The arrays of one reduction, apart from its functions; `entry_args` may hold expressions."""
+
+    args: tuple
+    col_args: tuple
+    entry_args: tuple
+
+
+def arrays_of(reduction: RowReduction, rows: tuple[int, ...], columns: int) -> Arrays:
+    """The arrays of a reduction, with their shapes checked."""
+    for a in jax.tree.leaves(reduction.args):
+        if a.shape[: len(rows)] != rows:
+            raise ValueError(
+                f"args of a reduction must have leading axes {rows} (the rows), got shape {a.shape}"
+            )
+    for a in reduction.col_args:
+        if a.shape[:1] != (columns,):
+            raise ValueError(
+                f"col_args of a reduction must have {columns} columns first, got shape {a.shape}"
+            )
+    for a in reduction.entry_args:
+        if a.shape != (*rows, columns):
+            raise ValueError(f"entry_args of a reduction must have shape {(*rows, columns)}, got {a.shape}")
+    return Arrays(tuple(reduction.args), tuple(reduction.col_args), tuple(reduction.entry_args))
+
+
+def shares(reduction: RowReduction, state, tile: Tile, *args) -> list[jax.Array]:
+    """A tile's share of the float leaves of a finished state, as `RowReduction.share` gives it."""
+    tile = tile._replace(finished=True)
+    if reduction.share is not None:
+        return reduction.share(state, tile, *args)
+    return jax.tree.leaves(partition(reduction.update(reduction.neutral(state), tile, *args))[0])
+
+
+def block_sums(functions, states, tiles: list[Tile], args: list[tuple]) -> list:
+    """A block's share of the float leaves of finished states: its derivative is right, its value is not."""
+    return [
+        jax.tree.unflatten(jax.tree.structure(partition(state)[0]), shares(r, state, tile, *a))
+        for r, state, tile, a in zip(functions, states, tiles, args)
+    ]
+
+
+def finalize(functions, states, arrays: list[Arrays]) -> list:
+    """The results of finished states."""
+    return [r.finalize(s, *a.args) for r, s, a in zip(functions, states, arrays)]

@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float
 
 from jaxsoft._numerics import accumulation_dtype, is_present
 from jaxsoft.rows import reductions
-from jaxsoft.rows._driver import check_axis, reduce_rows
-from jaxsoft.rows._logits import LinearLogits, Logits
+from jaxsoft.rows._logits import LinearLogits, Logits, check_axis
+from jaxsoft.rows._reduce import reduce_rows
 from jaxsoft.rows._statistics import log_partition
 from jaxsoft.rows.reductions import LogPartition, TopK
 

@@ -7,13 +7,15 @@ import functools
 
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import checkify
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, as_ids
 from jaxsoft.rows import reductions
-from jaxsoft.rows._driver import check_axis, reduce_rows, rows_of
-from jaxsoft.rows._logits import LinearLogits, Logits, capped, row_scalar
+from jaxsoft.rows._logits import LinearLogits, Logits, check_axis, row_scalar, rows_of
+from jaxsoft.rows._reduce import reduce_rows
+from jaxsoft.rows._source import capped
 from jaxsoft.rows.reductions import LogPartition, TopK
 
 
@@ -305,8 +307,6 @@ def check_ids(name: str, ids, logits: Logits, axis: int, *, ignore_index: int | 
 
 def check_range(name: str, ids: Array, columns: int, ignore_index: int | None) -> None:
     """Under `checkify`, an error where an id is out of range; nothing at all otherwise."""
-    from jax.experimental import checkify
-
     ids = as_ids(ids)
     bad = (ids < 0) | (ids >= columns)
     if ignore_index is not None:

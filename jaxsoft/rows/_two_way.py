@@ -8,7 +8,6 @@ column, of which a block fills its own.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +15,13 @@ from jax import lax
 from jaxtyping import Array, Bool
 
 from jaxsoft._numerics import finite_gauge
-from jaxsoft.rows import _driver, reductions
-from jaxsoft.rows._driver import Arrays, Masks
-from jaxsoft.rows._logits import DenseLogits, LinearLogits, Logits
-from jaxsoft.rows._reduction import RowReduction, Tile
+from jaxsoft._trees import align_varying
+from jaxsoft.rows import reductions
+from jaxsoft.rows._logits import Logits
+from jaxsoft.rows._masks import Masks
+from jaxsoft.rows._pass import attach, empty_states, mask_rows, over_blocks, read_block
+from jaxsoft.rows._reduce import as_source
+from jaxsoft.rows._reduction import Arrays, RowReduction, Tile, finalize
 from jaxsoft.rows.reductions import LogPartition
 
 
@@ -46,23 +48,20 @@ _COLUMNS = RowReduction(_columns_init, _columns_update, neutral=_columns_neutral
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run(functions: tuple[RowReduction, ...], block: int, source, masks: Masks, arrays: list[Arrays]):
-    source, masks, arrays = _driver.align_varying((source, masks, arrays))
-    source, arrays = _driver.mask_rows(source, masks, arrays)
-    columns = source.shape[-1]
+    source, masks, arrays = align_varying((source, masks, arrays))
+    source, arrays = mask_rows(source, masks, arrays)
 
     def finished(source, masks, arrays):
         def body(states, start, size, looped):
             del looped
-            x = source._block(start, size, _driver.col_mask(masks, start, size))
-            tiles = _driver.tiles(x, start, masks, arrays, columns)
+            tiles = read_block(source, start, size, masks, arrays)
             return [r.update(s, tile, *a.args) for r, s, tile, a in zip(functions, states, tiles, arrays)]
 
-        empty = [r.init(source._like(), *a.args) for r, a in zip(functions, arrays)]
-        return _driver.over_blocks(columns, block, body, empty)
+        return over_blocks(source.shape[-1], block, body, empty_states(functions, source, arrays))
 
     states = finished(*lax.stop_gradient((source, masks, arrays)))
-    states = _driver.attach(functions, block, states, source, masks, arrays)
-    return _driver.finalize(functions[:-1], states, arrays), reductions.partition_of(states[-1])
+    states = attach(functions, block, states, source, masks, arrays)
+    return finalize(functions[:-1], states, arrays), reductions.partition_of(states[-1])
 
 
 def reduce_two_ways(
@@ -83,11 +82,8 @@ def reduce_two_ways(
     Returns:
       The results of the row reductions, and the columns' log-partition function `[columns]` in parts.
     """
-    n, columns = logits.shape
-    source: Any = logits._flat() if isinstance(logits, LinearLogits) else DenseLogits(jnp.asarray(logits))
-    block = columns
-    if isinstance(logits, LinearLogits):
-        block = logits.block_size or logits._default_block_size(n)
+    source, columns = as_source(logits, 1), logits.shape[1]
+    block = source.block_size or source._default_block_size(logits.shape[0])
     arrays = [Arrays(r.args, r.col_args, r.entry_args) for r in row_reductions]
     arrays.append(Arrays((jnp.zeros(columns, source._accumulation_dtype),), (), ()))
     functions = tuple(r._replace(args=(), col_args=(), entry_args=()) for r in (*row_reductions, _COLUMNS))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,8 +23,23 @@ from jaxtyping import Array, Float
 
 from jaxsoft import _checks
 from jaxsoft._numerics import weigh
-from jaxsoft.rows import _driver
-from jaxsoft.rows._logits import LinearLogits, Logits, cut
+from jaxsoft._trees import (
+    add_at,
+    align_varying,
+    combine,
+    first_order_only,
+    is_explicitly_sharded,
+    is_float,
+    partition,
+)
+from jaxsoft.kernels.inner import Kernel, Work
+from jaxsoft.rows._cotangents import block_cotangents
+from jaxsoft.rows._logits import LinearLogits, Logits, check_axis, rows_of
+from jaxsoft.rows._masks import Masks, col_mask, row_mask
+from jaxsoft.rows._pass import over_blocks
+from jaxsoft.rows._reduce import stream
+from jaxsoft.rows._reduction import Arrays, finalize
+from jaxsoft.rows._source import cut
 
 # Measured on a CPU (docs/architecture.md): chunks of 512 rows, their columns in blocks of 1024. Accelerators want
 # larger products.
@@ -35,20 +51,49 @@ def _block_columns() -> int:
     return _BLOCK_COLUMNS["cpu" if jax.default_backend() == "cpu" else "other"]
 
 
+class _Call(NamedTuple):
+    """The arrays of one pass over a chunk, by which the cotangents of its states are carried on."""
+
+    source: ChunkLogits
+    masks: Masks
+    arrays: list[Arrays]
+    states: list
+
+
 class _Tape:
     """What a loss did with the logits of a chunk while it was traced.
 
     Attributes:
       probes: zeros shaped as the float leaves of each call's states, or None when only shapes are wanted.
       functions: the reductions of each call.
-      calls: the arrays of each call: its logits, masks, reductions' arrays and finished states.
+      calls: the arrays of each call.
     """
 
-    def start(self, probes):
+    def start(self, probes) -> None:
         """Begins a new trace."""
         self.probes = probes
-        self.functions: list = []
-        self.calls: list = []
+        self.functions: list[tuple] = []
+        self.calls: list[_Call] = []
+
+    def run(
+        self,
+        chunk: ChunkLogits,
+        functions,
+        block: int,
+        masks: Masks,
+        arrays: list[Arrays],
+        kernel: Kernel | None,
+    ) -> list:
+        """The results of a pass over a chunk, which is noted: see `ChunkLogits`."""
+        fixed = {name: lax.stop_gradient(getattr(chunk, name)) for name in ("hidden", "weight", "raw")}
+        source = dataclasses.replace(chunk, tape=None, **fixed)
+        states = stream(functions, block, source, masks, arrays, kernel)
+        floats, others = partition(states)
+        if self.probes is not None:
+            floats = jax.tree.map(jnp.add, floats, self.probes[len(self.calls)])
+        self.functions.append(functions)
+        self.calls.append(_Call(source, masks, arrays, states))
+        return finalize(functions, combine(floats, others), arrays)
 
 
 @jax.tree_util.register_dataclass
@@ -64,37 +109,31 @@ class ChunkLogits(LinearLogits):
     raw: Any = None
     tape: _Tape | None = dataclasses.field(default=None, metadata=dict(static=True))
 
-    def _block(self, start, size: int, col_keep: Array | None) -> Array:
-        return self._finish(cut(self.raw, start, size, 1), self._bias_block(start, size, col_keep))
+    kind = "stored"
 
-    def _is_affine(self) -> bool:
-        return False
+    def _raw_scores(self) -> Array:
+        return self.raw
+
+    def _raw_block(self, start, size: int, col_keep: Array | None) -> Array:
+        del col_keep
+        return cut(self.raw, start, size, 1)
+
+    def _affine(self) -> None:
+        return None
 
     def _flat(self) -> ChunkLogits:
         return self
 
     def _default_block_size(self, rows: int) -> int:
+        del rows
         return _block_columns()
 
-    def _accumulates(self) -> LinearLogits:
+    def _accumulates(self) -> Any:
         return dataclasses.replace(super()._accumulates(), raw=False)
 
-    def _run(self, functions, block, masks, arrays) -> list:
-        """What `reduce_rows` does with a chunk; see the class."""
-        source = dataclasses.replace(
-            self,
-            tape=None,
-            **{name: lax.stop_gradient(getattr(self, name)) for name in ("hidden", "weight", "raw")},
-        )
-        kernel = _driver.choose_kernel(self.implementation, functions, source, masks, arrays)
-        states = _driver.stream(functions, block, source, masks, arrays, kernel)
-        floats, put_back = _driver.differentiable(states)
-        tape: Any = self.tape
-        if tape.probes is not None:
-            floats = jax.tree.map(jnp.add, floats, tape.probes[len(tape.calls)])
-        tape.functions.append(functions)
-        tape.calls.append((source, masks, arrays, states))
-        return _driver.finalize(functions, put_back(floats), arrays)
+    def _work(self) -> Work:
+        rows, columns = self.shape
+        return Work("dense", rows, columns, 0, self.raw.dtype.itemsize)
 
 
 def detached(logits: Logits) -> Any:
@@ -153,8 +192,8 @@ def weighted_sum(
       >>> print(value.round(4))
       3.3388
     """
-    axis = _driver.check_axis(logits, axis)
-    rows = _driver.rows_of(logits.shape, axis)
+    axis = check_axis(logits, axis)
+    rows = rows_of(logits.shape, axis)
     if weights is not None:
         _checks.floating("weights", weights)
         _checks.shape("weights", weights, rows, "one number a row of logits")
@@ -184,15 +223,15 @@ def weighted_sum(
     leaves, treedef = jax.tree.flatten(options)
     arrays = [leaf if hasattr(leaf, "dtype") else None for leaf in leaves]
     constants = tuple(leaf if a is None else None for leaf, a in zip(leaves, arrays))
-    # A chunk cannot pass through jit, and needs not.
-    loss = loss.__wrapped__ if type(loss).__name__ == "PjitFunction" else loss
-    if any(map(_driver.is_explicitly_sharded, jax.tree.leaves((logits, by_row, weights, row_masks)))):
+    # A chunk cannot pass through the loss's own jit, and need not.
+    loss = inspect.unwrap(loss, stop=lambda f: not isinstance(f, jax.stages.Wrapped))
+    if any(map(is_explicitly_sharded, jax.tree.leaves((logits, by_row, weights, row_masks)))):
         raise ValueError(
             "logits, labels and weights must not be sharded over Explicit mesh axes, for rows are cut into "
             "chunks: call weighted_sum inside jax.shard_map, or use the loss itself, (weights * loss(...)).sum()"
         )
-    call = _Call(loss, treedef, constants)
-    operands = _driver.align_varying((logits._flat(), _ByRow(by_row, weights, row_masks), arrays))
+    call = _Loss(loss, treedef, constants)
+    operands = align_varying((logits._flat(), _ByRow(by_row, weights, row_masks), arrays))
     return _weighted(call, min(chunk_size or _CHUNK_ROWS, max(n, 1)), *operands)
 
 
@@ -219,7 +258,7 @@ class _ByRow(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Call:
+class _Loss:
     """A loss with its options; the arrays among them are handed in at the call."""
 
     loss: Callable
@@ -240,12 +279,12 @@ class _Call:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _weighted(call: _Call, chunk: int, logits: LinearLogits, by_row: _ByRow, arrays: list):
+def _weighted(call: _Loss, chunk: int, logits: LinearLogits, by_row: _ByRow, arrays: list):
     del chunk
     return call(logits, by_row, arrays)
 
 
-def _weighted_forward(call: _Call, chunk: int, *primals):
+def _weighted_forward(call: _Loss, chunk: int, *primals):
     leaves, treedef = jax.tree.flatten(primals, is_leaf=lambda p: isinstance(p, CustomVJPPrimal))
     logits, by_row, arrays = jax.tree.unflatten(treedef, [p.value for p in leaves])
     perturbed = jax.tree.unflatten(treedef, [p.perturbed for p in leaves])
@@ -259,7 +298,7 @@ def _weighted_forward(call: _Call, chunk: int, *primals):
 
     others, others_tree = jax.tree.flatten(others_of(logits, by_row, arrays))
     wanted = jax.tree.leaves(others_of(*perturbed))
-    active = [i for i, (a, w) in enumerate(zip(others, wanted)) if w and _driver.is_float(a)]
+    active = [i for i, (a, w) in enumerate(zip(others, wanted)) if w and is_float(a)]
     cuts = logits._varies_by_row(), by_row.is_cut(), jax.tree.map(lambda _: False, arrays)
     per_row = jax.tree.leaves(others_of(*cuts))
     need_product = perturbed[0].hidden or perturbed[0].weight
@@ -268,7 +307,7 @@ def _weighted_forward(call: _Call, chunk: int, *primals):
         total, d_hidden, d_weight, d_others = carry
         mine = [cut(a, row, size, 0) if f else a for a, f in zip(others, per_row)]
         hidden = cut(logits.hidden, row, size, 0)
-        raw = dataclasses.replace(logits, hidden=hidden)._raw(logits.weight)
+        raw = dataclasses.replace(logits, hidden=hidden)._product(logits.weight)
         tape = _Tape()
 
         def value(probes, active_leaves):
@@ -284,16 +323,12 @@ def _weighted_forward(call: _Call, chunk: int, *primals):
 
         active_leaves = [mine[i] for i in active]
         _, calls = jax.eval_shape(functools.partial(value, None), active_leaves)
-        probes = [
-            jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), _driver.differentiable(states)[0])
-            for *_, states in calls
-        ]
-        probes = _driver.align_varying((probes, hidden))[0]
+        probes = [jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), partition(c.states)[0]) for c in calls]
+        probes = align_varying((probes, hidden))[0]
         part, pullback, calls = jax.vjp(value, probes, active_leaves, has_aux=True)
         d_probes, d_active = pullback(jnp.ones_like(part))
         d_others = [
-            _driver.add_at(t, d, {0: row} if per_row[i] else {})
-            for t, d, i in zip(d_others, d_active, active)
+            add_at(t, d, {0: row} if per_row[i] else {}) for t, d, i in zip(d_others, d_active, active)
         ]
         if need_product:
             d_hidden, d_weight = _product_gradient(
@@ -304,7 +339,7 @@ def _weighted_forward(call: _Call, chunk: int, *primals):
     zero = jnp.sum(logits._like())
     zeros = functools.partial(jnp.zeros_like, dtype=wide)
     start = (zero, zeros(logits.hidden), zeros(logits.weight), [zeros(others[i]) for i in active])
-    total, d_hidden, d_weight, d_others = _driver.over_blocks(n, chunk, chunk_body, start)
+    total, d_hidden, d_weight, d_others = over_blocks(n, chunk, chunk_body, start)
 
     cotangents: list = [None] * len(others)
     for i, d in zip(active, d_others):
@@ -318,47 +353,39 @@ def _weighted_forward(call: _Call, chunk: int, *primals):
         scale=scale,
         temperature=temperature,
     )
-    return _first_order_only((total, (d_logits, d_by_row, d_arrays)))
+    return first_order_only(_NO_SECOND_DERIVATIVES, (total, (d_logits, d_by_row, d_arrays)))
 
 
-@jax.custom_jvp
-def _first_order_only(x):
-    """The identity, which refuses to be differentiated: the gradient was not computed by differentiable steps."""
-    return x
-
-
-@_first_order_only.defjvp
-def _refuse(primals, tangents):
-    raise TypeError(
-        "weighted_sum and weighted_mean have no second derivatives, for their gradient is taken in the forward "
-        "pass: write (weights * loss(logits, labels)).sum(), which has derivatives of every order and mode"
-    )
+_NO_SECOND_DERIVATIVES = (
+    "weighted_sum and weighted_mean have no second derivatives, for their gradient is taken in the forward "
+    "pass: write (weights * loss(logits, labels)).sum(), which has derivatives of every order and mode"
+)
 
 
 def _product_gradient(logits, block, hidden, raw, functions, calls, d_probes, row, d_hidden, d_weight):
     """Adds a chunk's share to the gradients of hidden and weight, a block of columns at a time."""
-    all_masks = [masks for _, masks, _, _ in calls]
+    all_masks = [c.masks for c in calls]
     # A row or a column that no call reads may hold NaN; it must not meet a matrix product.
-    row_keep = _any([_driver.row_mask(m) for m in all_masks])
+    row_keep = _any([row_mask(m) for m in all_masks])
     part = dataclasses.replace(
         logits, hidden=hidden if row_keep is None else jnp.where(row_keep[:, None], hidden, 0)
     )
 
     def block_body(carry, start, size, looped):
         d_hidden, d_weight = carry
-        col_keep = _any([_driver.col_mask(m, start, size) for m in all_masks])
+        col_keep = _any([col_mask(m, start, size) for m in all_masks])
         raw_block = cut(raw, start, size, 1)
         d_raw = sum(
-            _driver.affine_cotangents(f, states, d, masks, source, arrays, raw_block, start)[0]
-            for f, (source, masks, arrays, states), d in zip(functions, calls, d_probes)
+            block_cotangents(f, c.states, d, c.masks, c.source, c.arrays, raw_block, start)[0]
+            for f, c, d in zip(functions, calls, d_probes)
         )
-        h, w = part._pull_raw(d_raw, logits._weight_block(start, size, col_keep))
-        d_weight = _driver.add_at(d_weight, w, {0 if logits.transpose_weight else 1: start})
+        h, w = part._pull_product(d_raw, logits._weight_block(start, size, col_keep))
+        d_weight = add_at(d_weight, w, {0 if logits.transpose_weight else 1: start})
         return d_hidden + h, d_weight
 
     zeros = jnp.zeros_like(hidden, dtype=d_hidden.dtype)
-    h, d_weight = _driver.over_blocks(logits.shape[-1], block, block_body, (zeros, d_weight))
-    return _driver.add_at(d_hidden, h, {0: row}), d_weight
+    h, d_weight = over_blocks(logits.shape[-1], block, block_body, (zeros, d_weight))
+    return add_at(d_hidden, h, {0: row}), d_weight
 
 
 def _any(keeps: list[Array | None]) -> Array | None:

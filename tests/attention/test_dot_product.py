@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 import jaxsoft
 from jaxsoft import normalizers as norms
 from jaxsoft.attention import dot_product_attention
-from jaxsoft.attention._driver import Plan
+from jaxsoft.attention._spec import AttentionSpec
 
 B, T, S, N, K, H, W = 2, 13, 11, 4, 2, 8, 5
 partial = functools.partial
@@ -463,9 +463,9 @@ def test_sharded_batch_and_heads():
 
 def test_hidden_blocks_are_not_computed():
     """The static masks leave pairs of blocks off the list; the others are looked at when they are run."""
-    assert len(Plan(1, 1, 1, 64, 64, 8, 8, causal=True).pairs()) == 36
-    assert len(Plan(1, 1, 1, 64, 64, 8, 8, causal=True, window=(7, None)).pairs()) == 15
-    assert len(Plan(1, 1, 1, 64, 64, 8, 8, window=(0, 0)).pairs()) == 8
+    assert len(AttentionSpec(1, 1, 1, 64, 64, 8, 8, causal=True).pairs()) == 36
+    assert len(AttentionSpec(1, 1, 1, 64, 64, 8, 8, causal=True, window=(7, None)).pairs()) == 15
+    assert len(AttentionSpec(1, 1, 1, 64, 64, 8, 8, window=(0, 0)).pairs()) == 8
     counted = []
 
     def terms(tile, state, params):

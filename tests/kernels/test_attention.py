@@ -12,14 +12,14 @@ from kernels.compare import close, run, same
 import jaxsoft
 from jaxsoft import kernels
 from jaxsoft.attention import (
-    _driver,
+    _sweeps,
     decode_attention,
     dot_product_attention,
     merge_partial_attention,
     partial_attention,
 )
-from jaxsoft.attention._dot_product import prepare
-from jaxsoft.kernels import _attention
+from jaxsoft.attention._arguments import prepare
+from jaxsoft.attention._visibility import visible
 
 SMALL = dict(rows=4, columns=3)  # queries and keys of a block; ragged at both ends
 STREAMED = [name for name in NORMALIZERS if "," not in name]  # with options that make another program or not
@@ -56,8 +56,8 @@ def test_heads_are_read_where_they_lie(heads):
 
     def operands(q, k, v):
         rows, _ = prepare(q, k, v, None, None, block_sizes=(4, 3))
-        scores = _attention._scores(rows.plan, rows.operands)
-        value = _attention._operands(rows.plan, rows.operands, rows.masks, []).cols["value"]
+        scores = _sweeps._scores(rows.spec, rows.inputs)
+        value = _sweeps._operands(rows.spec, rows.inputs, rows.masks, []).cols["value"]
         left = scores.left if heads == N else None
         return [a.reshape(*a.shape[:2], -1) for a in (left, scores.right, value) if a is not None]
 
@@ -202,9 +202,9 @@ def test_what_masks_known_at_run_time_hide_is_skipped(name):
         block_sizes=(16, 16),
         **options,
     )
-    plan = rows.plan
-    seen = _attention._operands(plan, rows.operands, rows.masks, []).seen
+    spec = rows.spec
+    seen = _sweeps._operands(spec, rows.inputs, rows.masks, []).seen
     assert len(seen) == (2 if name in ("lengths", "causal lengths", "segments", "offsets") else 1)
-    for i, j in np.ndindex(plan.nq, plan.nk):
-        visible = jnp.any(_driver.visible(plan, rows.masks, i, j), axis=(1, 2, 3, 4))
-        np.testing.assert_array_equal(seen[:, i, j], visible)
+    for i, j in np.ndindex(spec.nq, spec.nk):
+        expected = jnp.any(visible(spec, rows.masks, i, j), axis=(1, 2, 3, 4))
+        np.testing.assert_array_equal(seen[:, i, j], expected)

@@ -134,7 +134,7 @@ def keeps(state, tile):
     [
         (RowReduction(starts_at_zero, sorting_update), "has no sort"),
         (RowReduction(wide_init, keeps), r"shape \(6, 2, 3\)"),
-        (reductions.top_k(33), "at most 32 numbers a row, and 33"),
+        (reductions.top_k(33), "at most 32 numbers per row, and 33"),
     ],
 )
 def test_reductions_that_do_not_fit(reduction, words):

@@ -9,9 +9,9 @@ import pytest
 
 import jaxsoft
 from jaxsoft.kernels import gpu
-from jaxsoft.kernels._choice import Kernel
 from jaxsoft.kernels._sweep import Operands, Out, Plan, Scores
 from jaxsoft.kernels.gpu import _narrow
+from jaxsoft.kernels.inner import Kernel
 from jaxsoft.rows import reduce_rows, reductions
 
 INTERPRETED = Kernel("mosaic_gpu", True, "")

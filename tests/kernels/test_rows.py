@@ -12,8 +12,7 @@ from rows.test_reductions import CASES, given_of, make_scores, some_function
 
 import jaxsoft
 from jaxsoft import losses
-from jaxsoft.kernels import _rows
-from jaxsoft.rows import RowReduction, reduce_rows, reductions
+from jaxsoft.rows import RowReduction, _sweeps, reduce_rows, reductions
 
 INF, NAN = np.inf, np.nan
 BLOCKS = dict(rows=8, columns=128)
@@ -174,15 +173,15 @@ def test_stretches_of_columns(transposed, monkeypatch):
     n, columns, d = 5, 68, 3
     rng = np.random.default_rng(4)
     widths = []
-    one_stretch = _rows._cotangents
+    one_stretch = _sweeps._cotangents
 
     def watched(kernel, functions, states, cotangents, source, masks, arrays, start, size):
         widths.append(size)
         return one_stretch(kernel, functions, states, cotangents, source, masks, arrays, start, size)
 
-    monkeypatch.setattr(_rows, "_STRETCH", 1)
-    monkeypatch.setattr(_rows, "_NARROWEST_STRETCH", 32)
-    monkeypatch.setattr(_rows, "_cotangents", watched)
+    monkeypatch.setattr(_sweeps, "_STRETCH", 1)
+    monkeypatch.setattr(_sweeps, "_NARROWEST_STRETCH", 32)
+    monkeypatch.setattr(_sweeps, "_cotangents", watched)
     weight = rng.normal(size=(columns, d) if transposed else (d, columns))
     point = arrays_for(rng, n, columns) | dict(
         hidden=jnp.asarray(rng.normal(size=(n, d)), jnp.float32),

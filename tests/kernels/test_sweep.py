@@ -9,8 +9,8 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels.compare import close
 
 from jaxsoft.kernels import tpu
-from jaxsoft.kernels._choice import Kernel
 from jaxsoft.kernels._sweep import Operands, Out, Plan, Scores, Tiles
+from jaxsoft.kernels.inner import Kernel
 from jaxsoft.kernels.tpu import _sweep
 
 G, N, S, D, K = 2, 6, 11, 5, 3

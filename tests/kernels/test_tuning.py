@@ -9,11 +9,12 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import jaxsoft
-from jaxsoft.attention import _dot_product, dot_product_attention
-from jaxsoft.kernels import _choice, _tuning, tune
-from jaxsoft.kernels._choice import Kernel, Work
+from jaxsoft import tune
+from jaxsoft.attention import _run, dot_product_attention
+from jaxsoft.kernels import _tables
 from jaxsoft.kernels._sweep import Plan, Scores, Tiles
-from jaxsoft.kernels._tuning import Row, Table
+from jaxsoft.kernels._tables import Row, Table
+from jaxsoft.kernels.inner import Kernel, Work, blocks, likely, measured_sizes
 
 KIND = "TPU v5 lite"
 ROWS = (
@@ -29,15 +30,15 @@ ROWS = (
 @pytest.fixture
 def directory(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXSOFT_TUNING", str(tmp_path))
-    _tuning.forget()
+    _tables.forget()
     yield tmp_path
-    _tuning.forget()
+    _tables.forget()
 
 
 @pytest.fixture
 def table(directory):
     written = Table(KIND, "pallas_tpu", "0", ROWS)
-    written.write(_tuning.user_path(KIND))
+    written.write(_tables.user_path(KIND))
     return written
 
 
@@ -52,22 +53,22 @@ def f32(*shape):
 
 def test_round_trip(table, directory):
     assert [p.name for p in directory.iterdir()] == ["tpu-v5-lite.json"]
-    assert _tuning.read(_tuning.user_path(KIND)) == table
-    assert _tuning.table(KIND) == table
-    assert _tuning.is_measured(KIND)
-    assert not _tuning.is_measured("TPU v6 lite")
-    assert not _tuning.is_measured("")
+    assert _tables.read(_tables.user_path(KIND)) == table
+    assert _tables.table(KIND) == table
+    assert _tables.is_measured(KIND)
+    assert not _tables.is_measured("TPU v6 lite")
+    assert not _tables.is_measured("")
 
 
 def test_shipped_tables_are_readable():
-    for path in _tuning.SHIPPED.glob("*.json"):
-        assert _tuning.file_name(_tuning.read(path).device_kind) == path.name
+    for path in _tables.SHIPPED.glob("*.json"):
+        assert _tables.file_name(_tables.read(path).device_kind) == path.name
 
 
 def test_default_directory(monkeypatch, tmp_path):
     monkeypatch.delenv("JAXSOFT_TUNING", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert _tuning.user_path("NVIDIA H200") == tmp_path / "jaxsoft" / "tuning" / "nvidia-h200.json"
+    assert _tables.user_path("NVIDIA H200") == tmp_path / "jaxsoft" / "tuning" / "nvidia-h200.json"
 
 
 def _changed(change):
@@ -97,12 +98,12 @@ BROKEN = {
 
 @pytest.mark.parametrize("content", BROKEN.values(), ids=list(BROKEN))
 def test_a_broken_table_counts_as_none(directory, content):
-    path = _tuning.user_path(KIND)
+    path = _tables.user_path(KIND)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with warnings.catch_warnings(), on_device():
         warnings.simplefilter("error")
-        assert _tuning.table(KIND) is None
-        assert _tuning.sizes((), KIND, "pallas_tpu", ROWS[0].work, "forward") == [{}]
+        assert _tables.table(KIND) is None
+        assert _tables.sizes((), KIND, "pallas_tpu", ROWS[0].work, "forward") == [{}]
         decision = jaxsoft.kernels.explain(jaxsoft.logsumexp, f32(1024, 4096))[0]
     assert decision.implementation == "xla"
     assert "has not been measured" in decision.reasons["pallas_tpu"]
@@ -112,8 +113,8 @@ def test_a_broken_table_counts_as_none(directory, content):
 def test_a_directory_that_is_none(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("JAXSOFT_TUNING", str(tmp_path / "file"))
-    _tuning.forget()
-    assert _tuning.table(KIND) is None
+    _tables.forget()
+    assert _tables.table(KIND) is None
 
 
 def test_the_nearest_work_counts():
@@ -127,13 +128,13 @@ def test_the_nearest_work_counts():
 class TestSizes:
     def test_user_before_table_before_nothing(self, table):
         work = ROWS[0].work
-        assert _tuning.sizes((("rows", 16),), KIND, "pallas_tpu", work, "forward") == [{"rows": 16}]
-        assert _tuning.sizes((), KIND, "pallas_tpu", work, "forward") == [{"rows": 64, "columns": 256}, {}]
-        assert _tuning.sizes((), KIND, "pallas_tpu", work, "backward") == [{}]
-        assert _tuning.sizes((), KIND, "mosaic_gpu", work, "forward") == [{}]
-        assert _tuning.sizes((), "TPU v6 lite", "pallas_tpu", work, "forward") == [{}]
-        with _tuning.ignored():
-            assert _tuning.sizes((), KIND, "pallas_tpu", work, "forward") == [{}]
+        assert _tables.sizes((("rows", 16),), KIND, "pallas_tpu", work, "forward") == [{"rows": 16}]
+        assert _tables.sizes((), KIND, "pallas_tpu", work, "forward") == [{"rows": 64, "columns": 256}, {}]
+        assert _tables.sizes((), KIND, "pallas_tpu", work, "backward") == [{}]
+        assert _tables.sizes((), KIND, "mosaic_gpu", work, "forward") == [{}]
+        assert _tables.sizes((), "TPU v6 lite", "pallas_tpu", work, "forward") == [{}]
+        with _tables.ignored():
+            assert _tables.sizes((), KIND, "pallas_tpu", work, "forward") == [{}]
 
     def tiles(self, scores, plan=Plan(), blocks=(), kind=KIND):  # noqa: B008
         from jaxsoft.kernels.tpu import _sweep
@@ -156,13 +157,13 @@ class TestSizes:
     def test_of_a_sweep_of_an_attention(self, table):
         scores = Scores(left=f32(2, 512, 64), right=f32(2, 512, 64), transposed=True)
         for plan in (Plan(tiles=Tiles(64, 256)), Plan(tiles=Tiles(64, 256), over="rows")):
-            found = _tuning.sweep_sizes(Kernel("pallas_tpu", False, KIND), scores, plan)
+            found = _tables.sweep_sizes(Kernel("pallas_tpu", False, KIND), scores, plan)
             assert found == [{"rows": 64, "columns": 256}, {}]
 
     def test_of_an_attention(self, table):
         def sizes(given, user, tuned):
             with jaxsoft.kernels.block_sizes(**user):
-                return _dot_product._kernel_block_sizes(given, 1, 4096, 4096, tuned)
+                return _run._kernel_block_sizes(given, 1, 4096, 4096, tuned)
 
         tuned = {"rows": 64, "columns": 256}
         assert sizes((None, None), {}, tuned) == (64, 256)
@@ -170,11 +171,11 @@ class TestSizes:
         assert sizes((192, 384), {"rows": 128, "columns": 512}, tuned) == (128, 512)
         assert sizes((None, None), {}, {}) == (128, 128)
         work = Work("attention", 600, 600, 64, 4)
-        assert _dot_product._tuned("pallas_tpu", work) == {}
+        assert measured_sizes("pallas_tpu", work) == {}
         with on_device():
-            assert _dot_product._tuned("pallas_tpu", work) == tuned
-            assert _dot_product._tuned(None, work) == tuned
-            assert _dot_product._tuned("mosaic_gpu", work) == {}
+            assert measured_sizes("pallas_tpu", work) == tuned
+            assert measured_sizes(None, work) == tuned
+            assert measured_sizes("mosaic_gpu", work) == {}
 
 
 class TestChoice:
@@ -199,8 +200,8 @@ class TestChoice:
 
         assert self.explain(head, hidden, weight).implementation == "pallas_tpu"
         slower = (*ROWS[:3], ROWS[3]._replace(ms=1.6), *ROWS[4:])
-        table._replace(rows=slower).write(_tuning.user_path(KIND))
-        _tuning.forget()
+        table._replace(rows=slower).write(_tables.user_path(KIND))
+        _tables.forget()
         assert self.explain(head, hidden, weight).implementation == "xla"
 
     def test_xla_where_nothing_was_measured(self, table):
@@ -214,16 +215,16 @@ class TestChoice:
 
     def test_blocks_of_attention_are_those_of_what_will_run(self, table):
         with on_device():
-            assert _choice.likely(None, Work("attention", 512, 512, 64, 4))
-            assert not _choice.likely(None, Work("attention", 512, 512, 64, 2))
-            assert _choice.likely("pallas_tpu", Work("attention", 512, 512, 64, 2))
+            assert likely(None, Work("attention", 512, 512, 64, 4))
+            assert not likely(None, Work("attention", 512, 512, 64, 2))
+            assert likely("pallas_tpu", Work("attention", 512, 512, 64, 2))
 
 
 class TestTuner:
     def test_smoke(self, tmp_path, capsys):
         out = tmp_path / "new" / "table.json"
         tune.main(["--smoke", "--out", str(out)])
-        table = _tuning.read(out)
+        table = _tables.read(out)
         assert [(r.work.kind, r.direction) for r in table.rows] == [
             ("dense", "both"), ("linear", "forward"), ("linear", "backward"), ("attention", "both"),
         ]  # fmt: skip
@@ -249,7 +250,7 @@ class TestTuner:
 
         def wrong(case, implementation):
             f, wanted = right(case, implementation)
-            off = 0.1 * (implementation != "xla" and dict(_choice.blocks()).get("rows") != 16)
+            off = 0.1 * (implementation != "xla" and dict(blocks()).get("rows") != 16)
             return (lambda x: (1 + off) * f(x)), wanted
 
         monkeypatch.setattr(tune, "function", wrong)
@@ -262,7 +263,7 @@ class TestTuner:
         right = tune.compile_case
 
         def failing(case, implementation, args):
-            if implementation != "xla" and dict(_choice.blocks()).get("rows") != 8:
+            if implementation != "xla" and dict(blocks()).get("rows") != 8:
                 raise RuntimeError("out of memory\nand more")
             return right(case, implementation, args)
 
@@ -291,7 +292,7 @@ class TestTuner:
         out = tmp_path / "table.json"
         Table("interpreted", "pallas_tpu", "0", ROWS).write(out)
         tune.main(["--smoke", "--kinds", "dense", "--out", str(out)])
-        table = _tuning.read(out)
+        table = _tables.read(out)
         assert table.rows[:3] == ROWS[3:]
         assert [r.work.kind for r in table.rows[3:]] == ["dense"]
 

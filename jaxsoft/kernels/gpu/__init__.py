@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from jaxsoft.kernels._choice import Kernel
+from jaxsoft.kernels._device import Kernel
 from jaxsoft.kernels._sweep import Body, Init, Operands, Plan, Result, Scores
 
 _DEVICES = ("H100", "H200", "H800", "H20")

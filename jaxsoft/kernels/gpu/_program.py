@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsoft.kernels import _trace
-from jaxsoft.kernels._choice import Kernel
+from jaxsoft.kernels._device import Kernel
 from jaxsoft.kernels._sweep import Operands, Out, Plan, Scores, Tiles, abreast, apart, of_one
 from jaxsoft.kernels.gpu import _narrow
 from jaxsoft.kernels.gpu._narrow import Item, Space, Unsupported, Value

@@ -12,13 +12,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxsoft.kernels import _tuning
-from jaxsoft.kernels._choice import Kernel
+from jaxsoft._trees import align_varying
+from jaxsoft.kernels import _tables
+from jaxsoft.kernels._device import Kernel
 from jaxsoft.kernels._sweep import Operands, Plan, Result, Scores, Tiles, abreast
 from jaxsoft.kernels.gpu import _narrow
 from jaxsoft.kernels.gpu._narrow import Item, Unsupported, Value
 from jaxsoft.kernels.gpu._program import WARPGROUP, Packer, Program, entry_dtype, features
-from jaxsoft.rows._driver import align_varying
 
 
 def refusal(kernel: Kernel, body, scores: Scores, operands: Operands, init, plan: Plan) -> str | None:
@@ -37,7 +37,7 @@ def sweep(kernel: Kernel, body, scores: Scores, operands: Operands, init, plan: 
 
 def _program(kernel: Kernel, body, scores: Scores, operands: Operands, init, plan: Plan) -> Program:
     """The sweep with measured sizes of blocks, or with the backend's own where these do not fit."""
-    *measured, own = _tuning.sweep_sizes(kernel, scores, plan)
+    *measured, own = _tables.sweep_sizes(kernel, scores, plan)
     for sizes in measured:
         try:
             return Program(_with_blocks(kernel, sizes), body, scores, operands, init, plan)

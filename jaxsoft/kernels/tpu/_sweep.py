@@ -16,11 +16,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxsoft.kernels import _tuning
-from jaxsoft.kernels._choice import Kernel
+from jaxsoft._trees import align_varying
+from jaxsoft.kernels import _tables
+from jaxsoft.kernels._device import Kernel
 from jaxsoft.kernels._sweep import Block, Operands, Out, Plan, Result, Scores, Tiles, abreast, apart
 from jaxsoft.kernels._trace import examples, is_ragged, unsupported
-from jaxsoft.rows._driver import align_varying
 
 # Vector memory that the blocks of a tile may fill, twice buffered.
 _VMEM = 48 * 2**20
@@ -67,7 +67,7 @@ def tiles_of(kernel: Kernel, scores: Scores, plan: Plan) -> Tiles:
     rows, width = 256, 512 if depth else 1024
     while (rows + width) * depth > _VMEM // 2 and (rows > 128 or width > 128):
         rows, width = (rows // 2, width) if rows >= width else (rows, width // 2)
-    for sizes in _tuning.sweep_sizes(kernel, scores, plan):
+    for sizes in _tables.sweep_sizes(kernel, scores, plan):
         r, w = sizes.get("rows", rows), sizes.get("columns", width)
         if kernel.blocks or (r + w) * depth + r * w * 16 <= _VMEM:
             rows, width = r, w

@@ -1,6 +1,6 @@
 """What was measured on a kind of device: whether kernels are faster than XLA there, and with which sizes of blocks.
 
-Tables are JSON files that `python -m jaxsoft.kernels.tune` writes. The user's own stands before the one that comes with
+Tables are JSON files that `python -m jaxsoft.tune` writes. The user's own stands before the one that comes with
 the library. A file that cannot be read counts as none: `explain` says so, nothing is raised or warned of.
 """
 
@@ -17,10 +17,11 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from jaxsoft.kernels._choice import Kernel, Work
+from jaxsoft.kernels._device import Kernel, Work
 from jaxsoft.kernels._sweep import Plan, Scores
 
 FORMAT = 1
+COMMAND = "python -m jaxsoft.tune"
 SHIPPED = pathlib.Path(__file__).parent / "tables"
 KINDS = ("dense", "linear", "attention")
 PASSES = ("forward", "backward", "both")
@@ -197,7 +198,7 @@ def is_measured(device_kind: str) -> bool:
 def objection(implementation: str, device_kind: str, work: Work) -> str | None:
     """Why kernels do not run some work unless they are asked for, or None: they were measured and not slower."""
     found, wrong = _find(device_kind)
-    how = "run python -m jaxsoft.kernels.tune, or ask for it"
+    how = f"run {COMMAND}, or ask for it"
     if found is None or found.implementation != implementation:
         return f"it has not been measured on {device_kind!r}: {how}" + (f" ({wrong})" if wrong else "")
     rows = found.nearest(work)

@@ -1,6 +1,6 @@
 """Measures kernels on the device of this machine, and keeps which sizes of blocks are best and where XLA is faster.
 
-    python -m jaxsoft.kernels.tune [--out FILE] [--kinds dense linear attention] [--minutes 20]
+    python -m jaxsoft.tune [--out FILE] [--kinds dense linear attention] [--minutes 20]
 
 Rows of stored scores, linear heads and attention are timed forward and backward, with several sizes of blocks, against
 `implementation="xla"`. What gives other numbers than XLA is left out. The table goes to `$JAXSOFT_TUNING` or
@@ -27,9 +27,7 @@ import jax.numpy as jnp
 import jaxsoft
 from jaxsoft import losses
 from jaxsoft.attention import dot_product_attention
-from jaxsoft.kernels import _choice, _tuning
-from jaxsoft.kernels._choice import Kernel, Work
-from jaxsoft.kernels._tuning import Row, Table
+from jaxsoft.kernels.inner import BACKENDS, Kernel, Work, device, tables
 
 # Sizes that are tried, beside the backend's own choice: rows and columns (of attention: queries and keys).
 CANDIDATES = {
@@ -217,7 +215,7 @@ def _distance(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def tune_case(
     case: Case, implementation: str, candidates, repeats: int, deadline: float, say: Callable[[str], None]
-) -> list[Row]:
+) -> list[tables.Row]:
     """The lines of a table for one case; none if no kernel runs it."""
     args = arguments(case)
     xla, expected = measure(case, "xla", args, repeats, None)
@@ -250,7 +248,7 @@ def tune_case(
         own = next((ms(t) for s, t in found if not s), float("inf"))
         best, times = min(found, key=lambda pair: ms(pair[1]))
         best, took = (best, ms(times)) if ms(times) < _WORTHWHILE * own else ({}, own)
-        rows.append(Row(case.work, direction, best, took, ms(xla)))
+        rows.append(tables.Row(case.work, direction, best, took, ms(xla)))
     return rows
 
 
@@ -270,11 +268,11 @@ def tune(
     candidates,
     *,
     out: pathlib.Path | None,
-    kept: tuple[Row, ...] = (),
+    kept: tuple[tables.Row, ...] = (),
     repeats: int = 5,
     minutes: float = 20.0,
     say: Callable[[str], None] = print,
-) -> Table:
+) -> tables.Table:
     """Measures cases, and writes the table after each.
 
     Args:
@@ -292,8 +290,8 @@ def tune(
       The table.
     """
     start, limit = time.monotonic(), 60 * minutes
-    table = Table(device_kind, implementation, jax.__version__, kept)
-    with _tuning.ignored():
+    table = tables.Table(device_kind, implementation, jax.__version__, kept)
+    with tables.ignored():
         for i, case in enumerate(cases):
             left = start + limit - time.monotonic()
             if left <= 0:
@@ -314,25 +312,25 @@ def tune(
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(
-        prog="python -m jaxsoft.kernels.tune",
+        prog=tables.COMMAND,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=pathlib.Path, help="where the table goes")
-    parser.add_argument("--kinds", nargs="+", choices=_tuning.KINDS, default=list(_tuning.KINDS))
+    parser.add_argument("--kinds", nargs="+", choices=tables.KINDS, default=list(tables.KINDS))
     parser.add_argument("--minutes", type=float, default=20.0, help="about how long it may take")
     parser.add_argument("--repeats", type=int, default=5, help="samples of each time")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, interpreted kernels, any machine")
     args = parser.parse_args(argv)
-    platform, device_kind = _choice.device()
-    names = [name for name, (needed, _) in _choice.BACKENDS.items() if needed == platform]
+    platform, device_kind = device()
+    names = [name for name, (needed, _) in BACKENDS.items() if needed == platform]
     if args.smoke:
         implementation, device_kind, out = "pallas_tpu", "interpreted", args.out
         cases, candidates, context = SMOKE, _SMOKE_CANDIDATES, jaxsoft.kernels.interpreted()
     elif not names:
         sys.exit(f"There are kernels for TPUs and GPUs, this is a {platform.upper()}; --smoke runs anywhere.")
     else:
-        implementation, out = names[0], args.out or _tuning.user_path(device_kind)
+        implementation, out = names[0], args.out or tables.user_path(device_kind)
         cases, candidates, context = CASES, CANDIDATES[implementation], contextlib.nullcontext()
         kernel = Kernel(implementation, False, device_kind)
         reason = kernel.backend().unavailable(kernel)
@@ -356,13 +354,13 @@ def main(argv: list[str] | None = None) -> None:
     print(f"written to {out}" if out is not None else "not kept: give --out")
 
 
-def _kept(out: pathlib.Path | None, kinds: list[str], device_kind: str) -> tuple[Row, ...]:
+def _kept(out: pathlib.Path | None, kinds: list[str], device_kind: str) -> tuple[tables.Row, ...]:
     """The lines of a table that is there, of the kinds that are not measured now."""
     if out is None or not out.exists():
         return ()
     try:
-        table = _tuning.read(out)
-    except (_tuning.BrokenTable, OSError) as error:
+        table = tables.read(out)
+    except (tables.BrokenTable, OSError) as error:
         sys.exit(f"{error}: remove it, or give another --out.")
     if table.device_kind != device_kind:
         sys.exit(
@@ -371,7 +369,7 @@ def _kept(out: pathlib.Path | None, kinds: list[str], device_kind: str) -> tuple
     return tuple(row for row in table.rows if row.work.kind not in kinds)
 
 
-def _summary(table: Table) -> None:
+def _summary(table: tables.Table) -> None:
     """Which implementation `None` now means, work by work."""
     for work in dict.fromkeys(row.work for row in table.rows):
         rows = table.nearest(work)

@@ -1,0 +1,82 @@
+"""Tools for trees of arrays: their float leaves, cotangents of these, gradients that add up, mesh axes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+
+def is_float(a: Any) -> bool:
+    """Whether `a` is a floating array."""
+    return jnp.issubdtype(a.dtype, jnp.floating)
+
+
+def partition(tree: Any) -> tuple[Any, Any]:
+    """Splits a tree into its float leaves and the others, each with None in place of the rest."""
+    return (
+        jax.tree.map(lambda a: a if is_float(a) else None, tree),
+        jax.tree.map(lambda a: None if is_float(a) else a, tree),
+    )
+
+
+def combine(floats: Any, others: Any) -> Any:
+    """The inverse of `partition`."""
+    return jax.tree.map(lambda f, o: o if f is None else f, floats, others, is_leaf=lambda x: x is None)
+
+
+def pull(function: Callable, operands: tuple, cotangents: Any) -> Any:
+    """The cotangents of the float leaves of `operands`, from those of `function(*operands)`; None for the others."""
+    floats, others = partition(operands)
+    _, pullback = jax.vjp(lambda floats: function(*combine(floats, others)), floats)
+    return pullback(cotangents)[0]
+
+
+def add_at(total: Array, part: Array, starts: dict[int, Any]) -> Array:
+    """Adds `part` into `total` in place, at the given start along some of the axes."""
+    index = [jnp.asarray(starts.get(axis, 0), jnp.int32) for axis in range(total.ndim)]
+    old = lax.dynamic_slice(total, index, part.shape)
+    return lax.dynamic_update_slice(total, old + part.astype(total.dtype), index)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def first_order_only(reason: str, tree: Any) -> Any:
+    """The identity, whose derivative raises `reason`: for gradients that were not computed by differentiable steps."""
+    del reason
+    return tree
+
+
+@first_order_only.defjvp
+def _refuse(reason, primals, tangents):
+    raise TypeError(reason)
+
+
+def is_explicitly_sharded(a: Any) -> bool:
+    """Whether an axis of an array is sharded over an Explicit mesh axis."""
+    return any(axis is not None for axis in jax.typeof(a).sharding.spec)
+
+
+def align_varying(tree: Any) -> Any:
+    """Inside shard_map, lets all arrays vary over the same mesh axes.
+
+    Otherwise the loop of a derivative would hold one all-reduce per block; this leaves one per operand.
+    """
+    axes = [_varying_axes(leaf) for leaf in jax.tree.leaves(tree)]
+    union = frozenset().union(*axes)
+    if not union:
+        return tree
+
+    def cast(leaf):
+        missing = tuple(sorted(union - _varying_axes(leaf)))
+        return lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(cast, tree)
+
+
+def _varying_axes(a: Any) -> frozenset:
+    return frozenset(jax.typeof(a).manual_axis_type.varying)

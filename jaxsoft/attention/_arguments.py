@@ -1,0 +1,224 @@
+"""The arguments of an attention, checked and brought into the form its passes work with."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxsoft import _checks
+from jaxsoft._numerics import accumulation_dtype
+from jaxsoft.attention._rows import AttentionRows, to_blocks
+from jaxsoft.attention._run import choose_block_sizes
+from jaxsoft.attention._spec import AttentionSpec, Inputs, Visibility
+from jaxsoft.kernels.inner import IMPLEMENTATIONS
+
+
+def prepare(
+    query,
+    key,
+    value,
+    bias,
+    mask,
+    *,
+    scale=None,
+    is_causal=False,
+    query_seq_lengths=None,
+    key_value_seq_lengths=None,
+    local_window_size=None,
+    query_segment_ids=None,
+    key_segment_ids=None,
+    mask_fn=None,
+    query_offset: Any = 0,
+    key_offset: Any = 0,
+    alibi_slopes=None,
+    softcap=None,
+    block_sizes=(None, None),
+    precision=None,
+    implementation=None,
+) -> tuple[AttentionRows, tuple[int, ...]]:
+    """Checks the arguments, and brings them into the form of the driver."""
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        _checks.floating(name, array)
+        if array.ndim < 3 or array.shape[:-3] != query.shape[:-3]:
+            raise ValueError(
+                f"{name} must have shape [*batch, length, heads, width], batch as the query's {query.shape[:-3]}, "
+                f"got shape {array.shape}"
+            )
+    shape, batch = query.shape, query.shape[:-3]
+    query, key, value = (a.reshape(math.prod(batch), *a.shape[-3:]) for a in (query, key, value))
+    b, t, n, h = query.shape
+    _, s, k, _ = key.shape
+    _checks.shape("key", key, (b, s, k, h), "batch, keys, heads, width as the query's")
+    _checks.shape("value", value, (b, s, k, value.shape[-1]), "batch, keys and heads as the key's")
+    if k == 0 or n % k:
+        raise ValueError(
+            f"query must have a multiple of the key's {k} heads, got {n} in shape {tuple(query.shape)}"
+        )
+    if s == 0:
+        raise ValueError(f"key must have at least one position, got shape {tuple(key.shape)}")
+    _checks.option("implementation", implementation, (None, *IMPLEMENTATIONS))
+    if softcap is not None:
+        _checks.number("softcap", softcap, above=0)
+    if mask_fn is not None and not callable(mask_fn):
+        raise TypeError(f"mask_fn must be a function of two positions, got {_checks.describe(mask_fn)}")
+    _checks.flag("is_causal", is_causal)
+    if not isinstance(block_sizes, tuple) or len(block_sizes) != 2:
+        raise TypeError(f"block_sizes must be a pair (queries, keys), got {_checks.describe(block_sizes)}")
+    for name, size in zip(("queries", "keys"), block_sizes):
+        if size is not None:
+            _checks.integer(f"block_sizes ({name})", size, at_least=1)
+    bq, bk = choose_block_sizes(block_sizes, implementation, n // k, query, key)
+    static = _is_static(query_offset) and _is_static(key_offset)
+    spec = AttentionSpec(
+        b,
+        k,
+        n // k,
+        t,
+        s,
+        bq,
+        bk,
+        is_causal,
+        _window(local_window_size),
+        _checks.integer("query_offset", query_offset) if static else None,
+        _checks.integer("key_offset", key_offset) if static else 0,
+        mask_fn,
+        None if softcap is None else float(softcap),
+        precision,
+        implementation,
+    )
+    masks = Visibility(
+        query_lengths=_lengths("query_seq_lengths", query_seq_lengths, batch),
+        key_lengths=_lengths("key_value_seq_lengths", key_value_seq_lengths, batch),
+        entries=None if mask is None else _entries("mask", mask, spec, batch),
+        offset=None if static else _offset("query_offset", query_offset, batch),
+        key_offset=None if static else _offset("key_offset", key_offset, batch),
+    )
+    if (query_segment_ids is None) != (key_segment_ids is None):
+        raise ValueError("query_segment_ids and key_segment_ids must be given together")
+    if query_segment_ids is not None:
+        ids = [("query_segment_ids", query_segment_ids, t, spec.nq * bq)]
+        ids += [("key_segment_ids", key_segment_ids, s, spec.nk * bk)]
+        segments = [_segments(name, array, batch, length, padded) for name, array, length, padded in ids]
+        masks = masks._replace(query_segments=segments[0], key_segments=segments[1])
+
+    query, key, value = _hide(query, key, value, masks, spec.key_offset)
+    dtype = accumulation_dtype(query.dtype, key.dtype)
+    rows = AttentionRows(spec, Inputs(_query_blocks(spec, query), *_key_blocks(spec, key, value)), masks)
+    inputs = rows.inputs
+    scale = 1 / math.sqrt(h) if scale is None else scale
+    if _checks.is_concrete_number(scale):
+        _checks.number("scale", scale)
+    else:
+        _per_head("scale", scale, n)
+    if query.dtype == dtype:  # nothing is lost when the queries carry the scale
+        inputs = inputs._replace(query=inputs.query * rows.per_row("scale", scale)[..., None])
+    else:
+        inputs = inputs._replace(scale=rows.per_row("scale", scale))
+    if bias is not None:
+        inputs = inputs._replace(bias=_entries("bias", bias, spec, batch))
+    if alibi_slopes is not None:
+        _per_head("alibi_slopes", alibi_slopes, n)
+        inputs = inputs._replace(slopes=rows.per_row("alibi_slopes", alibi_slopes))
+    rows.inputs = inputs
+    return rows, shape
+
+
+def _is_static(offset: Any) -> bool:
+    return _checks.is_concrete_number(offset) and not isinstance(offset, jax.Array)
+
+
+def _offset(name: str, offset: Any, batch: tuple[int, ...]) -> Array:
+    if _is_static(offset):
+        offset = jnp.asarray(_checks.integer(name, offset), jnp.int32)
+    _checks.integers(name, offset)
+    if offset.shape not in ((), batch):
+        raise ValueError(f"{name} must have shape () or {batch} (batch), got shape {offset.shape}")
+    return jnp.asarray(offset, jnp.int32).reshape(-1 if offset.shape else ())
+
+
+def _window(window: Any) -> tuple[int | None, int | None]:
+    if window is None:
+        return None, None
+    if not isinstance(window, tuple):
+        window = (window, window)
+    if len(window) != 2:
+        raise ValueError(f"local_window_size must be a number or a pair (left, right), got {window!r}")
+    left, right = (None if w is None else _checks.integer("local_window_size", w, at_least=0) for w in window)
+    return left, right
+
+
+def _lengths(name: str, lengths: Any, batch: tuple[int, ...]) -> Any:
+    if lengths is None:
+        return None
+    _checks.integers(name, lengths)
+    _checks.shape(name, lengths, batch, "one length a batch element")
+    return jnp.asarray(lengths, jnp.int32).reshape(-1)
+
+
+def _segments(name: str, ids: Any, batch: tuple[int, ...], length: int, padded: int) -> Array:
+    _checks.integers(name, ids)
+    _checks.shape(name, ids, (*batch, length), "batch and length")
+    return jnp.pad(jnp.asarray(ids).reshape(-1, length), ((0, 0), (0, padded - length)))
+
+
+def _per_head(name: str, value: Any, heads: int) -> None:
+    _checks.floating(name, value)
+    if value.shape not in ((), (heads,)):
+        raise ValueError(f"{name} must be a number or have shape ({heads},), one a head, got {value.shape}")
+
+
+def _entries(name: str, array: Any, spec: AttentionSpec, batch: tuple[int, ...]) -> Array:
+    """A mask or bias with the five axes of the scores, padded to whole blocks."""
+    heads = spec.heads * spec.groups
+    full = (*batch, heads, spec.queries, spec.keys)
+    if name == "mask":
+        _checks.boolean(name, array)
+    else:
+        _checks.floating(name, array)
+    _checks.broadcastable(name, array, full, "batch, heads, queries, keys")
+    array = jnp.asarray(array).reshape((1,) * (len(full) - array.ndim) + array.shape)
+    lead, (n, t, s) = array.shape[:-3], array.shape[-3:]
+    if math.prod(lead) != 1:
+        array = jnp.broadcast_to(array, (*batch, n, t, s))
+    split = (1, 1) if n == 1 else (spec.heads, spec.groups)
+    array = array.reshape(-1, *split, t, s)
+    pads = [
+        (0, 0 if size == 1 else blocks * width - size)
+        for size, blocks, width in ((t, spec.nq, spec.bq), (s, spec.nk, spec.bk))
+    ]
+    return jnp.pad(array, ((0, 0), (0, 0), (0, 0), *pads)) if any(p[1] for p in pads) else array
+
+
+def _hide(query, key, value, masks: Visibility, key_offset: int):
+    """Puts 0 into queries and keys that nobody reads, lest a NaN in them meets a matrix product."""
+    keys = []
+    if masks.key_lengths is not None:
+        first = key_offset if masks.key_offset is None else masks.key_offset.reshape(-1, 1)
+        keys.append(jnp.arange(key.shape[1], dtype=jnp.int32) + first < masks.key_lengths[:, None])
+    entries = masks.entries
+    if entries is not None and entries.shape[1:4] == (1, 1, 1):
+        keys.append(jnp.broadcast_to(entries[:, 0, 0, 0, : key.shape[1]], key.shape[:2]))
+    for keep in keys:
+        keep = keep[..., None, None]
+        key, value = jnp.where(keep, key, 0), jnp.where(keep, value, 0)
+    if masks.query_lengths is not None:
+        keep = jnp.arange(query.shape[1], dtype=jnp.int32) < masks.query_lengths[:, None]
+        query = jnp.where(keep[..., None, None], query, 0)
+    return query, key, value
+
+
+def _query_blocks(spec: AttentionSpec, query: Array) -> Array:
+    return to_blocks(spec, jnp.swapaxes(query, 1, 2))
+
+
+def _key_blocks(spec: AttentionSpec, key: Array, value: Array) -> tuple[Array, Array]:
+    def blocks(a):
+        a = jnp.pad(a, ((0, 0), (0, spec.nk * spec.bk - spec.keys), (0, 0), (0, 0)))
+        a = a.reshape(spec.batch, spec.nk, spec.bk, spec.heads, a.shape[-1])
+        return jnp.transpose(a, (1, 0, 3, 2, 4))
+
+    return blocks(key), blocks(value)

@@ -1,0 +1,218 @@
+"""One pass over the scores of an attention, `query @ key`, which are never stored: the states of row reductions.
+
+The scores are visited in blocks of queries and keys, one pair of blocks after another in a single loop. Which pairs
+can hold anything is known from the static options (causal, window): the others are not on the list. Masks known at
+run time (lengths, segments, a predicate, an array) are looked at block by block: a pair without a visible entry is
+skipped, one without a hidden entry is computed without a mask. The derivative is that of `jaxsoft.rows`: one more
+loop over the pairs, linear in the tangents, checkpointed, which JAX transposes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array
+
+from jaxsoft._numerics import accumulation_dtype
+from jaxsoft._trees import combine
+from jaxsoft.attention._spec import AttentionSpec, Inputs, Visibility
+from jaxsoft.attention._visibility import as_rows, cut_entries, positions, visible
+from jaxsoft.rows import Tile
+from jaxsoft.rows.inner import block_sums, capped
+
+
+def _scores(spec: AttentionSpec, block: Inputs, masks: Visibility, i, j) -> Array:
+    """The scores of a pair of blocks, `[B, K, R, bk]`."""
+    dtype = accumulation_dtype(block.query.dtype, block.key.dtype)
+    x = _product("bkrh,bksh->bkrs", block.query, block.key, spec.precision, dtype)
+    bias = distance = None
+    if block.bias is not None:
+        bias = as_rows(spec, block.bias)
+    if block.slopes is not None:
+        q, k = positions(spec, masks, i, j)
+        distance = k - q
+        distance = as_rows(spec, distance.reshape((1,) * (5 - distance.ndim) + distance.shape))
+    return finish(spec, x, block.scale, bias, block.slopes, distance)
+
+
+def finish(spec: AttentionSpec, x: Array, scale, bias, slopes, distance) -> Array:
+    """What follows the product of queries and keys: scale, cap, bias, and slopes times the distance to the key.
+
+    Scale and slopes are `[..., R]`, bias and distance broadcast to the scores; None where there is none.
+    """
+    if scale is not None:
+        x = x * scale[..., None]
+    if spec.softcap is not None:
+        x = capped(x, spec.softcap)
+    if bias is not None:
+        x = x + bias.astype(x.dtype)
+    if slopes is not None:
+        x = x + slopes[..., None] * distance.astype(x.dtype)
+    return x
+
+
+def _product(formula: str, a: Array, b: Array, precision, dtype) -> Array:
+    common = jnp.promote_types(a.dtype, b.dtype)
+    return jnp.einsum(
+        formula, a.astype(common), b.astype(common), precision=precision, preferred_element_type=dtype
+    )
+
+
+def _cut(inputs: Inputs, spec: AttentionSpec, i, j) -> Inputs:
+    """The blocks that one pair needs."""
+
+    def at(a, index):
+        return None if a is None else lax.dynamic_index_in_dim(a, index, 0, keepdims=False)
+
+    return Inputs(
+        at(inputs.query, i),
+        at(inputs.key, j),
+        at(inputs.value, j),
+        at(inputs.scale, i),
+        None if inputs.bias is None else cut_entries(spec, inputs.bias, i, j),
+        at(inputs.slopes, i),
+    )
+
+
+def _tile(spec: AttentionSpec, block: Inputs, masks: Visibility, keep: Array | None, i, j) -> Tile:
+    scores = _scores(spec, block, masks, i, j)
+    if keep is not None:
+        scores = jnp.where(as_rows(spec, keep), scores, -jnp.inf)
+    cols = jnp.arange(spec.bk, dtype=jnp.int32) + (j * spec.bk + spec.key_offset)
+    if masks.key_offset is not None:
+        offset = masks.key_offset
+        cols = cols + (offset if offset.ndim == 0 else offset[:, None, None, None])
+    values = () if block.value is None else (block.value,)
+    columns = spec.keys + spec.key_offset if masks.key_offset is None else jnp.iinfo(jnp.int32).max
+    return Tile.of(scores, cols, columns, values)
+
+
+def _at(tree: Any, i) -> Any:
+    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, 0, keepdims=False), tree)
+
+
+def _by_visibility(
+    spec: AttentionSpec, masks: Visibility, pair: Array, skip: Callable, work: Callable, *operands
+) -> Any:
+    """`skip(*operands)` where a pair has nothing visible, else `work(keep or None, *operands)`."""
+    i, j, hidden = pair
+    if spec.mask_fn is None and all(m is None for m in masks):
+        if not spec.pairs()[:, 2].any():
+            return work(None, *operands)
+
+        def masked(*operands):
+            return work(visible(spec, masks, i, j), *operands)
+
+        if spec.pairs()[:, 2].all():
+            return masked(*operands)
+        return lax.cond(hidden == 1, masked, functools.partial(work, None), *operands)
+    keep = visible(spec, masks, i, j)
+    kind = jnp.where(jnp.all(keep), 1, jnp.where(jnp.any(keep), 2, 0))
+    branches = [skip, functools.partial(work, None), functools.partial(work, keep)]
+    return lax.switch(kind, branches, *operands)
+
+
+# --- all pairs -----------------------------------------------------------------------------------------------
+
+
+def empty_states(spec: AttentionSpec, functions: tuple, inputs: Inputs, args: list) -> list:
+    """The states of rows that have seen nothing."""
+    dtype = accumulation_dtype(inputs.query.dtype, inputs.key.dtype)
+    like = jnp.zeros_like(inputs.query[..., 0], dtype=dtype)
+    return [r.init(like, *a) for r, a in zip(functions, args)]
+
+
+def finished_states(
+    spec: AttentionSpec, functions: tuple, inputs: Inputs, masks: Visibility, args: list
+) -> list:
+    """The finished states, without derivatives."""
+
+    def body(states, pair):
+        i, j, _ = pair
+        block, block_args = _cut(inputs, spec, i, j), _at(args, i)
+
+        def work(keep, states):
+            tile = _tile(spec, block, masks, keep, i, j)
+            return [r.update(s, tile, *a) for r, s, a in zip(functions, states, block_args)]
+
+        def skip(states):
+            return states
+
+        new = _by_visibility(spec, masks, pair, skip, work, _at(states, i))
+        return jax.tree.map(lambda a, b: lax.dynamic_update_index_in_dim(a, b, i, 0), states, new), None
+
+    return lax.scan(body, empty_states(spec, functions, inputs, args), jnp.asarray(spec.pairs()))[0]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def attach(spec, functions, floats, others, inputs, masks, args):
+    """The float leaves of finished states, as functions of what they were computed from."""
+    del spec, functions, others, inputs, masks, args
+    return floats
+
+
+def _attach_jvp(spec, functions, primals, tangents):
+    floats, others, inputs, masks, args = primals
+    out = attach(spec, functions, floats, others, inputs, masks, args)
+    states = combine(lax.stop_gradient(floats), others)
+    leaves, treedef = jax.tree.flatten((inputs, args))
+    dleaves = jax.tree.leaves((tangents[2], tangents[4]))
+    active = [k for k, d in enumerate(dleaves) if not isinstance(d, SymbolicZero)]
+    zeros = jax.tree.map(jnp.zeros_like, floats)
+    if not active:
+        return out, zeros
+    # Gradients add up over the pairs: in float32 at least.
+    dactive = [dleaves[k].astype(jnp.promote_types(leaves[k].dtype, jnp.float32)) for k in active]
+
+    def cut(tree, i, j):
+        inputs, args = tree
+        return _cut(inputs, spec, i, j), _at(args, i)
+
+    def pair_tangent(dactive, pair):
+        i, j, _ = pair
+        block_leaves, block_treedef = jax.tree.flatten(cut((inputs, args), i, j))
+        given = [None] * len(leaves)
+        for k, d in zip(active, dactive):
+            given[k] = d
+        tangent_tree = jax.tree.unflatten(treedef, given)
+        block_tangents = jax.tree.leaves(cut(tangent_tree, i, j))
+        primals = [block_leaves[k] for k in active]
+        state = _at(states, i)
+
+        def sums(keep, active_leaves):
+            all_leaves = list(block_leaves)
+            for k, leaf in zip(active, active_leaves):
+                all_leaves[k] = leaf
+            block, block_args = jax.tree.unflatten(block_treedef, all_leaves)
+            tile = _tile(spec, block, masks, keep, i, j)
+            return block_sums(functions, state, [tile] * len(functions), block_args)
+
+        def work(keep, block_tangents):
+            cast = [d.astype(p.dtype) for d, p in zip(block_tangents, primals)]
+            return jax.jvp(functools.partial(sums, keep), (primals,), (cast,))[1]
+
+        def skip(block_tangents):
+            return _at(zeros, 0)
+
+        return _by_visibility(spec, masks, pair, skip, work, block_tangents)
+
+    def body(total, pair):
+        part = jax.checkpoint(pair_tangent, prevent_cse=False)(dactive, pair)
+        i = pair[0]
+
+        def add(t, p):
+            old = lax.dynamic_index_in_dim(t, i, 0, keepdims=False)
+            return lax.dynamic_update_index_in_dim(t, old + p, i, 0)
+
+        return jax.tree.map(add, total, part), None
+
+    return out, lax.scan(body, zeros, jnp.asarray(spec.pairs()))[0]
+
+
+attach.defjvp(_attach_jvp, symbolic_zeros=True)

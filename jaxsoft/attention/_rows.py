@@ -1,0 +1,101 @@
+"""The rows of scores of an attention, in blocks, as the definitions of normalizers see them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxsoft._numerics import accumulation_dtype
+from jaxsoft.attention._run import run
+from jaxsoft.attention._spec import AttentionSpec, Inputs, Visibility
+from jaxsoft.attention._visibility import count
+from jaxsoft.normalizers import Normalizer
+from jaxsoft.normalizers.inner import after, per_row
+from jaxsoft.rows import RowReduction
+from jaxsoft.rows.inner import is_reduction
+
+
+class AttentionRows:
+    """The rows of scores of an attention, as the definitions of normalizers see them (`DenseRows` for stored ones).
+
+    Attributes:
+      shape: of the rows, in blocks of queries: `[nq, B, K, R]`.
+      dtype: of statistics and parameters.
+    """
+
+    def __init__(self, spec: AttentionSpec, inputs: Inputs, masks: Visibility):
+        self.spec, self.inputs, self.masks = spec, inputs, masks
+        self.shape = spec.rows
+        self.dtype = accumulation_dtype(inputs.query.dtype, inputs.key.dtype)
+
+    def run(self, wanted: list[RowReduction]) -> list:
+        """The states of reductions, one pass."""
+        functions = tuple(r._replace(args=()) for r in wanted)
+        return run(self.spec, functions, self.inputs, self.masks, [r.args for r in wanted])
+
+    def _without_values(self) -> AttentionRows:
+        return AttentionRows(self.spec, self.inputs._replace(value=None), self.masks)
+
+    def reduce(self, wanted: Any) -> Any:
+        """Runs row reductions over the scores, one pass."""
+        leaves, treedef = jax.tree.flatten(wanted, is_leaf=is_reduction)
+        states = self._without_values().run(leaves)
+        return jax.tree.unflatten(treedef, [r.finalize(s, *r.args) for r, s in zip(leaves, states)])
+
+    def state(self, normalizer: Normalizer) -> Any:
+        """The state of a normalizer's statistics, one pass."""
+        if normalizer.statistics is None:
+            return ()
+        statistics = after(normalizer.statistics, normalizer.before)
+        return self.reduce(statistics._replace(args=(normalizer.params,)))
+
+    def count(self) -> Array:
+        """The number of visible keys of each query."""
+        return count(self.spec, self.inputs, self.masks)
+
+    def detached(self) -> AttentionRows:
+        """The same rows without their gradient."""
+        return AttentionRows(self.spec, jax.lax.stop_gradient(self.inputs), self.masks)
+
+    def row_number(self) -> Array:
+        """A number for each row that depends on batch, head and position only (uint32)."""
+        p = self.spec
+        heads = p.heads * p.groups
+        numbers = jnp.arange(p.batch * heads * p.queries, dtype=jnp.uint32)
+        return to_blocks(p, numbers.reshape(p.batch, heads, p.queries))
+
+    def per_row(self, name: str, value: Any) -> Array:
+        """A number, one a head, or an array that broadcasts to `[B, N, T]`, as rows in blocks."""
+        p = self.spec
+        if getattr(value, "ndim", 0) == 1:
+            value = value[:, None]
+        return to_blocks(p, per_row(name, value, (p.batch, p.heads * p.groups, p.queries), self.dtype))
+
+
+def to_blocks(spec: AttentionSpec, rows: Array) -> Array:
+    """`[B, N, T, ...]` as `[nq, B, K, R, ...]`, padded to whole blocks with the last row (0 may be no good value)."""
+    rest = rows.shape[3:]
+    # Cut in the order in which queries come: a kernel that puts the blocks back in this order copies nothing.
+    rows = jnp.swapaxes(rows, 1, 2)
+    pad = spec.nq * spec.bq - spec.queries
+    if pad:
+        rows = jnp.pad(rows, ((0, 0), (0, pad), (0, 0), *((0, 0) for _ in rest)), mode="edge")
+    rows = rows.reshape(spec.batch, spec.nq, spec.bq, spec.heads, spec.groups, *rest)
+    return jnp.moveaxis(rows, (1, 2), (0, 4)).reshape(*spec.rows, *rest)
+
+
+def from_blocks(spec: AttentionSpec, blocks: Array) -> Array:
+    """`[nq, B, K, R, ...]` as `[B, N, T, ...]`."""
+    rest = blocks.shape[4:]
+    blocks = blocks.reshape(spec.nq, spec.batch, spec.heads, spec.groups, spec.bq, *rest)
+    rows = jnp.moveaxis(blocks, 0, 3).reshape(spec.batch, spec.heads * spec.groups, -1, *rest)
+    return rows[:, :, : spec.queries]
+
+
+def to_user(spec: AttentionSpec, blocks: Array, shape: tuple[int, ...]) -> Array:
+    """Rows in blocks as `[*batch, T, N, ...]`; `shape` is that of the query."""
+    rows = jnp.swapaxes(from_blocks(spec, blocks), 1, 2)
+    return rows.reshape(*shape[:-1], *rows.shape[3:])

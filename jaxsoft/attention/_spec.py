@@ -1,0 +1,145 @@
+"""What an attention is, in the form its passes work with: static sizes and masks, arrays, masks of the run.
+
+Shapes: B batch, K key heads, G query heads per key head, T queries, S keys; blocks of `bq` queries and `bk` keys. A
+block of queries has R = G * bq rows per key head; rows are `[nq, B, K, R]` arrays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSpec:
+    """What is static about an attention: sizes, blocks and masks.
+
+    Attributes:
+      batch: B.
+      heads: K.
+      groups: G.
+      queries: T.
+      keys: S.
+      bq: queries in a block.
+      bk: keys in a block.
+      causal: whether a query sees no later key.
+      window: how many positions to the left and right of a query it sees; None for all, on either side.
+      offset: the position of the first query, or None if positions are known at run time only.
+      key_offset: the position of the first key.
+      mask_fn: the user's predicate, or None.
+      softcap: as in `linear_logits`, or None.
+      precision: of the matrix products.
+      implementation: what the user asked for.
+    """
+
+    batch: int
+    heads: int
+    groups: int
+    queries: int
+    keys: int
+    bq: int
+    bk: int
+    causal: bool = False
+    window: tuple[int | None, int | None] = (None, None)
+    offset: int | None = 0
+    key_offset: int = 0
+    mask_fn: Callable | None = None
+    softcap: float | None = None
+    precision: Any = None
+    implementation: str | None = None
+
+    @property
+    def nq(self) -> int:
+        """The number of blocks of queries."""
+        return -(-self.queries // self.bq)
+
+    @property
+    def nk(self) -> int:
+        """The number of blocks of keys."""
+        return -(-self.keys // self.bk)
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The shape of the rows."""
+        return (self.nq, self.batch, self.heads, self.groups * self.bq)
+
+    def band(self) -> tuple[int | None, int | None]:
+        """The visible keys of a query at position p lie in `[p - left, p + right]`; None is no bound."""
+        left, right = self.window
+        if self.causal:
+            right = 0 if right is None else min(right, 0)
+        return left, right
+
+    def live(self, i, j) -> Any:
+        """Whether the static masks leave something of the pairs (i, j) of blocks; True where there are none."""
+        if self.offset is None:
+            return True
+        (left, right), shift = self.band(), self.offset - self.key_offset
+        first_q, first_k = i * self.bq + shift, j * self.bk
+        live = True
+        if left is not None:
+            live &= (first_k + self.bk - 1 >= first_q - left) & (self.keys - 1 >= first_q - left)
+        if right is not None:
+            live &= (first_k <= first_q + self.bq - 1 + right) & (first_k <= self.queries - 1 + shift + right)
+        return live
+
+    def pairs(self) -> np.ndarray:
+        """`[pairs, 3]`: block of queries, block of keys, whether the static masks hide something in the pair."""
+        left, right = self.band() if self.offset is not None else (None, None)
+        i, j = np.meshgrid(np.arange(self.nq), np.arange(self.nk), indexing="ij")
+        shift = (self.offset or 0) - self.key_offset
+        last_q = np.minimum((i + 1) * self.bq, self.queries) - 1 + shift
+        last_k = np.minimum((j + 1) * self.bk, self.keys) - 1
+        live, hidden = np.broadcast_to(self.live(i, j), i.shape), (j + 1) * self.bk > self.keys
+        if left is not None:
+            hidden |= j * self.bk < last_q - left
+        if right is not None:
+            hidden |= last_k > i * self.bq + shift + right
+        if self.offset is None and self.band() != (None, None):
+            hidden |= True
+        return np.stack([i[live], j[live], hidden[live]], axis=1).astype(np.int32)
+
+
+class Visibility(NamedTuple):
+    """What is known at run time of which entries are visible; None where there is no such mask.
+
+    Attributes:
+      query_lengths: `[B]`.
+      key_lengths: `[B]`.
+      query_segments: `[B, nq * bq]`.
+      key_segments: `[B, nk * bk]`.
+      entries: `[B or 1, K or 1, G or 1, T or 1, S or 1]`, padded to whole blocks.
+      offset: position of the first query, `[]` or `[B]`, where the spec has none.
+      key_offset: position of the first key, likewise.
+    """
+
+    query_lengths: Any = None
+    key_lengths: Any = None
+    query_segments: Any = None
+    key_segments: Any = None
+    entries: Any = None
+    offset: Any = None
+    key_offset: Any = None
+
+
+class Inputs(NamedTuple):
+    """What the scores and values are made of.
+
+    Attributes:
+      query: `[nq, B, K, R, H]`.
+      key: `[nk, B, K, bk, H]`.
+      value: `[nk, B, K, bk, Hv]`.
+      scale: multiplies the products: `[nq, B, K, R]`, or None where the queries hold it already.
+      bias: `[B or 1, K or 1, G or 1, T or 1, S or 1]`, padded to whole blocks, or None.
+      slopes: `[nq, B, K, R]`, times the distance from the query to a key, or None.
+    """
+
+    query: Any
+    key: Any
+    value: Any
+    scale: Any = None
+    bias: Any = None
+    slopes: Any = None

@@ -1,0 +1,383 @@
+"""Passes over the scores of an attention as sweeps, which every kernel backend runs.
+
+There is one matrix of scores per batch element and key head; query heads that share keys are rows of one block.
+Forward, one sweep over the keys carries the states (for a normalizer: its statistics and the weighted sums of the
+values). Backward, one sweep over the keys carries the gradients of the queries and of all else that varies by row, and
+writes that of a bias; one over the queries carries those of keys and values.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jaxsoft._trees import combine, first_order_only, partition, pull
+from jaxsoft.attention import _pass
+from jaxsoft.attention._pass import finish
+from jaxsoft.attention._spec import AttentionSpec, Inputs, Visibility
+from jaxsoft.attention._visibility import seen_from
+from jaxsoft.kernels.inner import (
+    NO_SECOND_DERIVATIVES,
+    Block,
+    Kernel,
+    Operands,
+    Out,
+    Plan,
+    Scores,
+    Tiles,
+    objection,
+    plain,
+)
+from jaxsoft.rows import Tile
+from jaxsoft.rows.inner import block_sums
+
+
+def refusal(
+    backend, kernel: Kernel, spec: AttentionSpec, functions, inputs: Inputs, masks: Visibility, args
+) -> str | None:
+    """Why a backend cannot run these reductions, or None."""
+    wrong = objection((inputs, args))
+    return wrong or backend.refusal(kernel, *_forward(spec, functions, inputs, masks, args))
+
+
+def run(kernel: Kernel, spec: AttentionSpec, functions, inputs: Inputs, masks: Visibility, args) -> list:
+    """The states of reductions of all rows, with their derivatives attached, leaves `[nq, B, K, R, ...]`."""
+    states = _states(kernel, spec, functions, *lax.stop_gradient((inputs, masks, args)))
+    floats, others = partition(states)
+    case = _backward(spec, functions, states, floats, inputs, masks, args)
+    if all(kernel.backend().refusal(kernel, *sweep) is None for sweep in case):
+        floats = _attach(kernel, spec, functions, floats, others, inputs, masks, args)
+    else:
+        floats = _pass.attach(spec, functions, floats, others, inputs, masks, args)
+    return combine(floats, others)
+
+
+# --- rows in blocks, and matrices ------------------------------------------------------------------------------
+
+
+def _by_matrix(spec: AttentionSpec, rows: Array) -> Array:
+    """`[nq, B, K, R, ...]` (or keys, `[nk, B, K, bk, ...]`) as `[B * K, nq * R, ...]`."""
+    moved = jnp.moveaxis(rows, 0, 2)
+    return moved.reshape(spec.batch * spec.heads, -1, *rows.shape[4:])
+
+
+def _side_by_side(spec: AttentionSpec, rows: Array) -> Array:
+    """`[nq or nk, B, K, ..., H]` as `[B, rows, K, H]`: how queries and keys came, which the compiler does not copy."""
+    moved = jnp.moveaxis(rows, (0, 2), (1, -2))
+    return moved.reshape(spec.batch, -1, spec.heads, rows.shape[-1])
+
+
+def _by_block(spec: AttentionSpec, rows: Array, blocks: int) -> Array:
+    """The inverse of `_by_matrix`."""
+    shape = (spec.batch, spec.heads, blocks, rows.shape[1] // blocks, *rows.shape[2:])
+    return jnp.moveaxis(rows.reshape(shape), 2, 0)
+
+
+def _five_axes(spec: AttentionSpec, array: Array) -> Array:
+    """`[B or 1, K or 1, G or 1, T or 1, S or 1]` as `[B * K or 1, nq * R, nk * bk]`, broadcast where it must be."""
+    if array.shape[:2] != (1, 1):
+        array = jnp.broadcast_to(array, (spec.batch, spec.heads, *array.shape[2:]))
+    array = jnp.broadcast_to(array, (*array.shape[:2], spec.groups, spec.nq * spec.bq, spec.nk * spec.bk))
+    array = array.reshape(-1, spec.groups, spec.nq, spec.bq, spec.nk * spec.bk)
+    return jnp.moveaxis(array, 1, 2).reshape(array.shape[0], -1, spec.nk * spec.bk)
+
+
+def _gather_five_axes(spec: AttentionSpec, d: Array, like: Array) -> Array:
+    """The transpose of `_five_axes`: sums over the axes that were broadcast."""
+    return jax.linear_transpose(
+        functools.partial(_five_axes, spec), jax.ShapeDtypeStruct(like.shape, d.dtype)
+    )(d)[0]
+
+
+def _positions(spec: AttentionSpec, masks: Visibility) -> tuple[Array, Array]:
+    """The positions of queries and of keys, `[B * K or 1, nq * R]` and `[B * K or 1, nk * bk]`."""
+    q = _query_index(spec)
+    k = jnp.arange(spec.nk * spec.bk, dtype=jnp.int32)[None]
+    if spec.offset is not None:
+        return q + spec.offset, k + spec.key_offset
+
+    def moved(x, offset):
+        return x + (offset if offset.ndim == 0 else jnp.repeat(offset, spec.heads)[:, None])
+
+    return moved(q, masks.offset), moved(k, masks.key_offset)
+
+
+def _query_index(spec: AttentionSpec) -> Array:
+    """Which query each row belongs to, `[1, nq * R]`."""
+    within = jnp.tile(jnp.arange(spec.bq, dtype=jnp.int32), spec.groups)
+    return (jnp.arange(spec.nq, dtype=jnp.int32)[:, None] * spec.bq + within).reshape(1, -1)
+
+
+def _each_head(spec: AttentionSpec, per_batch: Array) -> Array:
+    return jnp.repeat(per_batch, spec.heads, axis=0)
+
+
+# --- what a tile reads -----------------------------------------------------------------------------------------
+
+
+def _scores(spec: AttentionSpec, inputs: Inputs) -> Scores:
+    common = jnp.promote_types(inputs.query.dtype, inputs.key.dtype)
+    query = inputs.query.reshape(*spec.rows[:3], spec.groups, spec.bq, -1)
+    query, key = (_side_by_side(spec, a.astype(common)) for a in (query, inputs.key))
+    return Scores(None, query, key, True, spec.precision)
+
+
+def _operands(spec: AttentionSpec, inputs: Inputs, masks: Visibility, args) -> Operands:
+    """The arrays beside the scores: booleans as int32 or int8, floats that belong to rows in float32."""
+    q, k = _positions(spec, masks)
+    beyond = spec.nk * spec.bk > spec.keys
+    seen_by_column = [jnp.arange(spec.nk * spec.bk)[None] < spec.keys] if beyond else []
+    if masks.key_lengths is not None:
+        seen_by_column.append(k < _each_head(spec, masks.key_lengths)[:, None])
+    positioned = spec.band() != (None, None) or spec.mask_fn is not None or inputs.slopes is not None
+    dynamic = spec.offset is None
+
+    def rows(a):
+        return None if a is None else plain(_by_matrix(spec, a))
+
+    by_row = {
+        "position": q if positioned else None,
+        "keep": None,
+        "segment": None,
+        "scale": rows(inputs.scale),
+        "slopes": rows(inputs.slopes),
+        "args": [jax.tree.map(rows, a) for a in args],
+    }
+    by_column = {
+        "position": k if positioned or dynamic else None,
+        "keep": None,
+        "segment": None,
+        "value": None if inputs.value is None else _side_by_side(spec, inputs.value),
+    }
+    if seen_by_column:
+        by_column["keep"] = functools.reduce(jnp.logical_and, seen_by_column).astype(jnp.int32)
+    if masks.query_lengths is not None:
+        seen = _query_index(spec) < _each_head(spec, masks.query_lengths)[:, None]
+        by_row["keep"] = seen.astype(jnp.int32)
+    if masks.query_segments is not None:
+        segments = masks.query_segments.reshape(spec.batch, spec.nq, 1, spec.bq)
+        segments = jnp.broadcast_to(segments, (spec.batch, spec.nq, spec.groups, spec.bq))
+        by_row["segment"] = _each_head(spec, segments.reshape(spec.batch, -1))
+        by_column["segment"] = _each_head(spec, masks.key_segments)
+    by_entry = {
+        "keep": None if masks.entries is None else _five_axes(spec, masks.entries.astype(jnp.int8)),
+        "bias": None if inputs.bias is None else _five_axes(spec, inputs.bias),
+    }
+    return Operands(by_row, by_column, by_entry, seen=_seen(spec, by_row, by_column, masks))
+
+
+def _tile(spec: AttentionSpec, block: Block, raw: Array, rows: dict, cols: dict, entries: dict) -> Tile:
+    """A tile as the reductions see it."""
+    q: Any = None if rows["position"] is None else rows["position"][:, None]
+    k: Any = None if cols["position"] is None else cols["position"][None, :]
+    distance = None if rows["slopes"] is None else k - q
+    x = finish(spec, raw, rows["scale"], entries["bias"], rows["slopes"], distance)
+    keeps = seen_from(spec, q, k)
+    if rows["keep"] is not None:
+        keeps.append(rows["keep"][:, None] != 0)
+    if cols["keep"] is not None:
+        keeps.append(cols["keep"][None, :] != 0)
+    if rows["segment"] is not None:
+        keeps.append(rows["segment"][:, None] == cols["segment"][None, :])
+    if entries["keep"] is not None:
+        keeps.append(entries["keep"] != 0)
+    if keeps:
+        x = jnp.where(functools.reduce(jnp.logical_and, keeps), x, -jnp.inf)
+    at = block.col + spec.key_offset if k is None else jnp.broadcast_to(k, x.shape)
+    columns = spec.keys + spec.key_offset if spec.offset is not None else jnp.iinfo(jnp.int32).max
+    values = () if cols["value"] is None else (cols["value"],)
+    return Tile.of(x, at, columns, values, (), True)
+
+
+def _live(spec: AttentionSpec) -> Callable | None:
+    """Which pairs of blocks the static masks leave something of."""
+    if spec.offset is None or spec.band() == (None, None):
+        return None
+    return lambda i, j, rows, columns: spec.live(i, j)
+
+
+def _seen(spec: AttentionSpec, rows: dict, cols: dict, masks: Visibility) -> Array | None:
+    """`[B or 1, nq, nk]`: False where masks known at run time hide a pair of blocks from all heads; None without such.
+
+    Of positions and segments only the smallest and largest of a block are looked at: exact where they are sorted, and
+    never 0 where something is seen.
+    """
+    nothing = jnp.iinfo(jnp.int32).max
+
+    def ends(a: Array, keep: Any, blocks: int) -> tuple[Array, Array]:
+        """The smallest and largest number of each block of what is kept, `[G, blocks]`; of nothing, the reverse."""
+        keep = jnp.ones(a.shape, bool) if keep is None else jnp.broadcast_to(keep != 0, a.shape)
+        a, keep = (x.reshape(x.shape[0], blocks, -1) for x in (a, keep))
+        return (
+            jnp.min(jnp.where(keep, a, nothing), axis=-1)[:, :, None],
+            jnp.max(jnp.where(keep, a, -nothing), axis=-1)[:, :, None],
+        )
+
+    def meet(name: str, left: int | None, right: int | None) -> Array:
+        """Whether a key of a block can lie in `[query - left, query + right]` of a query of another."""
+        (q_low, q_high), (k_low, k_high) = (
+            ends(jnp.broadcast_to(part[name], _common(part[name], part["keep"])), part["keep"], blocks)
+            for part, blocks in ((rows, spec.nq), (cols, spec.nk))
+        )
+        k_low, k_high = jnp.swapaxes(k_low, 1, 2), jnp.swapaxes(k_high, 1, 2)
+        some = (q_low <= q_high) & (k_low <= k_high)
+        if left is not None:
+            some &= k_high >= q_low - left
+        if right is not None:
+            some &= k_low <= q_high + right
+        return some
+
+    found = []
+    if spec.offset is None or rows["keep"] is not None or masks.key_lengths is not None:
+        given = [{**part, "position": at} for part, at in zip((rows, cols), _positions(spec, masks))]
+        rows, cols = given
+        found.append(meet("position", *spec.band()))
+    if rows["segment"] is not None:
+        found.append(meet("segment", 0, 0))
+    if masks.entries is not None:
+        kept = _five_axes(spec, masks.entries)
+        found.append(
+            jnp.any(kept.reshape(-1, spec.nq, kept.shape[1] // spec.nq, spec.nk, spec.bk), axis=(2, 4))
+        )
+    if spec.mask_fn is not None and spec.offset is not None:
+        q, k = _positions(spec, masks)
+        kept = jnp.broadcast_to(spec.mask_fn(q[0][:, None], k[0][None, :]), (q.shape[1], k.shape[1]))
+        found.append(jnp.any(kept.reshape(1, spec.nq, -1, spec.nk, spec.bk), axis=(2, 4)))
+    if not found:
+        return None
+    seen = functools.reduce(jnp.logical_and, found)
+    return jnp.any(seen.reshape(-1, spec.heads, spec.nq, spec.nk), axis=1) if len(seen) > 1 else seen
+
+
+def _common(a: Array, keep: Any) -> Any:
+    return a.shape if keep is None else jnp.broadcast_shapes(a.shape, keep.shape)
+
+
+def _tiles(spec: AttentionSpec) -> Tiles:
+    return Tiles(spec.groups * spec.bq, spec.bk)
+
+
+# --- the forward pass --------------------------------------------------------------------------------------------
+
+
+def _forward(spec: AttentionSpec, functions, inputs: Inputs, masks: Visibility, args) -> tuple:
+    """The sweep that carries the states."""
+
+    def init(rows, like):
+        return [r.init(like, *a) for r, a in zip(functions, rows["args"])]
+
+    def body(block: Block, states) -> Out:
+        tile = _tile(spec, block, block.raw, block.rows, block.cols, block.entries)
+        return Out(carry=[r.update(s, tile, *a) for r, s, a in zip(functions, states, block.rows["args"])])
+
+    sweep = Plan(live=_live(spec), tiles=_tiles(spec))
+    return body, _scores(spec, inputs), _operands(spec, inputs, masks, args), init, sweep
+
+
+def _states(kernel: Kernel, spec: AttentionSpec, functions, inputs, masks, args) -> list:
+    result = kernel.backend().sweep(kernel, *_forward(spec, functions, inputs, masks, args))
+    rows = jax.tree.map(lambda a: [_by_block(spec, part, spec.nq) for part in a], result.carry)
+    each = jax.tree.transpose(jax.tree.structure(result.carry), None, rows)
+
+    def join(a, b):
+        return [r.merge(x, y, *p) for r, x, y, p in zip(functions, a, b, args)]
+
+    return functools.reduce(join, each)
+
+
+# --- the backward pass -------------------------------------------------------------------------------------------
+
+
+def _backward(spec: AttentionSpec, functions, states, cotangents, inputs, masks, args) -> tuple:
+    """Two sweeps: for what belongs to queries and entries, and for keys and values."""
+    scores, beside = _scores(spec, inputs), _operands(spec, inputs, masks, args)
+    by_matrix = functools.partial(_by_matrix, spec)
+    beside.rows.update(jax.tree.map(by_matrix, {"states": states, "cotangents": cotangents}))
+    dtype = scores.dtype
+
+    def pulled(block: Block, *names: str) -> tuple[Array, dict]:
+        """The cotangents of the raw scores and of the named inputs."""
+
+        def sums(raw, given):
+            rows, cols, entries = (
+                {**part, **{n: given[n] for n in given if n in part}}
+                for part in (block.rows, block.cols, block.entries)
+            )
+            tile = _tile(spec, block, raw, rows, cols, entries)
+            return block_sums(functions, rows["states"], [tile] * len(functions), rows["args"])
+
+        everything = {**block.rows, **block.cols, **block.entries}
+        given = {name: everything[name] for name in names}
+        return pull(sums, (block.raw, given), block.rows["cotangents"])
+
+    of_rows = ("scale", "slopes", "args")
+
+    def init_rows(rows, like):
+        floats = partition({name: rows[name] for name in of_rows})[0]
+        width = scores.left.shape[-1]
+        return jnp.broadcast_to(like[:, None], (*like.shape, width)), jax.tree.map(jnp.zeros_like, floats)
+
+    def along_keys(block: Block, carry) -> Out:
+        d_raw, d = pulled(block, *of_rows, "bias")
+        d_query = _product(d_raw.astype(dtype), block.right, ((1,), (0,)), spec)
+        d_rows = {name: d[name] for name in of_rows}
+        return Out((carry[0] + d_query, jax.tree.map(jnp.add, carry[1], d_rows)), d["bias"])
+
+    def init_columns(cols, like):
+        widths = (scores.left.shape[-1], None if cols["value"] is None else cols["value"].shape[-1])
+        return tuple(None if w is None else jnp.broadcast_to(like[:, None], (*like.shape, w)) for w in widths)
+
+    def along_queries(block: Block, carry) -> Out:
+        d_raw, d = pulled(block, "value")
+        d_key = _product(d_raw.astype(dtype), block.left, ((0,), (0,)), spec)
+        d_value = None if carry[1] is None else carry[1] + d["value"].astype(jnp.float32)
+        return Out((carry[0] + d_key, d_value))
+
+    live, tiles = _live(spec), _tiles(spec)
+    dtypes = () if inputs.bias is None else (inputs.bias.dtype,)
+    return (
+        (along_keys, scores, beside, init_rows, Plan(entry_dtypes=dtypes, live=live, tiles=tiles)),
+        (along_queries, scores, beside, init_columns, Plan(over="rows", live=live, tiles=tiles)),
+    )
+
+
+def _product(a: Array, b: Array, axes: tuple, spec: AttentionSpec) -> Array:
+    return lax.dot_general(
+        a, b, (axes, ((), ())), precision=spec.precision, preferred_element_type=jnp.float32
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attach(kernel, spec, functions, floats, others, inputs, masks, args):
+    """The float leaves of finished states, as functions of what they were computed from."""
+    del kernel, spec, functions, others, inputs, masks, args
+    return floats
+
+
+def _attach_forward(kernel, spec, functions, *given):
+    return given[0], given
+
+
+def _attach_backward(kernel, spec, functions, residuals, cotangents):
+    (floats, others, inputs, masks, args), cotangents = first_order_only(
+        NO_SECOND_DERIVATIVES, (residuals, cotangents)
+    )
+    states = combine(floats, others)
+    case = _backward(spec, functions, states, cotangents, inputs, masks, args)
+    by_query, by_key = (kernel.backend().sweep(kernel, *sweep) for sweep in case)
+    d_query, d_rows = jax.tree.map(lambda a: _by_block(spec, jnp.sum(a, axis=0), spec.nq), by_query.carry)
+    d_key, d_value = jax.tree.map(lambda a: _by_block(spec, a[0], spec.nk), by_key.carry)
+    d_bias = None if inputs.bias is None else _gather_five_axes(spec, by_query.entries, inputs.bias)
+    d_operands = Inputs(d_query, d_key, d_value, d_rows["scale"], d_bias, d_rows["slopes"])
+    wanted = partition((inputs, args))[0]
+    d_operands, d_args = jax.tree.map(lambda a, d: d.astype(a.dtype), wanted, (d_operands, d_rows["args"]))
+    return None, None, d_operands, None, d_args
+
+
+_attach.defvjp(_attach_forward, _attach_backward)

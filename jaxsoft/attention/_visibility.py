@@ -1,0 +1,105 @@
+"""Which keys a query sees: the masks of an attention, pair of blocks by pair of blocks, and the number of keys seen."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jaxsoft._numerics import accumulation_dtype
+from jaxsoft.attention._spec import AttentionSpec, Inputs, Visibility
+
+
+def positions(spec: AttentionSpec, masks: Visibility, i, j) -> tuple[Array, Array]:
+    """The positions of the queries of a block and of the keys, `[bq, 1]` and `[1, bk]`; five axes if one a batch."""
+    q = jnp.arange(spec.bq, dtype=jnp.int32)[:, None] + i * spec.bq
+    k = jnp.arange(spec.bk, dtype=jnp.int32)[None, :] + j * spec.bk
+    if spec.offset is not None:
+        return q + spec.offset, k + spec.key_offset
+
+    def moved(x, offset):
+        return x + (offset if offset.ndim == 0 else offset[:, None, None, None, None])
+
+    return moved(q, masks.offset), moved(k, masks.key_offset)
+
+
+def seen_from(spec: AttentionSpec, q: Array, k: Array) -> list[Array]:
+    """What the masks by position say of queries at positions `q` and keys at `k`: booleans, all of which must hold."""
+    left, right = spec.band()
+    keeps = []
+    if left is not None:
+        keeps.append(k >= q - left)
+    if right is not None:
+        keeps.append(k <= q + right)
+    if spec.mask_fn is not None:
+        keeps.append(jnp.broadcast_to(spec.mask_fn(q, k), jnp.broadcast_shapes(q.shape, k.shape)))
+    return keeps
+
+
+def visible(spec: AttentionSpec, masks: Visibility, i, j) -> Array:
+    """Which entries of a pair of blocks are visible: five axes that broadcast to `[B, K, G, bq, bk]`."""
+    q, k = positions(spec, masks, i, j)
+    keeps = seen_from(spec, q, k)
+    if spec.nk * spec.bk > spec.keys:
+        keeps.append((jnp.arange(spec.bk, dtype=jnp.int32) + j * spec.bk < spec.keys)[None, :])
+    if masks.key_lengths is not None:
+        keeps.append(k < masks.key_lengths[:, None, None, None, None])
+    if masks.query_lengths is not None:
+        row = jnp.arange(spec.bq, dtype=jnp.int32) + i * spec.bq
+        keeps.append(row[:, None] < masks.query_lengths[:, None, None, None, None])
+    if masks.query_segments is not None:
+        qs = lax.dynamic_slice_in_dim(masks.query_segments, i * spec.bq, spec.bq, 1)
+        ks = lax.dynamic_slice_in_dim(masks.key_segments, j * spec.bk, spec.bk, 1)
+        keeps.append(qs[:, None, None, :, None] == ks[:, None, None, None, :])
+    if masks.entries is not None:
+        keeps.append(cut_entries(spec, masks.entries, i, j))
+    keep = functools.reduce(jnp.logical_and, keeps, jnp.ones((1, 1), bool))
+    return keep.reshape((1,) * (5 - keep.ndim) + keep.shape)
+
+
+def cut_entries(spec: AttentionSpec, array: Array, i, j) -> Array:
+    """The block of an array with the five axes of the scores, of which any may have size 1."""
+    for axis, index, size in ((3, i, spec.bq), (4, j, spec.bk)):
+        if array.shape[axis] != 1:
+            array = lax.dynamic_slice_in_dim(array, index * size, size, axis)
+    return array
+
+
+def as_rows(spec: AttentionSpec, block: Array) -> Array:
+    """Five axes that broadcast to `[B, K, G, bq, bk]`, as `[B, K, R, bk]`."""
+    block = jnp.broadcast_to(block, (spec.batch, spec.heads, spec.groups, spec.bq, spec.bk))
+    return block.reshape(spec.batch, spec.heads, -1, spec.bk)
+
+
+def count(spec: AttentionSpec, inputs: Inputs, masks: Visibility) -> Array:
+    """The number of visible keys of every row, without its scores."""
+    dtype = accumulation_dtype(inputs.query.dtype, inputs.key.dtype)
+    if masks.entries is None and masks.query_segments is None and spec.mask_fn is None:
+        # An interval of keys: its ends are known.
+        q = jax.vmap(lambda i: positions(spec, masks, i, 0)[0])(jnp.arange(spec.nq, dtype=jnp.int32))
+        q = q.reshape(spec.nq, *(1,) * (6 - q.ndim), *q.shape[1:])[..., 0]
+        zero = spec.key_offset if masks.key_offset is None else masks.key_offset
+        zero = jnp.asarray(zero, jnp.int32).reshape(-1, 1, 1, 1)
+        left, right = spec.band()
+        first = zero if left is None else jnp.maximum(q - left, zero)
+        last = zero + spec.keys - 1
+        last = last if right is None else jnp.minimum(q + right, last)
+        if masks.key_lengths is not None:
+            last = jnp.minimum(last, masks.key_lengths[:, None, None, None] - 1)
+        n = jnp.maximum(last - first + 1, 0)
+        if masks.query_lengths is not None:
+            row = jnp.arange(spec.nq * spec.bq, dtype=jnp.int32).reshape(spec.nq, 1, 1, 1, spec.bq)
+            n = jnp.where(row < masks.query_lengths[:, None, None, None], n, 0)
+        shape = (spec.nq, spec.batch, spec.heads, spec.groups, spec.bq)
+        return jnp.broadcast_to(n, shape).reshape(spec.rows).astype(dtype)
+
+    def body(total, pair):
+        i, j, _ = pair
+        here = jnp.sum(as_rows(spec, visible(spec, masks, i, j)), axis=-1, dtype=dtype)
+        old = lax.dynamic_index_in_dim(total, i, 0, keepdims=False)
+        return lax.dynamic_update_index_in_dim(total, old + here, i, 0), None
+
+    return lax.scan(body, jnp.zeros(spec.rows, dtype), jnp.asarray(spec.pairs()))[0]

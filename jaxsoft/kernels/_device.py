@@ -1,0 +1,137 @@
+"""Kernel backends, the device they run on, and the contexts that change how they run."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import importlib
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxsoft import _checks
+
+# Name of an implementation: the platform it runs on, and its package.
+BACKENDS = {"pallas_tpu": ("tpu", "jaxsoft.kernels.tpu"), "mosaic_gpu": ("gpu", "jaxsoft.kernels.gpu")}
+IMPLEMENTATIONS = ("xla", *BACKENDS)
+
+
+class Kernel(NamedTuple):
+    """A chosen kernel backend: hashable, part of the key of compiled programs.
+
+    Attributes:
+      name: `"pallas_tpu"` or `"mosaic_gpu"`.
+      interpret: whether the kernels are interpreted, on any machine, instead of compiled.
+      device_kind: of the device they are for.
+      blocks: block sizes that replace the backend's own, as sorted pairs of name and size; may be empty.
+    """
+
+    name: str
+    interpret: bool
+    device_kind: str
+    blocks: tuple[tuple[str, int], ...] = ()
+
+    def backend(self) -> Any:
+        """The package of the backend, which imports Pallas."""
+        return importlib.import_module(BACKENDS[self.name][1])
+
+
+class Work(NamedTuple):
+    """The size of a pass: what the best block sizes depend on.
+
+    Attributes:
+      kind: `"dense"` (stored scores), `"linear"` (the product of two matrices) or `"attention"`.
+      rows: number of rows (in attention: queries times the heads that share a key).
+      columns: number of columns (in attention: keys).
+      features: the inner dimension of the product; 0 for stored scores.
+      itemsize: bytes per score, or per entry of the two matrices.
+    """
+
+    kind: str
+    rows: int
+    columns: int
+    features: int
+    itemsize: int
+
+    def distance(self, other: Work) -> float:
+        """The sum of the absolute log ratios of the sizes; both must be of one kind."""
+        pairs = zip(self[1:4], other[1:4])
+        return sum(abs(math.log2(max(a, 1) / max(b, 1))) for a, b in pairs)
+
+
+_interpreted = contextvars.ContextVar("interpreted", default=False)
+_blocks = contextvars.ContextVar("blocks", default=())
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """Lets `implementation="pallas_tpu"` and `"mosaic_gpu"` run on any machine, in Pallas' interpreter.
+
+    For tests: the numbers are those of the kernels, the time is not. Functions must be traced inside the context.
+
+    Returns:
+      A context manager.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxsoft
+      >>> with jaxsoft.kernels.interpreted():
+      ...     lse = jaxsoft.logsumexp(jnp.zeros((2, 8)), implementation="pallas_tpu")
+      >>> print(lse.round(4))
+      [2.0794 2.0794]
+    """
+    token = _interpreted.set(True)
+    try:
+        yield
+    finally:
+        _interpreted.reset(token)
+
+
+@contextlib.contextmanager
+def block_sizes(**sizes: int) -> Iterator[None]:
+    """Makes kernels use these block sizes instead of their own choice.
+
+    Args:
+      **sizes: sizes by name: `rows` and `columns` (in attention: queries and keys), and others that a backend knows.
+
+    Returns:
+      A context manager.
+
+    Raises:
+      TypeError: a size is not a static integer.
+      ValueError: a size is below 1.
+
+    Example:
+      >>> import jaxsoft
+      >>> with jaxsoft.kernels.block_sizes(rows=128, columns=512):
+      ...     pass
+    """
+    for name, size in sizes.items():
+        _checks.integer(name, size, at_least=1)
+    token = _blocks.set(tuple(sorted(sizes.items())))
+    try:
+        yield
+    finally:
+        _blocks.reset(token)
+
+
+def is_interpreted() -> bool:
+    """Whether `interpreted` is on."""
+    return _interpreted.get()
+
+
+def blocks() -> tuple[tuple[str, int], ...]:
+    """The sizes given to `block_sizes`, as sorted pairs of name and size."""
+    return _blocks.get()
+
+
+def device() -> tuple[str, str]:
+    """Platform (`"cpu"`, `"gpu"`, `"tpu"`) and kind of the device that a function is traced for."""
+    mesh = jax.sharding.get_abstract_mesh()
+    abstract = getattr(mesh, "abstract_device", None)
+    if abstract is not None:
+        return abstract.platform, abstract.device_kind
+    platform = jax.default_backend()
+    return platform, "" if platform == "cpu" else jax.devices()[0].device_kind

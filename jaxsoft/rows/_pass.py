@@ -1,0 +1,207 @@
+"""One pass over the rows of a source: the states of row reductions, and the one derivative rule.
+
+The scores are read in blocks of columns and forgotten. The value is a loop over the blocks that carries the
+reductions' states. The derivative (see `RowReduction`) is one more loop, linear in the tangents,
+
+    d(state) = sum over blocks of  jvp(update from neutral(state))( d(block of scores) ),
+
+attached with `custom_jvp`. Its body is checkpointed: JAX transposes the loop by itself, recomputing a block
+instead of keeping it, which gives reverse mode; and since the rule is made of ordinary JAX operations, forward
+mode, second order, `vmap` and `checkpoint` work on logits that are never stored, too.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array
+
+from jaxsoft._trees import combine, partition
+from jaxsoft.rows._logits import LinearLogits
+from jaxsoft.rows._masks import Masks, col_mask, masked, row_mask
+from jaxsoft.rows._reduction import Arrays, RowReduction, Tile, block_sums
+from jaxsoft.rows._source import Source, cut
+
+
+def mask_rows(source: Source, masks: Masks, arrays: list[Arrays]):
+    """Zeroes the operands of masked rows: a NaN there would spread through the matrix product."""
+    keep = row_mask(masks)
+    if keep is None:
+        return source, arrays
+
+    def cleaned(entry):
+        return entry._mask_rows(keep) if isinstance(entry, LinearLogits) else entry
+
+    return source._mask_rows(keep), [a._replace(entry_args=tuple(map(cleaned, a.entry_args))) for a in arrays]
+
+
+def closed_form(reduction: RowReduction, source: Source, masks: Masks, arrays: Arrays):
+    """The state of a reduction that needs no pass, or None."""
+    affine = source._affine()
+    if reduction.closed_form is None or masks.entries is not None or affine is None:
+        return None
+    columns = source.shape[-1]
+    col_keep = jnp.ones(columns, bool) if masks.cols is None else masks.cols
+    if source.bias is not None:
+        col_keep = col_keep & (source.bias != -jnp.inf)  # a logit of -inf is absent
+    row_keep = jnp.ones(source.shape[:-1], bool) if masks.rows is None else masks.rows
+    return reduction.closed_form(
+        reduction._replace(args=arrays.args, col_args=arrays.col_args), affine, col_keep, row_keep
+    )
+
+
+def over_blocks(columns: int, block: int, body: Callable, carry: Any) -> Any:
+    """Folds `body(carry, start, size, looped)` over blocks of columns; the last one may be smaller."""
+    full, rest = divmod(columns, block)
+    if full == 1:
+        carry = body(carry, 0, block, False)
+    elif full > 1:
+        starts = jnp.arange(full, dtype=jnp.int32) * block
+        carry, _ = lax.scan(lambda c, start: (body(c, start, block, True), None), carry, starts)
+    if rest:
+        carry = body(carry, full * block, rest, False)
+    return carry
+
+
+def cut_arrays(arrays: list[Arrays], start, size: int, masks: Masks) -> list[tuple[tuple, tuple]]:
+    """The block of each reduction's `col_args` and `entry_args`."""
+    return [
+        (
+            tuple(cut(c, start, size, 0) for c in a.col_args),
+            tuple(entry_block(e, start, size, masks) for e in a.entry_args),
+        )
+        for a in arrays
+    ]
+
+
+def entry_block(entry, start, size: int, masks: Masks) -> Array:
+    """A block of one of the `entry_args`: cut from an array, computed for an expression."""
+    if isinstance(entry, LinearLogits):
+        return entry._block(start, size, col_mask(masks, start, size))
+    return cut(entry, start, size, entry.ndim - 1)
+
+
+def tiles(x: Array, start, masks: Masks, cut_arrays: list[tuple[tuple, tuple]], columns: int) -> list[Tile]:
+    """The block `x` of scores as each reduction sees it; absent entries are cleaned here, once for all."""
+    size = x.shape[-1]
+    cut_masks = Masks(
+        masks.rows,
+        None if masks.cols is None else cut(masks.cols, start, size, 0),
+        None if masks.entries is None else cut(masks.entries, start, size, x.ndim - 1),
+    )
+    scores = masked(x, cut_masks)
+    cols = jnp.arange(size, dtype=jnp.int32) + start
+    return [Tile.of(scores, cols, columns, *c) for c in cut_arrays]
+
+
+def read_block(source: Source, start, size: int, masks: Masks, arrays: list[Arrays]) -> list[Tile]:
+    """Computes the scores of a block of columns, as tiles."""
+    x = source._block(start, size, col_mask(masks, start, size))
+    return tiles(x, start, masks, cut_arrays(arrays, start, size, masks), source.shape[-1])
+
+
+def finished_states(functions, block: int, source: Source, masks: Masks, arrays: list[Arrays]) -> list:
+    """The finished states, without derivatives."""
+    # Masked rows are emptied at the end, which is cheaper than in every tile.
+    cut_masks = masks._replace(rows=None)
+
+    def body(states, start, size, looped):
+        block = read_block(source, start, size, cut_masks, arrays)
+        return [r.update(s, tile, *a.args) for r, s, tile, a in zip(functions, states, block, arrays)]
+
+    states = over_blocks(source.shape[-1], block, body, empty_states(functions, source, arrays))
+    return empty_masked_rows(functions, states, source, masks, arrays)
+
+
+def empty_states(functions, source: Source, arrays: list[Arrays]) -> list:
+    """The states of empty rows."""
+    return [r.init(source._like(), *a.args) for r, a in zip(functions, arrays)]
+
+
+def empty_masked_rows(functions, states, source: Source, masks: Masks, arrays: list[Arrays]) -> list:
+    """The states, with those of masked rows replaced by empty ones."""
+    keep = masks.rows
+    if keep is None:
+        return states
+
+    def select(state, empty):
+        return jnp.where(jnp.expand_dims(keep, tuple(range(keep.ndim, state.ndim))), state, empty)
+
+    return jax.tree.map(select, states, empty_states(functions, source, arrays))
+
+
+# --- the derivative --------------------------------------------------------------------------------------
+
+
+def attach(functions, block: int, states, source: Source, masks: Masks, arrays: list[Arrays]) -> list:
+    """Finished states, computed without derivatives, with those of their reductions attached."""
+    floats, others = partition(states)
+    return combine(_attach(functions, block, floats, others, source, masks, arrays), others)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _attach(functions, block, floats, others, source, masks, arrays):
+    """The float leaves of finished states, as functions of what they were computed from."""
+    del functions, block, others, source, masks, arrays
+    return floats
+
+
+def _attach_jvp(functions, block, primals, tangents):
+    floats, others, source, masks, arrays = primals
+    # The primal output must be attached again: with plain states, second derivatives would be wrong.
+    out = _attach(functions, block, floats, others, source, masks, arrays)
+    states = combine(lax.stop_gradient(floats), others)
+
+    leaves, treedef = jax.tree.flatten((source, arrays))
+    dleaves = jax.tree.leaves((tangents[2], tangents[4]))
+    active = [i for i, d in enumerate(dleaves) if not isinstance(d, SymbolicZero)]
+    # Gradients of these leaves add up over the blocks: in float32 at least, however they are stored.
+    adds_up = jax.tree.leaves((source._accumulates(), [Arrays(*_flags(a)) for a in arrays]))
+    dactive = [
+        dleaves[i].astype(jnp.promote_types(leaves[i].dtype, jnp.float32)) if adds_up[i] else dleaves[i]
+        for i in active
+    ]
+
+    def block_tangent(dactive, start, size):
+        def sums(active_leaves):
+            all_leaves = list(leaves)
+            for i, leaf in zip(active, active_leaves):
+                all_leaves[i] = leaf
+            source, arrays = jax.tree.unflatten(treedef, all_leaves)
+            block = read_block(source, start, size, masks, arrays)
+            return block_sums(functions, states, block, [a.args for a in arrays])
+
+        primals = [leaves[i] for i in active]
+        return jax.jvp(sums, (primals,), ([d.astype(p.dtype) for d, p in zip(dactive, primals)],))[1]
+
+    def body(total, start, size, looped):
+        # Without the barrier of prevent_cse, XLA would keep the block of the forward pass for the backward one.
+        # Inside a loop it cannot; of dense scores nothing is recomputed but exponentials.
+        prevent_cse = not looped and any(isinstance(a, LinearLogits) for a in (source, *entries(arrays)))
+        part = jax.checkpoint(block_tangent, static_argnums=(2,), prevent_cse=prevent_cse)(
+            dactive, start, size
+        )
+        return jax.tree.map(jnp.add, total, part)
+
+    zeros = jax.tree.map(jnp.zeros_like, floats)
+    return out, over_blocks(source.shape[-1], block, body, zeros) if active else zeros
+
+
+_attach.defjvp(_attach_jvp, symbolic_zeros=True)
+
+
+def _flags(arrays: Arrays):
+    yield jax.tree.map(lambda _: True, arrays.args)
+    yield jax.tree.map(lambda _: False, arrays.col_args)
+    yield tuple(e._accumulates() if isinstance(e, LinearLogits) else False for e in arrays.entry_args)
+
+
+def entries(arrays: list[Arrays]) -> list:
+    """The `entry_args` of all reductions."""
+    return [e for a in arrays for e in a.entry_args]

@@ -1,0 +1,165 @@
+"""`reduce_rows`: runs row reductions over logits of any kind, by whatever implementation suits."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool
+
+from jaxsoft import _checks
+from jaxsoft._trees import align_varying
+from jaxsoft.kernels.inner import Kernel, choose
+from jaxsoft.rows import _sweeps
+from jaxsoft.rows._filter import filtered
+from jaxsoft.rows._logits import LinearLogits, Logits, StoredLogits, check_axis, rows_of
+from jaxsoft.rows._masks import Masks, split_mask
+from jaxsoft.rows._pass import attach, closed_form, entries, finished_states, mask_rows
+from jaxsoft.rows._reduction import Arrays, RowReduction, arrays_of, finalize, is_reduction
+from jaxsoft.rows._source import Source
+
+
+def reduce_rows(
+    logits: Logits,
+    reductions: Any,
+    *,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+    row_where: Bool[Array, "*rows"] | None = None,
+    block_size: int | None = None,
+    implementation: str | None = None,
+) -> Any:
+    """Runs one or several row reductions over the rows of `logits`, in one pass.
+
+    Args:
+      logits: `[*rows, columns]` scores: a floating array of any dtype, or a `LinearLogits`.
+      reductions: a `RowReduction`, or any pytree (dict, tuple, ...) of them.
+      axis: the axis that holds a row; the last one for a `LinearLogits`.
+      where: booleans that broadcast to the shape of the logits, True = counts. A masked entry is absent: it
+        adds nothing, and gets no gradient, whatever it holds. (A NaN inside `weight` is kept away only if
+        its column is masked for all rows.) An entry of `-inf` is absent, too.
+      row_where: `[*rows]` booleans, False = the whole row is absent; beside a `where` that varies over columns
+        this needs no array of the logits' shape.
+      block_size: columns read at a time. Default: all of them for an array, the expression's own choice else.
+        Kernels have their own.
+      implementation: `"xla"`, or the kernels `"pallas_tpu"` or `"mosaic_gpu"`. None: the expression's own, else the
+        best that can run the case (`jaxsoft.kernels.explain` says which, and why). With kernels there is no
+        forward-mode derivative and no second one.
+
+    Returns:
+      The results in the structure of `reductions`, each of shape `[*rows]` (or `[*rows, k]`), in float32 for
+      half-precision logits.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or size; an `implementation` that cannot run the case.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoft.rows import reduce_rows, reductions
+      >>> x = jnp.array([[1.0, 2.0, -1.0, 0.5]])
+      >>> out = reduce_rows(x, {"lse": reductions.logsumexp(), "best": reductions.argmax()})
+      >>> print(out["lse"].round(4), out["best"])
+      [2.4952] [1]
+    """
+    leaves, treedef = jax.tree.flatten(reductions, is_leaf=is_reduction)
+    for leaf in leaves:
+        if not is_reduction(leaf):
+            raise TypeError(f"reductions must be a tree of RowReduction, got {_checks.describe(leaf)} in it")
+    if block_size is not None:
+        block_size = _checks.integer("block_size", block_size, at_least=1)
+    axis = check_axis(logits, axis)
+    rows, columns = rows_of(logits.shape, axis), logits.shape[axis]
+    masks = split_mask(where, logits.shape, axis)
+    if row_where is not None:
+        _checks.boolean("row_where", row_where)
+        _checks.shape("row_where", row_where, rows, "one boolean per row of logits")
+        masks = masks._replace(rows=row_where if masks.rows is None else masks.rows & row_where)
+    arrays = [arrays_of(r, rows, columns) for r in leaves]
+    functions = tuple(r._replace(args=(), col_args=(), entry_args=()) for r in leaves)
+    # The rows are flattened: on a CPU, XLA fuses reductions of two axes better than of more.
+    n = math.prod(rows)
+
+    def flat(a):
+        if isinstance(a, LinearLogits):
+            return a._flat()
+        return None if a is None else a.reshape(n, *a.shape[len(rows) :])
+
+    source = as_source(logits, axis)
+    masks = Masks(flat(masks.rows), masks.cols, flat(masks.entries))
+    arrays = [Arrays(jax.tree.map(flat, a.args), a.col_args, tuple(map(flat, a.entry_args))) for a in arrays]
+    sources: list[Source] = [source, *(e for e in entries(arrays) if isinstance(e, LinearLogits))]
+    if source.filter_eps is not None and len(sources) > 1:
+        raise ValueError("filter_eps of linear_logits must be None where two expressions are read at a time")
+    if block_size is None:
+        products = sum(isinstance(a, LinearLogits) for a in sources)
+        block_size = min(a.block_size or a._default_block_size(n * products) for a in sources)
+    block = max(min(block_size, columns), 1)
+    kernel = choose_kernel(implementation or source.implementation, functions, source, masks, arrays)
+    if source.tape is None:
+        results = run(source, functions, block, masks, arrays, kernel)
+    else:
+        results = source.tape.run(source, functions, block, masks, arrays, kernel)
+    results = jax.tree.map(lambda a: a.reshape(*rows, *a.shape[1:]), results)
+    return jax.tree.unflatten(treedef, results)
+
+
+def as_source(logits: Logits, axis: int) -> Source:
+    """The flattened rows of logits, whose axis is counted from the front."""
+    if isinstance(logits, LinearLogits):
+        return logits._flat()
+    return StoredLogits(jnp.moveaxis(jnp.asarray(logits), axis, -1))._flat()
+
+
+def choose_kernel(
+    implementation: str | None, functions, source: Source, masks: Masks, arrays: list[Arrays]
+) -> Kernel | None:
+    """The kernel backend that runs these reductions, None for XLA; raises if the one asked for cannot."""
+
+    def refusal(backend, kernel: Kernel) -> str | None:
+        return _sweeps.refusal(backend, kernel, functions, source, masks, arrays)
+
+    return choose(f"reductions of {source.kind} rows", implementation, source._work(), refusal)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 5))
+def run(
+    source: Source,
+    functions: tuple[RowReduction, ...],
+    block: int,
+    masks: Masks,
+    arrays: list[Arrays],
+    kernel: Kernel | None = None,
+) -> list:
+    """The results of reductions over a flat source; their arrays come apart from their functions."""
+    source, masks, arrays = align_varying((source, masks, arrays))
+    source, arrays = mask_rows(source, masks, arrays)
+    results: dict[int, Any] = {}
+    for i, r in enumerate(functions):
+        state = closed_form(r, source, masks, arrays[i])
+        if state is not None:
+            results[i] = r.finalize(state, *arrays[i].args)
+    streamed = [i for i in range(len(functions)) if i not in results]
+    if streamed:
+        some, some_arrays = tuple(functions[i] for i in streamed), [arrays[i] for i in streamed]
+        if source.filter_eps is None:
+            states = stream(some, block, source, masks, some_arrays, kernel)
+            finals = finalize(some, states, some_arrays)
+        else:
+            finals: Any = filtered(some, block, kernel, source, masks, some_arrays)
+        results |= dict(zip(streamed, finals))
+    return [results[i] for i in range(len(functions))]
+
+
+def stream(
+    functions, block: int, source: Source, masks: Masks, arrays: list[Arrays], kernel: Kernel | None
+) -> list:
+    """The finished states of the reductions, with their derivatives attached."""
+    if kernel is not None:
+        return _sweeps.stream(kernel, functions, block, source, masks, arrays)
+    states = finished_states(functions, block, *lax.stop_gradient((source, masks, arrays)))
+    return attach(functions, block, states, source, masks, arrays)

@@ -1,0 +1,139 @@
+"""`Source`: what every kind of logits must have, so that a pass can read its rows."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any, Self
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jaxsoft.kernels.inner import Work
+
+
+class Source(abc.ABC):
+    """Rows of scores of one kind: `LinearLogits`, `StoredLogits`, or a chunk of `weighted_sum`.
+
+    Every kind is a frozen dataclass and a pytree whose array leaves are what the scores are computed from. A score is
+
+        finish(raw, softcap, bias, scale, temperature)
+
+    of a raw score, either stored or an entry of `hidden @ weight`. The methods start with an underscore because
+    `LinearLogits` is public; they are the interface between the modules of `jaxsoft.rows`. Passes read sources whose
+    rows are flattened to one axis (`_flat`): n rows, per-row arrays of shape `[n]`.
+
+    Attributes:
+      kind: names the kind in what `jaxsoft.kernels.explain` says.
+      scale: multiplies the raw scores, `[n]` or `[]`; None for 1.
+      bias: `[columns]`; None for 0.
+      softcap: caps the scores, static; None for no cap.
+      temperature: divides the scores at last, `[n]` or `[]`; None for 1.
+      block_size: columns per block, if the user chose it.
+      filter_eps: threshold of the gradient filter (see `linear_logits`); None for exact gradients.
+      implementation: what the user asked for, see `reduce_rows`.
+      tape: in a chunk of `weighted_sum`, what runs its passes and records them; None elsewhere.
+    """
+
+    kind: str
+    scale: Any
+    bias: Any
+    softcap: float | None
+    temperature: Any
+    block_size: int | None
+    filter_eps: float | None
+    implementation: str | None
+    tape: Any
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """`[*rows, columns]`."""
+
+    @property
+    @abc.abstractmethod
+    def _accumulation_dtype(self) -> Any:
+        """The dtype of the scores in a pass, and of statistics."""
+
+    @abc.abstractmethod
+    def _flat(self) -> Self:
+        """The same logits with all leading axes flattened to one."""
+
+    @abc.abstractmethod
+    def _like(self) -> Array:
+        """`[n]` zeros in the accumulation dtype, sharded and varying as results of the rows are."""
+
+    @abc.abstractmethod
+    def _accumulates(self) -> Self:
+        """The source with booleans for arrays: whose gradients add up over the blocks of columns, in float32.
+
+        The others are cut into blocks, and each block is written once.
+        """
+
+    @abc.abstractmethod
+    def _mask_rows(self, keep: Array) -> Self:
+        """Zeroes the operands of masked rows: a NaN there would spread through the matrix product."""
+
+    @abc.abstractmethod
+    def _raw_scores(self) -> Array | None:
+        """The raw scores `[n, columns]` if they are stored, else None."""
+
+    @abc.abstractmethod
+    def _raw_block(self, start: Any, size: int, col_keep: Array | None) -> Array:
+        """The raw scores of the columns `start : start + size`; columns outside `col_keep` may be anything finite."""
+
+    @abc.abstractmethod
+    def _default_block_size(self, rows: int) -> int:
+        """Columns per block for a pass over so many rows."""
+
+    @abc.abstractmethod
+    def _work(self) -> Work:
+        """The size of a pass, by which kernels are chosen and their block sizes looked up."""
+
+    @abc.abstractmethod
+    def _affine(self) -> Any:
+        """The logits as a `LinearLogits` affine in `hidden`, whose sums over columns have a closed form, or None."""
+
+    def _bias_block(self, start: Any, size: int, col_keep: Array | None) -> Array | None:
+        """The biases of a block of columns, with 0 where the column is masked."""
+        if self.bias is None:
+            return None
+        block = cut(self.bias, start, size, 0).astype(self._accumulation_dtype)
+        return block if col_keep is None else jnp.where(col_keep, block, 0)
+
+    def _block(self, start: Any, size: int, col_keep: Array | None) -> Array:
+        """The scores of a block of columns."""
+        raw, bias = self._raw_block(start, size, col_keep), self._bias_block(start, size, col_keep)
+        return finish(raw, self.softcap, bias, self.scale, self.temperature)
+
+
+def finish(raw: Array, softcap: float | None, bias: Any, scale: Any, temperature: Any) -> Array:
+    """What follows the matrix product, entry by entry: scale, bias, softcap, temperature."""
+    x = raw
+    if scale is not None:
+        x = x * scale[..., None].astype(x.dtype)
+    if bias is not None:
+        x = x + bias
+    if softcap is not None:
+        x = capped(x, softcap)
+    if temperature is not None:
+        temperature = temperature[..., None].astype(x.dtype)
+        if bias is None:
+            return x / temperature
+        # A column whose bias is -inf is absent: its score must not meet the gradient of the temperature.
+        absent = x == -jnp.inf
+        x = jnp.where(absent, -jnp.inf, jnp.where(absent, 0, x) / temperature)
+    return x
+
+
+def capped(x: Array, cap: Any) -> Array:
+    """`cap * tanh(x / cap)`; an absent entry (-inf) stays absent."""
+    absent = x == -jnp.inf
+    return jnp.where(absent, -jnp.inf, cap * jnp.tanh(jnp.where(absent, 0, x) / cap))
+
+
+def cut(a: Array, start: Any, size: int, axis: int) -> Array:
+    """`a[start : start + size]` along `axis`; `a` itself where that is all of it."""
+    if a.shape[axis] == size:
+        return a
+    return lax.dynamic_slice_in_dim(a, start, size, axis)

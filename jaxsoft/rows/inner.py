@@ -1,0 +1,34 @@
+"""What the normalizers, attentions and losses of the library use of the engine, beside its public names.
+
+Not for users: these names may change at any time.
+"""
+
+from jaxsoft.rows._gauge import exponentials, keep_gauge, rescale, running_max
+from jaxsoft.rows._logits import check_axis, row_scalar, rows_of
+from jaxsoft.rows._reduction import block_sums, is_reduction, shares
+from jaxsoft.rows._softmax import check_dense, softmax_with
+from jaxsoft.rows._source import capped
+from jaxsoft.rows._statistics import check_ids, check_range, log_partition
+from jaxsoft.rows._two_way import reduce_two_ways
+from jaxsoft.rows._weighted import detached
+
+__all__ = [
+    "block_sums",
+    "capped",
+    "check_axis",
+    "check_dense",
+    "check_ids",
+    "check_range",
+    "detached",
+    "exponentials",
+    "is_reduction",
+    "keep_gauge",
+    "log_partition",
+    "reduce_two_ways",
+    "rescale",
+    "row_scalar",
+    "rows_of",
+    "running_max",
+    "shares",
+    "softmax_with",
+]
