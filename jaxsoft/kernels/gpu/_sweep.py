@@ -17,7 +17,7 @@ from jaxsoft.kernels._choice import Kernel
 from jaxsoft.kernels._sweep import Operands, Plan, Result, Scores, Tiles, abreast
 from jaxsoft.kernels.gpu import _narrow
 from jaxsoft.kernels.gpu._narrow import Item, Unsupported, Value
-from jaxsoft.kernels.gpu._program import WARPGROUP, Packer, Program, entry_dtype, features
+from jaxsoft.kernels.gpu._program import WARPGROUP, Leaf, Packer, Program, entry_dtype, features
 from jaxsoft.rows._driver import align_varying
 
 
@@ -567,93 +567,93 @@ class _Sweep:
         return x
 
     def _compute(self, memory: _Memory, out: _Results, shared: _Shared, at, me) -> None:
+        """A computing warpgroup: reads its own operands, visits its tiles one after another, writes the carry."""
         p, s = self.p, self.s
         space = p.space(self._layout, self._load_item, functools.partial(self._multiply, shared, me))
         mine = pl.ds(me * WARPGROUP, WARPGROUP)
         begin = at.block * s.major + me * WARPGROUP
-        row_layout, col_layout = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
         if shared.once is not None:
             plgpu.barrier_wait(shared.once)
-
-        def own(leaf):
-            if leaf.pack == "w":
-                return leaf.value([Item("".join(leaf.kinds), _at(shared.own[leaf.at], mine), "own")])
-            source = memory.own[leaf.pack]
-            numbers = [
-                _load(source.at[_batch(source, at), leaf.at + i, pl.ds(begin, WARPGROUP)], row_layout)
-                for i in range(leaf.count)
-            ]
-            return leaf.value(numbers)
-
-        own_values = list(map(own, p.own.leaves))
+        own = [self._own(leaf, memory, shared, at, mine, begin) for leaf in p.own.leaves]
         _, count, tile_of = self._range(memory, at)
         start = memory.start[0]
 
-        def tile(t, carry):
-            j, carry = carry
-            after = tile_of(t + 1)  # asked for a tile ahead: it may come from device memory
-            slot = None
-            if self.has_ring:
-                slot = lax.rem(t, jnp.int32(self._stages()))
-                plgpu.barrier_wait(shared.full.at[slot])
-            if self.product:
-                raw = self._product(shared, me, t)
-                if p.uses_sides:
-                    sides = (self._mine(shared.resident, me), shared.steps[0].at[self._last_slot(t)])
-                    sides = p.sides(*(sides if p.major == "r" else sides[::-1]))
-                else:
-                    plgpu.barrier_arrive(shared.step_free.at[self._last_slot(t)])
-                    sides = p.sides(None, None)
-            else:
-                sides = []
-                raw = _load(shared.scores[0].at[slot, mine], plgpu.Layout.WGMMA)
-                raw = _narrow.convert(raw, new_dtype=jnp.float32)
-
-            def passing(leaf):
-                if leaf.pack == "w":
-                    dims = p.tile("".join(leaf.kinds))
-                    return leaf.value([Item(dims, _at(shared.passing["w"][leaf.at], slot), "passing")])
-                ref = shared.passing[leaf.pack]
-                return leaf.value([_load(ref.at[slot, leaf.at + i], col_layout) for i in range(leaf.count)])
-
-            def entry(leaf):
-                x = _load(shared.entries[leaf.at].at[slot, mine], plgpu.Layout.WGMMA)
-                return leaf.value([Item("rc", _narrow.convert(x, leaf.dtype))])
-
-            passing_values = list(map(passing, p.passing.leaves))
-            rows, cols = (own_values, passing_values) if p.major == "r" else (passing_values, own_values)
+        def tile(t, state):
+            j, carry = state
+            following = tile_of(t + 1)  # asked for one tile ahead: it may come from device memory
+            slot = self._await(shared, t)
+            raw, sides = self._scores(shared, me, mine, t, slot)
+            passing = [self._passing(leaf, shared, slot) for leaf in p.passing.leaves]
+            rows, cols = (own, passing) if p.major == "r" else (passing, own)
             row, col = (begin, j * s.minor) if p.major == "r" else (j * s.minor, begin)
             raw = Value(("r", "c"), _narrow.wide(raw, p.tile("rc")).items)
-            values = [leaf.value(x) for leaf, x in zip(p.carry.leaves, carry)]
-            new, entries, left = p.visit(
-                space,
-                raw,
-                rows,
-                cols,
-                list(map(entry, p.entries.leaves)),
-                row,
-                col,
-                start,
-                at.batch,
-                sides,
-                values,
+            carry = [leaf.value(x) for leaf, x in zip(p.carry.leaves, carry)]
+            entries = [self._entry(leaf, shared, slot, mine) for leaf in p.entries.leaves]
+            carry, entries, cols = p.visit(
+                space, raw, rows, cols, entries, row, col, start, at.batch, sides, carry
             )
-            if p.uses_sides:
-                plgpu.barrier_arrive(shared.step_free.at[self._last_slot(t)])
-            if self.has_ring:
-                plgpu.barrier_arrive(shared.free.at[slot])
-            self._write(out, shared, at, me, j, entries, left)
-            return after, new
+            self._release(shared, t, slot)
+            self._write(out, shared, at, me, j, entries, cols)
+            return following, carry
 
         initial = [
             [self._layout(x, p.tile("".join(k for k in leaf.kinds if k))) for x in numbers]
-            for leaf, numbers in zip(p.carry.leaves, p.start(space, own_values))
+            for leaf, numbers in zip(p.carry.leaves, p.start(space, own))
         ]
         _, carry = lax.fori_loop(0, count, tile, (tile_of(jnp.int32(0)), initial))
         if memory.order is not None and (shared.out or shared.cols):
             self._write_dead(memory, out, shared, at, me)
         self._write_carry(out, shared, at, me, carry)
         plgpu.wait_smem_to_gmem(0)
+
+    def _await(self, shared: _Shared, t):
+        """The slot of the t-th tile in the ring of tiles, once it is full; None without that ring."""
+        if not self.has_ring:
+            return None
+        slot = lax.rem(t, jnp.int32(self._stages()))
+        plgpu.barrier_wait(shared.full.at[slot])
+        return slot
+
+    def _release(self, shared: _Shared, t, slot) -> None:
+        """Lets the slots of the t-th tile be filled again."""
+        if self.p.uses_sides:
+            plgpu.barrier_arrive(shared.step_free.at[self._last_slot(t)])
+        if self.has_ring:
+            plgpu.barrier_arrive(shared.free.at[slot])
+
+    def _scores(self, shared: _Shared, me, mine, t, slot) -> tuple:
+        """The scores of the t-th tile, in float32, and the two sides of their product if the body reads them."""
+        p = self.p
+        if not self.product:
+            raw = _load(shared.scores[0].at[slot, mine], plgpu.Layout.WGMMA)
+            return _narrow.convert(raw, new_dtype=jnp.float32), []
+        raw = self._product(shared, me, t)
+        if not p.uses_sides:
+            plgpu.barrier_arrive(shared.step_free.at[self._last_slot(t)])
+            return raw, p.sides(None, None)
+        major, minor = self._mine(shared.resident, me), shared.steps[0].at[self._last_slot(t)]
+        return raw, p.sides(major, minor) if p.major == "r" else p.sides(minor, major)
+
+    def _own(self, leaf: Leaf, memory: _Memory, shared: _Shared, at, mine, begin) -> Value:
+        """An operand along the major axis: features in shared memory, numbers straight from device memory."""
+        if leaf.pack == "w":
+            return leaf.value([Item("".join(leaf.kinds), _at(shared.own[leaf.at], mine), "own")])
+        source, stretch = memory.own[leaf.pack], pl.ds(begin, WARPGROUP)
+        refs = [source.at[_batch(source, at), leaf.at + i, stretch] for i in range(leaf.count)]
+        return leaf.value([_load(ref, plgpu.Layout.WGMMA.reduce(1)) for ref in refs])
+
+    def _passing(self, leaf: Leaf, shared: _Shared, slot) -> Value:
+        """An operand along the minor axis, of one tile: features stay in shared memory, numbers are loaded."""
+        if leaf.pack == "w":
+            dims = self.p.tile("".join(leaf.kinds))
+            return leaf.value([Item(dims, _at(shared.passing["w"][leaf.at], slot), "passing")])
+        refs = [shared.passing[leaf.pack].at[slot, leaf.at + i] for i in range(leaf.count)]
+        return leaf.value([_load(ref, plgpu.Layout.WGMMA.reduce(0)) for ref in refs])
+
+    def _entry(self, leaf: Leaf, shared: _Shared, slot, mine) -> Value:
+        """An entry operand of one tile."""
+        x = _load(shared.entries[leaf.at].at[slot, mine], plgpu.Layout.WGMMA)
+        return leaf.value([Item("rc", _narrow.convert(x, leaf.dtype))])
 
     def _product(self, shared: _Shared, me, t):
         """A tile of scores, a step of the features at a time."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -215,92 +215,23 @@ def sweep(
     """Visits the tiles of `scores`, see `jaxsoft.kernels._sweep`."""
     tiles = tiles_of(kernel, scores, plan)
     layout = _Layout(scores, plan, tiles)
-    over_rows, ragged = layout.over_rows, is_ragged(scores, tiles)
-    matrices, matrix_specs = layout.scores(scores)
-    rows, row_specs = _pairs(layout.rows, operands.rows)
-    cols, col_specs = _pairs(layout.cols, operands.cols)
-    entries, entry_specs = _pairs(layout.entries, operands.entries)
-    start = jnp.reshape(jnp.asarray(operands.start, jnp.int32), (1,))
-    seen = None if operands.seen is None else _bits(operands.seen)
-    scalars = [start] if seen is None else [start, seen]
-    arrays = align_varying((*scalars, matrices, rows, cols, entries))
+    scalars, inputs, in_specs = _inputs(layout, scores, operands)
+    arrays = align_varying((*scalars, *inputs))
+    block, carry = examples(init, scores, operands, plan, tiles)
+    visit = _Visit(layout, scores, body, init, is_ragged(scores, tiles), block, carry)
+    out = jax.eval_shape(body, block, carry)
+    out_shape, out_specs = _outputs(layout, carry, out, jax.typeof(arrays[0]).manual_axis_type)
 
-    example, carry = examples(init, scores, operands, plan, tiles)
-    out = jax.eval_shape(body, example, carry)
-    shapes, specs = zip(
-        _pairs(layout.carry, carry),
-        _pairs(lambda a: layout.entry_output(), out.entries),
-        _pairs(layout.col_output, out.cols),
-    )
-    dtypes = (carry, jax.tree.unflatten(jax.tree.structure(out.entries), plan.entry_dtypes), out.cols)
-
-    def result(a: Any, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-        """Inside shard_map results vary as the operands do."""
-        varying = jax.typeof(arrays[0]).manual_axis_type
-        return jax.ShapeDtypeStruct(shape, getattr(a, "dtype", a), manual_axis_type=varying)
-
-    def visit(start_ref, *refs):
+    def visit_tile(start_ref, *refs):
         seen_ref, *refs = refs if len(scalars) == 2 else (None, *refs)
-        matrix_refs, row_refs, col_refs, entry_refs, carry_refs, entry_out, col_out = refs
-        first, second = pl.program_id(1), pl.program_id(2)
-        g, i, j = layout.tile(pl.program_id(0), first, second)
-
-        def value(ref, like):
-            return ref[0].reshape(like.shape)
-
-        block = Block(
-            None,
-            jax.tree.map(value, row_refs, example.rows),
-            jax.tree.map(value, col_refs, example.cols),
-            jax.tree.map(value, entry_refs, example.entries),
-            lax.broadcasted_iota(jnp.int32, example.raw.shape, 0) + i * layout.br,
-            lax.broadcasted_iota(jnp.int32, example.raw.shape, 1) + j * layout.bc,
-            g,
-            None,
-        )
-        if ragged:
-            block = block._replace(inside=(block.row < layout.n) & (block.col < layout.columns))
-        block = block._replace(col=block.col + start_ref[0])
-
-        def store(refs, values):
-            jax.tree.map(
-                lambda ref, x: ref.__setitem__(..., x.astype(ref.dtype).reshape(ref.shape)), refs, values
-            )
-
-        @pl.when(second == 0)
-        def _():
-            like = jnp.zeros(layout.bc if over_rows else layout.br, jnp.float32)
-            store(carry_refs, init(block.cols if over_rows else block.rows, like))
-
-        def work():
-            parts = [ref[0] for ref in matrix_refs]
-            if scores.values is not None:
-                made = block._replace(raw=parts[0].astype(jnp.float32))
-            else:
-                made = block._replace(raw=_product(scores, *parts), left=parts[0], right=parts[1])
-            new: Out = body(made, jax.tree.map(value, carry_refs, carry))
-            store((carry_refs, entry_out, col_out), (new.carry, new.entries, new.cols))
-
-        live = layout.live(g, i, j, seen_ref)
-        if live is True:
-            work()
-            return
-        pl.when(live)(work)
-
-        @pl.when(jnp.logical_not(live))
-        def _():
-            outs = (entry_out, col_out)
-            store(outs, jax.tree.map(lambda ref: jnp.zeros(ref.shape, ref.dtype), outs))
+        visit(start_ref, seen_ref, _Refs(*refs))
 
     results = pl.pallas_call(
-        visit,
+        visit_tile,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(scalars),
-            grid=layout.grid,
-            in_specs=[matrix_specs, row_specs, col_specs, entry_specs],
-            out_specs=specs,
+            num_scalar_prefetch=len(scalars), grid=layout.grid, in_specs=in_specs, out_specs=out_specs
         ),
-        out_shape=jax.tree.map(result, dtypes, shapes),
+        out_shape=out_shape,
         interpret=kernel.interpret,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=2 * _VMEM
@@ -309,6 +240,136 @@ def sweep(
     carried = jax.tree.map(lambda a, like: a.reshape(1, *a.shape[:2], *like.shape[1:]), results[0], carry)
     sums = jax.tree.map(lambda a, like: a[:, :, 0] if len(like.shape) == 1 else a, results[2], out.cols)
     return Result(carried, results[1], sums)
+
+
+def _inputs(layout: _Layout, scores: Scores, operands: Operands) -> tuple[list, list, list]:
+    """The scalars that are prefetched, then the other inputs of the kernel (as in `_Refs`) and their blocks."""
+    matrices, matrix_specs = layout.scores(scores)
+    rows, row_specs = _pairs(layout.rows, operands.rows)
+    cols, col_specs = _pairs(layout.cols, operands.cols)
+    entries, entry_specs = _pairs(layout.entries, operands.entries)
+    start = jnp.reshape(jnp.asarray(operands.start, jnp.int32), (1,))
+    seen = None if operands.seen is None else _bits(operands.seen)
+    scalars = [start] if seen is None else [start, seen]
+    return scalars, [matrices, rows, cols, entries], [matrix_specs, row_specs, col_specs, entry_specs]
+
+
+def _outputs(layout: _Layout, carry: Any, out: Out, varying: Any) -> tuple[tuple, tuple]:
+    """The shapes and blocks of the carry, of the entry outputs and of the column outputs.
+
+    Inside shard_map, results vary over the same mesh axes as the operands: `varying`.
+    """
+    shapes, specs = zip(
+        _pairs(layout.carry, carry),
+        _pairs(lambda a: layout.entry_output(), out.entries),
+        _pairs(layout.col_output, out.cols),
+    )
+    entry_dtypes = jax.tree.unflatten(jax.tree.structure(out.entries), layout.plan.entry_dtypes)
+
+    def struct(a: Any, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, getattr(a, "dtype", a), manual_axis_type=varying)
+
+    return jax.tree.map(struct, (carry, entry_dtypes, out.cols), shapes), specs
+
+
+class _Refs(NamedTuple):
+    """References to the blocks of a tile; pytrees like the arrays.
+
+    Attributes:
+      matrices: of the stored scores, or of the two sides of the product.
+      rows: of the row operands.
+      cols: of the column operands.
+      entries: of the entry operands.
+      carry: of the carry, which is read and written.
+      entry_out: of the entry outputs.
+      col_out: of the column outputs.
+    """
+
+    matrices: list
+    rows: Any
+    cols: Any
+    entries: Any
+    carry: Any
+    entry_out: Any
+    col_out: Any
+
+
+class _Visit(NamedTuple):
+    """The kernel: what one step of the grid does. `example` and `carry` are the shapes that `body` gets."""
+
+    layout: _Layout
+    scores: Scores
+    body: Callable
+    init: Callable
+    ragged: bool
+    example: Block
+    carry: Any
+
+    def __call__(self, start_ref, seen_ref, refs: _Refs) -> None:
+        first, second = pl.program_id(1), pl.program_id(2)
+        g, i, j = self.layout.tile(pl.program_id(0), first, second)
+        block = self._block(start_ref, refs, g, i, j)
+
+        @pl.when(second == 0)
+        def _():
+            self._begin(refs, block)
+
+        def work():
+            self._work(refs, block)
+
+        live = self.layout.live(g, i, j, seen_ref)
+        if live is True:
+            work()
+            return
+        pl.when(live)(work)
+
+        @pl.when(jnp.logical_not(live))
+        def _():
+            outs = (refs.entry_out, refs.col_out)
+            _store(outs, jax.tree.map(lambda ref: jnp.zeros(ref.shape, ref.dtype), outs))
+
+    def _block(self, start_ref, refs: _Refs, g, i, j) -> Block:
+        """The tile as `body` gets it, without its scores."""
+        layout, example = self.layout, self.example
+        block = Block(
+            None,
+            jax.tree.map(_value, refs.rows, example.rows),
+            jax.tree.map(_value, refs.cols, example.cols),
+            jax.tree.map(_value, refs.entries, example.entries),
+            lax.broadcasted_iota(jnp.int32, example.raw.shape, 0) + i * layout.br,
+            lax.broadcasted_iota(jnp.int32, example.raw.shape, 1) + j * layout.bc,
+            g,
+            None,
+        )
+        if self.ragged:
+            block = block._replace(inside=(block.row < layout.n) & (block.col < layout.columns))
+        return block._replace(col=block.col + start_ref[0])
+
+    def _begin(self, refs: _Refs, block: Block) -> None:
+        """Stores the carry before the first tile."""
+        layout = self.layout
+        like = jnp.zeros(layout.bc if layout.over_rows else layout.br, jnp.float32)
+        _store(refs.carry, self.init(block.cols if layout.over_rows else block.rows, like))
+
+    def _work(self, refs: _Refs, block: Block) -> None:
+        """Adds the scores to the block, calls `body`, and stores what it returns."""
+        matrices = [ref[0] for ref in refs.matrices]
+        if self.scores.values is not None:
+            block = block._replace(raw=matrices[0].astype(jnp.float32))
+        else:
+            left, right = matrices
+            block = block._replace(raw=_product(self.scores, left, right), left=left, right=right)
+        new: Out = self.body(block, jax.tree.map(_value, refs.carry, self.carry))
+        _store((refs.carry, refs.entry_out, refs.col_out), (new.carry, new.entries, new.cols))
+
+
+def _value(ref: Any, like: Any) -> jax.Array:
+    """The block of one matrix, in the shape that `body` gets."""
+    return ref[0].reshape(like.shape)
+
+
+def _store(refs: Any, values: Any) -> None:
+    jax.tree.map(lambda ref, x: ref.__setitem__(..., x.astype(ref.dtype).reshape(ref.shape)), refs, values)
 
 
 def _product(scores: Scores, left: jax.Array, right: jax.Array) -> jax.Array:
