@@ -1,7 +1,8 @@
-"""`sweep` as a Pallas kernel for TPUs: a grid over matrices, blocks of rows and blocks of columns.
+"""`sweep` as a Pallas kernel for TPUs, with a grid over matrices, blocks of rows and blocks of columns.
 
-The carry lives in its output blocks, which stay in vector memory while the innermost axis of the grid moves. Numbers
-one a row are columns `[rows, 1]` outside of `body` and `[rows]` in it.
+The carry lives in its output block, which stays in vector memory while the innermost axis of the grid advances: it is
+initialized at the first tile along that axis and updated at each tile. An operand with one number per row is a column
+`[rows, 1]` in memory and `[rows]` in `body`.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from jaxsoft.kernels._sweep import Block, Operands, Out, Plan, Result, Scores, T
 from jaxsoft.kernels._trace import examples, is_ragged, unsupported
 from jaxsoft.rows._driver import align_varying
 
-# Vector memory that the blocks of a tile may fill, twice buffered.
+# Bytes of vector memory for the blocks of a tile, double buffering included.
 _VMEM = 48 * 2**20
 
-# Scalar memory that tables of tiles may fill, in numbers.
+# Scalar memory for the tables of tiles (`Operands.seen`), in int32 numbers.
 _SCALARS = 2**16
 
-# Numbers of a vector register along the last axis of an array.
+# Lanes of a vector register: how many numbers it holds along the last axis of an array.
 _LANES = 128
 
-# What Mosaic's compiler for TPUs does not lower, of what a reduction might do.
+# Primitives that a reduction might use but Mosaic does not lower for TPUs.
 _UNSUPPORTED = {
     "gather", "scatter", "scatter-add", "sort", "top_k", "argmax", "argmin", "dynamic_update_slice", "cumsum",
     "cumlogsumexp", "cummax", "cumprod", "lgamma", "digamma", "erf_inv", "igamma", "igammac", "reduce_prod", "while",
@@ -39,7 +40,7 @@ _UNSUPPORTED = {
 
 
 def unavailable(kernel: Kernel) -> str | None:
-    """Why there are no kernels for a device, or None."""
+    """Why the kernels cannot run on a device, or None if they can."""
     kind = kernel.device_kind
     if kind and not any(name in kind for name in ("v5", "v6", "v7", "TPU7")):
         return f"the kernels are for TPU v5e and later, this is {kind!r}"
@@ -47,7 +48,7 @@ def unavailable(kernel: Kernel) -> str | None:
 
 
 def refusal(kernel: Kernel, body: Callable, scores: Scores, operands: Operands, init: Callable, plan: Plan):
-    """Why a sweep cannot run, or None."""
+    """Why a sweep cannot run, or None if it can."""
     tiles = tiles_of(kernel, scores, plan)
     blocks = [tiles.rows * tiles.columns * 4 * 4]
     if scores.values is None:
@@ -59,7 +60,7 @@ def refusal(kernel: Kernel, body: Callable, scores: Scores, operands: Operands, 
 
 
 def tiles_of(kernel: Kernel, scores: Scores, plan: Plan) -> Tiles:
-    """The sizes of tiles: the caller's (which follow the user's), the user's, measured ones, or as large as may be."""
+    """The tile sizes: the caller's (which follow the user's), else the user's, measured ones, or defaults that fit."""
     if plan.tiles is not None:
         return plan.tiles
     _, n, columns = scores.shape
@@ -78,8 +79,8 @@ def tiles_of(kernel: Kernel, scores: Scores, plan: Plan) -> Tiles:
 class _Layout:
     """How the arrays of a sweep are cut into blocks.
 
-    Numbers one a row are `[G, n, 1]`, numbers one a column `[G, 1, S]`, so that the last two axes of every block are
-    multiples of a vector register's, or whole.
+    An operand with one number per row is stored as `[G, n, 1]`, one with a number per column as `[G, 1, S]`: the last
+    two axes of every block are then whole, or multiples of a vector register's.
     """
 
     def __init__(self, scores: Scores, plan: Plan, tiles: Tiles):
@@ -91,11 +92,11 @@ class _Layout:
         self.grid = (self.batch, *(reversed(blocks) if self.over_rows else blocks))
 
     def tile(self, g, first, second) -> tuple:
-        """`(g, i, j)` of a step of the grid."""
+        """`(g, i, j)` of a step of the grid: its matrix, block of rows and block of columns."""
         return (g, second, first) if self.over_rows else (g, first, second)
 
     def live(self, g, i, j, seen) -> Any:
-        """Whether a tile has anything to do; `seen` refers to what `_bits` has made of `Operands.seen`, or is None."""
+        """Whether a tile has anything to do; `seen` is a reference to the table of `_bits`, or None."""
         static = True if self.plan.live is None else self.plan.live(i, j, self.br, self.bc)
         if seen is None:
             return static
@@ -103,15 +104,15 @@ class _Layout:
         return static & ((seen[table, i, j // 32] >> (j % 32)) & 1 == 1)
 
     def output(self, shape: tuple[int, ...], index: Callable) -> pl.BlockSpec:
-        """Blocks at `index(g, i, j)`."""
+        """Output blocks of a shape, at `index(g, i, j)` for tile (g, i, j)."""
         return pl.BlockSpec(shape, lambda g, first, second, *_: index(*self.tile(g, first, second)))
 
     def input(self, a: jax.Array, shape: tuple[int, ...], index: Callable, side: int = 1) -> pl.BlockSpec:
-        """Blocks `[1, *shape]` of an array of G matrices, or one for all, at `(g, *index(i, j))`.
+        """Input blocks `[1, *shape]` at `(g, *index(i, j))`, of an array that holds G matrices, or one for all.
 
-        With `side` matrices side by side the blocks of the last axis are theirs.
+        If `side` matrices lie side by side, each has one block of the last axis.
 
-        Tiles without anything to do all read the first block along the way, once, instead of blocks of their own.
+        Tiles with nothing to do read block 0 of the inner axis instead of their own: a run of them fetches it once.
         """
 
         def at(g, first, second, start, seen=None):
@@ -124,7 +125,10 @@ class _Layout:
         return pl.BlockSpec((1, *shape), at)
 
     def features(self, a: jax.Array, size: int, at: Callable) -> tuple[jax.Array, pl.BlockSpec]:
-        """Features of rows or columns, `size` of these at block `at(i, j)`; side by side if they fill registers."""
+        """Features of rows or columns, and their blocks of `size` at `at(i, j)`.
+
+        Matrices stay side by side if their features fill whole registers.
+        """
         if a.shape[-1] % _LANES:
             a = apart(a)
         side, width = abreast(a), a.shape[-1]
@@ -132,7 +136,7 @@ class _Layout:
         return a, self.input(a, (size, width), lambda i, j: (at(i, j), 0), side)
 
     def scores(self, scores: Scores) -> tuple[list, list]:
-        """The stored scores, or the two matrices, and their blocks."""
+        """The stored scores, or the two sides of the product, and their blocks."""
         if scores.values is not None:
             return [scores.values], [self.input(scores.values, (self.br, self.bc), lambda i, j: (i, j))]
         left, left_spec = self.features(scores.left, self.br, lambda i, j: i)
@@ -144,23 +148,23 @@ class _Layout:
         return [left, right], [left_spec, right_spec]
 
     def rows(self, a: jax.Array) -> tuple[jax.Array, pl.BlockSpec]:
-        """Numbers of rows."""
+        """A row operand and its blocks."""
         a = _whole(a if a.ndim > 2 else a[..., None], 1, self.br)
         return self.features(a, self.br, lambda i, j: i)
 
     def cols(self, a: jax.Array) -> tuple[jax.Array, pl.BlockSpec]:
-        """Numbers of columns."""
+        """A column operand and its blocks."""
         if a.ndim == 2:
             a = _whole(a[:, None, :], 2, self.bc)
             return a, self.input(a, (1, self.bc), lambda i, j: (0, j))
         return self.features(_whole(a, 1, self.bc), self.bc, lambda i, j: j)
 
     def entries(self, a: jax.Array) -> tuple[jax.Array, pl.BlockSpec]:
-        """Numbers of entries."""
+        """An entry operand and its blocks."""
         return a, self.input(a, (self.br, self.bc), lambda i, j: (i, j))
 
     def carry(self, a: jax.ShapeDtypeStruct) -> tuple[tuple[int, ...], pl.BlockSpec]:
-        """The shape of a result that belongs to rows (or to columns, over rows)."""
+        """The shape of a carried array, per row (with `over="rows"`: per column), and its blocks."""
         width = math.prod(a.shape[1:])
         if self.over_rows:
             return (self.batch, self.columns, width), self.output(
@@ -169,13 +173,13 @@ class _Layout:
         return (self.batch, self.n, width), self.output((1, self.br, width), lambda g, i, j: (g, i, 0))
 
     def entry_output(self) -> tuple[tuple[int, ...], pl.BlockSpec]:
-        """The shape of a result of the scores' shape."""
+        """The shape of an entry output, and its blocks."""
         return (self.batch, self.n, self.columns), self.output(
             (1, self.br, self.bc), lambda g, i, j: (g, i, j)
         )
 
     def col_output(self, a: jax.ShapeDtypeStruct) -> tuple[tuple[int, ...], pl.BlockSpec]:
-        """The shape of a result that has a number (or k) a column for each block of rows."""
+        """The shape of a column output, one number (or k) per column and block of rows, and its blocks."""
         if len(a.shape) == 1:
             shape = (self.batch, self.ni, 1, self.columns)
             return shape, self.output((1, 1, 1, self.bc), lambda g, i, j: (g, i, 0, j))
@@ -184,14 +188,17 @@ class _Layout:
 
 
 def _whole(a: jax.Array, axis: int, size: int) -> jax.Array:
-    """Numbers of rows or columns in whole blocks; the last stands for those beyond it, and is a number like any."""
+    """A row or column operand padded to whole blocks with its last entry (not with zeros: `body` may divide by it)."""
     beyond = -a.shape[axis] % size
     widths = [(0, beyond if k == axis else 0) for k in range(a.ndim)]
     return jnp.pad(a, widths, mode="edge") if beyond else a
 
 
 def _bits(seen: jax.Array) -> jax.Array | None:
-    """`Operands.seen` as bits of int32 `[M, nI, nJ / 32]`; one table for all, or none, if there is no room for them."""
+    """`Operands.seen` as bits of int32 `[M, nI, ceil(nJ / 32)]`.
+
+    If that does not fit into scalar memory: one table for all matrices, or None if that does not fit either.
+    """
     for table in (seen, jnp.any(seen, axis=0, keepdims=True)):
         m, blocks, tiles = table.shape
         words = -(-tiles // 32)
@@ -203,7 +210,7 @@ def _bits(seen: jax.Array) -> jax.Array | None:
 
 
 def _pairs(function: Callable, tree: Any) -> tuple[Any, Any]:
-    """The tree of the first, and that of the second results of a function of each leaf."""
+    """Maps a function that returns a pair over a tree; returns the tree of the first and that of the second results."""
     leaves, treedef = jax.tree.flatten(tree)
     pairs = [function(leaf) for leaf in leaves]
     return treedef.unflatten([p[0] for p in pairs]), treedef.unflatten([p[1] for p in pairs])
@@ -373,6 +380,7 @@ def _store(refs: Any, values: Any) -> None:
 
 
 def _product(scores: Scores, left: jax.Array, right: jax.Array) -> jax.Array:
+    """The scores of a tile, in float32."""
     contract = (((1,), (1 if scores.transposed else 0,)), ((), ()))
     return lax.dot_general(
         left, right, contract, precision=scores.precision, preferred_element_type=jnp.float32
