@@ -483,58 +483,61 @@ class _Sweep:
     # --- the warpgroup that fetches ---------------------------------------------------------------------------------
 
     def _fetch(self, memory: _Memory, shared: _Shared, at) -> None:
-        p, s = self.p, self.s
+        """The fetching warpgroup: brings the block's own operands once, then what each tile needs."""
+        s = self.s
         _, count, tile_of = self._range(memory, at)
         major = pl.ds(at.block * s.major, s.major)
-        copy = plgpu.copy_gmem_to_smem
-        for leaf, ref, source in zip(p.own.wide, shared.own, memory.own.get("w", [])):
-            if ref is not None:
-                copy(_lines(source, at, major, 0, ref.shape[1], leaf.abreast), ref, shared.once)
-        if shared.resident is not None:
-            copy(self._step(memory, 0, at, major, 0), shared.resident, shared.once)
+        self._fetch_own(memory, shared, at, major)
 
         def tile(t, _):
-            j = tile_of(t)
-            minor = pl.ds(j * s.minor, s.minor)
+            minor = pl.ds(tile_of(t) * s.minor, s.minor)
             if self.has_ring:
-                slot = self._claim(t, shared.free, self._stages())
-                full = shared.full.at[slot]
-                if not self.product:
-                    source = memory.scores[0]
-                    copy(source.at[_batch(source, at), major, minor], shared.scores[0].at[slot], full)
-                for name in ("f", "i"):
-                    if name in shared.passing:
-                        source = memory.passing[name]
-                        copy(source.at[_batch(source, at), :, minor], shared.passing[name].at[slot], full)
-                for leaf, ref, source in zip(
-                    p.passing.wide, shared.passing["w"], memory.passing.get("w", [])
-                ):
-                    if ref is not None:
-                        lines = _lines(source, at, minor, 0, ref.shape[2], leaf.abreast)
-                        copy(lines, ref.at[slot], full)
-                for ref, source in zip(shared.entries, memory.entries):
-                    rows, columns = (major, minor) if p.major == "r" else (minor, major)
-                    copy(source.at[_batch(source, at), rows, columns], ref.at[slot], full)
+                self._fetch_tile(memory, shared, at, t, major, minor)
             if self.product:
-
-                def step(k, _):
-                    slot = self._claim(t * s.steps + k, shared.step_free, s.stages)
-                    full = shared.step_full.at[slot]
-                    copy(
-                        self._step(memory, 1, at, minor, k * s.depth),
-                        shared.steps[0].at[slot],
-                        full,
-                    )
-                    if not s.resident:
-                        copy(
-                            self._step(memory, 0, at, major, k * s.depth),
-                            shared.steps[1].at[slot],
-                            full,
-                        )
-
-                lax.fori_loop(0, s.steps, step, None)
+                self._fetch_steps(memory, shared, at, t, major, minor)
 
         lax.fori_loop(0, count, tile, None)
+
+    def _fetch_own(self, memory: _Memory, shared: _Shared, at, major) -> None:
+        """Copies what stays in shared memory for all tiles of the block."""
+        for leaf, ref, source in zip(self.p.own.wide, shared.own, memory.own.get("w", [])):
+            if ref is not None:
+                lines = _lines(source, at, major, 0, ref.shape[1], leaf.abreast)
+                plgpu.copy_gmem_to_smem(lines, ref, shared.once)
+        if shared.resident is not None:
+            plgpu.copy_gmem_to_smem(self._step(memory, 0, at, major, 0), shared.resident, shared.once)
+
+    def _fetch_tile(self, memory: _Memory, shared: _Shared, at, t, major, minor) -> None:
+        """Copies the stored scores, the passing operands and the entries of the t-th tile into a free slot."""
+        p, copy = self.p, plgpu.copy_gmem_to_smem
+        slot = self._claim(t, shared.free, self._stages())
+        full = shared.full.at[slot]
+        if not self.product:
+            source = memory.scores[0]
+            copy(source.at[_batch(source, at), major, minor], shared.scores[0].at[slot], full)
+        for name in ("f", "i"):
+            if name in shared.passing:
+                source = memory.passing[name]
+                copy(source.at[_batch(source, at), :, minor], shared.passing[name].at[slot], full)
+        for leaf, ref, source in zip(p.passing.wide, shared.passing["w"], memory.passing.get("w", [])):
+            if ref is not None:
+                copy(_lines(source, at, minor, 0, ref.shape[2], leaf.abreast), ref.at[slot], full)
+        for ref, source in zip(shared.entries, memory.entries):
+            rows, columns = (major, minor) if p.major == "r" else (minor, major)
+            copy(source.at[_batch(source, at), rows, columns], ref.at[slot], full)
+
+    def _fetch_steps(self, memory: _Memory, shared: _Shared, at, t, major, minor) -> None:
+        """Copies the sides of the t-th tile's product, one step of features after another, into free slots."""
+        s, copy = self.s, plgpu.copy_gmem_to_smem
+
+        def step(k, _):
+            slot = self._claim(t * s.steps + k, shared.step_free, s.stages)
+            full = shared.step_full.at[slot]
+            copy(self._step(memory, 1, at, minor, k * s.depth), shared.steps[0].at[slot], full)
+            if not s.resident:
+                copy(self._step(memory, 0, at, major, k * s.depth), shared.steps[1].at[slot], full)
+
+        lax.fori_loop(0, s.steps, step, None)
 
     def _stages(self) -> int:
         return self.s.tile_stages if self.product else self.s.stages
