@@ -33,7 +33,7 @@ _HALF = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 _CACHED = 24 * 2**20
 # The largest number of parts of the minor axis that is tried by default.
 _MOST_PARTS = 32
-# The largest grid along the axes other than the first.
+# The most blocks of threads along the last axes of a CUDA grid.
 _LARGEST_GRID = 65535
 # Number of rows while a body is traced: recognizable, as no other axis has this length.
 _TRACED_ROWS = 7919
