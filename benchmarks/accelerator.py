@@ -1,15 +1,15 @@
-"""Kernels on an accelerator: right on fresh random data first, then timed beside peers on the same machine.
+"""Kernels on an accelerator: checked on fresh random data first, then timed beside peers on the same machine.
 
     python benchmarks/accelerator.py [--seconds 500] [--only checks rows ...] [--smoke] [--out FILE]
 
-Every kernel is compared with XLA in float32 (products in full precision, logits and scores stored) on random rows:
-ragged shapes, masks with NaN under them, all normalizers, gradients with random cotangents. A case that fails is
-reported, and the others go on. Then times, medians of several samples after a warm-up, against what the machine can do,
-measured in the same run (a large copy, a large product in bfloat16), and against XLA, cuDNN and, where they are
-installed, tokamax, cut-cross-entropy and liger-kernel. Every part runs in a process of its own, so that a kernel that
-crashes or hangs takes nothing else down; what there is no time for is dropped from the end, and named. Prints one table
-last, writes JSON, and a plot where matplotlib is installed. `--smoke` does everything with tiny shapes and interpreted
-kernels, on any machine; without an accelerator that is what runs.
+First, every kernel is compared with XLA in float32 (products in full precision, logits and scores stored) on random
+rows: ragged shapes, masks with NaN under them, all normalizers, gradients with random cotangents. A case that fails is
+reported, and the others still run. Then the kernels are timed (medians of several samples after a warm-up) and compared
+with what the machine can do, measured in the same run (a large copy, a large product in bfloat16), and with XLA, cuDNN
+and, where they are installed, tokamax, cut-cross-entropy and liger-kernel. Every part runs in its own process, so that
+a kernel that crashes or hangs affects no other part. When time runs out, the last parts are dropped, and the report
+names them. Prints tables at the end, writes JSON, and a plot where matplotlib is installed. `--smoke` runs everything
+with tiny shapes and interpreted kernels, on any machine; without an accelerator that is what runs.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ class Contestant(NamedTuple):
     """Something to time.
 
     Attributes:
-      name: who; ours begin with "jaxsoft".
-      function: jitted here.
-      args: its arrays.
+      name: shown in the table; ours begin with "jaxsoft".
+      function: what to time; `time_all` jits it.
+      args: its arguments.
     """
 
     name: str
@@ -72,19 +72,19 @@ class Contestant(NamedTuple):
 
 
 def ours(run: Run) -> tuple[tuple[str, str], ...]:
-    """Our implementations, by the name they have in the table."""
+    """The names that our implementations have in the table, and the implementations."""
     return (("jaxsoft", run.implementation), ("jaxsoft, xla", "xla"))[: 1 if run.smoke else 2]
 
 
 def time_all(run: Run, case: str, contestants: list[Contestant]) -> dict[str, dict]:
-    """Times the contestants of a case; its lines of the table by name."""
+    """Times the contestants of a case; returns their rows of the table by name."""
     run.begin(case)
     compiled = compile_all({c.name: (c.function, c.args) for c in contestants}, run.save)
     found: dict[str, dict[str, Any]] = {
         c.name: {"case": case, "contestant": c.name, "ms": None} for c in contestants
     }
     run.rows += found.values()
-    for c in contestants[::-1]:  # peers first: our kernels might take the device down
+    for c in contestants[::-1]:  # peers first: one of our kernels might crash the device
         row, program = found[c.name], compiled[c.name]
         try:
             if isinstance(program, Exception):
@@ -103,11 +103,11 @@ def time_all(run: Run, case: str, contestants: list[Contestant]) -> dict[str, di
 def judge(
     row: dict | None, measure: str, value: float | None, bar: float | None = None, at_most: bool = False
 ) -> None:
-    """Writes a number, and the bar it is held to, into a line; a second one makes a copy of the line."""
+    """Adds a measure, and the bar it is held to, to a row that has none; `extra` adds further ones."""
     if row is None or value is None:
         return
     if "measure" in row:
-        raise ValueError(f"{row['case']}: {row['contestant']} is judged already")
+        raise ValueError(f"{row['case']}: {row['contestant']} has a measure already: use `extra`")
     row |= {"measure": measure, "value": value}
     if bar is not None:
         row |= {"bar": bar, "at_most": at_most, "reached": value <= bar if at_most else value >= bar}
@@ -116,28 +116,28 @@ def judge(
 def extra(
     run: Run, row: dict, measure: str, value: float, bar: float | None = None, at_most: bool = False
 ) -> None:
-    """A further number about the same time, in a line of its own."""
+    """Adds another measure of the same time, in a row of its own."""
     copy = {k: row[k] for k in ("case", "contestant", "ms", "temporary", "kernels") if k in row}
     run.rows.insert(run.rows.index(row) + 1, copy)
     judge(copy, measure, value, bar, at_most)
 
 
 def share(run: Run, row: dict, amount: float, ceiling: str) -> float | None:
-    """Which part of what the machine can do, for so many bytes or operations."""
+    """The fraction of a ceiling that was reached, given the number of bytes or operations."""
     if row["ms"] is None or ceiling not in run.ceilings:
         return None
     return amount / (row["ms"] * 1e-3) / run.ceilings[ceiling]
 
 
 def speed(row: dict, other: dict | None) -> float | None:
-    """How many times as fast as another."""
+    """How many times as fast as another row."""
     if row["ms"] is None or other is None or other["ms"] is None:
         return None
     return other["ms"] / row["ms"]
 
 
 def measure_ceilings(run: Run) -> None:
-    """What the machine can do: bytes a second of a copy (read and written), operations a second of a product."""
+    """What the machine can do: bytes per second of a copy (reads and writes), operations per second of a product."""
     x = run.normal(run.sizes.copy // 2)
     rows = time_all(
         run,
@@ -359,11 +359,11 @@ def time_decode(run: Run) -> None:
         judge(row, "of copy", share(run, row, keys.nbytes + values.nbytes, "copy"), bar)
 
 
-# --- peers in PyTorch, in a process of their own -----------------------------------------------------------------
+# --- peers in PyTorch, in their own process -----------------------------------------------------------------------
 
 
 def time_torch_peers(run: Run) -> None:
-    """The peers' lines go beside ours."""
+    """Times the peers and puts their rows beside ours."""
     if run.smoke:
         run.dropped.append("peers in PyTorch: not with --smoke")
         return
@@ -394,8 +394,8 @@ class Part(NamedTuple):
 
     Attributes:
       group: as `--only` names it.
-      function: gets the run, and the number of its first step (of checks).
-      seconds: the most it may take on an accelerator; most parts take far less.
+      function: gets the run, and the number of the first check to run (other parts ignore it).
+      seconds: time limit on an accelerator; most parts take far less.
     """
 
     group: str
@@ -404,7 +404,7 @@ class Part(NamedTuple):
 
 
 def parts() -> dict[str, Part]:
-    """In order; the last are dropped first."""
+    """All parts, in order; when time runs out, the last are dropped."""
 
     def of_head(which: int) -> Callable:
         return lambda run, _: (
@@ -429,12 +429,12 @@ GROUPS = tuple(dict.fromkeys(part.group for part in parts().values()))
 
 
 def perform(run: Run, name: str, first: int = 0) -> None:
-    """One part, in this process."""
+    """Runs one part in this process."""
     run.say(name)
     with jaxsoft.kernels.interpreted() if run.smoke else contextlib.nullcontext():
         try:
             parts()[name].function(run, first)
-        except Exception as error:  # the other parts are still worth having
+        except Exception as error:  # the other parts can still run
             run.dropped.append(f"the rest of {name}: {first_line(error)}")
     run.finish()
     if not works():
@@ -442,7 +442,7 @@ def perform(run: Run, name: str, first: int = 0) -> None:
 
 
 def isolated(run: Run, name: str, patience: float) -> None:
-    """One part, in a process of its own; checks go on behind one that crashed or hung."""
+    """Runs one part in its own process; after a check that crashes or hangs, goes on with the next check."""
     first, part = 0, parts()[name]
     limit = run.left() - 15
     end = time.monotonic() + min(part.seconds, limit)
@@ -471,7 +471,7 @@ def isolated(run: Run, name: str, patience: float) -> None:
 
 
 def watched(command: list[str], record: pathlib.Path, end: float, patience: float) -> str | None:
-    """Runs a command until it ends, or is too late, or the record has not changed for long; returns what was wrong."""
+    """Runs a command until it exits, time is up, or the record stops changing; returns what went wrong, or None."""
     environment = {
         name: value for name, value in os.environ.items() if name != "XLA_PYTHON_CLIENT_PREALLOCATE"
     }
@@ -495,7 +495,7 @@ def watched(command: list[str], record: pathlib.Path, end: float, patience: floa
 
 
 def report(run: Run) -> None:
-    """The tables; times last."""
+    """Prints the tables, the times last."""
     checks = Table(title=f"|ours - float32 reference| / |reference|, {run.implementation}")
     for title in ("check", "status", "value", "worst gradient", "kernels"):
         checks.add_column(title)
@@ -541,8 +541,8 @@ def report(run: Run) -> None:
 
 
 def plot(run: Run, path: pathlib.Path) -> bool:
-    """Each bar as a line at 1; longer is better."""
-    try:
+    """Plots each measure as a multiple of its bar (the line at 1; longer is better); False without matplotlib."""
+    try:  # optional
         import matplotlib
 
         matplotlib.use("Agg")
@@ -570,18 +570,25 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=500, help="after them, what is left is dropped")
-    parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="these parts")
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes, interpreted kernels, any machine")
-    parser.add_argument("--implementation", choices=list(BACKENDS), help="whose kernels")
-    parser.add_argument("--seed", type=int, default=int(time.time()), help="of the data; fresh by default")
-    parser.add_argument("--out", type=pathlib.Path, help="where the numbers go")
     parser.add_argument(
-        "--patience", type=float, default=75, help="after so many idle seconds, a part has hung"
+        "--seconds", type=float, default=500, help="time limit; parts that are left are dropped"
+    )
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="run only these parts")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, interpreted kernels, any machine")
+    parser.add_argument("--implementation", choices=list(BACKENDS), help="which kernels to run")
+    parser.add_argument(
+        "--seed", type=int, default=int(time.time()), help="seed of the data; a new one by default"
+    )
+    parser.add_argument("--out", type=pathlib.Path, help="the file to write")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=75,
+        help="seconds without progress after which a part counts as hung",
     )
     parser.add_argument("--together", action="store_true", help="all in one process (as with --smoke)")
     parser.add_argument(
-        "--apart", action="store_true", help="each part in a process of its own, with --smoke too"
+        "--apart", action="store_true", help="each part in its own process, even with --smoke"
     )
     parser.add_argument("--part", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Attention, streamed, beside jax.nn.dot_product_attention: forward, forward and backward, memory, in one run.
+"""Streamed attention beside jax.nn.dot_product_attention: forward, forward and backward, and memory, in one run.
 
     python benchmarks/attention.py [--heads 4] [--dim 64] [--repeats 5]
 
@@ -44,7 +44,7 @@ NORMALIZERS = {
 
 
 def contestants(names: list[str], causal: bool) -> dict:
-    """`jax.nn`, then ours with each of the normalizers."""
+    """`jax.nn` first, then our attention with each of the normalizers."""
     functions = {"jax.nn": functools.partial(jax.nn.dot_product_attention, is_causal=causal)}
     for name in names:
         functions[name] = functools.partial(
@@ -54,7 +54,7 @@ def contestants(names: list[str], causal: bool) -> dict:
 
 
 def measure(length: int, heads: int, dim: int, causal: bool, names: list[str], repeats: int) -> list[dict]:
-    """Times and temporary memory of all contestants at one length."""
+    """Measures time and temporary memory of all contestants at one length."""
     arrays = [jax.random.normal(k, (1, length, heads, dim)) for k in jax.random.split(jax.random.key(0), 4)]
     compiled = {}
     for name, f in contestants(names, causal).items():
@@ -66,9 +66,9 @@ def measure(length: int, heads: int, dim: int, causal: bool, names: list[str], r
         both = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(*arrays).compile()
         compiled[name] = {"forward": forward, "both": both}
     times = {(name, kind): [] for name in compiled for kind in ("forward", "both")}
-    for _ in range(repeats):  # interleaved, so that a busy moment hits all alike
+    for _ in range(repeats):  # interleaved, so that a busy moment affects all alike
         for name, kind in times:
-            # Untimed, lest it pays for the memory that the one before gave back.
+            # An untimed call first: it pays for memory that the previous contestant gave back to the system.
             jax.block_until_ready(compiled[name][kind](*arrays))
             start = time.perf_counter()
             jax.block_until_ready(compiled[name][kind](*arrays))

@@ -1,4 +1,4 @@
-"""What the parts of `accelerator.py` share: sizes, random data, the clock, compiling, and the record that is kept."""
+"""What the parts of `accelerator.py` share: sizes, random data, the clock, compilation, and the record of results."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from rich.console import Console
 
 
 class Sizes(NamedTuple):
-    """What is timed.
+    """The sizes of what is timed.
 
     Attributes:
       rows: rows and columns of stored scores.
-      heads: tokens, features and vocabulary.
+      heads: tokens, features and vocabulary of linear heads.
       attention: batch, heads, head size, length.
-      decode: batch, heads, heads of keys, head size, cached keys.
+      decode: batch, query heads, key heads, head size, cached keys.
       copy: bytes of the copy.
-      product: the side of the product.
-      repeats: samples of each time.
+      product: rows (and columns) of the square matrices of the product.
+      repeats: timed samples per contestant.
     """
 
     rows: tuple = ((8192, 32768), (256, 1048576))
@@ -53,17 +53,17 @@ SMOKE = Sizes(
 
 
 class Run:
-    """One run: its settings, and its record, which is written after every step, for a kernel may take all down.
+    """One run: its settings, and its record, which is written after every step because a kernel may crash the process.
 
     Attributes:
-      implementation: whose kernels.
-      smoke: whether all is tiny.
+      implementation: which kernels run.
+      smoke: whether the shapes are tiny and the kernels interpreted.
       out: the file of the record.
-      checks: what was compared.
-      rows: what was timed.
+      checks: results of the comparisons.
+      rows: results of the timings.
       dropped: what was left out, and why.
       ceilings: what the machine can do, by name.
-      doing: what is being done, and its number; None between steps.
+      doing: name and number of the current step; None between steps.
     """
 
     def __init__(self, implementation: str, smoke: bool, seconds: float, seed: int, out: pathlib.Path):
@@ -79,12 +79,12 @@ class Run:
         self.doing: tuple[str, int] | None = None
 
     def begin(self, name: str, number: int = 0) -> None:
-        """Notes what is about to be done."""
+        """Records which step begins."""
         self.doing = (name, number)
         self.save()
 
     def finish(self) -> None:
-        """Notes that it is done."""
+        """Records that the step is done."""
         self.doing = None
         self.save()
 
@@ -114,7 +114,7 @@ class Run:
         self.checks, self.rows = record["checks"], record["rows"]
 
     def left(self) -> float:
-        """Seconds until the end."""
+        """Seconds that are left."""
         return self.seconds - (time.monotonic() - self.start)
 
     def say(self, line: str) -> None:
@@ -123,7 +123,7 @@ class Run:
         sys.stdout.flush()
 
     def normal(self, *shape: int, dtype: Any = jnp.bfloat16, scale: float = 1.0) -> jax.Array:
-        """Fresh normal random numbers; many of them are drawn by the device."""
+        """Fresh normal random numbers; large arrays are drawn on the device."""
         if math.prod(shape) > 2**20:
             key = jax.random.key(self.random.integers(2**31))
             return jax.random.normal(key, shape, dtype) * jnp.asarray(scale, dtype)
@@ -134,7 +134,7 @@ class Run:
         return jnp.asarray(self.random.random(shape, np.float32) + np.float32(0.5))
 
     def integers(self, *shape: int, high: int) -> jax.Array:
-        """Fresh random integers from 0 on, below `high`."""
+        """Fresh random integers, at least 0 and below `high`."""
         return jnp.asarray(self.random.integers(0, high, shape, np.int32))
 
     def booleans(self, *shape: int, probability: float = 0.7) -> jax.Array:
@@ -148,7 +148,7 @@ def first_line(error: BaseException) -> str:
 
 
 def compile_all(functions: dict[Any, tuple[Callable, tuple]], alive: Callable[[], None]) -> dict[Any, Any]:
-    """Compiles `name: (function, arguments)` side by side; an exception stands for what failed.
+    """Compiles `name: (function, arguments)` in parallel; what failed is represented by its exception.
 
     Args:
       functions: what to compile.
@@ -157,7 +157,7 @@ def compile_all(functions: dict[Any, tuple[Callable, tuple]], alive: Callable[[]
     futures, compiled = {}, {}
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         for name, (function, args) in functions.items():
-            try:  # traced here: what a `with` block says holds for this thread only
+            try:  # traced here: the caller's `with` blocks hold for this thread only
                 futures[name] = pool.submit(jax.jit(function).lower(*args).compile)
             except Exception as error:
                 compiled[name] = error
@@ -172,7 +172,7 @@ def compile_all(functions: dict[Any, tuple[Callable, tuple]], alive: Callable[[]
 
 
 def kernels_in(compiled: Any) -> int | None:
-    """How many kernels of Pallas a compiled function calls; None if that cannot be read (interpreted ones, say)."""
+    """How many Pallas kernels a compiled function calls; None if that is unknown (on a CPU they are interpreted)."""
     if jax.default_backend() == "cpu":
         return None
     try:
@@ -182,7 +182,7 @@ def kernels_in(compiled: Any) -> int | None:
 
 
 def works() -> bool:
-    """Whether the device still does anything: after a bad access to memory it does not."""
+    """Whether the device still works: after an illegal memory access it does not."""
     try:
         return float(jax.jit(jnp.sum)(jnp.ones(8))) == 8
     except Exception:

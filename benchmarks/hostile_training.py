@@ -3,13 +3,13 @@
     python benchmarks/hostile_training.py [--seeds 3] [--settings stable spikes ...] [any option of train_lm.py]
 
 * stable: the learning rate that `examples/train_lm.py` found good for each optimizer, float32;
-* spikes: the gradient of every fiftieth step or so is multiplied by 1000;
+* spikes: in 2 % of the steps, chosen at random, the gradient is multiplied by 1000;
 * rate x 10: ten times that learning rate;
 * bfloat16: parameters, and with them gradients and updates, in bfloat16.
 
-Equal initial weights, batches and spikes for all optimizers of a seed. Prints the validation loss after training (mean
-and standard deviation over the seeds; the loss of a run that ended in NaN counts as that of an untrained model), and
-writes benchmarks/results/hostile_training.json and hostile_training.png (training curves, mean over the seeds).
+For each seed, all optimizers get the same initial weights, batches and spikes. Prints the validation loss after
+training (mean and standard deviation over the seeds; a loss that is not finite counts as that of an untrained model),
+and writes benchmarks/results/hostile_training.json and hostile_training.png (training curves, mean over the seeds).
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ SIZES = "--steps 200 --batch 8 --sequence 64 --width 64 --layers 2 --heads 4 --v
 
 
 def adamw_8bit(rate, **options):
-    """AdamW whose moments take a byte an element; the matrices of a model this small would be left in float32."""
+    """AdamW with moments of one byte per element; by default, matrices of a model this small would stay in float32."""
     return optimizers.quantize_state(optax.adamw(rate, **options), min_size=1024)
 
 
-OPTIMIZERS = {  # name: (learning rate -> optimizer, its learning rate)
+OPTIMIZERS = {  # name: (learning rate -> optimizer, peak learning rate)
     "optax.adamw": (optax.adamw, 3e-3),
     "optax.lion": (optax.lion, 1e-3),
     "spam": (functools.partial(optimizers.spam, reset_every=100, warmup_steps=20), 3e-3),
@@ -56,7 +56,7 @@ OPTIMIZERS = {  # name: (learning rate -> optimizer, its learning rate)
 
 
 class Setting(NamedTuple):
-    """What is hostile: the factor of gradient spikes and of the learning rate, and the dtype of the parameters."""
+    """What makes training hostile: factors of gradient spikes and of the learning rate, dtype of the parameters."""
 
     spike: float = 1.0
     rate: float = 1.0
@@ -108,7 +108,7 @@ def make_training(args: argparse.Namespace, name: str, vocab: int):
 
 
 def inputs_of(args: argparse.Namespace, seed: int, setting: Setting, data):
-    """What a run of a setting and seed gets, the same for all optimizers."""
+    """The arguments of `train` for a setting and a seed, the same for all optimizers."""
     tokenizer, batches, validation = data
     _, params = nnx.split(train_lm.GPT(args, len(tokenizer.tokens), True, nnx.Rngs(seed)))
     params = jax.tree.map(lambda p: p.astype(setting.dtype), params)
@@ -119,7 +119,7 @@ def inputs_of(args: argparse.Namespace, seed: int, setting: Setting, data):
 
 def main() -> None:
     parser = train_lm.make_parser()
-    parser.add_argument("--seeds", type=int, default=3, help="how many runs of each kind")
+    parser.add_argument("--seeds", type=int, default=3, help="runs per optimizer and setting")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--results", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
     args = train_lm.parse_arguments(parser, [*SIZES.split(), "--sample-tokens", "1", *sys.argv[1:]])
@@ -154,7 +154,7 @@ def spread(ends: list[float]) -> float:
 
 
 def show(args: argparse.Namespace, rows: list[dict]) -> None:
-    """Prints the table; the best of a setting is bold, and what is within a standard deviation of it."""
+    """Prints the table; bold: means at most one of their standard deviations above the best mean of the setting."""
     table = Table(title=f"validation loss after {args.steps} steps, {args.seeds} seeds")
     table.add_column("optimizer")
     found = {(row["optimizer"], row["setting"]): row["validation"] for row in rows}
@@ -174,7 +174,7 @@ def show(args: argparse.Namespace, rows: list[dict]) -> None:
 
 def write(args: argparse.Namespace, rows: list[dict], curves: dict) -> None:
     """Writes the results and the plot."""
-    import matplotlib
+    import matplotlib  # here, because it is optional and slow to import
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

@@ -1,4 +1,4 @@
-"""What `accelerator.py` checks: kernels against XLA in float32, with scores stored, on fresh random data."""
+"""The checks of `accelerator.py`: kernels against XLA in float32 with stored scores, on fresh random data."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ TIMED_NORMALIZERS = (
 
 
 class Check(NamedTuple):
-    """A function `(implementation, *args) -> floating array` to be compared with itself in float32.
+    """A function `(implementation, *args) -> floating array` whose kernels are compared with its float32 reference.
 
     Attributes:
-      name: what it is.
-      function: gets `implementation` first, which is `"reference"` for the comparison.
-      args: arrays.
-      wanted: which of them are differentiated.
-      bounds: of `|a - b| / |b|`: of values, and of gradients.
+      name: shown in the report.
+      function: gets `implementation` first, which is `"reference"` for the reference.
+      args: its arrays.
+      wanted: the arguments to differentiate.
+      bounds: the largest `|a - b| / |b|` of the value, and that of the gradients.
     """
 
     name: str
@@ -85,7 +85,7 @@ def vector_jacobian(f: Callable, wanted: tuple[int, ...]) -> Callable:
 
 
 def distance(a: Any, b: Any) -> float:
-    """`|a - b| / |b|`, equal infinities apart; NaN is never near."""
+    """`|a - b| / |b|`, where equal infinities count as equal; NaN if either has a NaN."""
     a, b = (jnp.asarray(x, jnp.float32) for x in (a, b))
     difference = jnp.where(a == b, 0, a - b)
     size = jnp.sqrt(jnp.sum(jnp.where(jnp.isfinite(b), b, 0) ** 2))
@@ -93,7 +93,7 @@ def distance(a: Any, b: Any) -> float:
 
 
 def logits_of(implementation: str, hidden, weight, **options) -> Any:
-    """`linear_logits`, or for the comparison the stored array."""
+    """`linear_logits`, or the stored array for the reference."""
     if implementation == "reference":
         return jaxsoft.linear_logits(hidden, weight, implementation="xla", **options).dense()
     return jaxsoft.linear_logits(hidden, weight, implementation=implementation, **options)
@@ -104,7 +104,7 @@ def named(implementation: str) -> str:
 
 
 def row_checks(run: Run) -> Iterator[Check]:
-    """Stored scores."""
+    """Checks of stored scores."""
     shapes = (
         [(3, 7), (24, 300)]
         if run.smoke
@@ -146,7 +146,7 @@ def row_checks(run: Run) -> Iterator[Check]:
 
 
 def head_checks(run: Run) -> Iterator[Check]:
-    """Linear heads."""
+    """Checks of linear heads."""
 
     def cross_entropy(implementation, hidden, weight, labels):
         return losses.cross_entropy(logits_of(implementation, hidden, weight), labels)
@@ -222,7 +222,7 @@ def head_checks(run: Run) -> Iterator[Check]:
 
 
 def attention_checks(run: Run) -> Iterator[Check]:
-    """Attention: every normalizer, then every mask."""
+    """Checks of attention: normalizers, then shapes, then masks and other options."""
     bounds = (1e-2, 2e-2)
 
     def check(name, shape, dtype=jnp.bfloat16, extra=(), **options):
@@ -278,11 +278,11 @@ def attention_checks(run: Run) -> Iterator[Check]:
 
 
 CHECKS = {"rows": row_checks, "head": head_checks, "attention": attention_checks}
-SIDE_BY_SIDE = 8  # compiled at a time
+SIDE_BY_SIDE = 8  # checks that are compiled in parallel
 
 
 def run_checks(run: Run, group: str, first: int = 0) -> None:
-    """Compares everything of a group from the given one on, and writes down what fails."""
+    """Runs the checks of a group, from number `first` on, and records the results."""
     checks = list(enumerate(CHECKS[group](run)))[first:]
     if run.smoke:
         checks = checks[:: max(1, len(checks) // 2)]
@@ -297,7 +297,7 @@ def run_checks(run: Run, group: str, first: int = 0) -> None:
 
 
 def check_some(run: Run, checks: list[tuple[int, Check]]) -> None:
-    """Compiled side by side."""
+    """Runs a few checks, which are compiled in parallel."""
     theirs, mine, cotangents = {}, {}, {}
     for i, c in checks:
         reference, args = functools.partial(c.function, "reference"), upcast(c.args)
@@ -334,12 +334,12 @@ def check_some(run: Run, checks: list[tuple[int, Check]]) -> None:
         run.checks.append(row)
         if row["reason"] and not works():
             run.save()
-            sys.exit(17)  # the next process goes on behind it
+            sys.exit(17)  # another process goes on with the next check
         run.finish()
 
 
 def called(function: Any, args: tuple) -> Any:
-    """The result; what failed to compile raises here."""
+    """The result of a compiled function; raises the exception if it failed to compile."""
     if isinstance(function, Exception):
         raise function
     return function(*args)

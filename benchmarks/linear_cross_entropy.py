@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear head: never-stored logits beside dense optax, value and gradient, in one run.
+"""Cross-entropy of a linear head: logits that are never stored beside dense optax, value and gradient, in one run.
 
     python benchmarks/linear_cross_entropy.py [--tokens 2048] [--dim 512] [--vocab 32768] [--repeats 9]
 
@@ -76,7 +76,7 @@ def measure(tokens: int, dim: int, vocab: int, repeats: int) -> list[dict]:
         for name, f in CONTESTANTS.items()
     }
     times = {name: [] for name in compiled}
-    for _ in range(repeats):  # interleaved, so that a busy moment hits all alike
+    for _ in range(repeats):  # interleaved, so that a busy moment affects all alike
         for name, run in compiled.items():
             start = time.perf_counter()
             jax.block_until_ready(run(hidden, weight, labels))

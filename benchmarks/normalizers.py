@@ -1,9 +1,10 @@
-"""Normalizers with exact zeros beside sorting, jax.nn.softmax and torch entmax: forward, and with the gradient.
+"""Normalizers with exact zeros beside `jnp.sort`, `jax.nn.softmax` and torch's entmax: forward, and with gradient.
 
     python benchmarks/normalizers.py [--rows 256] [--columns 65536] [--repeats 9]
 
 Prints a table of times (medians and minima of interleaved runs, ratios to `jnp.sort` of the same run) and writes
-benchmarks/results/normalizers.json. torch and entmax are measured if they are installed, with as many threads.
+benchmarks/results/normalizers.json. The entmax package is measured if it and torch are installed, with torch's default
+number of threads.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def with_gradient(f: Callable) -> Callable:
 
 
 def of_jax(x: np.ndarray, g: np.ndarray) -> dict[tuple[str, bool], Callable]:
-    """A call for each contestant, forward and with gradient, that waits for its result."""
+    """Calls of the contestants by (name, whether with gradient); each waits for its result."""
     x, g = jnp.asarray(x), jnp.asarray(g)
     calls = {}
     for name, f in CONTESTANTS.items():
@@ -57,8 +58,8 @@ def of_jax(x: np.ndarray, g: np.ndarray) -> dict[tuple[str, bool], Callable]:
 
 
 def of_torch(x: np.ndarray, g: np.ndarray) -> dict[tuple[str, bool], Callable]:
-    """The functions of the entmax package, which sort (k is None), or sort the k largest scores."""
-    try:
+    """Calls of the functions of entmax, which sort all scores or the k largest (or bisect)."""
+    try:  # optional packages
         import entmax
         import torch
     except ImportError:
@@ -94,7 +95,7 @@ def measure(rows: int, columns: int, repeats: int, spread: float, only: str) -> 
     calls = {**of_jax(x, g), **of_torch(x, g)}
     calls = {key: call for key, call in calls.items() if only in key[0] or key[0] == BASE}
     times = {key: [] for key in calls}
-    for repeat in range(repeats + 1):  # interleaved, so that a busy moment hits all alike
+    for repeat in range(repeats + 1):  # interleaved, so that a busy moment affects all alike
         for key, call in calls.items():
             start = time.perf_counter()
             call()

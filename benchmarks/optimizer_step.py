@@ -1,12 +1,12 @@
-"""Time and memory of one optimizer step, side by side with optax and with the memory's own speed.
+"""Time and memory of one optimizer step, beside optax and beside the speed of the memory.
 
     python benchmarks/optimizer_step.py [--params N] [--repeats N] [--only NAME ...] [--out FILE]
 
-Every step is jitted with parameters and state donated, so that they are overwritten in place; the gradients are
-not. The floor of a row is the same traffic with trivial arithmetic, measured in the same run, turn by turn: an
-elementwise step that reads the gradient and overwrites the parameters and every array of the optimizer's state, in
-their own dtypes, plus, where the method needs sums over a leaf before it can step (norms, maxima, products), one
-plain sum for each array that those sums read. The bar is 1.15 of it. Parameters are 12 square matrices.
+Every step is jitted. Parameters and state are donated, so that they are overwritten in place; the gradients are
+not. The floor of a row is the same memory traffic with trivial arithmetic, measured in the same run, in alternation:
+an elementwise step that reads the gradient and overwrites the parameters and every array of the optimizer's state, in
+their own dtypes; where the method needs sums over a leaf before it can step (norms, maxima, products), it also has
+one plain reduction per sum. The bar is 1.15 times the floor. The parameters are 12 square matrices.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ WARMUP = 2
 
 @dataclasses.dataclass(frozen=True)
 class Contestant:
-    """An optimizer, the arrays read by sums that come before its step, and its share of the parameters.
+    """An optimizer, the sums (see `SUMS`) that it needs before its step, and its share of the parameters.
 
-    `transform` may be a function from the side of the matrices to the optimizer.
+    `transform` may be a function from the side length of the matrices to the optimizer.
     """
 
     transform: optax.GradientTransformation | Callable[[int], optax.GradientTransformation]
@@ -55,7 +55,7 @@ CONTESTANTS = {
     "adamp": Contestant(optimizers.adamp(1e-3, weight_decay=1e-4), ("p p", "g g", "g p")),
     "sgdp": Contestant(optimizers.sgdp(1e-3, weight_decay=1e-4), ("p p", "g g", "g p")),
     "diffgrad": Contestant(optimizers.diffgrad(1e-3)),
-    # The decomposition of its first step takes long; it and the projections are not in the floor.
+    # Few parameters, as the decomposition in its first step is slow; the floor has neither it nor the projections.
     "fira": Contestant(lambda side: optimizers.fira(1e-3, rank=side // 8), ("g g",), share=0.02),
     "8-bit adamw": Contestant(optimizers.quantize_state(optax.adamw(1e-3))),
     "8-bit adamw, in pieces": Contestant(optimizers.quantize_state(optax.adamw(1e-3), chunk_size=2**18)),
@@ -93,9 +93,9 @@ def compiled_step(tx, grads, params):
 
 
 def compiled_floor(shapes, sums, grads, params):
-    """The traffic of an ideal compiler: each array of state read and written once, the parameters last."""
+    """The memory traffic of an ideal compiler: reads and writes each array of state once, the parameters last."""
     like = params[0].shape
-    # Arrays of state shaped like a parameter go with one, the others by themselves.
+    # Arrays of state that are shaped like a parameter are updated along with one, the others by themselves.
     beside = [s for s in jax.tree.leaves(shapes) if s.shape == like]
     alone = [s for s in jax.tree.leaves(shapes) if s.shape != like]
 
@@ -103,7 +103,7 @@ def compiled_floor(shapes, sums, grads, params):
         beside, alone = state
         new_params, new_beside = [], [None] * len(beside)
         for i, (g, p) in enumerate(zip(grads, params)):
-            # Each sum depends on the one before and the step on the last, as in the methods themselves.
+            # Each sum depends on the previous one, and the step on the last, as in the methods themselves.
             scalar = jnp.float32(1)
             for name in sums:
                 scalar = jax.lax.optimization_barrier(SUMS[name](g * scalar, p)) * 1e-30
@@ -122,9 +122,9 @@ def compiled_floor(shapes, sums, grads, params):
 
 
 def measure(contestant: Contestant, count: int, repeats: int) -> dict[str, float]:
-    """One optimizer and its floor, turn by turn."""
+    """Measures one optimizer and its floor in alternation."""
     side = math.sqrt(contestant.share * count / LEAVES)
-    multiple = 256 if side > 1000 else 8  # sizes of real models
+    multiple = 256 if side > 1000 else 8  # as in real models
     side = max(8, round(side / multiple) * multiple)
     tx = contestant.transform(side) if callable(contestant.transform) else contestant.transform
     grads = [jax.random.normal(jax.random.key(i), (side, side)) for i in range(LEAVES)]
@@ -159,9 +159,11 @@ def measure(contestant: Contestant, count: int, repeats: int) -> dict[str, float
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--params", type=int, default=50_000_000, help="number of float32 parameters")
-    parser.add_argument("--repeats", type=int, default=11, help="timed steps of each contestant")
-    parser.add_argument("--only", nargs="*", choices=CONTESTANTS, help="these rows; others stay as they are")
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="where the results go")
+    parser.add_argument("--repeats", type=int, default=11, help="timed steps per contestant")
+    parser.add_argument(
+        "--only", nargs="*", choices=CONTESTANTS, help="measure only these rows; keep the others"
+    )
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="the file to write")
     args = parser.parse_args(argv)
     print(f"{args.params / 1e6:g}M float32 parameters, {jax.devices()[0]}, jax {jax.__version__}, median ms")
     print(f"{'step':<30}{'ms':>9}{'floor':>9}{'ratio':>8}{'state B/param':>15}{'temp B/param':>14}")

@@ -1,8 +1,8 @@
-"""Linear cross-entropy of PyTorch packages, timed for `accelerator.py`: cut-cross-entropy and liger-kernel.
+"""Times linear cross-entropy of two PyTorch packages, cut-cross-entropy and liger-kernel, for `accelerator.py`.
 
     python benchmarks/torch_peers.py '[[8192, 4096, 131072]]' 100
 
-Arguments: tokens, features and vocabularies, and after how many seconds to stop. The last line printed is JSON.
+Arguments: a JSON list of [tokens, features, vocabulary], and a time limit in seconds. The last line printed is JSON.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 
 def torch_peers(seconds: float, shapes: list) -> None:
     """Times cut-cross-entropy and liger-kernel; the last line printed is JSON."""
-    import torch
+    import torch  # here, because it and the two packages are optional
 
     start, rows, missing = time.monotonic(), [], []
 

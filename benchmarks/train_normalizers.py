@@ -2,8 +2,8 @@
 
     python benchmarks/train_normalizers.py [any option of examples/train_lm.py]
 
-Only the streamed run, equal seeds; the sizes are small ones unless given. Prints a table (validation loss, ratio to
-that of softmax, time a step) and writes benchmarks/results/train_normalizers.json.
+Runs only the streamed variant, with equal seeds and, by default, small sizes. Prints a table (validation loss, ratio to
+that of softmax, time per step) and writes benchmarks/results/train_normalizers.json.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> None:
         )
         print(f"{name:30} {rows[-1]['loss']:.4f}", flush=True)
     table = Table(title=f"{args.steps} steps of {args.batch} x {args.sequence} tokens")
-    for title in ("normalizer", "validation loss", "to softmax", "ms a step"):
+    for title in ("normalizer", "validation loss", "to softmax", "ms per step"):
         table.add_column(title, justify="right" if title != "normalizer" else "left")
     for row in rows:
         row["to_softmax"] = row["loss"] / rows[0]["loss"]

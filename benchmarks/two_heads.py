@@ -1,9 +1,9 @@
-"""CLIP's loss both ways, and distillation between two heads, never stored, beside the plain dense forms.
+"""CLIP's symmetric loss and distillation between two heads, with logits never stored, beside the plain dense forms.
 
     python benchmarks/two_heads.py [--repeats 5]
 
-Prints times (minima of interleaved runs, after an untimed call each), compiled temporary memory, and the ratios to the
-dense form of the same run; writes benchmarks/results/two_heads.json.
+Prints times (minima of interleaved runs, each contestant after an untimed call), compiled temporary memory, and ratios
+to the dense form of the same run; writes benchmarks/results/two_heads.json.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs per contestant (%(default)s)")
     args = parser.parse_args()
     results = {}
     for case, contestants in CASES.items():

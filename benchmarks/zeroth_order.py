@@ -1,12 +1,12 @@
-"""Peak memory and time of a MeZO step, side by side with inference and with training by backpropagation.
+"""Peak memory and time of a MeZO step, beside inference and beside training by backpropagation.
 
     python benchmarks/zeroth_order.py [--width N] [--layers N] [--vocab N] [--repeats N] [--out FILE]
 
 Two settings of a causal language model: one short sequence, where the parameters dominate memory, and many
 long ones at a quarter of the width, where the activations do; each with its layers stacked (`lax.scan`) and as
 separate leaves. Peak memory is that of the compiled program (`memory_analysis`): arguments, outputs that do
-not overwrite an argument, and temporary arrays. Parameters and states are donated. Times are medians of steps
-that take turns.
+not overwrite an argument, and temporary arrays. Parameters and states are donated. Times are medians of
+interleaved steps.
 """
 
 from __future__ import annotations
@@ -74,10 +74,10 @@ def backpropagation(params, key, tokens):
 
 
 def contestants(params):
-    """The steps `(params, state, tokens) -> (params, state)` by name, with their states."""
+    """The steps `(params, state, tokens) -> (params, state)` with their initial states, by name."""
 
     def inference(params, state, tokens):
-        return params, loss_fn(params, tokens)  # the parameters are donated, so that they count once
+        return params, loss_fn(params, tokens)  # returns the donated parameters, which then count once
 
     def train(gradients, tx, params, state, tokens):
         key, inner = state
@@ -137,10 +137,10 @@ def measure(setting, make_params, tokens, repeats):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--width", type=int, default=512, help="of the model in the first setting")
+    parser.add_argument("--width", type=int, default=512, help="width of the model in the first setting")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocab", type=int, default=4096)
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each contestant")
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps per contestant")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     args = parser.parse_args()
 

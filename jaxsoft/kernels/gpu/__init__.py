@@ -1,4 +1,7 @@
-"""Sweeps on NVIDIA Hopper GPUs, by Pallas' Mosaic GPU backend."""
+"""Sweeps on NVIDIA Hopper GPUs, with Pallas' Mosaic GPU backend.
+
+`_sweep` builds the kernel, `_program` plans it, and `_narrow` evaluates the body of the sweep on a tile.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,15 @@ _DEVICES = ("H100", "H200", "H800", "H20")
 
 
 def unavailable(kernel: Kernel) -> str | None:
-    """Why no sweep can run here, or None."""
-    try:
+    """Why no sweep can run on this device, or None."""
+    try:  # some versions of jax have no Mosaic GPU
         from jax.experimental.pallas import mosaic_gpu
     except ImportError as error:
         return f"this jax {jax.__version__} has no Mosaic GPU ({error})"
     if kernel.interpret:
-        return (
-            None if hasattr(mosaic_gpu, "InterpretGPUParams") else "this jax has no interpreter of Mosaic GPU"
-        )
+        return None if hasattr(mosaic_gpu, "InterpretGPUParams") else "this jax has no Mosaic GPU interpreter"
     if not any(name in kernel.device_kind for name in _DEVICES):
-        return f"it is written for Hopper GPUs, this is {kernel.device_kind!r}"
+        return f"the kernels are for Hopper GPUs, this is {kernel.device_kind!r}"
     return None
 
 
@@ -29,6 +30,7 @@ def refusal(
     kernel: Kernel, body: Body, scores: Scores, operands: Operands, init: Init, plan: Plan
 ) -> str | None:
     """Why this sweep cannot run, or None. Arrays may be `ShapeDtypeStruct`s."""
+    # Imports Mosaic GPU, which `unavailable` must have found first.
     from jaxsoft.kernels.gpu import _sweep
 
     return _sweep.refusal(kernel, body, scores, operands, init, plan)
@@ -36,6 +38,7 @@ def refusal(
 
 def sweep(kernel: Kernel, body: Body, scores: Scores, operands: Operands, init: Init, plan: Plan) -> Result:
     """Visits the tiles of a matrix of scores: see `jaxsoft.kernels._sweep`."""
+    # Imports Mosaic GPU, which `unavailable` must have found first.
     from jaxsoft.kernels.gpu import _sweep
 
     return _sweep.sweep(kernel, body, scores, operands, init, plan)

@@ -1,11 +1,15 @@
-"""Evaluates a traced function of a tile with arrays that Mosaic GPU has.
+"""Evaluates the traced body of a sweep on a tile, with the kinds of arrays that Mosaic GPU has.
 
-Mosaic GPU knows tiles, one number a row, one number a column, and scalars; a body of a sweep is ordinary `jax.numpy`
-code, with arrays such as `[br, 1]` or `[br, k]`. So the body is traced to a jaxpr, which is evaluated on `Value`s.
-A value knows of each of its axes whether it is the tile's rows (`"r"`), its columns (`"c"`), the features of wide
-operands (`"h"`), or none of them: a narrow axis, whose entries are arrays of their own. Each array has only those of
-the wide axes over which it varies: a number a row stays a number a row however it is broadcast, until it meets the
-columns. Inserting, moving and broadcasting axes is bookkeeping, then, and costs nothing.
+In registers, Mosaic GPU has tiles, vectors of one number per row or per column, and scalars. The body of a sweep is
+ordinary `jax.numpy` code with arrays such as `[br, 1]` or `[br, k]`. So it is traced to a jaxpr, and the jaxpr is
+evaluated on `Value`s. Each axis of a value is either wide (the rows `"r"` or columns `"c"` of the tile, or the features
+`"h"` of wide operands) or narrow: then its entries are separate arrays. Each array, an `Item`, has only the wide axes
+over which it varies: one number per row stays one number per row, however it is broadcast, until it is combined with
+the columns. Inserting, moving and broadcasting axes is then mere bookkeeping and costs nothing.
+
+`evaluate` goes through the equations of the jaxpr. It enters calls (`_INLINED`), applies elementwise operations item by
+item (`_ELEMENTWISE`, `_map`), and has a rule for each operation on axes, reduction and product (`_RULES`). Any other
+primitive is `Unsupported`.
 """
 
 from __future__ import annotations
@@ -23,13 +27,14 @@ from jax.extend import core
 
 
 class Unsupported(Exception):
-    """A body does something this evaluator, or Mosaic GPU, has no rule for; the message is a reason."""
+    """The body does something for which this evaluator or Mosaic GPU has no rule; the message says what."""
 
 
 class Item(NamedTuple):
     """An array over the wide axes `dims` (a string of their letters, in the space's order), in registers.
 
-    With `memory` (perhaps a name), it stays in shared memory, and `x` is what the space's `load` and `product` take.
+    If `memory` is not empty (it may be a name), the array is in shared memory instead, and `x` is what the space's
+    `load` and `product` take.
     """
 
     dims: str
@@ -41,8 +46,8 @@ class Value(NamedTuple):
     """A value of the traced function.
 
     Attributes:
-      kinds: of each axis: `"r"`, `"c"`, `"h"`, or None for a narrow axis (or a broadcast one).
-      items: array of `Item`s with as many axes: of length 1 where wide or broadcast.
+      kinds: the kind of each axis: `"r"`, `"c"`, a letter of features (`"h"`), or None for a narrow or broadcast axis.
+      items: array of `Item`s with as many axes, of length 1 where they are wide or broadcast.
     """
 
     kinds: tuple
@@ -50,18 +55,18 @@ class Value(NamedTuple):
 
 
 class Space:
-    """What arrays over wide axes are: their sizes, their layouts, and how they are multiplied.
+    """The wide axes of a tile: their sizes and order, and how arrays over them are laid out, loaded and multiplied.
 
     Args:
-      sizes: size of each of the letters.
-      traced: size of each of the letters when the function was traced.
+      sizes: the size of each letter.
+      traced: the size of each letter when the function was traced.
       order: the letters in their order within arrays: `"rch"`, or `"crh"` where tiles are transposed.
-      layout: `(array, dims) -> array` in the layout for those dims.
-      load: `item in memory -> array` in registers.
-      product: `(left, right, kind, out, dtype) -> item` over the dims `out`: of two items, over their axis `kind`.
+      layout: `(array, dims) -> array` in the register layout of these axes.
+      load: `item in shared memory -> array` in registers.
+      product: `(left, right, kind, out, dtype) -> item` with axes `out`: the product of two items over axis `kind`.
 
     Attributes:
-      crosses_warps: whether a reduction over the first axis of an array was met.
+      crosses_warps: whether there was a reduction over the first axis of an array, that is, across warps.
     """
 
     def __init__(
@@ -72,7 +77,7 @@ class Space:
         self.crosses_warps = False
 
     def actual(self, size: int) -> int:
-        """The length of an axis that has this length where it is traced."""
+        """The length in a tile of an axis that was traced with length `size`."""
         return next((self.sizes[k] for k in "rc" if self.traced[k] == size), size)
 
     def shape(self, dims: str) -> tuple[int, ...]:
@@ -101,14 +106,6 @@ def wide(x: Any, kinds: str, memory: str = "") -> Value:
     return _single(Item(kinds, x, memory), tuple(kinds))
 
 
-def rows_of_items(items: list, kind: str) -> Value:
-    """The value `[*, k]` of k arrays over one wide axis."""
-    out = np.empty((1, len(items)), object)
-    for i, x in enumerate(items):
-        out[0, i] = Item(kind, x)
-    return Value((kind, None), out)
-
-
 def scalar(x: Any) -> Value:
     return _single(Item("", x), ())
 
@@ -120,19 +117,19 @@ def _single(item: Item, kinds: tuple) -> Value:
 
 
 def arrays(space: Space, value: Value, kinds: tuple, shape: tuple[int, ...]) -> list:
-    """The arrays of an output whose axes must be `kinds`: broadcast fully, one for each entry of its narrow axes."""
+    """The arrays of an output, broadcast to axes `kinds`: one for each entry of its narrow axes."""
     for have, want in zip(value.kinds, kinds):
         if have is not None and have != want:
-            raise Unsupported("an output does not vary over the axes it should")
+            raise Unsupported("an output varies over another axis of the tile than it should")
     dims = space.union("".join(k for k in kinds if k))
     extents = tuple(1 if k else n for k, n in zip(kinds, shape))
     if any(1 != have != want for have, want in zip(value.items.shape, extents)):
-        raise Unsupported("it treats an axis of a tile as a narrow one")
+        raise Unsupported("it combines an axis of a tile with an axis of separate numbers")
     return [space.spread(item, dims) for item in np.broadcast_to(value.items, extents).ravel()]
 
 
 def trace(function: Callable, *args: Any) -> tuple[Any, Any]:
-    """The jaxpr of a function of `ShapeDtypeStruct`s, and the structure (with shapes) of what it returns."""
+    """The jaxpr of a function of `ShapeDtypeStruct`s, and the shapes and dtypes of what it returns."""
     closed, out = jax.make_jaxpr(function, return_shape=True)(*args)
     for const in closed.consts:
         if isinstance(const, Tracer) or np.ndim(const) > 0:
@@ -141,7 +138,7 @@ def trace(function: Callable, *args: Any) -> tuple[Any, Any]:
 
 
 def evaluate(space: Space, jaxpr: Any, args: list[Value]) -> list[Value]:
-    """The values a traced function returns, given a jaxpr, closed or not."""
+    """The outputs of a jaxpr (closed or not) for the given values."""
     consts = [scalar(np.asarray(c)) for c in getattr(jaxpr, "consts", ())]
     return _evaluate(space, getattr(jaxpr, "jaxpr", jaxpr), consts, args)
 
@@ -193,18 +190,18 @@ def _constant(var) -> Value:
 
 
 def _join(values) -> tuple:
-    """The axes of values that are combined elementwise."""
+    """The kinds of the axes of a result that combines values elementwise."""
     kinds = []
     for each in zip(*(v.kinds for v in values)):
         found = {k for k in each if k is not None}
         if len(found) > 1:
-            raise Unsupported("it combines rows with columns")
+            raise Unsupported("it combines different axes of a tile")
         kinds.append(found.pop() if found else None)
     return tuple(kinds)
 
 
 def _map(space: Space, function: Callable, *values: Value) -> Value:
-    """Applies a function of arrays of one shape to the items of values, which broadcast."""
+    """Applies a function of arrays of one shape item by item to values that broadcast."""
     ndim = max(len(v.kinds) for v in values)
     values = tuple(
         v if len(v.kinds) == ndim else Value((None,) * ndim, v.items.reshape((1,) * ndim)) for v in values
@@ -212,7 +209,7 @@ def _map(space: Space, function: Callable, *values: Value) -> Value:
     kinds = _join(values)
     shape = np.broadcast_shapes(*(v.items.shape for v in values))
     if any(k is not None and n != 1 for k, n in zip(kinds, shape)):
-        raise Unsupported("it treats an axis of a tile as a narrow one")
+        raise Unsupported("it combines an axis of a tile with an axis of separate numbers")
     spread = [np.broadcast_to(v.items, shape) for v in values]
     out = np.empty(shape, object)
     for at in np.ndindex(shape):
@@ -230,7 +227,7 @@ def _elementwise(space: Space, primitive, params: dict, *values: Value) -> Value
 
 
 def _in_float32(function: Callable) -> Callable:
-    """A function of real numbers, which the machine has in float32 only."""
+    """A rule that computes in float32, the only dtype in which GPUs have these functions."""
 
     def rule(*args, **params):
         dtype = args[0].dtype
@@ -310,7 +307,7 @@ def _ceil(x):
 
 def _log1p(x):
     u = _fill(x, 1) + x
-    # Dividing by u - 1 undoes what rounding 1 + x did.
+    # The factor x / (u - 1) corrects the rounding of u = 1 + x.
     exact = lax.log(u) * (x / lax.select(u == _fill(x, 1), _fill(x, 1), u - _fill(x, 1)))
     exact = lax.select(u == _fill(x, 1), x, exact)
     return lax.select(u == _fill(x, jnp.inf), u, exact)
@@ -366,7 +363,7 @@ def _reduce_precision(x, *, exponent_bits, mantissa_bits):
     return lax.convert_element_type(lax.convert_element_type(x, dtype), x.dtype)
 
 
-# What stands for a primitive; None: itself. Accuracy and other options of the primitives are dropped.
+# The rule for each primitive; None: the primitive itself. Rules ignore options such as `accuracy`.
 _ELEMENTWISE: dict[str, Callable | None] = {
     **dict.fromkeys(
         ("add", "sub", "mul", "div", "neg", "abs", "max", "min", "and", "or", "xor", "rem", "atan2")
@@ -415,7 +412,7 @@ def _broadcast_in_dim(space: Space, eqn, value: Value, *dynamic) -> Value:
 
 
 def _reshape(space: Space, eqn, value: Value, *dynamic) -> Value:
-    """Inserts or removes axes of length 1; other reshapes of narrow axes."""
+    """Inserts or removes axes of length 1, or reshapes narrow axes at the end."""
     old, new = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
     at = [d for d, n in enumerate(old) if n != 1]
     if [old[d] for d in at] == [n for n in new if n != 1]:
@@ -427,7 +424,7 @@ def _reshape(space: Space, eqn, value: Value, *dynamic) -> Value:
     while lead < min(len(old), len(new)) and old[lead] == new[lead]:
         lead += 1
     if any(k is not None for k in value.kinds[lead:]):
-        raise Unsupported("it reshapes a tile")
+        raise Unsupported("it reshapes a tile's rows or columns")
     items = np.broadcast_to(value.items, (*value.items.shape[:lead], *old[lead:]))
     kinds = (*value.kinds[:lead], *[None] * (len(new) - lead))
     return Value(kinds, items.reshape(*items.shape[:lead], *new[lead:]))
@@ -447,7 +444,7 @@ def _transpose(space: Space, eqn, value: Value) -> Value:
 
 
 def _narrow_axis(value: Value, d: int, size: int) -> np.ndarray:
-    """The items with axis d at its full length."""
+    """The items with the narrow axis d repeated to its full length if it is broadcast."""
     if value.kinds[d] is not None:
         raise Unsupported("it cuts or joins a tile's rows or columns")
     if value.items.shape[d] == size:
@@ -530,7 +527,7 @@ def _iota(space: Space, eqn) -> Value:
     if shape[d] > LONGEST:
         letters = [letter for letter, n in space.traced.items() if n == shape[d]]
         if len(letters) != 1:
-            raise Unsupported("it counts along an axis of a tile")
+            raise Unsupported("it has an iota along an axis that is not one of the tile's")
         value = space.iota(letters[0], 0, dtype)
         kinds = tuple(letters[0] if i == d else None for i in range(len(shape)))
         return Value(kinds, value.items.reshape((1,) * len(shape)))
@@ -540,10 +537,11 @@ def _iota(space: Space, eqn) -> Value:
     return Value((None,) * len(shape), items)
 
 
-# Narrow axes are lists of arrays: longer ones would make endless programs.
+# The longest narrow axis: every entry is an array, so that the size of the program grows with it.
 LONGEST = 64
 
 
+# For each reduction: how it combines two arrays, and what it gives for n equal ones.
 _COMBINE = {
     "reduce_sum": (lax.add, lambda x, n: x * _fill(x, n)),
     "reduce_prod": (lax.mul, lambda x, n: _integer_pow(x, y=n)),
@@ -560,7 +558,7 @@ def _reduce(space: Space, eqn, value: Value) -> Value:
 
 
 def _reduced(space: Space, name: str, value: Value, axes: list[int], shape: tuple[int, ...]) -> Value:
-    """Reduces axes, the last of them first."""
+    """Reduces over axes, given in descending order."""
     combine, repeat = _COMBINE[name]
     for d in axes:
         kind, items = value.kinds[d], value.items
@@ -581,11 +579,12 @@ def _reduced(space: Space, name: str, value: Value, axes: list[int], shape: tupl
 
 
 def _reduced_item(space: Space, name: str, item: Item, kind: str | None, repeat: Callable) -> Item:
+    """Reduces one item over the axis `kind`, along which it may be constant (`repeat`)."""
     item = Item(item.dims, space.spread(item, item.dims))
     if kind is None or kind not in item.dims:
         return Item(item.dims, repeat(jnp.asarray(item.x)))
     if kind not in "rc" and space.sizes[kind] != space.traced[kind]:
-        raise Unsupported(f"it sums over {space.traced[kind]} features, no multiple of 64")
+        raise Unsupported(f"it sums over {space.traced[kind]} features, which is no multiple of 64")
     axis = item.dims.index(kind)
     space.crosses_warps |= axis == 0
     dims = item.dims.replace(kind, "")
@@ -606,7 +605,7 @@ def _reduced_item(space: Space, name: str, item: Item, kind: str | None, repeat:
 
 
 def _dot_general(space: Space, eqn, a: Value, b: Value) -> Value:
-    """A product over shared memory where the space can; else a sum of elementwise products."""
+    """`space.product` if one wide axis is contracted and the result is a tile, else a sum of elementwise products."""
     (contract_a, contract_b), (batch_a, batch_b) = eqn.params["dimension_numbers"]
     shape_a, shape_b = (v.aval.shape for v in eqn.invars)
     free_a = [d for d in range(len(a.kinds)) if d not in (*contract_a, *batch_a)]
@@ -673,14 +672,14 @@ def wide_as(kinds: str, item: Item) -> Value:
 
 
 def _scan(space: Space, eqn, *values: Value) -> list:
-    """Unrolls a loop over carried values."""
+    """Unrolls a short loop without scanned inputs and outputs."""
     length, jaxpr = eqn.params["length"], eqn.params["jaxpr"]
     n_carry = len(eqn.outvars)
     n_consts = len(values) - n_carry
     if not isinstance(length, int) or length > LONGEST or len(jaxpr.in_avals) != len(values) or n_consts < 0:
-        raise Unsupported("Mosaic GPU has no rule for this loop")
+        raise Unsupported("it has a long loop, or one that does more than update a carry")
     if [a.shape for a in jaxpr.in_avals[n_consts:]] != [a.shape for a in jaxpr.out_avals]:
-        raise Unsupported("Mosaic GPU has no rule for this loop")
+        raise Unsupported("it has a loop whose carry changes its shape")
     consts, carry = list(values[:n_consts]), list(values[n_consts:])
     for _ in range(length):
         carry = evaluate(space, jaxpr, [*consts, *carry])
@@ -713,6 +712,7 @@ _RULES: dict[str, Callable] = {
     **dict.fromkeys(_COMBINE, _reduce),
 }
 
+# Calls that are evaluated in place, with the name of the parameter that has their jaxpr.
 _INLINED = {
     "pjit": "jaxpr",
     "jit": "jaxpr",

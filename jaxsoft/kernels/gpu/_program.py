@@ -1,4 +1,10 @@
-"""What is static about a sweep on a GPU: its operands, the sizes of its blocks, its traced functions."""
+"""What is static about a sweep on a GPU: its operands, its traced functions, its block sizes.
+
+A `Program` is made in this order, for each width of a tile until one fits: `_describe_operands` gives each operand its
+place, `_trace` traces the body and the initial carry to jaxprs, `_try` evaluates these on shapes alone (which finds
+what is not supported, and which operands are read how), and `_cut` chooses block sizes that fit into shared memory. The
+kernel then evaluates the jaxprs on real tiles with `start` and `visit`.
+"""
 
 from __future__ import annotations
 
@@ -16,43 +22,43 @@ from jaxsoft.kernels._sweep import Operands, Out, Plan, Scores, Tiles, abreast, 
 from jaxsoft.kernels.gpu import _narrow
 from jaxsoft.kernels.gpu._narrow import Item, Space, Unsupported, Value
 
-# Shared memory of a block of threads on Hopper, less what barriers and reductions across warps take.
+# Bytes of shared memory per block of threads on Hopper, less some for barriers and reductions across warps.
 SHARED_MEMORY = 232448 - 4096
-# Rows of a warpgroup's tile: those of a wgmma.
+# Rows of a warpgroup's tile: as many as a wgmma has.
 WARPGROUP = 64
-# Bytes of the longest swizzled line in shared memory.
+# Bytes of the longest swizzled line of shared memory.
 _LINE = 128
 _HALF = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
-# What blocks that run at the same time should read again and again, of the second-level cache.
+# L2 budget, in bytes, for data that concurrent blocks share.
 _CACHED = 24 * 2**20
-# More parts of the minor axis than these are not tried.
+# The largest number of parts of the minor axis that is tried by default.
 _MOST_PARTS = 32
-# Blocks of threads along the last axes of a grid.
+# The most blocks of threads along the last axes of a CUDA grid.
 _LARGEST_GRID = 65535
-# Stands for the number of rows while a body is traced: no other axis has this length.
+# Number of rows while a body is traced: recognizable, as no other axis has this length.
 _TRACED_ROWS = 7919
-# A row or column with so many numbers may have features; fewer are numbers on their own.
+# The fewest numbers per row or column that may be features (a wide axis); fewer are separate arrays.
 _FEWEST_FEATURES = 16
-# What axes of features are called, in the order of their lengths.
+# Names of the axes of features, one for each length, in the order in which they are met.
 _LETTERS = "hijklm"
-# Features that fit into shared memory whole.
+# The most features that are kept whole in shared memory.
 _LONGEST_FEATURES = 256
 
 
 class _TooLarge(Exception):
-    """Blocks of these sizes do not fit into shared memory; the message is a reason."""
+    """Blocks of these sizes do not fit into shared memory; the message says why."""
 
 
 class Leaf(NamedTuple):
     """An operand, or a carried or returned array, of a sweep.
 
     Attributes:
-      kinds: of its axes after the batch, as `Value.kinds`.
-      shape: of its axes after the batch, of a tile as it is traced.
-      dtype: as the body sees it.
-      pack: where its numbers are: `"f"` or `"i"`, among packed float32 or int32 numbers; `"w"`, an array of its own.
-      at: which of the packed numbers, or which of the arrays.
-      abreast: how many matrices' features lie side by side in that array.
+      kinds: the kinds of its axes after the batch, as in `Value.kinds`.
+      shape: the lengths of these axes, in a tile as it is traced.
+      dtype: the dtype that the body sees.
+      pack: `"f"` or `"i"` if it is among the packed float32 or int32 numbers, `"w"` (wide) if it is its own array.
+      at: its index among the packed numbers (the first of `count`), or among the wide arrays.
+      abreast: how many matrices' features lie side by side in the wide array.
     """
 
     kinds: tuple
@@ -64,11 +70,11 @@ class Leaf(NamedTuple):
 
     @property
     def count(self) -> int:
-        """How many arrays over wide axes it is."""
+        """How many arrays over wide axes it consists of."""
         return math.prod(n for n, kind in zip(self.shape, self.kinds) if kind is None)
 
     def value(self, arrays: list) -> Value:
-        """The value of the arrays, in the dtype that the body sees."""
+        """The value that consists of these arrays, in the dtype that the body sees."""
         dims = "".join(k for k in self.kinds if k)
         items = np.empty(tuple(1 if k else n for k, n in zip(self.kinds, self.shape)), object)
         for at, x in zip(np.ndindex(items.shape), arrays, strict=True):
@@ -76,13 +82,13 @@ class Leaf(NamedTuple):
         return Value(self.kinds, items)
 
     def numbers(self, space: Space, value: Value) -> list:
-        """The arrays of a value, in the dtype in which they are packed."""
+        """The arrays that a value consists of, in the dtype in which they are stored."""
         stored = {"f": jnp.float32, "i": jnp.int32, "w": self.dtype}[self.pack]
         return [_narrow.convert(x, stored) for x in _narrow.arrays(space, value, self.kinds, self.shape)]
 
 
 class Packer:
-    """Gives each leaf of one kind its place."""
+    """A list of leaves, each with its place among the packed numbers or the wide arrays."""
 
     def __init__(self):
         self.counts = {"f": 0, "i": 0, "w": 0}
@@ -96,13 +102,15 @@ class Packer:
         pack = "w" if several else "f" if jnp.issubdtype(dtype, jnp.floating) else "i"
         leaf = Leaf(kinds, shape, dtype, pack, self.counts[pack], abreast)
         if not several and leaf.count > _narrow.LONGEST:
-            raise Unsupported(f"{leaf.count} numbers a row or column are more than {_narrow.LONGEST}")
+            raise Unsupported(
+                f"an array has {leaf.count} numbers per row or column, more than {_narrow.LONGEST}"
+            )
         self.counts[pack] += 1 if several else leaf.count
         self.leaves.append(leaf)
 
     @property
     def wide(self) -> list[Leaf]:
-        """Those that are arrays of their own."""
+        """The leaves that are arrays of their own."""
         return [leaf for leaf in self.leaves if leaf.pack == "w"]
 
 
@@ -111,13 +119,13 @@ class Sizes(NamedTuple):
 
     Attributes:
       groups: warpgroups that compute.
-      minor: entries of a tile along its minor axis.
-      depth: entries of a step of a product.
-      steps: such steps.
-      resident: whether the product's operand along the major axis stays in shared memory.
-      stages: tiles (or steps of a product) that are fetched ahead.
-      tile_stages: tiles of the other operands that are fetched ahead, of a product.
-      parts: of the minor axis.
+      minor: length of a tile along the minor axis.
+      depth: features per step of a product.
+      steps: steps of a product.
+      resident: whether the product's side along the major axis stays in shared memory.
+      stages: slots of the ring of tiles, or for a product of the ring of steps.
+      tile_stages: for a product, slots of the ring of tiles, with the other operands.
+      parts: parts of the minor axis, each with a carry of its own.
       together: blocks along the major axis that run side by side.
       blocks: blocks along the major axis.
       tiles: tiles along the minor axis.
@@ -137,15 +145,15 @@ class Sizes(NamedTuple):
 
     @property
     def major(self) -> int:
-        """Entries of a block of threads along the major axis."""
+        """Length of a block of threads along the major axis."""
         return self.groups * WARPGROUP
 
 
 class Program:
-    """A sweep, traced and cut; raises `Unsupported`.
+    """A sweep that is traced and cut into blocks; raises `Unsupported` if that is not possible.
 
     The major axis of a tile is the one with the carry: rows, or columns with `over="rows"`. A block of threads owns a
-    stretch of it and passes over the minor axis.
+    stretch of it and visits the tiles along the minor axis.
     """
 
     def __init__(self, kernel: Kernel, body, scores: Scores, operands: Operands, init, plan: Plan):
@@ -165,7 +173,7 @@ class Program:
 
     def _build(self, body, init, minor: int) -> None:
         self.minor, scores = minor, self.scores
-        # The letter of each number of features: of wide operands, and of a product that fits into shared memory whole.
+        # The letter of each number of features, of the product and of wide operands.
         self.letters: dict[int, str] = {}
         depth = 0 if scores.values is not None else scores.left.shape[-1]
         self.resident = 0 < depth <= _LONGEST_FEATURES
@@ -193,40 +201,42 @@ class Program:
             raise Unsupported("there is nothing to read")
         if self.scores.values is not None:
             if plan.over != "columns":
-                raise Unsupported("it passes over the rows of stored scores")
+                raise Unsupported("stored scores can be swept along columns only, not over rows")
             if dtype not in (*_HALF, jnp.dtype(jnp.float32)):
-                raise Unsupported(f"it reads scores in bfloat16, float16 or float32, not in {dtype}")
+                raise Unsupported(f"stored scores must be in bfloat16, float16 or float32, not in {dtype}")
             return
         if self.scores.right.dtype != dtype:
             raise Unsupported(
-                f"it multiplies matrices of one dtype, not {dtype} by {self.scores.right.dtype}"
+                f"the two matrices of a product must have one dtype, not {dtype} and {self.scores.right.dtype}"
             )
         if dtype not in _HALF:
-            raise Unsupported(f"its matrix products are in bfloat16 or float16, not in {dtype}")
+            raise Unsupported(f"matrix products are in bfloat16 or float16, not in {dtype}")
 
     def _widths(self) -> tuple[int, ...]:
-        """Lengths of a tile along its minor axis, the best first."""
+        """Lengths of a tile along the minor axis to try, the best first."""
         name = "columns" if self.plan.over == "columns" else "rows"
         wanted = dict(self.kernel.blocks).get(name)
         if wanted is None:
             return (64,) if self.scores.values is not None or self.plan.over == "rows" else (128, 64)
         if wanted % 64 or wanted > 256:
-            raise Unsupported(f"a tile has 64, 128, 192 or 256 {name}, not {wanted}")
+            raise Unsupported(f"a tile must have 64, 128, 192 or 256 {name}, not {wanted}")
         return (wanted,)
 
     def _traced_columns(self) -> int:
+        """Number of columns while a body is traced: those of a tile, or along the major axis a recognizable number."""
         return self.minor if self.minor_letter == "c" else 7907
 
     def _letter(self, size: int) -> str:
         if size not in self.letters:
             if len(self.letters) == len(_LETTERS):
-                raise Unsupported("its operands have too many different numbers of features")
+                raise Unsupported("operands have too many different numbers of features")
             self.letters[size] = _LETTERS[len(self.letters)]
         return self.letters[size]
 
     def _describe_operands(self) -> None:
+        """Gives each operand its place: packed numbers, features, or entries."""
         self.rows, self.cols, self.entries = Packer(), Packer(), Packer()
-        # Arrays of the entries' own: (how it is stored, batches); others are packed among the rows or columns.
+        # For each entry operand: `"e"`, or `"r"` or `"c"` if it is packed there as it varies along one axis; its index.
         self.by_entry: list[tuple[str, int]] = []
         for a in jax.tree.leaves((self.operands.rows, self.operands.cols)):
             if len(a.shape) > 2 and a.shape[-1] >= _FEWEST_FEATURES and jnp.dtype(a.dtype) in _HALF:
@@ -237,12 +247,14 @@ class Program:
         ):
             for a in jax.tree.leaves(tree):
                 if len(of_one(a)) > 1 or a.shape[1] != self.lengths[letter]:
-                    raise Unsupported(f"an operand of shape {a.shape} is not a few numbers a row or column")
+                    raise Unsupported(
+                        f"an operand of shape {a.shape} is not one number or vector per row or column"
+                    )
                 k = a.shape[-1] if len(a.shape) > 2 else 0
                 if k >= _FEWEST_FEATURES and k in self.letters and jnp.issubdtype(a.dtype, jnp.floating):
                     if k > _LONGEST_FEATURES:
                         raise Unsupported(
-                            f"it reads up to {_LONGEST_FEATURES} features a row or column, not {k}"
+                            f"operands have at most {_LONGEST_FEATURES} features per row or column, not {k}"
                         )
                     packer.add((letter, self._letter(k)), (_TRACED_ROWS, k), a.dtype, abreast(a))
                 else:
@@ -270,6 +282,7 @@ class Program:
     # --- what is computed --------------------------------------------------------------------------------------
 
     def _trace(self, body, init) -> None:
+        """Traces the initial carry and the body to jaxprs, and describes what they return."""
         self.ragged = self._ragged()
         tiles = Tiles(self.traced["r"], self.traced["c"])
         block, carry = _trace.examples(init, self.scores, self.operands, self.plan, tiles)
@@ -292,21 +305,23 @@ class Program:
         for a in jax.tree.leaves(out.cols):
             self._add_output(self.out_cols, "c", a)
         if self.out_cols.counts["w"]:
-            raise Unsupported("it leaves features for each block of rows")
+            raise Unsupported("column outputs cannot be features")
         self.n_entries = len(jax.tree.leaves(out.entries))
         if self.n_entries != len(self.plan.entry_dtypes):
-            raise Unsupported("it writes other entries than it says")
+            raise Unsupported("the body does not write one entry output for each of `entry_dtypes`")
         if self.plan.over == "rows" and (self.n_entries or self.out_cols.leaves):
-            raise Unsupported("it writes entries or columns in a pass over rows")
+            raise Unsupported("a sweep over rows cannot write entries or columns")
         for dtype in self.plan.entry_dtypes:
             if jnp.dtype(dtype) not in (*_HALF, jnp.dtype(jnp.float32)):
-                raise Unsupported(f"it writes entries in bfloat16, float16 or float32, not in {dtype}")
+                raise Unsupported(f"entry outputs must be in bfloat16, float16 or float32, not in {dtype}")
 
     def _add_output(self, packer: Packer, letter: str, a) -> None:
         features = len(a.shape) == 2 and a.shape[1] >= _FEWEST_FEATURES and a.shape[1] in self.letters
         features = features and jnp.issubdtype(a.dtype, jnp.floating)
         if len(a.shape) > 2:
-            raise Unsupported(f"a carried array of shape {a.shape[1:]} a row is more than a few numbers")
+            raise Unsupported(
+                f"a carried array has shape {a.shape[1:]} per row: it must be one number or one vector"
+            )
         packer.add(
             (letter, self.letters[a.shape[1]]) if features else (letter, *[None] * (len(a.shape) - 1)),
             a.shape,
@@ -314,27 +329,29 @@ class Program:
         )
 
     def _ragged(self) -> dict[str, bool]:
-        # Sizes of blocks are chosen later, from what is traced: blocks along the major axis have 128 entries at most.
+        # Block sizes are chosen after tracing; along the major axis they are 64 or 128, so 128 decides.
         return {
             self.major: self.lengths[self.major] % (2 * WARPGROUP) != 0,
             self.minor_letter: self.lengths[self.minor_letter] % self.minor != 0,
         }
 
     def space(self, layout: Callable, load: Callable, product: Callable) -> Space:
+        """The space of this sweep's tiles, see `Space` for the functions."""
         sizes = {letter: features(size) for size, letter in self.letters.items()}
         sizes.update({self.major: WARPGROUP, self.minor_letter: self.minor})
         return Space(sizes, self.traced, self.order, layout, load, product)
 
     def tile(self, letters: str) -> str:
+        """The letters in the order that axes have in arrays."""
         return "".join(k for k in self.order if k in letters)
 
     def _try(self) -> bool:
-        """Evaluates the functions on shapes; returns whether they reduce across warps."""
+        """Evaluates the jaxprs on shapes, and notes what they read; returns whether they reduce across warps."""
 
         def load(item):
             self.use(item, "load")
             if item.dims[0] != self.major:
-                raise Unsupported("it uses features of the minor axis other than in matrix products")
+                raise Unsupported("features along the minor axis can be used in matrix products only")
             return jnp.zeros(space.shape(item.dims), item.x.dtype)
 
         def product(left, right, kind, letters, dtype):
@@ -370,7 +387,7 @@ class Program:
         return space.crosses_warps
 
     def sides(self, left: Any, right: Any) -> list[Value]:
-        """`Block.left` and `Block.right`, where the block has them: references to shared memory."""
+        """`Block.left` and `Block.right` as values in shared memory; none for stored scores."""
         if self.scores.values is not None:
             return []
         letter = self.letters[self.scores.left.shape[-1]]
@@ -379,27 +396,31 @@ class Program:
         return [*values, value if self.scores.transposed else Value(value.kinds[::-1], value.items)]
 
     def use(self, item: Item, how: str) -> None:
-        """Notes that a body reads an operand in shared memory: how is `"load"` or `"product"`."""
+        """Notes how the body reads an operand in shared memory: by a `"load"` into registers or in a `"product"`."""
         if item.memory in ("left", "right"):
             if not self.resident:
-                raise Unsupported(f"it reads more than {_LONGEST_FEATURES} features of a product at once")
+                raise Unsupported(
+                    f"the body reads a side of a product of more than {_LONGEST_FEATURES} features"
+                )
             if not self.scores.transposed:
-                raise Unsupported("it reads the columns of a product that lie feature by feature")
+                raise Unsupported(
+                    "the body reads a side of a product, whose right side must then be `[S, D]` (transposed)"
+                )
             self.uses_sides = True
         elif item.memory:
             self.reads.setdefault(item.memory, set()).add(how)
 
     def stored(self, leaf: Leaf) -> Any:
-        """In what dtype a wide operand lies in memory: that of the products if it is for them only, None if unused."""
+        """The dtype of a wide operand in memory: that of products if only they read it, None if nothing does."""
         how = self.reads.get(f"{leaf.kinds[0]}{leaf.at}")
         return None if how is None else self.half(leaf.dtype) if how == {"product"} else leaf.dtype
 
     def half(self, dtype: Any) -> Any:
-        """The dtype in which numbers of a dtype are multiplied."""
+        """The dtype that numbers of a dtype have in matrix products."""
         return dtype if jnp.dtype(dtype) in _HALF else jnp.dtype(self.scores.dtype)
 
     def product_sides(self, left: Item, right: Item, kind: str, letters: str) -> tuple[str, Item, Item]:
-        """The axes of a product in the order of its tile, its side along the major axis, and the other one."""
+        """The axes of a product in the order of its tile, its side along the major axis, and its other side."""
         dims = self.tile(letters)
         a, b = (left, right) if dims[0] in left.dims else (right, left)
         if dims[0] != self.major or dims[0] not in a.dims or dims[1] not in b.dims or not b.memory:
@@ -407,10 +428,10 @@ class Program:
         return dims, a, b
 
     def _product_of_shapes(self, left: Item, right: Item, kind: str, letters: str) -> str:
-        """The axes of a product; notes what it reads."""
+        """The axes of a product on shapes; notes what it reads."""
         dims, a, b = self.product_sides(left, right, kind, letters)
         if not any(jnp.dtype(side.x.dtype) in _HALF for side in (a, b)):
-            raise Unsupported(f"its matrix products are in bfloat16 or float16, not in {b.x.dtype}")
+            raise Unsupported(f"matrix products are in bfloat16 or float16, not in {b.x.dtype}")
         self.use(a, "product")
         self.use(b, "product")
         if not a.memory and set(a.dims) != {dims[0], kind}:
@@ -431,18 +452,18 @@ class Program:
         return len(jax.tree.leaves(tree))
 
     def visit(self, space: Space, raw, rows, cols, entries, row, col, start, batch, sides, carry) -> tuple:
-        """What a tile gives: the arrays of each carried leaf, of each entry output, and of each column output.
+        """Evaluates the body on a tile: the arrays of each carried leaf, of each entry output, of each column output.
 
         Args:
-          space: of the arrays.
+          space: the space of the arrays.
           raw: the scores.
           rows: values of `self.rows`.
           cols: values of `self.cols`.
           entries: values of `self.entries`.
-          row: first row of the tile.
-          col: first column of the tile.
-          start: column of the whole row that column 0 is.
-          batch: which matrix.
+          row: the first row of the tile.
+          col: the first column of the tile.
+          start: `Operands.start`.
+          batch: the index of the matrix.
           sides: see `sides`.
           carry: values of `self.carry`.
         """
@@ -485,7 +506,7 @@ class Program:
 
     @staticmethod
     def _as_entries(value: Value) -> Value:
-        """A number a row, or a column, as a tile."""
+        """One number per row or per column, with the axes of a tile."""
         if value.kinds == ("r", "c"):
             return value
         return Value(("r", None) if value.kinds == ("r",) else (None, "c"), value.items.reshape(1, 1))
@@ -493,11 +514,12 @@ class Program:
     # --- how it is cut -----------------------------------------------------------------------------------------
 
     def _cut(self) -> Sizes:
+        """Block sizes with as many computing warpgroups as possible."""
         name = "rows" if self.major == "r" else "columns"
         wanted = dict(self.kernel.blocks).get(name)
         if wanted is not None and wanted not in (WARPGROUP, 2 * WARPGROUP):
-            raise Unsupported(f"a block has {WARPGROUP} or {2 * WARPGROUP} {name}, not {wanted}")
-        # Warpgroups would share the memory through which their warps exchange sums.
+            raise Unsupported(f"a block must have {WARPGROUP} or {2 * WARPGROUP} {name}, not {wanted}")
+        # One warpgroup if its warps exchange sums: a second one would use the same shared memory for that.
         alone = self.crosses_warps or self.out_cols.leaves or self.lengths[self.major] <= WARPGROUP
         most = 1 if alone else 2 if wanted is None else wanted // WARPGROUP
         for groups in range(most, 0, -1):
@@ -509,6 +531,7 @@ class Program:
         raise AssertionError
 
     def _cut_for(self, groups: int) -> Sizes:
+        """Block sizes with this number of computing warpgroups: as many slots as fit into shared memory."""
         named = dict(self.kernel.blocks)
         blocks = -(-self.lengths[self.major] // (groups * WARPGROUP))
         n_tiles = -(-self.lengths[self.minor_letter] // self.minor)
@@ -522,17 +545,17 @@ class Program:
         if self.scores.values is not None:
             stages = min(named.get("stages", 6), n_tiles, room // tile)
         else:
-            # Two tiles of the other operands, if that leaves two steps; else one.
+            # Two tiles of the other operands if there is room for two steps beside them, else one.
             fits = [n for n in (2, 1) if room - n * tile >= min(2, n) * step]
             tile_stages = min(fits[0] if fits else 1, n_tiles) if tile else 0
             stages = min(named.get("stages", 4), steps * n_tiles, (room - tile_stages * tile) // step)
         if stages < 1:
             raise _TooLarge(
-                f"a tile of its operands needs {fixed + tile + step} bytes of shared memory, more than there are"
+                f"a tile of the operands needs {fixed + tile + step} bytes of shared memory, more than there are"
             )
         parts, together = self._parts(groups, blocks, n_tiles)
         if self.g * -(-blocks // together) > _LARGEST_GRID:
-            raise Unsupported(f"it has {self.g} matrices, too many blocks of threads")
+            raise Unsupported(f"{self.g} matrices need too many blocks of threads")
         return Sizes(
             groups,
             self.minor,
@@ -548,7 +571,7 @@ class Program:
         )
 
     def _bytes(self, groups: int, depth: int) -> tuple[int, int, int]:
-        """Shared memory: for good, for each tile that is fetched ahead, and for each step of a product."""
+        """Bytes of shared memory: fixed, per slot of the ring of tiles, and per slot of the ring of steps."""
         major, minor = groups * WARPGROUP, self.minor
         item = jnp.dtype(self.scores.dtype).itemsize
         wide = {letter: features(size) for size, letter in self.letters.items()}
@@ -576,12 +599,12 @@ class Program:
         return fixed, tile, step
 
     def _wide(self, packer: Packer) -> list[tuple[Leaf, int]]:
-        """The wide operands that are read, with the bytes of a number in memory."""
+        """The wide operands that are read, each with the bytes per number in memory."""
         stored = [(leaf, self.stored(leaf)) for leaf in packer.wide]
         return [(leaf, jnp.dtype(dtype).itemsize) for leaf, dtype in stored if dtype is not None]
 
     def _parts(self, groups: int, blocks: int, n_tiles: int) -> tuple[int, int]:
-        """Into how many parts the minor axis is cut, and how many blocks along the major axis run side by side."""
+        """The number of parts of the minor axis, and of blocks along the major axis that run side by side."""
         together = blocks
         if self.scores.values is None:
             each = groups * WARPGROUP * self.scores.left.shape[-1] * jnp.dtype(self.scores.dtype).itemsize
@@ -598,20 +621,20 @@ class Program:
         return max(1, min(wanted, n_tiles)), together
 
     def _time(self, parts: int, blocks: int, n_tiles: int) -> int:
-        """How long a sweep in parts takes, in tiles; a part costs some for what it begins and ends with."""
+        """Estimated time of a sweep, in tiles; the start and end of a part cost as much as 4 tiles."""
         waves = -(-self.g * blocks * parts // processors(self.kernel))
         return waves * (-(-n_tiles // parts) + 4)
 
 
 def _as_copied(a: Any) -> Any:
-    """Features side by side stay so if those of one matrix fill whole lines of shared memory, as products read it."""
+    """Moves features side by side apart, unless those of a matrix fill whole lines of shared memory in a half dtype."""
     if len(getattr(a, "shape", ())) == 4 and (a.shape[3] != features(a.shape[3]) or a.dtype not in _HALF):
         return apart(a)
     return a
 
 
 def features(n: int) -> int:
-    """Features as they lie in shared memory: whole lines of it, zeros beyond the last."""
+    """Features in shared memory: rounded up to a multiple of 64, the rest are zeros."""
     return -(-n // 64) * 64
 
 
@@ -629,7 +652,7 @@ def processors(kernel: Kernel) -> int:
 
 
 def entry_dtype(dtype: Any) -> np.dtype:
-    """In what dtype an entry operand is stored: booleans as bytes do not load."""
+    """The dtype in which an entry operand is stored: bfloat16 for bytes, which cannot be loaded as they are."""
     dtype = jnp.dtype(dtype)
     if dtype in (*_HALF, jnp.dtype(jnp.float32), jnp.dtype(jnp.int32), jnp.dtype(jnp.uint32)):
         return dtype

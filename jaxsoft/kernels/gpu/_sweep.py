@@ -1,4 +1,12 @@
-"""A sweep as a Mosaic GPU kernel: one warpgroup fetches blocks, the others compute on tiles of 64 rows in registers."""
+"""A sweep as a Mosaic GPU kernel: one warpgroup fetches tiles, the others compute on 64 rows each, in registers.
+
+Outside of the kernel, `sweep` plans a `Program`; `_Sweep.run` brings the operands into the form that the kernel reads,
+calls the kernel, and unpacks its results. In the kernel, a block of threads owns a stretch of the major axis (the one
+with the carry) and visits the tiles along the minor axis. Its last warpgroup copies tiles from device memory into rings
+of slots in shared memory, ahead of time (`_fetch`). Each of the others waits for a tile, multiplies, evaluates the
+body, and frees the slots of the tile (`_compute`). "Own" operands lie along the major axis and are read once per block;
+"passing" operands lie along the minor axis and are fetched for each tile.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +26,11 @@ from jaxsoft.kernels._device import Kernel
 from jaxsoft.kernels._sweep import Operands, Plan, Result, Scores, Tiles, abreast
 from jaxsoft.kernels.gpu import _narrow
 from jaxsoft.kernels.gpu._narrow import Item, Unsupported, Value
-from jaxsoft.kernels.gpu._program import WARPGROUP, Packer, Program, entry_dtype, features
+from jaxsoft.kernels.gpu._program import WARPGROUP, Leaf, Packer, Program, entry_dtype, features
 
 
 def refusal(kernel: Kernel, body, scores: Scores, operands: Operands, init, plan: Plan) -> str | None:
-    """Why this sweep cannot run, or None."""
+    """Why this sweep cannot run, or None if it can."""
     try:
         _program(kernel, body, scores, operands, init, plan)
     except Unsupported as reason:
@@ -36,7 +44,7 @@ def sweep(kernel: Kernel, body, scores: Scores, operands: Operands, init, plan: 
 
 
 def _program(kernel: Kernel, body, scores: Scores, operands: Operands, init, plan: Plan) -> Program:
-    """The sweep with measured sizes of blocks, or with the backend's own where these do not fit."""
+    """The program with the first measured block sizes that fit, else with the backend's own."""
     *measured, own = _tables.sweep_sizes(kernel, scores, plan)
     for sizes in measured:
         try:
@@ -54,7 +62,7 @@ def _with_blocks(kernel: Kernel, sizes: dict[str, int]) -> Kernel:
 
 
 def _padded(a, axis: int, size: int, mode: str = "constant"):
-    """An array with zeros, or with `mode="edge"` its last entry, up to `size` along an axis."""
+    """Pads an array to `size` along an axis, with zeros, or with its last entry if `mode="edge"`."""
     if a.shape[axis] == size:
         return a
     widths = [(0, 0)] * a.ndim
@@ -63,16 +71,17 @@ def _padded(a, axis: int, size: int, mode: str = "constant"):
 
 
 def _up(n: int, unit: int) -> int:
+    """`n` rounded up to a multiple of `unit`."""
     return -(-n // unit) * unit
 
 
 def _aligned(a):
-    """An array whose lines are multiples of 16 bytes, as asynchronous copies need them."""
+    """Pads the last axis to a multiple of 16 bytes, as asynchronous copies require."""
     return _padded(a, a.ndim - 1, _up(a.shape[-1], 16 // a.dtype.itemsize))
 
 
 def _tiled(a):
-    """An array that divides into the tiles in which tensor cores read shared memory; side by side in a line."""
+    """Pads matrices to whole tiles of 8 lines of 128 bytes, as tensor cores read them; joins those side by side."""
     a = a.reshape(*a.shape[:2], -1)
     return _padded(
         _padded(a, a.ndim - 1, _up(a.shape[-1], 128 // a.dtype.itemsize)), a.ndim - 2, _up(a.shape[-2], 8)
@@ -80,7 +89,7 @@ def _tiled(a):
 
 
 def _packed(program: Program, packer: Packer, leaves: list, length: int) -> dict[str, Any]:
-    """The numbers of leaves `[batches, n, ...]` as `[batches, count, length]` for each dtype, and the wide arrays."""
+    """Packs narrow leaves `[batches, n, ...]` into one `[batches, count, length]` per dtype; wide leaves stay apart."""
     parts: dict[str, list] = {"f": [], "i": []}
     wide = []
     batches = max((a.shape[0] for leaf, a in zip(packer.leaves, leaves) if leaf.pack != "w"), default=1)
@@ -92,7 +101,7 @@ def _packed(program: Program, packer: Packer, leaves: list, length: int) -> dict
         a = a.reshape(*a.shape[:2], -1).swapaxes(1, 2)
         a = a.astype(jnp.float32 if leaf.pack == "f" else jnp.int32)
         a = jnp.broadcast_to(a, (batches, *a.shape[1:]))
-        # Beyond the last are numbers like any: a function may divide by them.
+        # Padded with the last entry, not with zeros: the body may divide by it.
         parts[leaf.pack].append(_padded(a, 2, length, "edge"))
     out: dict[str, Any] = {name: jnp.concatenate(each, axis=1) for name, each in parts.items() if each}
     if wide:
@@ -101,18 +110,18 @@ def _packed(program: Program, packer: Packer, leaves: list, length: int) -> dict
 
 
 class _Memory(NamedTuple):
-    """What the kernel reads: references of the same structure as the arrays.
+    """What the kernel reads from device memory: arrays, and in the kernel references to them.
 
     Attributes:
-      scores: `[values]`, or `[of the major axis, of the minor axis]`, `[G, ...]`.
+      scores: the values `[G, n, S]`, or the sides of the product along the major and along the minor axis.
       own: packed operands along the major axis.
       passing: packed operands along the minor axis.
-      entries: arrays `[G, n, S]`.
-      start: `[1]`.
-      order: `[M, blocks, tiles]`, the tiles of a block that have anything to do, then the others, for each `G / M`
-        matrices; None for all in order.
-      live: `[M, blocks]`, how many have.
-      first: `[M, blocks]`, the blocks, those with most to do before the others.
+      entries: entry operands, `[G, n, S]`.
+      start: `Operands.start`, `[1]`.
+      order: `[M, blocks, tiles]`, the tiles of each block, those with anything to do first; one table for each `G / M`
+        matrices. None if all tiles have something to do.
+      live: `[M, blocks]`, how many tiles of a block have anything to do.
+      first: `[M, blocks]`, the blocks in the order in which they are started: most live tiles first.
     """
 
     scores: list
@@ -126,12 +135,12 @@ class _Memory(NamedTuple):
 
 
 class _Results(NamedTuple):
-    """What the kernel writes.
+    """What the kernel writes to device memory: shapes, in the kernel references, afterwards arrays.
 
     Attributes:
       carry: packed numbers, `[parts, G, count, n]`.
       wide: carried features, `[parts, G, n, H]`.
-      entries: arrays `[G, n, S]`.
+      entries: entry outputs, `[G, n, S]`.
       cols: packed numbers, `[G, blocks of rows, count, S]`.
     """
 
@@ -142,7 +151,28 @@ class _Results(NamedTuple):
 
 
 class _Shared(NamedTuple):
-    """What the warpgroups of a block share; each ring has barriers for when a slot is full and when it is free."""
+    """Shared memory of a block of threads.
+
+    Each slot of a ring has two barriers: the slot is full, once its copies have arrived; it is free, once all computing
+    warpgroups have read it.
+
+    Attributes:
+      scores: ring of tiles: the stored scores; empty for a product.
+      passing: ring of tiles: packed passing operands by dtype, and the wide ones (`"w"`).
+      entries: ring of tiles: the entry operands.
+      full: barriers of the ring of tiles.
+      free: barriers of the ring of tiles.
+      steps: ring of product steps: the side along the minor axis, and unless `resident` the one along the major axis.
+      step_full: barriers of the ring of steps.
+      step_free: barriers of the ring of steps.
+      own: wide own operands.
+      resident: the whole of the product's side along the major axis; None if it does not fit.
+      once: barrier of `own` and `resident`, which are fetched once.
+      carry: packed carry, on its way to device memory.
+      out: entry outputs, on their way to device memory.
+      cols: packed column outputs, on their way to device memory.
+      staged: left sides of products that are in registers, for the interpreter.
+    """
 
     scores: list
     passing: dict
@@ -162,10 +192,10 @@ class _Shared(NamedTuple):
 
 
 def _tile_in(shape: tuple[int, ...], dtype, whole: tuple[int, ...] | None = None):
-    """Shared memory for tiles: in the order of tensor cores, which is free of bank conflicts, where that is possible.
+    """Shared memory for tiles: swizzled for tensor cores, without bank conflicts, where that is possible.
 
-    Asynchronous copies reorder only what divides into tiles of 8 lines of 128 bytes (or less): `whole`, the array in
-    device memory, must. Else it lies as it is.
+    An asynchronous copy swizzles only if `whole`, the array in device memory, divides into tiles of 8 lines of 128
+    bytes (or of a shorter swizzle). Otherwise the tile is stored line by line.
     """
     item = jnp.dtype(dtype).itemsize
     swizzle = next(s for s in (128, 64, 32) if shape[-1] * item % s == 0)
@@ -176,7 +206,8 @@ def _tile_in(shape: tuple[int, ...], dtype, whole: tuple[int, ...] | None = None
 
 
 def _load(ref, layout):
-    """A load of any layout: vectorized where it can be."""
+    """Loads an array in any layout, even one that cannot be loaded as vectors."""
+    # Older versions of jax have an index argument.
     everything = [()] if "idx" in inspect.signature(plgpu.load).parameters else []
     return plgpu.load(ref, *everything, layout=layout, optimized=False)
 
@@ -206,13 +237,15 @@ def _count(x) -> int:
 
 
 class _Sweep:
+    """Runs a program: `run` is what happens around the kernel, `_kernel` is the kernel."""
+
     def __init__(self, program: Program):
         self.p, self.s = program, program.sizes
         self.product = program.scores.values is None
         self.wide_sizes = {letter: features(size) for size, letter in program.letters.items()}
         self.major_length = self.s.blocks * self.s.major
         self.minor_length = self.s.tiles * self.s.minor
-        # Without anything to fetch for a tile but the steps of its product, there is no second ring.
+        # No ring of tiles if a tile needs nothing but the steps of its product.
         passing = (
             _fetched(program.passing) + len(program._wide(program.passing)) + len(program.entries.leaves)
         )
@@ -221,6 +254,7 @@ class _Sweep:
     # --- outside of the kernel ---------------------------------------------------------------------------------
 
     def run(self) -> Result:
+        """Calls the kernel on the operands."""
         p, s = self.p, self.s
         memory = self._memory()
         out = self._results()
@@ -238,11 +272,12 @@ class _Sweep:
             interpret=_interpreter()() if p.kernel.interpret else None,
         )
         written = jax.tree.unflatten(jax.tree.structure(out), kernel(*jax.tree.leaves(memory)))
-        # In a shard_map, what a kernel returns does not know that it varies as its operands do.
+        # Inside shard_map, results of a kernel are not yet marked as varying over the mesh axes of its operands.
         written = align_varying((memory, written))[1]
         return self._unpacked(written)
 
     def _memory(self) -> _Memory:
+        """The operands as the kernel reads them; entry operands that vary along one axis only are packed."""
         p = self.p
         rows, cols = jax.tree.leaves(p.operands.rows), jax.tree.leaves(p.operands.cols)
         entries = []
@@ -268,7 +303,7 @@ class _Sweep:
         )
 
     def _order(self) -> tuple:
-        """For each block, its tiles with anything to do before those without; how many have; the order of blocks."""
+        """`_Memory.order`, `live` and `first`, from `Plan.live` and `Operands.seen`, whose tiles may differ in size."""
         p, s = self.p, self.s
 
         tiles = p.plan.tiles or Tiles(
@@ -278,7 +313,7 @@ class _Sweep:
         lengths = (p.lengths[p.major], p.lengths[p.minor_letter])
 
         def overlapping(i, size: int, axis: int) -> list:
-            """The caller's tiles that the i-th of ours overlaps, with repetitions."""
+            """The caller's tiles that overlap our i-th one; some may be repeated."""
             last = (jnp.minimum((i + 1) * size, lengths[axis]) - 1) // coarse[axis]
             return [
                 jnp.minimum(i * size // coarse[axis] + k, last) for k in range((size - 1) // coarse[axis] + 2)
@@ -302,6 +337,7 @@ class _Sweep:
         return order, count, jnp.argsort(-count, axis=1, stable=True).astype(jnp.int32)
 
     def _results(self) -> _Results:
+        """Shapes and dtypes of what the kernel writes."""
         p, s = self.p, self.s
         struct = jax.ShapeDtypeStruct
         dtypes = {"f": jnp.float32, "i": jnp.int32}
@@ -326,6 +362,7 @@ class _Sweep:
         return _Results(carry, wide, entries, cols)
 
     def _unpacked(self, out: _Results) -> Result:
+        """The results in the structure of the body's outputs, without padding."""
         p = self.p
         major = p.lengths[p.major]
 
@@ -351,6 +388,7 @@ class _Sweep:
     # --- the kernel ----------------------------------------------------------------------------------------------
 
     def _kernel(self, memory_tree, out_tree, refs) -> None:
+        """The kernel: allocates shared memory and runs a block of threads."""
         n = memory_tree.num_leaves
         memory, out = jax.tree.unflatten(memory_tree, refs[:n]), jax.tree.unflatten(out_tree, refs[n:])
         pl.run_scoped(
@@ -360,13 +398,14 @@ class _Sweep:
         )
 
     def _allocations(self, memory: _Memory, out: _Results) -> _Shared:
+        """Shapes of shared memory and its barriers, each with the number of copies or warpgroups it waits for."""
         p, s = self.p, self.s
         dtypes = {"f": jnp.float32, "i": jnp.int32}
         item = p.scores.dtype
         stages = s.tile_stages if self.product else s.stages
 
         def wide(packer: Packer, shape: tuple[int, ...]) -> list:
-            """Shared memory for wide operands, None for those that nobody reads."""
+            """Shared memory for wide operands, None for those that the body does not read."""
             stored = [(leaf, p.stored(leaf)) for leaf in packer.wide]
             return [
                 None if d is None else _tile_in((*shape, features(leaf.shape[1])), d) for leaf, d in stored
@@ -377,7 +416,7 @@ class _Sweep:
             (0 if self.product else 1) + _fetched(p.passing) + _count(passing_wide) + len(p.entries.leaves)
         )
         if self.product:
-            # [..., minor, depth] or [..., depth, minor]: as it lies in device memory.
+            # [..., minor, depth] or [..., depth, minor]: the order of axes that it has in device memory.
             shape = (s.minor, s.depth) if self._minor_first() else (s.depth, s.minor)
             step = [_tile_in((s.stages, *shape), item)]
             major = (s.major, s.depth) if self._major_first() else (s.depth, s.major)
@@ -427,7 +466,7 @@ class _Sweep:
         )
 
     def _sides(self) -> list:
-        """The product's operands along the major and the minor axis, and whether that axis is before the features."""
+        """The product's sides along the major and the minor axis, each with whether that axis precedes the features."""
         p = self.p
         sides = [(p.scores.left, True), (p.scores.right, p.scores.transposed)]
         return sides if p.major == "r" else sides[::-1]
@@ -439,6 +478,7 @@ class _Sweep:
         return self._sides()[1][1]
 
     def _shared(self, memory: _Memory, out: _Results, shared: _Shared) -> None:
+        """Divides the work: which block of the sweep this is, and what each of its warpgroups does."""
         s = self.s
         place = lax.axis_index("group") * s.together + lax.axis_index("block")
         me = lax.axis_index("warpgroup")
@@ -450,7 +490,7 @@ class _Sweep:
 
             @pl.when(me == s.groups)
             def _():
-                if s.groups > 1:
+                if s.groups > 1:  # leaves registers to the warpgroups that compute
                     plgpu.set_max_registers(40, action="decrease")
                 self._fetch(memory, shared, at)
 
@@ -461,7 +501,7 @@ class _Sweep:
                 self._compute(memory, out, shared, at, me)
 
     def _range(self, memory: _Memory, at) -> tuple:
-        """The first of a block's tiles in a part, how many there are, and which tile the t-th one is."""
+        """Where a block's part of the minor axis begins, how many tiles it has, and `t -> index of its t-th tile`."""
         s = self.s
         count = s.tiles if memory.order is None else memory.live[self._table(memory), at.block]
         first = at.part * count // s.parts
@@ -476,71 +516,74 @@ class _Sweep:
         )
 
     def _table(self, memory: _Memory):
-        """Which of the tables of tiles is that of this matrix."""
+        """The index of this matrix's table of tiles."""
         each = self.p.g // memory.order.shape[0]
         return lax.div(lax.axis_index("batch"), jnp.int32(each))
 
     # --- the warpgroup that fetches ---------------------------------------------------------------------------------
 
     def _fetch(self, memory: _Memory, shared: _Shared, at) -> None:
-        p, s = self.p, self.s
+        """The fetching warpgroup: brings the block's own operands once, then what each tile needs."""
+        s = self.s
         _, count, tile_of = self._range(memory, at)
         major = pl.ds(at.block * s.major, s.major)
-        copy = plgpu.copy_gmem_to_smem
-        for leaf, ref, source in zip(p.own.wide, shared.own, memory.own.get("w", [])):
-            if ref is not None:
-                copy(_lines(source, at, major, 0, ref.shape[1], leaf.abreast), ref, shared.once)
-        if shared.resident is not None:
-            copy(self._step(memory, 0, at, major, 0), shared.resident, shared.once)
+        self._fetch_own(memory, shared, at, major)
 
         def tile(t, _):
-            j = tile_of(t)
-            minor = pl.ds(j * s.minor, s.minor)
+            minor = pl.ds(tile_of(t) * s.minor, s.minor)
             if self.has_ring:
-                slot = self._claim(t, shared.free, self._stages())
-                full = shared.full.at[slot]
-                if not self.product:
-                    source = memory.scores[0]
-                    copy(source.at[_batch(source, at), major, minor], shared.scores[0].at[slot], full)
-                for name in ("f", "i"):
-                    if name in shared.passing:
-                        source = memory.passing[name]
-                        copy(source.at[_batch(source, at), :, minor], shared.passing[name].at[slot], full)
-                for leaf, ref, source in zip(
-                    p.passing.wide, shared.passing["w"], memory.passing.get("w", [])
-                ):
-                    if ref is not None:
-                        lines = _lines(source, at, minor, 0, ref.shape[2], leaf.abreast)
-                        copy(lines, ref.at[slot], full)
-                for ref, source in zip(shared.entries, memory.entries):
-                    rows, columns = (major, minor) if p.major == "r" else (minor, major)
-                    copy(source.at[_batch(source, at), rows, columns], ref.at[slot], full)
+                self._fetch_tile(memory, shared, at, t, major, minor)
             if self.product:
-
-                def step(k, _):
-                    slot = self._claim(t * s.steps + k, shared.step_free, s.stages)
-                    full = shared.step_full.at[slot]
-                    copy(
-                        self._step(memory, 1, at, minor, k * s.depth),
-                        shared.steps[0].at[slot],
-                        full,
-                    )
-                    if not s.resident:
-                        copy(
-                            self._step(memory, 0, at, major, k * s.depth),
-                            shared.steps[1].at[slot],
-                            full,
-                        )
-
-                lax.fori_loop(0, s.steps, step, None)
+                self._fetch_steps(memory, shared, at, t, major, minor)
 
         lax.fori_loop(0, count, tile, None)
+
+    def _fetch_own(self, memory: _Memory, shared: _Shared, at, major) -> None:
+        """Copies what stays in shared memory for all tiles of the block."""
+        for leaf, ref, source in zip(self.p.own.wide, shared.own, memory.own.get("w", [])):
+            if ref is not None:
+                lines = _lines(source, at, major, 0, ref.shape[1], leaf.abreast)
+                plgpu.copy_gmem_to_smem(lines, ref, shared.once)
+        if shared.resident is not None:
+            plgpu.copy_gmem_to_smem(self._step(memory, 0, at, major, 0), shared.resident, shared.once)
+
+    def _fetch_tile(self, memory: _Memory, shared: _Shared, at, t, major, minor) -> None:
+        """Copies the stored scores, the passing operands and the entries of the t-th tile into a free slot."""
+        p, copy = self.p, plgpu.copy_gmem_to_smem
+        slot = self._claim(t, shared.free, self._stages())
+        full = shared.full.at[slot]
+        if not self.product:
+            source = memory.scores[0]
+            copy(source.at[_batch(source, at), major, minor], shared.scores[0].at[slot], full)
+        for name in ("f", "i"):
+            if name in shared.passing:
+                source = memory.passing[name]
+                copy(source.at[_batch(source, at), :, minor], shared.passing[name].at[slot], full)
+        for leaf, ref, source in zip(p.passing.wide, shared.passing["w"], memory.passing.get("w", [])):
+            if ref is not None:
+                copy(_lines(source, at, minor, 0, ref.shape[2], leaf.abreast), ref.at[slot], full)
+        for ref, source in zip(shared.entries, memory.entries):
+            rows, columns = (major, minor) if p.major == "r" else (minor, major)
+            copy(source.at[_batch(source, at), rows, columns], ref.at[slot], full)
+
+    def _fetch_steps(self, memory: _Memory, shared: _Shared, at, t, major, minor) -> None:
+        """Copies the sides of the t-th tile's product, one step of features after another, into free slots."""
+        s, copy = self.s, plgpu.copy_gmem_to_smem
+
+        def step(k, _):
+            slot = self._claim(t * s.steps + k, shared.step_free, s.stages)
+            full = shared.step_full.at[slot]
+            copy(self._step(memory, 1, at, minor, k * s.depth), shared.steps[0].at[slot], full)
+            if not s.resident:
+                copy(self._step(memory, 0, at, major, k * s.depth), shared.steps[1].at[slot], full)
+
+        lax.fori_loop(0, s.steps, step, None)
 
     def _stages(self) -> int:
         return self.s.tile_stages if self.product else self.s.stages
 
     def _claim(self, n, free, stages: int):
-        """The slot for the n-th thing to fetch, once it is free."""
+        """The slot of a ring for the n-th fetch, once that slot is free."""
         slot = lax.rem(n, jnp.int32(stages))
 
         @pl.when(n >= stages)
@@ -550,7 +593,7 @@ class _Sweep:
         return slot
 
     def _step(self, memory: _Memory, side: int, at, along, first):
-        """Features from `first` on of the product's operand along the major (0) or the minor axis (1)."""
+        """One step of features, from `first` on, of the product's side along the major (0) or the minor axis (1)."""
         ref, (operand, along_first) = memory.scores[side], self._sides()[side]
         if along_first:
             return _lines(ref, at, along, first, self.s.depth, abreast(operand))
@@ -559,7 +602,7 @@ class _Sweep:
     # --- the warpgroups that compute ---------------------------------------------------------------------------------
 
     def _layout(self, x, dims: str):
-        """An array in the layout of its axes."""
+        """Casts an array to the register layout of the axes `dims`."""
         if len(dims) == 2:
             return plgpu.layout_cast(x, plgpu.Layout.WGMMA)
         if len(dims) == 1:
@@ -567,87 +610,38 @@ class _Sweep:
         return x
 
     def _compute(self, memory: _Memory, out: _Results, shared: _Shared, at, me) -> None:
+        """A computing warpgroup: reads its own operands, visits its tiles one after another, writes the carry."""
         p, s = self.p, self.s
         space = p.space(self._layout, self._load_item, functools.partial(self._multiply, shared, me))
         mine = pl.ds(me * WARPGROUP, WARPGROUP)
         begin = at.block * s.major + me * WARPGROUP
-        row_layout, col_layout = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
         if shared.once is not None:
             plgpu.barrier_wait(shared.once)
-
-        def own(leaf):
-            if leaf.pack == "w":
-                return leaf.value([Item("".join(leaf.kinds), _at(shared.own[leaf.at], mine), "own")])
-            source = memory.own[leaf.pack]
-            numbers = [
-                _load(source.at[_batch(source, at), leaf.at + i, pl.ds(begin, WARPGROUP)], row_layout)
-                for i in range(leaf.count)
-            ]
-            return leaf.value(numbers)
-
-        own_values = list(map(own, p.own.leaves))
+        own = [self._own(leaf, memory, shared, at, mine, begin) for leaf in p.own.leaves]
         _, count, tile_of = self._range(memory, at)
         start = memory.start[0]
 
-        def tile(t, carry):
-            j, carry = carry
-            after = tile_of(t + 1)  # asked for a tile ahead: it may come from device memory
-            slot = None
-            if self.has_ring:
-                slot = lax.rem(t, jnp.int32(self._stages()))
-                plgpu.barrier_wait(shared.full.at[slot])
-            if self.product:
-                raw = self._product(shared, me, t)
-                if p.uses_sides:
-                    sides = (self._mine(shared.resident, me), shared.steps[0].at[self._last_slot(t)])
-                    sides = p.sides(*(sides if p.major == "r" else sides[::-1]))
-                else:
-                    plgpu.barrier_arrive(shared.step_free.at[self._last_slot(t)])
-                    sides = p.sides(None, None)
-            else:
-                sides = []
-                raw = _load(shared.scores[0].at[slot, mine], plgpu.Layout.WGMMA)
-                raw = _narrow.convert(raw, new_dtype=jnp.float32)
-
-            def passing(leaf):
-                if leaf.pack == "w":
-                    dims = p.tile("".join(leaf.kinds))
-                    return leaf.value([Item(dims, _at(shared.passing["w"][leaf.at], slot), "passing")])
-                ref = shared.passing[leaf.pack]
-                return leaf.value([_load(ref.at[slot, leaf.at + i], col_layout) for i in range(leaf.count)])
-
-            def entry(leaf):
-                x = _load(shared.entries[leaf.at].at[slot, mine], plgpu.Layout.WGMMA)
-                return leaf.value([Item("rc", _narrow.convert(x, leaf.dtype))])
-
-            passing_values = list(map(passing, p.passing.leaves))
-            rows, cols = (own_values, passing_values) if p.major == "r" else (passing_values, own_values)
+        def tile(t, state):
+            j, carry = state
+            following = tile_of(t + 1)  # asked for one tile ahead: it may come from device memory
+            slot = self._await(shared, t)
+            raw, sides = self._scores(shared, me, mine, t, slot)
+            passing = [self._passing(leaf, shared, slot) for leaf in p.passing.leaves]
+            rows, cols = (own, passing) if p.major == "r" else (passing, own)
             row, col = (begin, j * s.minor) if p.major == "r" else (j * s.minor, begin)
             raw = Value(("r", "c"), _narrow.wide(raw, p.tile("rc")).items)
-            values = [leaf.value(x) for leaf, x in zip(p.carry.leaves, carry)]
-            new, entries, left = p.visit(
-                space,
-                raw,
-                rows,
-                cols,
-                list(map(entry, p.entries.leaves)),
-                row,
-                col,
-                start,
-                at.batch,
-                sides,
-                values,
+            carry = [leaf.value(x) for leaf, x in zip(p.carry.leaves, carry)]
+            entries = [self._entry(leaf, shared, slot, mine) for leaf in p.entries.leaves]
+            carry, entries, cols = p.visit(
+                space, raw, rows, cols, entries, row, col, start, at.batch, sides, carry
             )
-            if p.uses_sides:
-                plgpu.barrier_arrive(shared.step_free.at[self._last_slot(t)])
-            if self.has_ring:
-                plgpu.barrier_arrive(shared.free.at[slot])
-            self._write(out, shared, at, me, j, entries, left)
-            return after, new
+            self._release(shared, t, slot)
+            self._write(out, shared, at, me, j, entries, cols)
+            return following, carry
 
         initial = [
             [self._layout(x, p.tile("".join(k for k in leaf.kinds if k))) for x in numbers]
-            for leaf, numbers in zip(p.carry.leaves, p.start(space, own_values))
+            for leaf, numbers in zip(p.carry.leaves, p.start(space, own))
         ]
         _, carry = lax.fori_loop(0, count, tile, (tile_of(jnp.int32(0)), initial))
         if memory.order is not None and (shared.out or shared.cols):
@@ -655,8 +649,57 @@ class _Sweep:
         self._write_carry(out, shared, at, me, carry)
         plgpu.wait_smem_to_gmem(0)
 
+    def _await(self, shared: _Shared, t):
+        """The slot of the t-th tile in the ring of tiles, once it is full; None without that ring."""
+        if not self.has_ring:
+            return None
+        slot = lax.rem(t, jnp.int32(self._stages()))
+        plgpu.barrier_wait(shared.full.at[slot])
+        return slot
+
+    def _release(self, shared: _Shared, t, slot) -> None:
+        """Lets the slots of the t-th tile be filled again."""
+        if self.p.uses_sides:
+            plgpu.barrier_arrive(shared.step_free.at[self._last_slot(t)])
+        if self.has_ring:
+            plgpu.barrier_arrive(shared.free.at[slot])
+
+    def _scores(self, shared: _Shared, me, mine, t, slot) -> tuple:
+        """The scores of the t-th tile, in float32, and the two sides of their product if the body reads them."""
+        p = self.p
+        if not self.product:
+            raw = _load(shared.scores[0].at[slot, mine], plgpu.Layout.WGMMA)
+            return _narrow.convert(raw, new_dtype=jnp.float32), []
+        raw = self._product(shared, me, t)
+        if not p.uses_sides:
+            plgpu.barrier_arrive(shared.step_free.at[self._last_slot(t)])
+            return raw, p.sides(None, None)
+        major, minor = self._mine(shared.resident, me), shared.steps[0].at[self._last_slot(t)]
+        return raw, p.sides(major, minor) if p.major == "r" else p.sides(minor, major)
+
+    def _own(self, leaf: Leaf, memory: _Memory, shared: _Shared, at, mine, begin) -> Value:
+        """An operand along the major axis: features in shared memory, numbers straight from device memory."""
+        if leaf.pack == "w":
+            return leaf.value([Item("".join(leaf.kinds), _at(shared.own[leaf.at], mine), "own")])
+        source, stretch = memory.own[leaf.pack], pl.ds(begin, WARPGROUP)
+        refs = [source.at[_batch(source, at), leaf.at + i, stretch] for i in range(leaf.count)]
+        return leaf.value([_load(ref, plgpu.Layout.WGMMA.reduce(1)) for ref in refs])
+
+    def _passing(self, leaf: Leaf, shared: _Shared, slot) -> Value:
+        """An operand along the minor axis, of one tile: features stay in shared memory, numbers are loaded."""
+        if leaf.pack == "w":
+            dims = self.p.tile("".join(leaf.kinds))
+            return leaf.value([Item(dims, _at(shared.passing["w"][leaf.at], slot), "passing")])
+        refs = [shared.passing[leaf.pack].at[slot, leaf.at + i] for i in range(leaf.count)]
+        return leaf.value([_load(ref, plgpu.Layout.WGMMA.reduce(0)) for ref in refs])
+
+    def _entry(self, leaf: Leaf, shared: _Shared, slot, mine) -> Value:
+        """An entry operand of one tile."""
+        x = _load(shared.entries[leaf.at].at[slot, mine], plgpu.Layout.WGMMA)
+        return leaf.value([Item("rc", _narrow.convert(x, leaf.dtype))])
+
     def _product(self, shared: _Shared, me, t):
-        """A tile of scores, a step of the features at a time."""
+        """Multiplies a tile of scores, one step of features at a time."""
         s = self.s
 
         def multiply(acc, left, slot):
@@ -669,7 +712,7 @@ class _Sweep:
                 slot = lax.rem(n, jnp.int32(s.stages))
                 plgpu.barrier_wait(shared.step_full.at[slot])
                 multiply(acc, shared.steps[1].at[slot], slot)
-                plgpu.wgmma_wait(1)
+                plgpu.wgmma_wait(1)  # until the previous step has been read
 
                 @pl.when(k > 0)
                 def _():
@@ -686,22 +729,22 @@ class _Sweep:
         return pl.run_scoped(run, _accumulator(s.minor))
 
     def _last_slot(self, t):
-        """Where the last step of the t-th tile's product is."""
+        """The slot of the last step of the t-th tile's product."""
         return lax.rem((t + 1) * self.s.steps - 1, jnp.int32(self.s.stages))
 
     def _mine(self, ref, me):
-        """A warpgroup's share of a block of the product's operand along the major axis."""
+        """A warpgroup's 64 entries of the product's side along the major axis."""
         mine = pl.ds(me * WARPGROUP, WARPGROUP)
         return ref.at[mine] if self._major_first() else _transposed(ref.at[:, mine])
 
     def _load_item(self, item: Item):
-        """A wide operand, in registers: only along the major axis, else it has no layout."""
+        """Loads a wide operand into registers, which have a layout only for those along the major axis."""
         if item.dims[0] != self.p.major:
-            raise Unsupported("it uses features of the minor axis other than in matrix products")
+            raise Unsupported("features along the minor axis can be used in matrix products only")
         return _load(item.x, plgpu.Layout.WGMMA)
 
     def _multiply(self, shared: _Shared, me, left: Item, right: Item, kind: str, letters: str, dtype) -> Item:
-        """A product in the body of a sweep: the right side in shared memory, the left there or in registers."""
+        """A product in the body: its right side is in shared memory, its left side there or in registers."""
         dims, a, b = self.p.product_sides(left, right, kind, letters)
         b_ref = b.x if b.dims[0] == kind else _transposed(b.x)
         width = {**self.wide_sizes, self.p.minor_letter: self.s.minor}[dims[1]]
@@ -724,15 +767,15 @@ class _Sweep:
 
     # --- what is written ---------------------------------------------------------------------------------------------
 
-    def _write(self, out: _Results, shared: _Shared, at, me, j, entries: list, left: list) -> None:
-        """Writes what a tile gives beside the carry."""
+    def _write(self, out: _Results, shared: _Shared, at, me, j, entries: list, cols: list) -> None:
+        """Writes the entry and column outputs of tile j."""
         p, s = self.p, self.s
         if not (shared.out or shared.cols):
             return
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # shared memory still holds the previous tile's
         for ref, x in zip(shared.out, entries):
             _store(ref.at[me], x)
-        for leaf, numbers in zip(p.out_cols.leaves, left):
+        for leaf, numbers in zip(p.out_cols.leaves, cols):
             for i, x in enumerate(numbers):
                 _store(shared.cols[leaf.pack].at[me, leaf.at + i], x)
         plgpu.commit_smem()
@@ -746,7 +789,7 @@ class _Sweep:
             )
 
     def _write_dead(self, memory: _Memory, out: _Results, shared: _Shared, at, me) -> None:
-        """Zeros for tiles without anything to do."""
+        """Writes zeros for the tiles with nothing to do."""
         p, s = self.p, self.s
         table = self._table(memory)
         live = memory.live[table, at.block]
@@ -759,17 +802,18 @@ class _Sweep:
         def tile(t, _):
             entries = [zeros(p.tile("rc"), d) for d in p.plan.entry_dtypes]
             dtypes = {"f": jnp.float32, "i": jnp.int32}
-            left = [[zeros(p.minor_letter, dtypes[leaf.pack])] * leaf.count for leaf in p.out_cols.leaves]
-            self._write(out, shared, at, me, memory.order[table, at.block, t], entries, left)
+            cols = [[zeros(p.minor_letter, dtypes[leaf.pack])] * leaf.count for leaf in p.out_cols.leaves]
+            self._write(out, shared, at, me, memory.order[table, at.block, t], entries, cols)
 
         lax.fori_loop(first, last, tile, None)
 
     def _write_carry(self, out: _Results, shared: _Shared, at, me, carry: list) -> None:
+        """Writes the carry after the last tile."""
         p, s = self.p, self.s
         mine = pl.ds(at.block * s.major + me * WARPGROUP, WARPGROUP)
         for leaf, numbers in zip(p.carry.leaves, carry):
             for i, x in enumerate(numbers):
-                if leaf.pack == "w":  # straight to device memory: once a block, and shared memory is short
+                if leaf.pack == "w":  # directly: it happens once per block, and shared memory is scarce
                     _store(out.wide[leaf.at].at[at.part, at.batch, mine], x)
                 else:
                     _store(shared.carry[leaf.pack].at[me, leaf.at + i], x)
@@ -779,7 +823,7 @@ class _Sweep:
 
 
 class _Place(NamedTuple):
-    """Which block of threads this is."""
+    """The matrix, the part of the minor axis, and the block of the major axis that a block of threads works on."""
 
     batch: Any
     part: Any
@@ -791,12 +835,12 @@ def _at(ref, index):
 
 
 def _batch(ref, at: _Place):
-    """The index of the matrix in an array that may hold one for all."""
+    """The index of the matrix in an array that holds one per matrix, or one for all."""
     return 0 if ref.shape[0] == 1 else at.batch
 
 
 def _lines(ref, at: _Place, along, first, size: int, side: int):
-    """`size` features from `first` on, of a matrix that has `side - 1` others beside it."""
+    """`size` features from `first` on, of one of `side` matrices that lie side by side."""
     if side == 1:
         return ref.at[_batch(ref, at), along, pl.ds(first, size)]
     first = lax.rem(at.batch, jnp.int32(side)) * (ref.shape[2] // side) + first
@@ -804,5 +848,5 @@ def _lines(ref, at: _Place, along, first, size: int, side: int):
 
 
 def _fetched(packer: Packer) -> int:
-    """How many kinds of packed numbers there are."""
+    """How many copies bring packed numbers: one per dtype."""
     return sum(packer.counts[name] > 0 for name in ("f", "i"))

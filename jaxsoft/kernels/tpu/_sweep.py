@@ -1,14 +1,15 @@
-"""`sweep` as a Pallas kernel for TPUs: a grid over matrices, blocks of rows and blocks of columns.
+"""`sweep` as a Pallas kernel for TPUs, with a grid over matrices, blocks of rows and blocks of columns.
 
-The carry lives in its output blocks, which stay in vector memory while the innermost axis of the grid moves. Numbers
-one a row are columns `[rows, 1]` outside of `body` and `[rows]` in it.
+The carry lives in its output block, which stays in vector memory while the innermost axis of the grid advances: it is
+initialized at the first tile along that axis and updated at each tile. An operand with one number per row is a column
+`[rows, 1]` in memory and `[rows]` in `body`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +23,16 @@ from jaxsoft.kernels._device import Kernel
 from jaxsoft.kernels._sweep import Block, Operands, Out, Plan, Result, Scores, Tiles, abreast, apart
 from jaxsoft.kernels._trace import examples, is_ragged, unsupported
 
-# Vector memory that the blocks of a tile may fill, twice buffered.
+# Bytes of vector memory for the blocks of a tile, double buffering included.
 _VMEM = 48 * 2**20
 
-# Scalar memory that tables of tiles may fill, in numbers.
+# Scalar memory for the tables of tiles (`Operands.seen`), in int32 numbers.
 _SCALARS = 2**16
 
-# Numbers of a vector register along the last axis of an array.
+# Lanes of a vector register: how many numbers it holds along the last axis of an array.
 _LANES = 128
 
-# What Mosaic's compiler for TPUs does not lower, of what a reduction might do.
+# Primitives that a reduction might use but Mosaic does not lower for TPUs.
 _UNSUPPORTED = {
     "gather", "scatter", "scatter-add", "sort", "top_k", "argmax", "argmin", "dynamic_update_slice", "cumsum",
     "cumlogsumexp", "cummax", "cumprod", "lgamma", "digamma", "erf_inv", "igamma", "igammac", "reduce_prod", "while",
@@ -39,7 +40,7 @@ _UNSUPPORTED = {
 
 
 def unavailable(kernel: Kernel) -> str | None:
-    """Why there are no kernels for a device, or None."""
+    """Why the kernels cannot run on a device, or None if they can."""
     kind = kernel.device_kind
     if kind and not any(name in kind for name in ("v5", "v6", "v7", "TPU7")):
         return f"the kernels are for TPU v5e and later, this is {kind!r}"
@@ -47,7 +48,7 @@ def unavailable(kernel: Kernel) -> str | None:
 
 
 def refusal(kernel: Kernel, body: Callable, scores: Scores, operands: Operands, init: Callable, plan: Plan):
-    """Why a sweep cannot run, or None."""
+    """Why a sweep cannot run, or None if it can."""
     tiles = tiles_of(kernel, scores, plan)
     blocks = [tiles.rows * tiles.columns * 4 * 4]
     if scores.values is None:
@@ -59,7 +60,7 @@ def refusal(kernel: Kernel, body: Callable, scores: Scores, operands: Operands, 
 
 
 def tiles_of(kernel: Kernel, scores: Scores, plan: Plan) -> Tiles:
-    """The sizes of tiles: the caller's (which follow the user's), the user's, measured ones, or as large as may be."""
+    """The tile sizes: the caller's (which follow the user's), else the user's, measured ones, or defaults that fit."""
     if plan.tiles is not None:
         return plan.tiles
     _, n, columns = scores.shape
@@ -78,8 +79,8 @@ def tiles_of(kernel: Kernel, scores: Scores, plan: Plan) -> Tiles:
 class _Layout:
     """How the arrays of a sweep are cut into blocks.
 
-    Numbers one a row are `[G, n, 1]`, numbers one a column `[G, 1, S]`, so that the last two axes of every block are
-    multiples of a vector register's, or whole.
+    An operand with one number per row is stored as `[G, n, 1]`, one with a number per column as `[G, 1, S]`: the last
+    two axes of every block are then whole, or multiples of a vector register's.
     """
 
     def __init__(self, scores: Scores, plan: Plan, tiles: Tiles):
@@ -91,11 +92,11 @@ class _Layout:
         self.grid = (self.batch, *(reversed(blocks) if self.over_rows else blocks))
 
     def tile(self, g, first, second) -> tuple:
-        """`(g, i, j)` of a step of the grid."""
+        """`(g, i, j)` of a step of the grid: its matrix, block of rows and block of columns."""
         return (g, second, first) if self.over_rows else (g, first, second)
 
     def live(self, g, i, j, seen) -> Any:
-        """Whether a tile has anything to do; `seen` refers to what `_bits` has made of `Operands.seen`, or is None."""
+        """Whether a tile has anything to do; `seen` is a reference to the table of `_bits`, or None."""
         static = True if self.plan.live is None else self.plan.live(i, j, self.br, self.bc)
         if seen is None:
             return static
@@ -103,15 +104,15 @@ class _Layout:
         return static & ((seen[table, i, j // 32] >> (j % 32)) & 1 == 1)
 
     def output(self, shape: tuple[int, ...], index: Callable) -> pl.BlockSpec:
-        """Blocks at `index(g, i, j)`."""
+        """Output blocks of a shape, at `index(g, i, j)` for tile (g, i, j)."""
         return pl.BlockSpec(shape, lambda g, first, second, *_: index(*self.tile(g, first, second)))
 
     def input(self, a: jax.Array, shape: tuple[int, ...], index: Callable, side: int = 1) -> pl.BlockSpec:
-        """Blocks `[1, *shape]` of an array of G matrices, or one for all, at `(g, *index(i, j))`.
+        """Input blocks `[1, *shape]` at `(g, *index(i, j))`, of an array that holds G matrices, or one for all.
 
-        With `side` matrices side by side the blocks of the last axis are theirs.
+        If `side` matrices lie side by side, each has one block of the last axis.
 
-        Tiles without anything to do all read the first block along the way, once, instead of blocks of their own.
+        Tiles with nothing to do read block 0 of the inner axis instead of their own: a run of them fetches it once.
         """
 
         def at(g, first, second, start, seen=None):
@@ -124,7 +125,10 @@ class _Layout:
         return pl.BlockSpec((1, *shape), at)
 
     def features(self, a: jax.Array, size: int, at: Callable) -> tuple[jax.Array, pl.BlockSpec]:
-        """Features of rows or columns, `size` of these at block `at(i, j)`; side by side if they fill registers."""
+        """Features of rows or columns, and their blocks of `size` at `at(i, j)`.
+
+        Matrices stay side by side if their features fill whole registers.
+        """
         if a.shape[-1] % _LANES:
             a = apart(a)
         side, width = abreast(a), a.shape[-1]
@@ -132,7 +136,7 @@ class _Layout:
         return a, self.input(a, (size, width), lambda i, j: (at(i, j), 0), side)
 
     def scores(self, scores: Scores) -> tuple[list, list]:
-        """The stored scores, or the two matrices, and their blocks."""
+        """The stored scores, or the two sides of the product, and their blocks."""
         if scores.values is not None:
             return [scores.values], [self.input(scores.values, (self.br, self.bc), lambda i, j: (i, j))]
         left, left_spec = self.features(scores.left, self.br, lambda i, j: i)
@@ -144,23 +148,23 @@ class _Layout:
         return [left, right], [left_spec, right_spec]
 
     def rows(self, a: jax.Array) -> tuple[jax.Array, pl.BlockSpec]:
-        """Numbers of rows."""
+        """A row operand and its blocks."""
         a = _whole(a if a.ndim > 2 else a[..., None], 1, self.br)
         return self.features(a, self.br, lambda i, j: i)
 
     def cols(self, a: jax.Array) -> tuple[jax.Array, pl.BlockSpec]:
-        """Numbers of columns."""
+        """A column operand and its blocks."""
         if a.ndim == 2:
             a = _whole(a[:, None, :], 2, self.bc)
             return a, self.input(a, (1, self.bc), lambda i, j: (0, j))
         return self.features(_whole(a, 1, self.bc), self.bc, lambda i, j: j)
 
     def entries(self, a: jax.Array) -> tuple[jax.Array, pl.BlockSpec]:
-        """Numbers of entries."""
+        """An entry operand and its blocks."""
         return a, self.input(a, (self.br, self.bc), lambda i, j: (i, j))
 
     def carry(self, a: jax.ShapeDtypeStruct) -> tuple[tuple[int, ...], pl.BlockSpec]:
-        """The shape of a result that belongs to rows (or to columns, over rows)."""
+        """The shape of a carried array, per row (with `over="rows"`: per column), and its blocks."""
         width = math.prod(a.shape[1:])
         if self.over_rows:
             return (self.batch, self.columns, width), self.output(
@@ -169,13 +173,13 @@ class _Layout:
         return (self.batch, self.n, width), self.output((1, self.br, width), lambda g, i, j: (g, i, 0))
 
     def entry_output(self) -> tuple[tuple[int, ...], pl.BlockSpec]:
-        """The shape of a result of the scores' shape."""
+        """The shape of an entry output, and its blocks."""
         return (self.batch, self.n, self.columns), self.output(
             (1, self.br, self.bc), lambda g, i, j: (g, i, j)
         )
 
     def col_output(self, a: jax.ShapeDtypeStruct) -> tuple[tuple[int, ...], pl.BlockSpec]:
-        """The shape of a result that has a number (or k) a column for each block of rows."""
+        """The shape of a column output, one number (or k) per column and block of rows, and its blocks."""
         if len(a.shape) == 1:
             shape = (self.batch, self.ni, 1, self.columns)
             return shape, self.output((1, 1, 1, self.bc), lambda g, i, j: (g, i, 0, j))
@@ -184,14 +188,17 @@ class _Layout:
 
 
 def _whole(a: jax.Array, axis: int, size: int) -> jax.Array:
-    """Numbers of rows or columns in whole blocks; the last stands for those beyond it, and is a number like any."""
+    """A row or column operand padded to whole blocks with its last entry (not with zeros: `body` may divide by it)."""
     beyond = -a.shape[axis] % size
     widths = [(0, beyond if k == axis else 0) for k in range(a.ndim)]
     return jnp.pad(a, widths, mode="edge") if beyond else a
 
 
 def _bits(seen: jax.Array) -> jax.Array | None:
-    """`Operands.seen` as bits of int32 `[M, nI, nJ / 32]`; one table for all, or none, if there is no room for them."""
+    """`Operands.seen` as bits of int32 `[M, nI, ceil(nJ / 32)]`.
+
+    If that does not fit into scalar memory: one table for all matrices, or None if that does not fit either.
+    """
     for table in (seen, jnp.any(seen, axis=0, keepdims=True)):
         m, blocks, tiles = table.shape
         words = -(-tiles // 32)
@@ -203,7 +210,7 @@ def _bits(seen: jax.Array) -> jax.Array | None:
 
 
 def _pairs(function: Callable, tree: Any) -> tuple[Any, Any]:
-    """The tree of the first, and that of the second results of a function of each leaf."""
+    """Maps a function that returns a pair over a tree; returns the tree of the first and that of the second results."""
     leaves, treedef = jax.tree.flatten(tree)
     pairs = [function(leaf) for leaf in leaves]
     return treedef.unflatten([p[0] for p in pairs]), treedef.unflatten([p[1] for p in pairs])
@@ -215,92 +222,23 @@ def sweep(
     """Visits the tiles of `scores`, see `jaxsoft.kernels._sweep`."""
     tiles = tiles_of(kernel, scores, plan)
     layout = _Layout(scores, plan, tiles)
-    over_rows, ragged = layout.over_rows, is_ragged(scores, tiles)
-    matrices, matrix_specs = layout.scores(scores)
-    rows, row_specs = _pairs(layout.rows, operands.rows)
-    cols, col_specs = _pairs(layout.cols, operands.cols)
-    entries, entry_specs = _pairs(layout.entries, operands.entries)
-    start = jnp.reshape(jnp.asarray(operands.start, jnp.int32), (1,))
-    seen = None if operands.seen is None else _bits(operands.seen)
-    scalars = [start] if seen is None else [start, seen]
-    arrays = align_varying((*scalars, matrices, rows, cols, entries))
+    scalars, inputs, in_specs = _inputs(layout, scores, operands)
+    arrays = align_varying((*scalars, *inputs))
+    block, carry = examples(init, scores, operands, plan, tiles)
+    visit = _Visit(layout, scores, body, init, is_ragged(scores, tiles), block, carry)
+    out = jax.eval_shape(body, block, carry)
+    out_shape, out_specs = _outputs(layout, carry, out, jax.typeof(arrays[0]).manual_axis_type)
 
-    example, carry = examples(init, scores, operands, plan, tiles)
-    out = jax.eval_shape(body, example, carry)
-    shapes, specs = zip(
-        _pairs(layout.carry, carry),
-        _pairs(lambda a: layout.entry_output(), out.entries),
-        _pairs(layout.col_output, out.cols),
-    )
-    dtypes = (carry, jax.tree.unflatten(jax.tree.structure(out.entries), plan.entry_dtypes), out.cols)
-
-    def result(a: Any, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-        """Inside shard_map results vary as the operands do."""
-        varying = jax.typeof(arrays[0]).manual_axis_type
-        return jax.ShapeDtypeStruct(shape, getattr(a, "dtype", a), manual_axis_type=varying)
-
-    def visit(start_ref, *refs):
+    def visit_tile(start_ref, *refs):
         seen_ref, *refs = refs if len(scalars) == 2 else (None, *refs)
-        matrix_refs, row_refs, col_refs, entry_refs, carry_refs, entry_out, col_out = refs
-        first, second = pl.program_id(1), pl.program_id(2)
-        g, i, j = layout.tile(pl.program_id(0), first, second)
-
-        def value(ref, like):
-            return ref[0].reshape(like.shape)
-
-        block = Block(
-            None,
-            jax.tree.map(value, row_refs, example.rows),
-            jax.tree.map(value, col_refs, example.cols),
-            jax.tree.map(value, entry_refs, example.entries),
-            lax.broadcasted_iota(jnp.int32, example.raw.shape, 0) + i * layout.br,
-            lax.broadcasted_iota(jnp.int32, example.raw.shape, 1) + j * layout.bc,
-            g,
-            None,
-        )
-        if ragged:
-            block = block._replace(inside=(block.row < layout.n) & (block.col < layout.columns))
-        block = block._replace(col=block.col + start_ref[0])
-
-        def store(refs, values):
-            jax.tree.map(
-                lambda ref, x: ref.__setitem__(..., x.astype(ref.dtype).reshape(ref.shape)), refs, values
-            )
-
-        @pl.when(second == 0)
-        def _():
-            like = jnp.zeros(layout.bc if over_rows else layout.br, jnp.float32)
-            store(carry_refs, init(block.cols if over_rows else block.rows, like))
-
-        def work():
-            parts = [ref[0] for ref in matrix_refs]
-            if scores.values is not None:
-                made = block._replace(raw=parts[0].astype(jnp.float32))
-            else:
-                made = block._replace(raw=_product(scores, *parts), left=parts[0], right=parts[1])
-            new: Out = body(made, jax.tree.map(value, carry_refs, carry))
-            store((carry_refs, entry_out, col_out), (new.carry, new.entries, new.cols))
-
-        live = layout.live(g, i, j, seen_ref)
-        if live is True:
-            work()
-            return
-        pl.when(live)(work)
-
-        @pl.when(jnp.logical_not(live))
-        def _():
-            outs = (entry_out, col_out)
-            store(outs, jax.tree.map(lambda ref: jnp.zeros(ref.shape, ref.dtype), outs))
+        visit(start_ref, seen_ref, _Refs(*refs))
 
     results = pl.pallas_call(
-        visit,
+        visit_tile,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(scalars),
-            grid=layout.grid,
-            in_specs=[matrix_specs, row_specs, col_specs, entry_specs],
-            out_specs=specs,
+            num_scalar_prefetch=len(scalars), grid=layout.grid, in_specs=in_specs, out_specs=out_specs
         ),
-        out_shape=jax.tree.map(result, dtypes, shapes),
+        out_shape=out_shape,
         interpret=kernel.interpret,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=2 * _VMEM
@@ -311,7 +249,138 @@ def sweep(
     return Result(carried, results[1], sums)
 
 
+def _inputs(layout: _Layout, scores: Scores, operands: Operands) -> tuple[list, list, list]:
+    """The scalars that are prefetched, then the other inputs of the kernel (as in `_Refs`) and their blocks."""
+    matrices, matrix_specs = layout.scores(scores)
+    rows, row_specs = _pairs(layout.rows, operands.rows)
+    cols, col_specs = _pairs(layout.cols, operands.cols)
+    entries, entry_specs = _pairs(layout.entries, operands.entries)
+    start = jnp.reshape(jnp.asarray(operands.start, jnp.int32), (1,))
+    seen = None if operands.seen is None else _bits(operands.seen)
+    scalars = [start] if seen is None else [start, seen]
+    return scalars, [matrices, rows, cols, entries], [matrix_specs, row_specs, col_specs, entry_specs]
+
+
+def _outputs(layout: _Layout, carry: Any, out: Out, varying: Any) -> tuple[tuple, tuple]:
+    """The shapes and blocks of the carry, of the entry outputs and of the column outputs.
+
+    Inside shard_map, results vary over the same mesh axes as the operands: `varying`.
+    """
+    shapes, specs = zip(
+        _pairs(layout.carry, carry),
+        _pairs(lambda a: layout.entry_output(), out.entries),
+        _pairs(layout.col_output, out.cols),
+    )
+    entry_dtypes = jax.tree.unflatten(jax.tree.structure(out.entries), layout.plan.entry_dtypes)
+
+    def struct(a: Any, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, getattr(a, "dtype", a), manual_axis_type=varying)
+
+    return jax.tree.map(struct, (carry, entry_dtypes, out.cols), shapes), specs
+
+
+class _Refs(NamedTuple):
+    """References to the blocks of a tile; pytrees like the arrays.
+
+    Attributes:
+      matrices: of the stored scores, or of the two sides of the product.
+      rows: of the row operands.
+      cols: of the column operands.
+      entries: of the entry operands.
+      carry: of the carry, which is read and written.
+      entry_out: of the entry outputs.
+      col_out: of the column outputs.
+    """
+
+    matrices: list
+    rows: Any
+    cols: Any
+    entries: Any
+    carry: Any
+    entry_out: Any
+    col_out: Any
+
+
+class _Visit(NamedTuple):
+    """The kernel: what one step of the grid does. `example` and `carry` are the shapes that `body` gets."""
+
+    layout: _Layout
+    scores: Scores
+    body: Callable
+    init: Callable
+    ragged: bool
+    example: Block
+    carry: Any
+
+    def __call__(self, start_ref, seen_ref, refs: _Refs) -> None:
+        first, second = pl.program_id(1), pl.program_id(2)
+        g, i, j = self.layout.tile(pl.program_id(0), first, second)
+        block = self._block(start_ref, refs, g, i, j)
+
+        @pl.when(second == 0)
+        def _():
+            self._begin(refs, block)
+
+        def work():
+            self._work(refs, block)
+
+        live = self.layout.live(g, i, j, seen_ref)
+        if live is True:
+            work()
+            return
+        pl.when(live)(work)
+
+        @pl.when(jnp.logical_not(live))
+        def _():
+            outs = (refs.entry_out, refs.col_out)
+            _store(outs, jax.tree.map(lambda ref: jnp.zeros(ref.shape, ref.dtype), outs))
+
+    def _block(self, start_ref, refs: _Refs, g, i, j) -> Block:
+        """The tile as `body` gets it, without its scores."""
+        layout, example = self.layout, self.example
+        block = Block(
+            None,
+            jax.tree.map(_value, refs.rows, example.rows),
+            jax.tree.map(_value, refs.cols, example.cols),
+            jax.tree.map(_value, refs.entries, example.entries),
+            lax.broadcasted_iota(jnp.int32, example.raw.shape, 0) + i * layout.br,
+            lax.broadcasted_iota(jnp.int32, example.raw.shape, 1) + j * layout.bc,
+            g,
+            None,
+        )
+        if self.ragged:
+            block = block._replace(inside=(block.row < layout.n) & (block.col < layout.columns))
+        return block._replace(col=block.col + start_ref[0])
+
+    def _begin(self, refs: _Refs, block: Block) -> None:
+        """Stores the carry before the first tile."""
+        layout = self.layout
+        like = jnp.zeros(layout.bc if layout.over_rows else layout.br, jnp.float32)
+        _store(refs.carry, self.init(block.cols if layout.over_rows else block.rows, like))
+
+    def _work(self, refs: _Refs, block: Block) -> None:
+        """Adds the scores to the block, calls `body`, and stores what it returns."""
+        matrices = [ref[0] for ref in refs.matrices]
+        if self.scores.values is not None:
+            block = block._replace(raw=matrices[0].astype(jnp.float32))
+        else:
+            left, right = matrices
+            block = block._replace(raw=_product(self.scores, left, right), left=left, right=right)
+        new: Out = self.body(block, jax.tree.map(_value, refs.carry, self.carry))
+        _store((refs.carry, refs.entry_out, refs.col_out), (new.carry, new.entries, new.cols))
+
+
+def _value(ref: Any, like: Any) -> jax.Array:
+    """The block of one matrix, in the shape that `body` gets."""
+    return ref[0].reshape(like.shape)
+
+
+def _store(refs: Any, values: Any) -> None:
+    jax.tree.map(lambda ref, x: ref.__setitem__(..., x.astype(ref.dtype).reshape(ref.shape)), refs, values)
+
+
 def _product(scores: Scores, left: jax.Array, right: jax.Array) -> jax.Array:
+    """The scores of a tile, in float32."""
     contract = (((1,), (1 if scores.transposed else 0,)), ((), ()))
     return lax.dot_general(
         left, right, contract, precision=scores.precision, preferred_element_type=jnp.float32
