@@ -313,9 +313,7 @@ def infomax_code_loss(
         present &= (ids != _checks.integer("ignore_index", ignore_index))[:, None, None]
     p = softmax_with(jnp.where(present, x, 0), where=present)
     keep = jnp.any(present, axis=(1, 2))
-    share = safe_divide(
-        keep.astype(p.dtype), jnp.sum(keep).astype(p.dtype)
-    )  # each example's weight in a mean
+    share = safe_divide(keep.astype(p.dtype), jnp.sum(keep).astype(p.dtype))  # weights of a mean
     same = ((ids[:, None] == ids) & keep[:, None] & keep).astype(p.dtype)
     by_label = jnp.einsum("nm,mgk->ngk", safe_divide(same, jnp.sum(same, axis=1, keepdims=True)), p)
     entropy = _entropy(jnp.einsum("n,ngk->gk", share, p), -1)

@@ -443,9 +443,7 @@ def grand_score(
         raise TypeError(f"loss must be a function (params, *example) -> scalar, got {_checks.describe(loss)}")
     sizes = {jnp.shape(a)[:1] for a in jax.tree.leaves(batch)}
     if len(sizes) != 1 or () in sizes:
-        raise ValueError(
-            f"batch must hold arrays of equal size on their first axis, got sizes {sorted(sizes)}"
-        )
+        raise ValueError(f"batch must hold arrays with the same first axis, got sizes {sorted(sizes)}")
     if chunk_size is not None:
         chunk_size = _checks.integer("chunk_size", chunk_size, at_least=1)
     example = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a)[1:], jnp.result_type(a)), batch)

@@ -130,8 +130,8 @@ def tversky_loss(
     counts = _soft_counts(x, t, kind, norm)
     if weights is not None:
         counts = (jnp.where(present, weights.astype(x.dtype)[..., None] * a, 0) for a in counts)
-    labels_decide = classes == "present" or (classes is None and not rows.soft)
-    labelled = present & (t > _PRESENT) if labels_decide else present
+    only_present = classes == "present" or (classes is None and not rows.soft)
+    labelled = present & (t > _PRESENT) if only_present else present
 
     def total(a, over, devices=axis_name):
         a = jnp.sum(a, axis=over, dtype=x.dtype)
@@ -161,7 +161,7 @@ def _probabilities_and_labels(x: Array, present: Array, rows: Rows, activation: 
     else:
         t = jax.nn.one_hot(rows.labels, rows.columns, dtype=x.dtype)
         in_range = (rows.labels >= 0) & (rows.labels < rows.columns)
-        x = x * jnp.where(in_range, 1, jnp.nan)[..., None]
+        x = x * jnp.where(in_range, 1, jnp.nan)[..., None]  # an id out of range: NaN in value and gradient
     return jnp.where(present, x, 0), jnp.where(present, t, 0)
 
 
