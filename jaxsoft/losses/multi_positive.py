@@ -1,4 +1,7 @@
-"""Losses of rows with many positives, and of columns: multi-label softmax, decoupled, soft top-k, proxy anchors.
+"""Losses of rows with many positives.
+
+Rows with several right answers, given by padded ids or by booleans: multi-label softmax, decoupled softmax and soft
+top-k. The proxy-anchor loss has its positives in the columns: the items of a batch that belong to a class.
 
 In the formulas `x` are the scores of a row, `P` its positives and `N` the rest.
 """
@@ -31,7 +34,7 @@ class _Positives(NamedTuple):
     Attributes:
       rows: the rows; those without positives are ignored. `labels` are ids `[*rows, k]` (0 where padded), or
         booleans `[*rows, columns]`.
-      given: `[*rows, k]`, False where ids are padded; None for booleans.
+      given: `[*rows, k]`, False for padding; None for booleans.
     """
 
     rows: Rows
@@ -39,13 +42,13 @@ class _Positives(NamedTuple):
 
     @property
     def taken(self) -> Any:
-        """The reduction to the scores of positives that are ids; nothing for booleans."""
+        """The reduction to the scores of positives given by id; nothing for booleans."""
         return reductions.take(self.rows.labels) if self.given is not None else ()
 
     def sum(self, scores: Any, term: Any, *args: Array) -> tuple[Array, Array]:
-        """The sum of `term(x, cols, *args, positive)` over the positives, and how many they are.
+        """The sum of `term(x, cols, *args, positive)` over the positives, and their number.
 
-        A positive that is absent costs +inf if it is an id, and does not count if it is a boolean.
+        An absent positive costs +inf if it is given by its id, and does not count if it is given by a boolean.
         """
         if self.given is None:
             mask = (self.rows.labels,)
@@ -86,17 +89,17 @@ def multi_positive_softmax_loss(
 ) -> Float[Array, "*rows"]:
     """Softmax with many positives, the multi-label InfoNCE: `mean_{i in P} (logsumexp(x) - x_i)`.
 
-    The positives stand in the denominator and so compete with each other: the least value, for n positives, is
-    `log n`. `decoupled_softmax_loss` leaves them out. With one positive both are cross-entropy.
+    The denominator includes the positives, which therefore compete with each other: the least value for n positives
+    is `log n`. `decoupled_softmax_loss` leaves them out of it. With one positive both are cross-entropy.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
       labels: the positives P: distinct class ids, integers `[*rows, k]`, padded with `ignore_index`; or booleans
         of the logits' shape (True = positive). An id out of range gives NaN.
-      reduction: `"mean"` or `"sum"` over the positives of a row. (Never over rows.)
+      reduction: `"mean"` or `"sum"` over the positives of a row (never over rows).
       axis: the axis of the classes.
-      where: class mask that broadcasts to the logits, True = counts. A masked positive costs +inf where it is
-        given by its id, and does not count where it is a boolean.
+      where: class mask that broadcasts to the logits, True = counts. A masked positive costs +inf if it is given by
+        its id, and does not count if it is given by a boolean.
       weights: `[*rows]`, multiply the losses.
       ignore_index: pads the ids of rows with fewer than k positives.
 
@@ -191,16 +194,16 @@ def _decoupled_term(x, cols, shift, log_sum, positive):
 
 # --- soft top-k ----------------------------------------------------------------------------------------------
 #
-# The threshold tau (the papers' t is -tau) solves sum_c sigmoid(u_c) = k, with u_c = alpha ((x_c - top) - tau); `top`,
-# the largest score, is a gauge that keeps scores of any size exact.
+# The threshold tau (the paper's t is -tau - top) solves sum_c sigmoid(u_c) = k, with u_c = alpha ((x_c - top) - tau).
+# `top` is the largest score; subtracting it first keeps the result exact for scores of any size.
 
 
 class _Crossing(NamedTuple):
     """Sums over a row, each `[*rows]`: `excess = sum_c sigmoid(u_c) - k` is `(above - k) + rest`.
 
     Attributes:
-      above: how many u are positive.
-      rest: what their sigmoids lack of 1, negative, plus the sigmoids of the others: nothing cancels in it.
+      above: the number of positive u.
+      rest: the sum of `sigmoid(u) - 1` over the positive u and of `sigmoid(u)` over the others, each term exact.
       slope: the sum of `sigmoid(u) (1 - sigmoid(u))`.
     """
 
@@ -236,7 +239,7 @@ _MOST_STEPS = 100
 
 
 def _search(rows: Rows, k: Array, alpha: Array) -> tuple[Array, Array, Array]:
-    """The gauge `top`, the threshold above it, and whether there is one (0 < k < entries); no derivatives."""
+    """`top`, the threshold relative to it, and whether there is one (0 < k < entries); no derivatives."""
     top, n, lse = rows.reduce(
         (reductions.maximum(), reductions.count(), reductions.mapped_logsumexp(_times, alpha))
     )
@@ -244,24 +247,24 @@ def _search(rows: Rows, k: Array, alpha: Array) -> tuple[Array, Array, Array]:
     top = jnp.where(empty, 0, top)
     n = jnp.where(empty, 1, n)
     k = jnp.where(solvable, k, n / 2)
-    # With the mass sum_c e^(alpha (x_c - top)), the sum of the sigmoids is at most mass e^(-alpha tau) and
-    # n sigmoid(-alpha tau), at least mass sigmoid(-alpha tau).
+    # Bounds of tau: with mass = sum_c e^(alpha (x_c - top)), the sum of the sigmoids is at most mass e^(-alpha tau) and
+    # n sigmoid(-alpha tau), and at least mass sigmoid(-alpha tau).
     log_k, log_mass = jnp.log(k), jnp.where(empty, 0, lse - alpha * top)
     mass = jnp.exp(log_mass)
     hi = jnp.minimum(jnp.log(n - k), log_mass)
     lo = jnp.where(
         mass > 2 * k, jnp.log(jnp.maximum(mass - k, k)), -jnp.inf
-    )  # only where rounding cannot hurt
+    )  # only where rounding does no harm
     eps = float(jnp.finfo(top.dtype).eps)
-    margin = 16 * eps * (1 + jnp.abs(log_k) + jnp.abs(log_mass))  # what rounding may have taken away
+    margin = 16 * eps * (1 + jnp.abs(log_k) + jnp.abs(log_mass))  # covers the rounding errors of the bounds
     lo, hi = (lo - log_k - margin) / alpha, (hi - log_k + margin) / alpha
     start = hi
 
-    def tolerance(tau):  # the error that a step of Newton's method leaves is of the order of its square
+    def tolerance(tau):  # a Newton step leaves an error of the order of its square
         return 0.5 * eps**0.5 / alpha + 4 * eps * jnp.abs(tau)
 
-    # Newton's method; where a step leaves the interval, or is not half of the one before, the interval is halved, and
-    # while it has no lower end, the distance from the start is tripled.
+    # Newton's method. Where its step leaves the interval, or is more than half of the last step, the interval is halved
+    # instead, or, while it has no lower end, the distance from the start is tripled.
     def body(carry):
         step, lo, hi, tau, last = carry
         at = rows.reduce(_crossing(top, tau, alpha))
@@ -276,7 +279,7 @@ def _search(rows: Rows, k: Array, alpha: Array) -> tuple[Array, Array, Array]:
 
     def unfinished(carry):
         step, _, _, tau, last = carry
-        return (step < _MOST_STEPS) & jnp.any(last > tolerance(tau))  # a row of NaN is finished
+        return (step < _MOST_STEPS) & jnp.any(last > tolerance(tau))  # a row of NaN counts as finished
 
     carry = (jnp.int32(0), lo, hi, start, jnp.full_like(start, jnp.inf))
     _, _, _, tau, _ = lax.while_loop(unfinished, body, carry)
@@ -294,14 +297,14 @@ class _Threshold(NamedTuple):
 
 
 def _threshold(rows: Rows, k: Any, alpha: Any, wanted: Any = ()) -> tuple[_Threshold, Any]:
-    """The threshold, and the results of other reductions, from a pass that is made anyway."""
+    """The threshold with its derivatives, and the results of the reductions `wanted`, computed in the same pass."""
     dtype, shape = accumulation_dtype(rows.logits.dtype), rows_of(rows.logits.shape, rows.axis)
     k, alpha = (per_row(name, value, shape, dtype) for name, value in (("k", k), ("alpha", alpha)))
     fixed = rows._replace(logits=detached(rows.logits))
     top, tau, solvable = lax.stop_gradient(_search(fixed, *lax.stop_gradient((k, alpha))))
     tiny = 1e10 * float(jnp.finfo(dtype).tiny)
 
-    # Two steps of Newton's method, of length 0, give tau its derivatives, the second ones too.
+    # Two Newton steps of length 0 give tau its first and second derivatives.
     def attach(tau, at):
         excess = at.rest - k
         slope = jnp.where(at.slope > tiny, alpha * at.slope, jnp.inf)
@@ -331,10 +334,10 @@ def soft_top_k(
 ) -> Float[Array, "*rows columns"]:
     """Soft top-k: `s_i = sigmoid(alpha (x_i + t))`, with t such that the row sums to k.
 
-    Large `alpha` is the hard choice of the k largest. The threshold is found by Newton's method; its derivatives
-    are those of the equation it solves, of first and second order, for the scores, k and alpha. Where more than
-    about 120 / alpha (float32) lies between the k-th score and the next, the sigmoids are 1 and 0, any threshold in
-    the gap is right, and it is taken for a constant.
+    For large `alpha` this is the hard choice of the k largest. Newton's method finds the threshold; its first and
+    second derivatives for the scores, k and alpha are those of the equation that it solves. Where the gap between the
+    k-th score and the next exceeds about 120 / alpha (float32), the sigmoids are 1 and 0, any threshold in the gap is
+    right, and it is treated as a constant.
 
     Args:
       scores: `[*rows, columns]`, floating.
@@ -345,8 +348,8 @@ def soft_top_k(
       where: booleans that broadcast to the scores, True = counts.
 
     Returns:
-      Numbers in (0, 1) of the scores' shape and dtype; 0 for absent entries. A row that has k entries or fewer gets
-      1 for all of them, one whose k is 0 or less gets 0, both without a gradient.
+      Numbers in (0, 1) of the scores' shape and dtype; 0 for absent entries. A row with k entries or fewer gives 1 for
+      all of them, a row whose k is 0 or less gives 0, both without a gradient.
 
     Raises:
       TypeError: an argument of a wrong type or dtype.
@@ -381,22 +384,23 @@ def soft_top_k_loss(
     weights: Float[Array, "*rows"] | None = None,
     ignore_index: int = IGNORE_INDEX,
 ) -> Float[Array, "*rows"]:
-    """Soft top-k loss: `-mean_{i in P} log s_i` with `s = soft_top_k(x, k, alpha)`: positives belong to the first k.
+    """Soft top-k loss: `-mean_{i in P} log s_i` with `s = soft_top_k(x, k, alpha)`.
 
-    It does not ask how a positive ranks among the first k. The search of the threshold reads the logits about ten
-    times more: for `linear_logits` that is the price of not storing them. (Of rows with more than k positives
-    the paper samples k; here all count, and cannot all have s = 1.)
+    That is `mean_{i in P} softplus(-alpha (x_i + t))` with `sum_c sigmoid(alpha (x_c + t)) = k`. It asks that the
+    positives be among the first k, not how they rank there. The search for the threshold reads the logits about ten
+    more times: for `linear_logits` that is the price of not storing them. (In a row with more than k positives the
+    paper samples k of them; here all count, and cannot all have s = 1.)
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
       labels: the positives P: distinct class ids, integers `[*rows, k]`, padded with `ignore_index`; or booleans
         of the logits' shape (True = positive). An id out of range gives NaN.
-      k: how many are to be first: a number above 0 and below the number of classes, or a floating array that
+      k: how many entries count as first: a number above 0 and below the number of classes, or a floating array that
         broadcasts to `[*rows]`.
-      alpha: the steepness, positive. The paper's is 2.
+      alpha: the steepness, positive; 2 in the paper.
       axis: the axis of the classes.
-      where: class mask that broadcasts to the logits, True = counts. A masked positive costs +inf where it is
-        given by its id, and does not count where it is a boolean.
+      where: class mask that broadcasts to the logits, True = counts. A masked positive costs +inf if it is given by
+        its id, and does not count if it is given by a boolean.
       weights: `[*rows]`, multiply the losses.
       ignore_index: pads the ids of rows with fewer positives than others.
 
@@ -441,21 +445,21 @@ def proxy_anchor_loss(
     where: Bool[Array, ...] | None = None,
     ignore_index: int | None = IGNORE_INDEX,
 ) -> Float[Array, ""]:
-    """Proxy-anchor loss: each class's proxy pulls its hardest items and pushes the hardest others, over a batch.
+    """Proxy-anchor loss: `softplus(lse_P(alpha (margin - s))) + softplus(lse_N(alpha (margin + s)))`, over a batch.
 
-    For the similarities s of a proxy and the items, `softplus(logsumexp_{positive}(-alpha (s - margin)))`, averaged
-    over the proxies that have positives in the batch, plus `softplus(logsumexp_{negative}(alpha (s + margin)))`,
-    averaged over all proxies.
+    In the formula s are the similarities of a class's proxy and the items of the batch, `lse_P` is the log-sum-exp over
+    the items of the class and `lse_N` over the others. The first term is averaged over the proxies that have positives
+    in the batch, the second over all proxies. A proxy pulls its hardest items and pushes the hardest others.
 
     Args:
       similarities: `[items, classes]`, cosines; or with `axis=1` `[classes, items]`, which may be
         `linear_logits(proxies, items, transpose_weight=True)`: streamed, never stored.
       labels: `[items]`, the class of each item. An id out of range gives NaN.
-      margin: how far similarities are to be from 0.
+      margin: the distance from 0 that similarities should have.
       alpha: the inverse temperature, positive.
       axis: the axis of the items, 0 or 1.
       where: booleans that broadcast to the similarities, True = counts. A proxy without items is left out.
-      ignore_index: class id of items to leave out; None for none.
+      ignore_index: class id of items to leave out; None: there is no such id.
 
     Returns:
       A scalar, float32 or wider; 0 where nothing counts.
@@ -482,7 +486,7 @@ def proxy_anchor_loss(
     _checks.number("alpha", alpha, above=0)
     items, classes = similarities.shape[axis], similarities.shape[1 - axis]
     _checks.integers("labels", labels)
-    _checks.shape("labels", labels, (items,), "one class id an item")
+    _checks.shape("labels", labels, (items,), "one class id per item")
     if ignore_index is not None:
         ignore_index = _checks.integer("ignore_index", ignore_index)
     check_range("labels", labels, classes, ignore_index)

@@ -1,4 +1,13 @@
-"""Losses of the free energy `E = -T logsumexp(x / T)` and of the temperature, against over-confidence."""
+"""Losses for out-of-distribution detection and for a temperature.
+
+Terms against unfounded confidence, to be added to the cross-entropy: they shape the free energy
+`E = -T logsumexp(x / T)` of inputs inside and outside the distribution. `dro_temperature_loss` trains a
+`jaxsoft.normalizers.temperature_network`.
+
+`examples/out_of_distribution_losses.py` trains with them on some of the digits and measures how well the other digits
+are detected. There the energy of plain cross-entropy already separates known from unknown digits best; training with
+two kinds of outliers does not help to detect two others.
+"""
 
 from __future__ import annotations
 
@@ -29,13 +38,13 @@ def energy_margin_loss(
 ) -> Float[Array, "*rows"]:
     """Squared hinges of the energy: `relu(E - m_in)^2` in, `relu(m_out - E)^2` out of the distribution.
 
-    With `E = -T logsumexp(x / T)`, low for what the model knows. Added to the cross-entropy of the examples inside,
-    with a factor 0.1 on `mean(loss, where=~is_out) + mean(loss, where=is_out)`.
+    The energy `E = -T logsumexp(x / T)` is low for inputs that the model knows. The paper adds
+    `mean(loss, where=~is_out) + mean(loss, where=is_out)`, times 0.1, to the cross-entropy of the examples inside.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
       is_out: `[*rows]` booleans, True for examples out of the distribution.
-      m_in: the energy that examples inside should not exceed. The authors' scripts take -23 for CIFAR-10 and -27 for
+      m_in: the energy that examples inside should not exceed. The authors' scripts use -23 for CIFAR-10 and -27 for
         CIFAR-100, with m_out = -5.
       m_out: the energy that examples outside should not fall below.
       temperature: T, positive, a number or `[*rows]`.
@@ -64,7 +73,7 @@ def energy_margin_loss(
     _checks.number("m_out", m_out)
     rows = _rows(logits, axis, where, weights)
     _checks.boolean("is_out", is_out)
-    _checks.shape("is_out", is_out, rows_of(logits.shape, rows.axis), "one boolean an example")
+    _checks.shape("is_out", is_out, rows_of(logits.shape, rows.axis), "one boolean per example")
     top, excess = rows.reduce(_tempered_logsumexp(_per_row(temperature, rows)))
     present = excess > -jnp.inf
     energy = -(top + jnp.where(present, excess, 0))
@@ -81,8 +90,8 @@ def outlier_exposure_loss(
 ) -> Float[Array, "*rows"]:
     """Outlier exposure: `logsumexp(x) - mean(x)`, the cross-entropy of the uniform distribution.
 
-    For examples out of the distribution, beside the cross-entropy of those inside; a factor of 0.5 on its mean is
-    usual.
+    For examples out of the distribution, added to the cross-entropy of the examples inside, usually with a factor of
+    0.5 on its mean.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
@@ -124,16 +133,17 @@ def dro_temperature_loss(
 ) -> Float[Array, "*rows"]:
     """The loss of TempNet: `T logsumexp((x - x_y) / T) + T (rho - log C)`, differentiable in the temperature T.
 
-    Its minimum over T is the worst mean of `x_c - x_y` over distributions of the classes within a KL divergence of
-    rho from the uniform one (distributionally robust optimization), at the T where `KL(softmax(x / T) || uniform) =
-    rho`. `jaxsoft.normalizers.temperature_network` predicts T. With T = 1 and `rho = log C` it is the cross-entropy.
+    Its minimum over T is the largest mean of `x_c - x_y` over the class distributions whose KL divergence from the
+    uniform one is at most rho (distributionally robust optimization). It is reached at the T where
+    `KL(softmax(x / T) || uniform) = rho`. `jaxsoft.normalizers.temperature_network` predicts T. With T = 1 and
+    `rho = log C` the loss is the cross-entropy.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
       labels: class ids `[*rows]`, as in `cross_entropy`.
       temperature: T, positive, a number or `[*rows]`.
-      rho: the radius of the divergence, 0 or more: 1 for GPT-2, 10 for LLaMA in the paper's code. From log C on, the
-        best temperature is 0.
+      rho: the largest divergence, 0 or more: 1 for GPT-2, 10 for LLaMA in the paper's code. For rho of log C or more,
+        the best temperature is 0.
       axis: the axis of the classes.
       where: class mask that broadcasts to the logits, True = counts; C counts the classes left.
       weights: `[*rows]`, multiply the losses.
@@ -170,8 +180,8 @@ def dro_temperature_loss(
     return rows.finish(jnp.where(count > 0, loss, 0) * poison_of(score))
 
 
-# T logsumexp(x / T) in one pass, the state (m, s = sum e^((x - m) / T)). The maximum is taken off before the division,
-# so that large logits lose nothing to its rounding.
+# T logsumexp(x / T) in one pass, with the state (m, s = sum e^((x - m) / T)). The maximum is subtracted before the
+# division, so that large logits lose no precision to its rounding.
 
 
 def _tempered_init(like, t):
@@ -225,5 +235,5 @@ def _rows(logits: Logits, axis: int, where: Any, weights: Any) -> Rows:
     axis = check_axis(logits, axis)
     if weights is not None:
         _checks.floating("weights", weights)
-        _checks.shape("weights", weights, rows_of(logits.shape, axis), "one number an example")
+        _checks.shape("weights", weights, rows_of(logits.shape, axis), "one number per example")
     return Rows(logits, axis, where, None, None, False, weights)

@@ -1,8 +1,23 @@
-"""Losses of reinforcement learning on sequences: functions of log-probabilities, rewards and advantages.
+"""Policy gradients and divergences.
 
-The policy gradients among them (`f_dpg_loss`, `clipped_policy_loss`, `cispo_loss`) are per sample or per token, and
-`length_weighted_mean` aggregates those of tokens. What they are minimized for is their gradient; their values say
-little.
+Losses of reinforcement learning on sequences: functions of the log-probabilities of tokens or samples, of rewards and
+of advantages. `jaxsoft.log_prob(jaxsoft.linear_logits(hidden, weight), tokens)` gives the log-probabilities without
+storing the logits.
+
+The policy gradients (`f_dpg_loss`, `clipped_policy_loss`, `cispo_loss`) are per sample or per token, and
+`length_weighted_mean` aggregates over tokens. They exist for their gradient; their values say little.
+
+Example:
+  >>> import jax, jax.numpy as jnp, jaxsoft
+  >>> from jaxsoft import losses
+  >>> rewards = jnp.array([[1.0, 0.0, 0.5], [0.0, 0.0, 1.0]])  # [prompts, responses]
+  >>> advantages = losses.group_relative_advantage(rewards)
+  >>> hidden, weight = jax.random.normal(jax.random.key(0), (2, 3, 7, 16)), jnp.ones((16, 50)) / 16
+  >>> tokens, response = jnp.zeros((2, 3, 7), int), jnp.ones((2, 3, 7), bool)
+  >>> log_probs = jaxsoft.log_prob(jaxsoft.linear_logits(hidden, weight), tokens)  # [prompts, responses, tokens]
+  >>> before = jax.lax.stop_gradient(log_probs)  # of the policy that drew the responses
+  >>> token_losses = losses.clipped_policy_loss(log_probs, before, advantages[..., None])
+  >>> loss = losses.length_weighted_mean(token_losses, where=response, mode="token").mean()
 """
 
 from __future__ import annotations
@@ -33,7 +48,7 @@ def f_divergence(
 ) -> Float[Array, "*rows"]:
     """The f-divergence of two distributions, `D_f(p || q) = sum_x q f(p / q)`, of a policy p from a target q.
 
-    By `kind`, with t = p / q; forward has the target first, reverse the policy:
+    By `kind`, with t = p / q (the target comes first in a forward divergence, the policy in a reverse one):
 
     * `"reverse_kl"`: `f = t log t`, `KL(p || q)`.
     * `"forward_kl"`: `f = -log t`, `KL(q || p)`.
@@ -44,7 +59,7 @@ def f_divergence(
     * `"forward_chi_squared"`: `f = (1 - t)^2 / t`, `sum (q - p)^2 / p`.
     * `"reverse_chi_squared"`: `f = (t - 1)^2`, `sum (p - q)^2 / q`.
 
-    `f_dpg_loss` and `f_dpo_loss` are made of their derivatives f'. Exponents are clamped at 80.
+    `f_dpg_loss` and `f_dpo_loss` use the derivatives f'. Exponents are clamped at 80.
 
     Args:
       log_p: `[*rows, columns]`, log-probabilities, as of `jaxsoft.log_softmax`; -inf is the probability 0.
@@ -55,7 +70,8 @@ def f_divergence(
       where: booleans that broadcast to the log-probabilities, True = counts.
 
     Returns:
-      `[*rows]`, float32 or wider; +inf where an outcome is impossible that must not be; 0 for a row without entries.
+      `[*rows]`, float32 or wider; +inf where only one distribution gives an outcome the probability 0 and the
+      divergence does not allow it; 0 for a row without entries.
 
     Raises:
       TypeError: log-probabilities that are not a floating array.
@@ -87,7 +103,7 @@ def f_divergence(
 
 
 def _one_sided(cost: Any, log_prob: Array, alone: Array) -> Array:
-    """The cost of the probability that only one of two distributions has."""
+    """The cost of outcomes that only one of two distributions can have, in proportion to their probability."""
     if _checks.is_concrete_number(cost) and cost == jnp.inf:
         return jnp.where(alone, jnp.inf, 0)
     return jnp.where(alone, cost * jnp.exp(log_prob), 0)
@@ -104,19 +120,19 @@ def f_dpg_reward(
 ) -> Float[Array, "*samples"]:
     """The pseudo-reward of f-DPG, `-f'(t)` with `t = pi(x) / p(x)` and the target `p = P / Z`; a constant.
 
-    With the kinds of `f_divergence`, `x = log t`: `"reverse_kl"` `-(x + 1)`, `"forward_kl"` `e^-x`,
+    For the kinds of `f_divergence`, with `x = log t`: `"reverse_kl"` `-(x + 1)`, `"forward_kl"` `e^-x`,
     `"jensen_shannon"` `softplus(-x) - log 2`, `"alpha"` `(e^(-alpha x) - 1) / alpha`, `"total_variation"`
-    `-sign(x) / 2`, `"forward_chi_squared"` `e^(-2 x) - 1`, `"reverse_chi_squared"` `2 (1 - e^x)`. A moving average of
-    it, over the last thousand samples or so, is the baseline of `f_dpg_loss`.
+    `-sign(x) / 2`, `"forward_chi_squared"` `e^(-2 x) - 1`, `"reverse_chi_squared"` `2 (1 - e^x)`. Its moving average
+    over about the last thousand samples serves as the baseline of `f_dpg_loss`.
 
     Args:
       log_prob: `[*samples]`, the policy's log-probability of each sample.
       log_target: `[*samples]`, log P(x) of the target, which need not be normalized; -inf where it is 0.
-      divergence: which divergence of the policy from the target is made smaller.
+      divergence: which divergence of the policy from the target to minimize.
       alpha: the parameter of `"alpha"`, above 0.
-      log_partition: log Z of the target, a number or what broadcasts to `[*samples]`.
+      log_partition: log Z of the target, a number or an array that broadcasts to `[*samples]`.
       max_log_ratio: clips x to [-max_log_ratio, max_log_ratio], above 0. Needed for `"reverse_kl"`, whose reward is
-        else -inf where the target is 0.
+        -inf otherwise where the target is 0.
 
     Returns:
       `[*samples]`, float32 or wider, without a gradient.
@@ -157,23 +173,24 @@ def f_dpg_loss(
     where: Bool[Array, ...] | None = None,
     weights: Float[Array, "*samples"] | None = None,
 ) -> Float[Array, "*samples"]:
-    """f-DPG: `-(pi / q)(x) (reward(x) - baseline) log pi(x)` of samples x ~ q, the factor before the log a constant.
+    """f-DPG: `-(pi / q)(x) (reward(x) - baseline) log pi(x)` of samples x ~ q.
 
-    The expected gradient of the mean over samples is that of the f-divergence `D_f(pi || p)` of the policy from the
-    target `p = P / Z`, such as a language model reweighted by preferences. `f_dpg_reward` is the reward.
+    The factor before `log pi(x)` is a constant to the gradient; the reward is `f_dpg_reward`, `-f'(pi / p)`. The
+    expected gradient of the mean over samples is that of the f-divergence `D_f(pi || p)` of the policy from the
+    target `p = P / Z`, such as a language model reweighted by preferences.
 
     Args:
       log_prob: `[*samples]`, the policy's log-probability of each sample.
       log_target: `[*samples]`, log P(x) of the target, which need not be normalized; -inf where it is 0.
       proposal_log_prob: `[*samples]`, log q(x) of the distribution that was sampled; None: the policy itself.
-      divergence: which divergence is made smaller, see `f_divergence`.
+      divergence: which divergence to minimize, see `f_divergence`.
       alpha: the parameter of `"alpha"`, above 0.
-      log_partition: log Z of the target, a number or what broadcasts to `[*samples]`; mostly an estimate by
+      log_partition: log Z of the target, a number or an array that broadcasts to `[*samples]`; usually an estimate by
         importance sampling.
-      baseline: subtracted from the rewards, a number or what broadcasts to `[*samples]`: a moving average of
-        `f_dpg_reward`. Less variance, the same expectation.
-      max_log_ratio: as in `f_dpg_reward`; needed for `"reverse_kl"` and a target that is 0 somewhere.
-      where: `[*samples]` booleans or what broadcasts to it, True = counts.
+      baseline: subtracted from the rewards, a number or an array that broadcasts to `[*samples]`: a moving average of
+        `f_dpg_reward`. It lowers the variance and leaves the expectation as it is.
+      max_log_ratio: as in `f_dpg_reward`; needed for `"reverse_kl"` if the target is 0 somewhere.
+      where: booleans that broadcast to `[*samples]`, True = counts.
       weights: `[*samples]`, multiply the losses.
 
     Returns:
@@ -217,7 +234,7 @@ def length_weighted_mean(
     mode: str = "delta_l",
     max_length: int | None = None,
 ) -> Float[Array, "*batch"]:
-    """Aggregates the losses of tokens over sequences of different lengths.
+    """Aggregates token losses over sequences, by default as `sum_i S_i L_i^-alpha / sum_j L_j^-alpha`.
 
     With `S_i` the sum over the tokens of sequence i, `L_i` their number and B the number of sequences, by `mode`:
 
@@ -228,14 +245,14 @@ def length_weighted_mean(
     * `"sequence_sum"`: `sum_i S_i / B`.
     * `"constant"`: `sum_i S_i / (B max_length)` (Dr. GRPO).
 
-    A sequence without tokens that count is absent: B does not count it.
+    A sequence without tokens that count is absent, in B too.
 
     Args:
       token_losses: `[*batch, sequences, tokens]`, such as those of `clipped_policy_loss`.
       where: booleans that broadcast to the losses, True = counts.
       alpha: the exponent of `"delta_l"`, 0 or more; 1 and 0.75 in the paper.
       mode: which aggregation.
-      max_length: the length that `"constant"` divides by; None: the size of the axis of the tokens.
+      max_length: the length that `"constant"` divides by; None: the size of the token axis.
 
     Returns:
       `[*batch]`, float32 or wider: one number for all sequences; 0 if no token counts.
@@ -264,7 +281,7 @@ def length_weighted_mean(
     _checks.number("alpha", alpha, at_least=0)
     if getattr(token_losses, "ndim", 2) < 2:
         raise ValueError(
-            "token_losses must have axes of sequences and of tokens, the last two, got "
+            "token_losses must have axes of sequences and of tokens as the last two, got "
             f"{_checks.describe(token_losses)}"
         )
     tokens = prepare(where, token_losses=token_losses)
@@ -298,19 +315,20 @@ def clipped_policy_loss(
     where: Bool[Array, ...] | None = None,
     weights: Float[Array, "*tokens"] | None = None,
 ) -> Float[Array, "*tokens"]:
-    """The clipped objective of PPO: `max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high))`, `rho = pi / pi_old`.
+    """PPO's clipped objective: `max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high))`, `rho = pi / pi_old`.
 
-    Where A < 0 it is at most `-A dual_clip`, so that a token that has become likely cannot dominate.
+    Where A < 0 the loss is at most `-A dual_clip`, so that a token that has become likely cannot dominate.
 
     Args:
       log_prob: `[*tokens]`, the policy's log-probability of each token.
-      old_log_prob: `[*tokens]`, that of the policy that sampled it, a constant to the gradient.
-      advantages: `[*tokens]` or what broadcasts to it (`advantages[:, None]` for one number a sequence), a constant.
-      clip_low: how far the ratio goes below 1, in [0, 1].
-      clip_high: how far it goes above 1, 0 or more; None: `clip_low` (0.28 in DAPO).
+      old_log_prob: `[*tokens]`, that of the policy that sampled the token, a constant to the gradient.
+      advantages: `[*tokens]` or an array that broadcasts to it (`advantages[:, None]` for one number per sequence), a
+        constant.
+      clip_low: how far the ratio may go below 1, in [0, 1].
+      clip_high: how far it may go above 1, 0 or more; None: `clip_low` (0.28 in DAPO).
       dual_clip: the bound for negative advantages, above 1; None: no bound.
       max_log_ratio: `log rho` is clipped to [-max_log_ratio, max_log_ratio], above 0.
-      where: `[*tokens]` booleans or what broadcasts to it, True = counts.
+      where: booleans that broadcast to `[*tokens]`, True = counts.
       weights: `[*tokens]`, multiply the losses.
 
     Returns:
@@ -355,17 +373,18 @@ def cispo_loss(
 ) -> Float[Array, "*tokens"]:
     """CISPO: `-w A log pi`, where the constant w is the ratio `pi / pi_old`, at most `cap`.
 
-    In `clipped_policy_loss` a token whose ratio is clipped has no gradient; here every token has one, of a bounded
+    In `clipped_policy_loss` a token whose ratio is clipped has no gradient; here every token has one, with a bounded
     weight. The mean is taken over all tokens of the batch: `length_weighted_mean(..., mode="token")`.
 
     Args:
       log_prob: `[*tokens]`, the policy's log-probability of each token.
-      old_log_prob: `[*tokens]`, that of the policy that sampled it.
-      advantages: `[*tokens]` or what broadcasts to it (`advantages[:, None]` for one number a sequence), a constant.
-      cap: the largest weight, above 0. It is no distance from 1; 5 is a common choice.
-      floor: the smallest weight, 0 or more.
+      old_log_prob: `[*tokens]`, that of the policy that sampled the token.
+      advantages: `[*tokens]` or an array that broadcasts to it (`advantages[:, None]` for one number per sequence), a
+        constant.
+      cap: the largest weight w, above 0; 5 is a common choice. It is the weight itself, not its distance from 1.
+      floor: the smallest weight w, 0 or more.
       max_log_ratio: the log of the ratio is clipped to [-max_log_ratio, max_log_ratio], above 0.
-      where: `[*tokens]` booleans or what broadcasts to it, True = counts.
+      where: booleans that broadcast to `[*tokens]`, True = counts.
       weights: `[*tokens]`, multiply the losses.
 
     Returns:
@@ -431,8 +450,8 @@ def group_relative_advantage(
       where: booleans that broadcast to the rewards, True = counts.
 
     Returns:
-      Advantages of the rewards' shape, float32 or wider; 0 where `where` is False, and for a group of equal rewards or
-      of one.
+      Advantages of the rewards' shape, float32 or wider; 0 where `where` is False, and in a group of equal rewards or
+      of a single one.
 
     Raises:
       TypeError: an argument of a wrong type or dtype.

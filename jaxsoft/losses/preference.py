@@ -1,8 +1,24 @@
-"""Losses of preference optimization: functions of the log-probabilities of a chosen and a rejected response.
+"""Preference optimization.
 
-The losses over pairs are one mechanism. A margin u says by how much more than the reference the policy prefers the
-chosen response, and the loss is `P phi(u) + (1 - P) phi(-u)`, with a function phi such as `softplus(-u)` and P the
+Losses that train a policy on pairs of responses, a chosen and a rejected one. They are functions of log-probabilities,
+one number per response (or per token), not of logits; the log-probabilities of the reference are constants to the
+gradient. Nothing of the size `[tokens, vocabulary]` is stored if the log-probabilities are those of
+`jaxsoft.linear_logits`.
+
+All losses over pairs have one form. The margin u says how much more than the reference the policy prefers the chosen
+response, and the loss is `P phi(u) + (1 - P) phi(-u)`, with a function phi such as `softplus(-u)` and P the
 probability that the label is right.
+
+Example:
+  >>> import jax, jax.numpy as jnp, jaxsoft
+  >>> from jaxsoft import losses
+  >>> hidden = jax.random.normal(jax.random.key(0), (4, 2, 7, 16))  # 4 pairs of responses of 7 tokens
+  >>> weight = jnp.ones((16, 50)) / 16
+  >>> tokens, response = jnp.zeros((4, 2, 7), int), jnp.arange(7) > 2  # the prompt does not count
+  >>> log_probs = jaxsoft.log_prob(jaxsoft.linear_logits(hidden, weight), tokens)
+  >>> chosen, rejected = jnp.moveaxis(losses.sequence_log_prob(log_probs, where=response), -1, 0)
+  >>> reference = jnp.full(4, -15.0)  # the same numbers of the reference model, computed once
+  >>> loss = losses.dpo_loss(chosen, rejected, reference, reference, beta=0.1).mean()
 """
 
 from __future__ import annotations
@@ -32,13 +48,13 @@ _PHI = {
 
 
 def _mixed(phi: str, u: Array, right: Any, wrong: Any) -> Array:
-    """`right phi(u) + wrong phi(-u)`, where a coefficient of 0 hides an infinite phi."""
+    """`right phi(u) + wrong phi(-u)`; a coefficient of 0 drops its term, infinite or not."""
     right, wrong = (jnp.asarray(coefficient, u.dtype) for coefficient in (right, wrong))
     return weigh(_PHI[phi](u), right) + weigh(_PHI[phi](-u), wrong)
 
 
 def _dpo(kind: str, r_w: Array, r_l: Array, beta: Any, right: Any, wrong: Any) -> Array:
-    """The loss `kind` of log-ratios of the chosen and the rejected response."""
+    """The loss `kind`, from the log-ratios of the chosen and the rejected response."""
     if kind == "ipo":
         return _mixed("square", beta * (r_w - r_l), right, wrong) / beta**2
     if kind == "sppo_hard":
@@ -48,7 +64,7 @@ def _dpo(kind: str, r_w: Array, r_l: Array, beta: Any, right: Any, wrong: Any) -
 
 
 def _pairs(where: Any, weights: Any, **arrays: Any) -> tuple[Samples, Array, Array, tuple[Array, ...]]:
-    """The checked arguments, the log-ratios `log pi - log ref` of the two responses, and the arrays after these.
+    """The checked arguments, the log-ratios `log pi - log ref` of the two responses, and the other arrays.
 
     The first four arrays are the log-probabilities of the two responses under the policy, then under the reference,
     which is a constant to the gradient.
@@ -74,7 +90,7 @@ def _smoothing(label_smoothing: Any) -> tuple[Any, Any]:
 
 def _check_tokens(name: str, array: Any) -> None:
     if getattr(array, "ndim", 1) == 0:
-        raise ValueError(f"{name} must have an axis of tokens, the last, got {_checks.describe(array)}")
+        raise ValueError(f"{name} must have an axis of tokens, the last one, got {_checks.describe(array)}")
 
 
 def sequence_log_prob(
@@ -85,13 +101,13 @@ def sequence_log_prob(
 ) -> Float[Array, "*batch"]:
     """The log-probability of each sequence, `sum_t log pi(a_t | s_t)`, or its mean over the tokens.
 
-    The tokens' log-probabilities come from `jaxsoft.log_prob`, which does not store the logits of
-    `jaxsoft.linear_logits`: see the example.
+    The tokens' log-probabilities come from `jaxsoft.log_prob`, which never stores the logits of
+    `jaxsoft.linear_logits`, as in the example.
 
     Args:
       token_log_probs: `[*batch, tokens]`.
       where: booleans that broadcast to the log-probabilities, True = counts: the response, not the prompt or padding.
-      reduction: `"sum"`, or `"mean"` over the tokens that count, as SimPO and IPO use it.
+      reduction: `"sum"`, or `"mean"` over the tokens that count, as in SimPO and IPO.
 
     Returns:
       `[*batch]`, float32 or wider; 0 for a sequence without tokens.
@@ -137,14 +153,14 @@ def dpo_loss(
     where: Bool[Array, ...] | None = None,
     weights: Pairs | None = None,
 ) -> Pairs:
-    """Direct preference optimization: `softplus(-beta (r_w - r_l))`, and its variants.
+    """Direct preference optimization (DPO): `softplus(-beta (r_w - r_l))`, and its variants.
 
-    `r = log pi - log ref` is the log-ratio of policy and reference, of the chosen response (w) and the rejected one
+    `r = log pi - log ref` is the log-ratio of policy and reference, for the chosen response (w) and the rejected one
     (l); the reference is a constant to the gradient. With `d = r_w - r_l`, by `kind`:
 
     * `"sigmoid"`: `softplus(-beta d)`.
     * `"hinge"`: `max(0, 1 - beta d)`.
-    * `"ipo"`: `(d - 1 / (2 beta))^2`. To be used with `sequence_log_prob(..., reduction="mean")`.
+    * `"ipo"`: `(d - 1 / (2 beta))^2`, for the log-probabilities of `sequence_log_prob(..., reduction="mean")`.
     * `"robust"`: the unbiased estimate of `"sigmoid"` under labels that are wrong with probability `e =
       label_smoothing`: `((1 - e) softplus(-beta d) - e softplus(beta d)) / (1 - 2 e)`. It can be negative.
     * `"sppo_hard"`: `(r_w - 1 / (2 beta))^2 + (r_l + 1 / (2 beta))^2`.
@@ -158,7 +174,7 @@ def dpo_loss(
       kind: which loss.
       label_smoothing: the probability e that a label is wrong, in [0, 1] (`"robust"`: below 1/2). The kinds other than
         `"robust"` become `(1 - e)` times the loss plus e times that of the swapped pair: conservative DPO.
-      where: `[*pairs]` booleans or what broadcasts to it, True = counts.
+      where: booleans that broadcast to `[*pairs]`, True = counts.
       weights: `[*pairs]`, multiply the losses.
 
     Returns:
@@ -214,12 +230,12 @@ def f_dpo_loss(
 ) -> Pairs:
     """DPO under another divergence from the reference: `softplus(-beta (f'(e^r_w) - f'(e^r_l)))`.
 
-    `r = log pi - log ref` as in `dpo_loss`, and by `divergence`, up to a constant:
+    `r = log pi - log ref` is as in `dpo_loss`, and f' is, by `divergence` and up to a constant:
 
     * `"reverse_kl"`: `f' = r`, which is `dpo_loss`.
     * `"forward_kl"`: `f' = -e^-r`.
     * `"jensen_shannon"`: `f' = log sigmoid(r)`.
-    * `"alpha"`: `f' = -e^(-alpha r) / alpha`, between the reverse (to 0) and the forward one (1).
+    * `"alpha"`: `f' = -e^(-alpha r) / alpha`, between the reverse KL (alpha to 0) and the forward KL (1).
 
     Exponents are clamped at 80. The last three are bounded above in r: log-ratios far above 0 have little gradient.
 
@@ -232,7 +248,7 @@ def f_dpo_loss(
       divergence: which divergence.
       alpha: the parameter of `"alpha"`, above 0.
       label_smoothing: the probability that a label is wrong, in [0, 1], as in `dpo_loss`.
-      where: `[*pairs]` booleans or what broadcasts to it, True = counts.
+      where: booleans that broadcast to `[*pairs]`, True = counts.
       weights: `[*pairs]`, multiply the losses.
 
     Returns:
@@ -284,18 +300,20 @@ def simpo_loss(
     where: Bool[Array, ...] | None = None,
     weights: Pairs | None = None,
 ) -> Pairs:
-    """SimPO, without a reference: `softplus(-beta (m_w - m_l - gamma / beta))`, m the mean log-probability of a token.
+    """SimPO: `softplus(-beta (m_w - m_l - gamma / beta))`, without a reference.
+
+    m is the mean log-probability of a response's tokens, of the chosen response (w) and the rejected one (l).
 
     Args:
       chosen: `[*pairs]`, the mean log-probability of the chosen response's tokens:
         `sequence_log_prob(..., reduction="mean")`.
       rejected: `[*pairs]`, that of the rejected response.
-      beta: scale of the margin, above 0; 2 to 10 in use.
-      gamma_beta_ratio: the target margin in units of 1 / beta, 0 or more; 0.1 to 0.8 in use.
+      beta: scale of the margin, above 0; usually 2 to 10.
+      gamma_beta_ratio: the target margin `gamma / beta`, 0 or more; usually 0.1 to 0.8.
       kind: `"sigmoid"` as above, or `"hinge"`: `max(0, 1 - beta (m_w - m_l - gamma / beta))`.
-      label_smoothing: the probability e that a label is wrong, in [0, 1]: with u the margin, target included, the
-        loss is `(1 - e) phi(u) + e phi(-u)`.
-      where: `[*pairs]` booleans or what broadcasts to it, True = counts.
+      label_smoothing: the probability e that a label is wrong, in [0, 1]: with the margin
+        `u = beta (m_w - m_l - gamma / beta)` the loss is `(1 - e) phi(u) + e phi(-u)`.
+      where: booleans that broadcast to `[*pairs]`, True = counts.
       weights: `[*pairs]`, multiply the losses.
 
     Returns:
@@ -335,10 +353,10 @@ def xpo_loss(
     where: Bool[Array, ...] | None = None,
     weights: Pairs | None = None,
 ) -> Pairs:
-    """Exploratory preference optimization: `dpo_loss + alpha log pi(y~)`, y~ the response that the reference sampled.
+    """Exploratory preference optimization (XPO): `dpo_loss + alpha log pi(y~)`.
 
-    Of the two responses to a prompt one is sampled from the policy, one from the reference; a judge says which is
-    chosen. The second term lowers the probability of what the reference would have said, so that the policy explores.
+    Of the two responses to a prompt one is sampled from the policy and one, y~, from the reference; a judge says which
+    is chosen. The second term lowers the probability of the reference's response, so that the policy explores.
 
     Args:
       chosen: `[*pairs]`, as in `dpo_loss`.
@@ -348,9 +366,9 @@ def xpo_loss(
       reference_sample: `[*pairs]`, the policy's log-probability of the response that the reference sampled:
         `chosen` where the judge chose that one, else `rejected`.
       beta: how strongly the policy is held to the reference, above 0.
-      alpha: coefficient of the exploration, 0 or more.
+      alpha: coefficient of the exploration term, 0 or more.
       kind: `"sigmoid"` or `"ipo"`, as in `dpo_loss`.
-      where: `[*pairs]` booleans or what broadcasts to it, True = counts.
+      where: booleans that broadcast to `[*pairs]`, True = counts.
       weights: `[*pairs]`, multiply the losses.
 
     Returns:
@@ -398,12 +416,12 @@ def margin_matching_loss(
     where: Bool[Array, ...] | None = None,
     weights: Pairs | None = None,
 ) -> Pairs:
-    """Margin matching preference optimization: DPO with the soft labels of a Bradley-Terry model of the scores.
+    """Margin matching preference optimization (MMPO): `p softplus(-u) + (1 - p) softplus(u)`.
 
-    `p softplus(-u) + (1 - p) softplus(u)`, with `u = beta (r_w - r_l)` as in `dpo_loss` and `p = sigmoid(bt_beta
-    (score_w - score_l))`, a constant to the gradient. It is least at `u = bt_beta (score_w - score_l)`, whereas that
-    of DPO (p = 1) has no minimum. A reward model is trained by the same loss with its rewards for `chosen` and
-    `rejected`, references of 0 and `beta=1`.
+    DPO with soft labels from a Bradley-Terry model of the scores: `u = beta (r_w - r_l)` as in `dpo_loss`, and
+    `p = sigmoid(bt_beta (score_w - score_l))`, a constant to the gradient. The loss is least at
+    `u = bt_beta (score_w - score_l)`, whereas DPO (p = 1) has no minimum. The same loss trains a reward model: pass its
+    rewards as `chosen` and `rejected`, references of 0 and `beta=1`.
 
     Args:
       chosen: `[*pairs]`, as in `dpo_loss`.
@@ -414,7 +432,7 @@ def margin_matching_loss(
       rejected_score: `[*pairs]`, that of the rejected response.
       bt_beta: scale of the scores, 0 or more. It depends on the data; the authors use 0.3 to 2.2.
       beta: how strongly the policy is held to the reference, above 0.
-      where: `[*pairs]` booleans or what broadcasts to it, True = counts.
+      where: booleans that broadcast to `[*pairs]`, True = counts.
       weights: `[*pairs]`, multiply the losses.
 
     Returns:
@@ -463,16 +481,16 @@ def direct_nash_loss(
     where: Bool[Array, ...] | None = None,
     weights: Pairs | None = None,
 ) -> Pairs:
-    """Direct Nash optimization: logistic regression of the log-ratios' difference on the responses' win rates.
+    """Direct Nash optimization (DNO): `s softplus(-u) + (1 - s) softplus(u)`, a regression on win rates.
 
-    `s softplus(-u) + (1 - s) softplus(u)`, with `u = beta (r_1 - r_2)` and `s = sigmoid(eta (rho_1 - rho_2))`, a
-    constant to the gradient. The win rate `rho_i` is the probability that response i is preferred to one sampled
-    from the current iterate of the policy, which is also the reference. The practical variant of the paper keeps
-    pairs with a large judged gap and is `dpo_loss` against the previous iterate. *Reconstructed* from the paper's
-    definition of the regression.
+    Logistic regression of `u = beta (r_1 - r_2)`, the difference of the log-ratios, on the responses' win rates:
+    `s = sigmoid(eta (rho_1 - rho_2))`, a constant to the gradient. The win rate `rho_i` is the probability that
+    response i is preferred to one sampled from the current iterate of the policy, which is also the reference. The
+    practical variant of the paper keeps only pairs with a large judged gap and is `dpo_loss` against the previous
+    iterate. *Reconstructed* from the paper's definition of the regression.
 
     Args:
-      first: `[*pairs]`, the policy's log-probability of the first response, neither of which is "chosen".
+      first: `[*pairs]`, the policy's log-probability of the first response (neither response is "chosen").
       second: `[*pairs]`, that of the second one.
       reference_first: `[*pairs]`, the current iterate's log-probability of the first response.
       reference_second: `[*pairs]`, that of the second one.
@@ -480,7 +498,7 @@ def direct_nash_loss(
       second_win_rate: `[*pairs]`, that of the second one.
       eta: scale of the win rates, 0 or more.
       beta: how strongly the policy is held to the reference, above 0.
-      where: `[*pairs]` booleans or what broadcasts to it, True = counts.
+      where: booleans that broadcast to `[*pairs]`, True = counts.
       weights: `[*pairs]`, multiply the losses.
 
     Returns:
@@ -532,27 +550,27 @@ def sparse_po_loss(
     where: Bool[Array, ...] | None = None,
     weights: Pairs | None = None,
 ) -> Pairs:
-    """SparsePO: token-level DPO in which soft masks say how much a token's reward and its divergence count.
+    """SparsePO: `softplus(-beta (s_w - s_l))`, with `s = sum_t m_t r_t + n_t KL_t` and soft masks m, n.
 
-    `softplus(-beta (s_w - s_l))`, where the score of a response is `s = sum_t m_t r_t + sum_t n_t KL_t`: `r_t = log
-    pi(a_t) - log ref(a_t)`, and `KL_t = KL(ref || pi)` over the vocabulary at token t. The gradient goes to the
-    log-probabilities, the divergences and the masks, not to the reference. (The divergence of the chosen response
-    lowers the loss; token-level DPO stops its gradient, which `lax.stop_gradient(chosen_kl)` does here.)
-    *Reconstructed* from the abstract and token-level DPO, whose loss this is with masks of 1.
+    Token-level DPO in which the masks say how much the reward and the divergence of a token count:
+    `r_t = log pi(a_t) - log ref(a_t)`, and `KL_t = KL(ref || pi)` over the vocabulary at token t. Log-probabilities,
+    divergences and masks have gradients, the reference has none. (The divergence of the chosen response lowers the
+    loss; token-level DPO stops its gradient, which `lax.stop_gradient(chosen_kl)` does here.) *Reconstructed* from the
+    abstract and from token-level DPO, which has the same loss with masks of 1.
 
     Args:
       chosen: `[*pairs, tokens]`, the policy's log-probabilities of the chosen response's tokens.
-      rejected: `[*pairs, tokens2]`, of the rejected one's.
+      rejected: `[*pairs, tokens2]`, those of the rejected response's tokens.
       reference_chosen: `[*pairs, tokens]`, the reference's log-probabilities.
       reference_rejected: `[*pairs, tokens2]`.
       chosen_kl: `[*pairs, tokens]`, `KL(ref || pi)` at each token.
       rejected_kl: `[*pairs, tokens2]`.
-      chosen_mask: `[*pairs, tokens]`, the weights m, 0 or more; 0 for padding: it hides whatever the token holds.
+      chosen_mask: `[*pairs, tokens]`, the mask m, 0 or more; 0 for padding, whose other values are then ignored.
       rejected_mask: `[*pairs, tokens2]`.
-      chosen_kl_mask: `[*pairs, tokens]`, the weights n; None: the weights m are common to both.
+      chosen_kl_mask: `[*pairs, tokens]`, the mask n; None: the same as m.
       rejected_kl_mask: `[*pairs, tokens2]`.
       beta: scale of the scores, above 0.
-      where: `[*pairs]` booleans or what broadcasts to it, True = counts.
+      where: booleans that broadcast to `[*pairs]`, True = counts.
       weights: `[*pairs]`, multiply the losses.
 
     Returns:
@@ -597,7 +615,7 @@ def sparse_po_loss(
 
 
 def _sparse_score(**arrays: Any) -> Array:
-    """`sum_t m r + n KL` of a response: its log-probabilities, the reference's, divergences, masks m and n."""
+    """`sum_t m r + n KL`; `arrays` are the log-probabilities, the reference's, the divergences, the masks m and n."""
     _check_tokens(*next(iter(arrays.items())))
     log_prob, reference, kl, m, n = prepare(None, **arrays).arrays
     return jnp.sum(weigh(log_prob - lax.stop_gradient(reference), m) + weigh(kl, n), axis=-1)
@@ -607,13 +625,13 @@ def extrapolate_policy(new: PyTree, old: PyTree, *, alpha: float = 0.3) -> PyTre
     """Accelerated preference optimization: `new + alpha (new - old)`, of the parameters of two iterates of a policy.
 
     Each outer iteration trains on preferences with the last policy as the reference, and then goes a step further in
-    the same direction, as momentum does. `extrapolate_log_probs` is the same on the policies themselves.
+    the same direction, as momentum does. `extrapolate_log_probs` does the same to the policies themselves.
     *Reconstructed* from the abstract.
 
     Args:
       new: arrays in any pytree, the parameters after the iteration. Leaves that are not floating stay as they are.
       old: those before it, of the same structure and shapes.
-      alpha: how far to go on; 0 stays at `new`. May be traced.
+      alpha: how far to extrapolate; 0 stays at `new`. May be traced.
 
     Returns:
       A pytree like `new`, with its dtypes.
@@ -652,16 +670,16 @@ def extrapolate_log_probs(
     axis: int = -1,
     where: Bool[Array, ...] | None = None,
 ) -> Float[Array, "*rows columns"]:
-    """The log-probabilities of the policy proportional to `p_new (p_new / p_old)^alpha`, from logits of the two.
+    """The log-probabilities of the policy proportional to `p_new (p_new / p_old)^alpha`, from the logits of both.
 
-    Needs the whole rows. To sample from it, or to score tokens, without storing logits, note that heads extrapolate
-    to a head: `jaxsoft.linear_logits(concatenate([(1 + alpha) * h_new, -alpha * h_old], -1), concatenate([w_new,
+    Needs whole rows. To sample from this policy, or to score tokens, without storing logits, extrapolate the heads into
+    a single one: `jaxsoft.linear_logits(concatenate([(1 + alpha) * h_new, -alpha * h_old], -1), concatenate([w_new,
     w_old]))`. *Reconstructed*, as `extrapolate_policy` is.
 
     Args:
       new_logits: `[*rows, columns]`, logits or log-probabilities of the newer policy.
       old_logits: those of the older one.
-      alpha: how far to go on; 0 stays at the newer policy.
+      alpha: how far to extrapolate; 0 stays at the newer policy.
       axis: the axis of a row.
       where: booleans that broadcast to the logits, True = counts. A logit of -inf in either is an absent entry.
 
@@ -669,7 +687,7 @@ def extrapolate_log_probs(
       Log-probabilities of the logits' shape, float32 or wider; -inf for absent entries.
 
     Raises:
-      TypeError: logits that are not floating or are `linear_logits`, alpha that is not a number.
+      TypeError: logits that are not floating or are `linear_logits`, or an alpha that is not a number.
       ValueError: an argument of a wrong shape.
 
     Reference:
@@ -699,16 +717,16 @@ def token_rewards(
 ) -> Float[Array, "*batch tokens"]:
     """The rewards that DPO implies for each token, `beta (log pi(a_t | s_t) - log ref(a_t | s_t))`.
 
-    Their sum is the implicit reward of the sequence, whose difference is the margin of `dpo_loss`. With `to_go`, the
-    sums from each token to the last: what is still to come, for credit assignment.
+    Their sum is the implicit reward of the sequence; its difference between two responses is the margin of `dpo_loss`.
+    With `to_go`, the sums from each token to the last: the reward still to come, for credit assignment.
 
     Args:
       log_prob: `[*batch, tokens]`, the policy's log-probabilities of the tokens.
       reference: `[*batch, tokens]`, the reference's, a constant to the gradient.
       beta: how strongly the policy is held to the reference, above 0.
       to_go: whether to sum from each token to the last.
-      where: booleans that broadcast to the log-probabilities, True = counts; False: reward 0 (`to_go`: the sum of
-        those after it).
+      where: booleans that broadcast to the log-probabilities, True = counts; False: reward 0 (with `to_go`, the sum of
+        the rewards after it).
 
     Returns:
       `[*batch, tokens]`, float32 or wider.
@@ -737,7 +755,7 @@ def token_rewards(
 
 
 def _to_go(x: Array) -> Array:
-    """The sums from each entry of the last axis to the last one."""
+    """The sums from each entry of the last axis to its end."""
     return lax.cumsum(x, axis=x.ndim - 1, reverse=True)
 
 
@@ -755,31 +773,31 @@ def oreo_loss(
 ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
     """OREO: the squared residuals of the soft Bellman equation, `mean_t e_t^2`, for the policy and for its value.
 
-    With `r_t = log pi - log ref` of a token, `G_t = sum_{i >= t} r_i`, the value V_t of the state before token t and
-    the reward R at the end, by `kind`:
+    With the log-ratio `r_t = log pi - log ref` of token t, `G_t = sum_{i >= t} r_i`, the value V_t of the state before
+    token t and the reward R at the end, by `kind`:
 
-    * `"suffix"`: `e_t = beta G_t + V_t - R`.
+    * `"suffix"`: `e_t = beta G_t + V_t - R`, that is `mean_t (beta sum_{i >= t} (log pi_i - log ref_i) + V_t - R)^2`.
     * `"token"`: the same number, in which only the term r_t has a gradient.
     * `"single_step"`: `e_t = beta r_t + V_t - V_{t+1}`; at the end, `beta r_t + V_t - R`.
-    * `"trajectory"`: that of `"suffix"`, of the first state only.
+    * `"trajectory"`: as `"suffix"`, for the first state only.
 
-    The reward is the only one; the coefficient of a further KL term, which the authors' code has, is left to the user.
+    There is no reward before the end. The authors' code has a further KL term, which is left to the user.
 
     Args:
       log_prob: `[*batch, tokens]`, the policy's log-probabilities of the tokens.
       reference: `[*batch, tokens]`, the reference's, a constant to the gradient.
       values: `[*batch, tokens]`, the values of the states in which the tokens were chosen.
-      reward: `[*batch]`, of the finished sequence; a constant to the gradient.
+      reward: `[*batch]`, the reward of the finished sequence; a constant to the gradient.
       beta: coefficient of the log-ratios, above 0.
       kind: which residual.
-      clip: clips `G_t` to [-clip, clip] (`"single_step"`: the sum of its step), above 0.
-      states: booleans that broadcast to `[*batch, tokens]`: which tokens begin a step, so that only these have a
-        residual; a step of `"single_step"` ends where the next one begins. None: every token that counts.
-      where: booleans that broadcast to the log-probabilities, True = counts: tokens that the policy chose.
+      clip: clips `G_t` to [-clip, clip] (`"single_step"`: the sum over its step), above 0.
+      states: booleans that broadcast to `[*batch, tokens]`, True for tokens that begin a step: only these have a
+        residual, and a step of `"single_step"` ends where the next one begins. None: every token that counts.
+      where: booleans that broadcast to the log-probabilities, True = counts: the tokens that the policy chose.
 
     Returns:
-      `(policy_loss, value_loss)`, each `[*batch]`, float32 or wider. They are equal numbers; the first has the
-      gradient in `log_prob`, the second the one in `values`. 0 for a sequence without states.
+      `(policy_loss, value_loss)`, each `[*batch]`, float32 or wider. Their values are equal; the first has the gradient
+      for `log_prob`, the second the one for `values`. 0 for a sequence without states.
 
     Raises:
       TypeError: an argument of a wrong type or dtype.
@@ -804,7 +822,7 @@ def oreo_loss(
     tokens = prepare(where, log_prob=log_prob, reference=reference, values=values)
     log_prob, reference, values = tokens.arrays
     _checks.floating("reward", reward)
-    _checks.shape("reward", reward, log_prob.shape[:-1], "one number a sequence")
+    _checks.shape("reward", reward, log_prob.shape[:-1], "one number per sequence")
     state = jnp.ones(log_prob.shape, bool) if tokens.where is None else tokens.where
     if states is not None:
         _checks.boolean("states", states)
@@ -836,7 +854,7 @@ def oreo_loss(
 
 
 def _next(state: Array) -> tuple[Array, Array]:
-    """For each place of the last axis, the next one after it that is True, and whether there is none (then 0)."""
+    """For each position on the last axis, the next one after it that is True (0 if none is), and whether none is."""
     size = state.shape[-1]
     places = jnp.where(state, jnp.arange(size), size)
     following = lax.cummin(places, axis=state.ndim - 1, reverse=True)[..., 1:]

@@ -1,8 +1,9 @@
-"""Losses of ranking and recommendation.
+"""Ranking and recommendation.
 
-First the losses of a positive against the other entries of its row, for any number of items: the softmax loss of
-recommenders and its pairwise, bilateral and top-k forms. Then the losses of short lists with graded relevance, which
-need the whole list: ListMLE, pairwise losses, ApproxNDCG. (`optax.losses.ranking_softmax_loss` is ListNet's.)
+The first losses put the positive of a row above its negatives: the softmax loss of recommenders and its pairwise,
+bilateral and top-k forms. Score all items, streamed by `linear_logits`, or one positive and the negatives drawn for it;
+`where` masks the other positives of the row. The other losses take short lists with graded relevance and need the whole
+list: ListMLE, pairwise losses, ApproxNDCG. (ListNet's loss is `optax.losses.ranking_softmax_loss`.)
 
 In the formulas `x` are the scores of a row, `y` its positive, and `d_j = x_j - x_y`.
 """
@@ -34,7 +35,7 @@ class _Against(NamedTuple):
     """A positive against its negatives, each `[*rows]`.
 
     Attributes:
-      log_sum: the log-sum-exp over the negatives of something that grows with d.
+      log_sum: the log-sum-exp over the negatives of an increasing function of d.
       score: the positive's score.
     """
 
@@ -57,7 +58,7 @@ def _scalar(value: Any, rows: Rows) -> Array:
 
 
 def _softmax_against(rows: Rows, temperature: Any, wanted: Any = ()) -> tuple[_Against, Any]:
-    """`logsumexp_{j != y} (d_j / temperature)` in one pass; `score` and other results are of `x / temperature`."""
+    """`logsumexp_{j != y} (d_j / temperature)` in one pass; `score` and other results are for `x / temperature`."""
     temperature = _scalar(temperature, rows)
     logits = rows.logits
     if not isinstance(logits, LinearLogits):
@@ -80,7 +81,7 @@ def _mapped_against(rows: Rows, log_activation: Callable, temperature: Any) -> _
     return _Against(rows.reduce(mapped), score)
 
 
-_SMALLEST = 1e-30  # of an activation: its logarithm is finite
+_SMALLEST = 1e-30  # lower bound of an activation, whose logarithm is then finite
 
 
 def _log_tanh(x, cols, score, label, temperature):
@@ -113,18 +114,18 @@ def pairwise_softmax_loss(
 ) -> Float[Array, "*rows"]:
     """Pairwise softmax loss (PSL): `log sum_{j != y} act(d_j)^(1 / temperature)`, with `d_j = x_j - x_y`.
 
-    The activations grow more slowly than the exponential of the softmax loss, and bound what a false negative can
-    do. They are made for d in [-1, 1]: cosines divided by 2. The loss can be negative.
+    The activations grow more slowly than the exponential of the softmax loss, which bounds the effect of a false
+    negative. They are meant for d in [-1, 1]: cosines divided by 2. The loss can be negative.
 
     Args:
-      logits: `[*rows, columns]`, a floating array or `linear_logits`; of items, or of one positive and negatives
-        drawn for it.
+      logits: `[*rows, columns]`, a floating array or `linear_logits`: the scores of all items, or of one positive and
+        the negatives drawn for it.
       labels: `[*rows]` ids of the positives. An id out of range gives NaN.
       activation: `"tanh"`, `1 + tanh(d)`; `"relu"`, `max(1 + d, 0)`; `"atan"`, `max(1 + arctan(d), 0)`; or
-        `"exp"`, `exp(d)`, which is `softmax_loss`. (Of the second and third at least 1e-30.)
-      temperature: positive. 1 in the paper's code; with cosines, 0.2 is a usual value.
+        `"exp"`, `exp(d)`, which is `softmax_loss`. (The second and third are held at 1e-30 or more.)
+      temperature: positive; 1 in the paper's code. With cosines, 0.2 is usual.
       axis: the axis of the items.
-      where: item mask that broadcasts to the logits, True = counts: masks other positives of the row, which
+      where: item mask that broadcasts to the logits, True = counts: masks the other positives of the row, which
         would count as negatives. A masked label costs +inf.
       weights: `[*rows]`, multiply the losses.
       ignore_index: label of examples to leave out. None: there is no such label.
@@ -160,9 +161,10 @@ def pairwise_softmax_loss(
 def softmax_loss(
     logits: Logits, labels: Int[Array, "*rows"], *, temperature: Scalar = 1.0, **options
 ) -> Float[Array, "*rows"]:
-    """Softmax loss (SL) of recommenders: `log sum_{j != y} exp(d_j / temperature)`, the positive not among them.
+    """Softmax loss (SL) of recommenders: `log sum_{j != y} exp(d_j / temperature)`, without the positive.
 
-    With the positive in the sum it would be cross-entropy; without, it falls on below 0 as the positive rises.
+    With the positive in the sum it would be cross-entropy; without it, the loss keeps falling below 0 as the positive
+    rises.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
@@ -202,7 +204,7 @@ def bilateral_softmax_loss(
 ) -> Float[Array, "*rows"]:
     """Bilateral softmax loss (BSL): `-x_y / t1 + (t2 / t1) log sum_{j != y} exp(x_j / t2)`.
 
-    It is `t2 / t1` times the softmax loss of temperature t2: t1, the positive's, sets the weight.
+    It is `t2 / t1` times the softmax loss at temperature t2: the positive's temperature t1 only scales the loss.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
@@ -253,19 +255,19 @@ def softmax_loss_at_k(
     weights: Float[Array, "*rows"] | None = None,
     ignore_index: int | None = IGNORE_INDEX,
 ) -> Float[Array, "*rows"]:
-    """SL@K: `sigmoid((x_y - beta) / weight_temperature) log sum_{j != y} exp(d_j / temperature)`, for top-K metrics.
+    """SL@K: `sigmoid((x_y - beta) / weight_temperature) log sum_{j != y} exp(d_j / temperature)`.
 
-    beta is the K-th largest score of the row, so that the weight is large for positives among the first K. The
-    weight has a gradient, beta has none. The paper keeps a beta of each user for some epochs: pass that one as
-    `quantile`.
+    `softmax_loss`, weighted for top-K metrics: beta is the K-th largest score of the row, so that the weight is large
+    for positives among the first K. The weight has a gradient, beta has none. The paper keeps a beta per user for some
+    epochs: pass that one as `quantile`.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
       labels: `[*rows]` ids of the positives. An id out of range gives NaN.
-      k: K, which `quantile` replaces; a row of fewer items has the weight 1.
+      k: K, not used if `quantile` is given; a row with fewer items has the weight 1.
       temperature: of the softmax loss, positive; 0.2 in the paper's recipe, for cosines.
       weight_temperature: positive; 2.25 in the paper's recipe.
-      quantile: `[*rows]`, beta. Default: the K-th largest score of each row, the positive's among them.
+      quantile: `[*rows]`, beta. None: the K-th largest score of each row, including the positive's.
       axis: the axis of the items.
       where: item mask that broadcasts to the logits, True = counts. A masked label costs +inf.
       weights: `[*rows]`, multiply the losses.
@@ -297,7 +299,7 @@ def softmax_loss_at_k(
     )
     if quantile is not None:
         _checks.floating("quantile", quantile)
-        _checks.shape("quantile", quantile, rows.labels.shape, "one number an example")
+        _checks.shape("quantile", quantile, rows.labels.shape, "one number per example")
         quantile = quantile if rows.keep is None else jnp.where(rows.keep, quantile, 0)
     scale = _scalar(temperature, rows)
     against, best = _softmax_against(rows, scale, reductions.top_k(k) if quantile is None else ())
@@ -337,11 +339,11 @@ def _lists(scores, relevance, *, axis, where, weights, name) -> _Lists:
     x, relevance, present = (jnp.moveaxis(a, axis, -1) for a in (x, relevance, present))
     if weights is not None:
         _checks.floating("weights", weights)
-        _checks.shape("weights", weights, x.shape[:-1], "one number a list")
+        _checks.shape("weights", weights, x.shape[:-1], "one number per list")
     return _Lists(x, lax.stop_gradient(relevance), present, weights)
 
 
-_FAR_BELOW = -1e30  # a score whose exponential is 0, and which can be subtracted
+_FAR_BELOW = -1e30  # a finite score whose exponential is 0
 
 
 def list_mle_loss(
@@ -352,11 +354,12 @@ def list_mle_loss(
     where: Bool[Array, ...] | None = None,
     weights: Float[Array, "*rows"] | None = None,
 ) -> Float[Array, "*rows"]:
-    """ListMLE: `sum_i (logsumexp_{j >= i} x_j - x_i)`, sorted by relevance: minus the log-likelihood of that order.
+    """ListMLE: `sum_i (logsumexp_{j >= i} x_j - x_i)`, sorted by relevance.
 
-    The Plackett-Luce model draws the items one by one, each by the softmax over those that are left. Items of
-    equal relevance are in the order of their index, which the loss then asks for: it is for grades with few ties. (Of
-    relevance 0 or 1, take `multi_positive_softmax_loss` or `decoupled_softmax_loss`.)
+    Minus the log-likelihood of that order under the Plackett-Luce model, which draws the items one by one, each by the
+    softmax over those that are left. Items of equal relevance are taken in the order of their index, and the loss asks
+    for that order: use it for grades with few ties. (For relevance 0 or 1, take `multi_positive_softmax_loss` or
+    `decoupled_softmax_loss`.)
 
     Args:
       scores: `[*rows, n]`, a floating array.
@@ -404,7 +407,7 @@ def pairwise_logistic_loss(
 ) -> Float[Array, "*rows"]:
     """RankNet's loss: the mean of `softplus(x_j - x_i)` over the pairs of a list with `relevance_i > relevance_j`.
 
-    Takes `n^2` numbers a list.
+    Takes memory for `n^2` numbers per list.
 
     Args:
       scores: `[*rows, n]`, a floating array.
@@ -455,13 +458,13 @@ def approx_ndcg_loss(
 ) -> Float[Array, "*rows"]:
     """ApproxNDCG: 1 - NDCG with smooth ranks, `rank_i = 1 + sum_{j != i} sigmoid((x_j - x_i) / temperature)`.
 
-    NDCG has the gains `2^relevance - 1` and the discounts `1 / log2(1 + rank)`, over the whole list. Takes
-    `n^2` numbers a list.
+    NDCG has the gains `2^relevance - 1` and the discounts `1 / log2(1 + rank)`, over the whole list. Takes memory for
+    `n^2` numbers per list.
 
     Args:
       scores: `[*rows, n]`, a floating array.
       relevance: numbers of the same shape, 0 or more (below 100 in float32).
-      temperature: positive; the smaller, the nearer the ranks are to integers.
+      temperature: positive; the smaller it is, the closer the ranks are to integers.
       axis: the axis of the items.
       where: booleans that broadcast to the scores, True = counts.
       weights: `[*rows]`, multiply the losses.
@@ -492,5 +495,5 @@ def approx_ndcg_loss(
     gain = jnp.expm1(relevance * math.log(2))  # 0 for absent items
     ideal = jnp.sort(gain, axis=-1, descending=True) / jnp.log2(2 + jnp.arange(n, dtype=x.dtype))
     ideal = jnp.sum(ideal, axis=-1)
-    # The difference of the two sums, which vanishes for no relevant items.
+    # 1 - NDCG as one quotient, which is 0 without relevant items.
     return lists.finish(safe_divide(ideal - jnp.sum(gain / jnp.log2(1 + rank), axis=-1), ideal))

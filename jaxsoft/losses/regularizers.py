@@ -1,4 +1,8 @@
-"""Objectives on embeddings, codes, activations and weights, and the gradient reversal of domain adaptation."""
+"""Regularizers.
+
+Objectives on weights, embeddings, codes and activations, to be added to a loss with a coefficient of your choice, and
+the gradient reversal of domain adaptation. They give scalars, or one value per batch, unless stated otherwise.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ from jaxsoft.normalizers.inner import present_scores
 from jaxsoft.rows import Logits
 from jaxsoft.rows.inner import softmax_with
 
-# --- what the functions of arrays share ------------------------------------------------------------------
+# --- checks and helpers ----------------------------------------------------------------------------------
 
 
 def _wide(name: str, x: Any) -> Array:
@@ -41,7 +45,7 @@ def _vectors(name: str, x: Any, where: Any, mask_name: str = "where") -> tuple[A
 def _mask(name: str, where: Any, rows: tuple[int, ...]) -> Array:
     """A checked mask of rows."""
     _checks.boolean(name, where)
-    _checks.shape(name, where, rows, "one boolean a row")
+    _checks.shape(name, where, rows, "one boolean per row")
     return jnp.asarray(where)
 
 
@@ -52,7 +56,7 @@ def _sqrt(x: Array) -> Array:
 
 
 def _leaves(name: str, params: Any) -> list[Array]:
-    """The leaves of a pytree of weights, in the accumulation dtype; at least one."""
+    """The leaves of a pytree of weights, at least one, in the accumulation dtype."""
     leaves = [
         _wide(f"{name}{jax.tree_util.keystr(k)}", a) for k, a in jax.tree_util.tree_leaves_with_path(params)
     ]
@@ -65,16 +69,16 @@ def _leaves(name: str, params: Any) -> list[Array]:
 
 
 def norm_loss(params: Any, *, axis: int = -1, target: float = 1.0) -> Float[Array, ""]:
-    """Norm loss: `sum over output channels of (target - |w_c|)^2`, in the place of weight decay.
+    """Norm loss: `sum over output channels of (target - |w_c|)^2`, instead of weight decay.
 
-    `w_c` are all weights of a layer that lead to its output c. Where weight decay draws every weight to 0, this
-    draws every channel to the sphere (the oblique manifold). *Reconstructed* from the paper's abstract.
+    `w_c` are all weights of a layer that lead to its output c. Where weight decay pulls every weight to 0, this loss
+    pulls every channel to the sphere (the oblique manifold). *Reconstructed* from the paper's abstract.
 
     Args:
       params: an array or a pytree of arrays; those with fewer than two axes (biases, scales) have no channels and
         are left out.
-      axis: the axis of the outputs: -1 for kernels of flax, `[..., inputs, outputs]`.
-      target: the norm to draw to, 0 or more.
+      axis: the axis of the outputs: -1 for flax kernels, `[..., inputs, outputs]`.
+      target: the norm that a channel should have, 0 or more.
 
     Returns:
       A scalar, float32 or wider, to be multiplied with a coefficient of 0.01 or so. A channel of zeros costs
@@ -82,7 +86,7 @@ def norm_loss(params: Any, *, axis: int = -1, target: float = 1.0) -> Float[Arra
 
     Raises:
       TypeError: a leaf that is not a floating array.
-      ValueError: no array of two axes or more, an axis out of range.
+      ValueError: no array of two axes or more, or an axis out of range.
 
     Reference:
       Georgiou et al., "Norm Loss: An efficient yet effective regularization method for deep neural networks".
@@ -97,7 +101,7 @@ def norm_loss(params: Any, *, axis: int = -1, target: float = 1.0) -> Float[Arra
     _checks.number("target", target, at_least=0)
     layers = [w for w in _leaves("params", params) if w.ndim >= 2]
     if not layers:
-        raise ValueError("params must hold an array of two axes or more, got only smaller ones")
+        raise ValueError("params must hold an array of two axes or more, got only arrays of fewer axes")
     losses = []
     for w in layers:
         if not -w.ndim <= axis < w.ndim:
@@ -112,24 +116,24 @@ def norm_loss(params: Any, *, axis: int = -1, target: float = 1.0) -> Float[Arra
 def generalized_gaussian_rate(
     params: Any, *, shape: float | Float[Array, ""] | None = None, epsilon: float = 1e-8
 ) -> Float[Array, ""]:
-    """BackSlash's rate of a model, `sum_i (|w_i| + epsilon)^shape`: how long a code of its weights is.
+    """BackSlash's rate of a model, `sum_i (|w_i| + epsilon)^shape`: the length of a code for its weights.
 
-    Up to factors the negative log-likelihood of a generalized Gaussian prior: `shape = 2` is weight decay,
-    `shape = 1` the Laplacian's, and trained models lie below. The smaller, the sparser. *Reconstructed* from the
-    paper's abstract and public descriptions.
+    Up to factors this is the negative log-likelihood of a generalized Gaussian prior: `shape = 2` is weight decay,
+    `shape = 1` a Laplacian prior; trained models lie below 1. A smaller shape gives sparser weights. *Reconstructed*
+    from the paper's abstract and public descriptions.
 
     Args:
       params: an array or a pytree of arrays.
-      shape: the exponent, positive. None: that of the weights themselves, by `generalized_gaussian_shape`, a
+      shape: the exponent, positive. None: the shape of the weights themselves, by `generalized_gaussian_shape`, a
         constant to the gradient.
-      epsilon: positive; bounds the gradient at 0 where the shape is below 1.
+      epsilon: positive; bounds the gradient at 0 if the shape is below 1.
 
     Returns:
-      A scalar, float32 or wider, to be multiplied with a coefficient of 10 to 1000 over the number of weights.
+      A scalar, float32 or wider, to be multiplied with a coefficient of 10 to 1000, divided by the number of weights.
 
     Raises:
-      TypeError: a leaf that is not a floating array, a shape that is no number.
-      ValueError: no array at all, a number that is not positive.
+      TypeError: a leaf that is not a floating array, or a shape that is not a number.
+      ValueError: no array at all, or a number that is not positive.
 
     Reference:
       Wu et al., "BackSlash: Rate Constrained Optimized Training of Large Language Models".
@@ -150,7 +154,7 @@ def generalized_gaussian_rate(
 
 
 def generalized_gaussian_shape(params: Any) -> Float[Array, ""]:
-    """The shape of the generalized Gaussian whose moments the weights have: 1 for Laplacian, 2 for Gaussian ones.
+    """The shape of the generalized Gaussian with the weights' moments: 1 for Laplacian, 2 for Gaussian weights.
 
     Solves `mean w^2 / (mean |w|)^2 = Gamma(1/s) Gamma(3/s) / Gamma(2/s)^2` for s by bisection.
 
@@ -206,13 +210,13 @@ def effective_entropy_loss(
     """Effective entropy maximization: `-sum_j H_j + decorrelation sum_{i != j} cov_ij^2` of a batch of embeddings.
 
     `H_j` is the entropy of feature j over the batch, estimated from the gaps of its sorted values (m-spacings):
-    `mean_i log((n + 1) / m (x_(i+m) - x_(i)))`. Embeddings must be bounded, by a sigmoid, say; else they grow
-    without end. *Reconstructed* from the paper's abstract, constants included.
+    `mean_i log((n + 1) / m (x_(i+m) - x_(i)))`. Embeddings must be bounded, by a sigmoid, say; otherwise they grow
+    without limit. *Reconstructed* from the paper's abstract, constants included.
 
     Args:
-      embeddings: `[*batch, n, features]`; one loss for each n of them.
+      embeddings: `[*batch, n, features]`; one loss per n embeddings.
       decorrelation: the weight of the squared covariances (with n - 1 in the denominator) of different features.
-      spacing: m; None for the square root of n, rounded.
+      spacing: m; None: the square root of n, rounded.
       min_gap: smaller gaps count as this one, and have gradient 0.
       where: `[*batch, n]` booleans, True = counts.
 
@@ -266,18 +270,18 @@ def infomax_code_loss(
     where: Bool[Array, ...] | None = None,
     ignore_index: int | None = IGNORE_INDEX,
 ) -> Float[Array, ""]:
-    """Discrete infomax codes: `-I(code; label)`, the mean over groups, `+ redundancy I(code_g; code_h)` over pairs.
+    """Discrete infomax codes: `-mean_g I(code_g; y) + redundancy mean_{g != h} I(code_g; code_h)`, of a batch.
 
-    An example has one code in each of several groups, random with `softmax(logits)`. The mutual information with
-    the label is `H(mean p) - mean H(mean p of the label)`, over the batch; that of two groups, whose mean over
-    the pairs is the redundancy, is of `mean p_g p_h^T`. *Reconstructed* from the paper's abstract: the redundancy
-    and both means are ours.
+    An example has one random code in each of several groups, with the probabilities `p = softmax(logits)`. Over the
+    batch, the mutual information of a group's code and the label y is `H(mean p) - mean H(mean p of the label)`; that
+    of two groups follows from their joint distribution `mean p_g p_h^T`. *Reconstructed* from the paper's abstract: the
+    redundancy and both means are ours.
 
     Args:
       logits: `[n, groups, codes]`, a floating array.
       labels: `[n]` class ids: any integers, equal for the examples of one class.
-      redundancy: the weight of the groups' mutual information, 0 or more. It takes an array
-        `[groups, codes, groups, codes]`, which 0 avoids.
+      redundancy: the weight of the groups' mutual information, 0 or more. If it is not 0, an array
+        `[groups, codes, groups, codes]` is formed.
       where: booleans that broadcast to the logits, True = counts: `keep[:, None, None]` leaves out examples.
       ignore_index: class id of examples to leave out; None: there is no such id.
 
@@ -285,7 +289,7 @@ def infomax_code_loss(
       A scalar, float32 or wider, in nats; 0, with gradient 0, where nothing counts.
 
     Raises:
-      TypeError: an argument of a wrong type or dtype; logits that are an expression.
+      TypeError: an argument of a wrong type or dtype, or logits that are `linear_logits`.
       ValueError: an argument of a wrong shape or out of range.
 
     Reference:
@@ -303,13 +307,13 @@ def infomax_code_loss(
         raise ValueError(f"logits must have shape [n, groups, codes], got shape {x.shape}")
     n, groups, _ = x.shape
     _checks.integers("labels", labels)
-    _checks.shape("labels", labels, (n,), "one id an example")
+    _checks.shape("labels", labels, (n,), "one id per example")
     ids = as_ids(labels)
     if ignore_index is not None:
         present &= (ids != _checks.integer("ignore_index", ignore_index))[:, None, None]
     p = softmax_with(jnp.where(present, x, 0), where=present)
     keep = jnp.any(present, axis=(1, 2))
-    share = safe_divide(keep.astype(p.dtype), jnp.sum(keep).astype(p.dtype))  # of the mean over examples
+    share = safe_divide(keep.astype(p.dtype), jnp.sum(keep).astype(p.dtype))  # weights of a mean
     same = ((ids[:, None] == ids) & keep[:, None] & keep).astype(p.dtype)
     by_label = jnp.einsum("nm,mgk->ngk", safe_divide(same, jnp.sum(same, axis=1, keepdims=True)), p)
     entropy = _entropy(jnp.einsum("n,ngk->gk", share, p), -1)
@@ -332,13 +336,13 @@ def _entropy(p: Array, axis: Any) -> Array:
 def matrix_nuclear_norm(
     hidden: Float[Array, "*batch n features"], *, where: Bool[Array, "*batch n"] | None = None
 ) -> Float[Array, "*batch"]:
-    """Matrix nuclear-norm: the `min(n, features)` largest column norms of the normalized rows, over n.
+    """Matrix nuclear-norm: the sum of the `min(n, features)` largest column norms of the normalized rows, over n.
 
-    A cheap stand-in, without a singular value decomposition, for the nuclear norm of a matrix of hidden states:
-    how spread out they are, as a measure of a model. The division by n is *reconstructed*.
+    Approximates the nuclear norm of a matrix of hidden states without a singular value decomposition: how spread out
+    they are, as a measure of a model. The division by n is *reconstructed*.
 
     Args:
-      hidden: `[*batch, n, features]`, one row a token.
+      hidden: `[*batch, n, features]`, one row per token.
       where: `[*batch, n]` booleans, True = counts.
 
     Returns:
@@ -377,12 +381,13 @@ def vq_commitment_loss(
 ) -> Float[Array, "*vectors"]:
     """Codebook and commitment loss: `mean (stop(z) - c)^2 + beta mean (z - stop(c))^2` of vectors and their codes.
 
-    The layer's output is `inputs + stop_gradient(codes - inputs)`. The nearest codes of a large codebook stream,
-    as in the example. The paper's affine codebook and synchronized update are not part of it.
+    In the formula z are the inputs, c the codes. The layer's output is `inputs + stop_gradient(codes - inputs)`. The
+    search for the nearest code in a large codebook streams, as in the example. The affine codebook and synchronized
+    update of the second paper are not included.
 
     Args:
-      inputs: `[*vectors, features]`, of the encoder.
-      codes: the same shape: of each vector, its code, taken from the codebook.
+      inputs: `[*vectors, features]`, the outputs of the encoder.
+      codes: the same shape: the code of each vector, taken from the codebook.
       beta: the weight of the commitment of the encoder to the codes, 0 or more.
       where: `[*vectors]` booleans, True = counts.
 
@@ -430,7 +435,7 @@ def forward_forward_loss(
     """Forward-forward loss of one layer: `softplus(threshold - G(positive)) + softplus(G(negative) - threshold)`.
 
     The goodness `G = mean h^2` of a layer's activations should be above the threshold for real data and below it
-    for negative data. Each layer is trained by itself: pass its inputs through `stop_gradient`.
+    for negative data. Each layer is trained on its own: pass its inputs through `stop_gradient`.
 
     Args:
       positive: `[*rows, features]`, activations for real data.
@@ -473,10 +478,10 @@ def forward_forward_loss(
 
 
 def gradient_reversal(x: Any, strength: float | Float[Array, ""] = 1.0) -> Any:
-    """`x` itself, with the derivative `-strength`: what follows learns, what comes before learns the opposite.
+    """`x` itself, with the derivative `-strength`: the layers before it learn the opposite of those after it.
 
     Args:
-      x: a floating array, or a pytree of such.
+      x: a floating array, or a pytree of floating arrays.
       strength: the factor; may be traced, and has no gradient of its own. Usually raised from 0 to 1 over
         training, by `domain_adversarial_schedule`.
 
@@ -484,7 +489,7 @@ def gradient_reversal(x: Any, strength: float | Float[Array, ""] = 1.0) -> Any:
       `x`, exactly. Its derivatives, forward and reverse, are `-strength` times those of the identity.
 
     Raises:
-      TypeError: a leaf that is not a floating array, a strength that is no number.
+      TypeError: a leaf that is not a floating array, or a strength that is not a number.
 
     Reference:
       Ganin et al., "Domain-Adversarial Training of Neural Networks".
@@ -508,14 +513,14 @@ def domain_adversarial_schedule(progress: Any, *, rate: float = 10.0) -> Float[A
     """The strength of `gradient_reversal` over training, `2 / (1 + e^(-rate progress)) - 1`: from 0 towards 1.
 
     Args:
-      progress: the part of training that is done, in [0, 1]; a number or an array.
+      progress: the completed share of the training, in [0, 1]; a number or an array.
       rate: how fast the strength grows.
 
     Returns:
       The strength, an array of the shape of `progress`, float32 or wider.
 
     Raises:
-      TypeError: a rate that is no number.
+      TypeError: a rate that is not a number.
 
     Reference:
       Ganin et al., "Domain-Adversarial Training of Neural Networks".
@@ -540,16 +545,16 @@ def domain_adversarial_loss(
     weights: Float[Array, "*rows"] | None = None,
     ignore_index: int | None = IGNORE_INDEX,
 ) -> Float[Array, "*rows"]:
-    """Domain-adversarial loss: cross-entropy of a domain discriminator, its gradient reversed for the features.
+    """Domain-adversarial loss: `cross_entropy(discriminator(gradient_reversal(features)), domains)`.
 
-    Added to a task's loss: the discriminator learns to tell the domains apart, and the network below to make
-    features that leave no way to.
+    Added to the loss of a task. The discriminator learns to tell the domains apart; the network below gets the reversed
+    gradient and learns features that do not tell the domain.
 
     Args:
       features: `[*rows, features]`, of examples of all domains.
       domains: `[*rows]` ids of the domains.
-      discriminator: from features to logits `[*rows, domains]` (an array or `linear_logits`); what it is trained by
-        is closed over, as in `lambda h: h @ params["kernel"]`.
+      discriminator: a function from features to logits `[*rows, domains]` (an array or `linear_logits`), which closes
+        over its parameters, as in `lambda h: h @ params["kernel"]`.
       strength: of `gradient_reversal`.
       weights: `[*rows]`, multiply the losses.
       ignore_index: id of examples to leave out.

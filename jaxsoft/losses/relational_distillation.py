@@ -1,4 +1,8 @@
-"""Distillation of relations: between classes, between pairs, between prototypes and examples."""
+"""Distillation of relations.
+
+What a student learns from its teacher here are relations: between classes, between the two sides of pairs, and between
+prototypes and examples.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +26,12 @@ def graph_on_logits_loss(
     k: int = 10,
     power: float = 2.0,
 ) -> Float[Array, ""]:
-    """GLD: distance of two models' graphs of classes that are large together, `mean_i |sort(f_s) - sort(f_t)|_i^power`.
+    """Graph-on-logits distillation (GLD): `mean_i |sort(f_s) - sort(f_t)|_i^power` of student and teacher.
 
-    With `x~` the logits of a position of which all but the k largest are put to 0, the graph is `mean_t x~_t x~_t^T`
-    and `f` the mean of its rows: `mean_t x~_t (sum_j x~_tj) / classes`, so no graph is ever formed. Sorting makes
-    vocabularies of different order and size comparable. *Reconstructed* from the paper's abstract.
+    The distance between two models' graphs, which connect classes that are large together. With `x~` the logits of a
+    position, all but the k largest set to 0, the graph is `mean_t x~_t x~_t^T` and `f` the mean of its rows:
+    `mean_t x~_t (sum_j x~_tj) / classes`, so the graph itself is never formed. Sorting makes vocabularies of different
+    order and size comparable. *Reconstructed* from the paper's abstract.
 
     Args:
       logits: the student's, `[positions, classes]`, a floating array or `linear_logits`.
@@ -35,7 +40,7 @@ def graph_on_logits_loss(
       power: the exponent, 1 or more.
 
     Returns:
-      A scalar, float32 or wider. The shorter of two vocabularies is padded with zeros.
+      A scalar, float32 or wider. The smaller of the two vocabularies is padded with zeros.
 
     Raises:
       TypeError: an argument of a wrong type or dtype.
@@ -74,15 +79,15 @@ def prototype_relation_distillation_loss(
 ) -> Float[Array, " classes"]:
     """PRD: `KL(r_k(old) || r_k(new))` of the relation of each old prototype to the examples of a batch.
 
-    `r_k = softmax_i(cos(P_k, F_i) / temperature)` over the examples i. Keeps what old classes look like relative to
-    new data, without storing any. *Reconstructed* from standard parts.
+    The relation is `r_k = softmax_i(cos(P_k, F_i) / temperature)` over the examples i. It preserves how old classes
+    relate to new data, without storing old data. *Reconstructed* from standard parts.
 
     Args:
-      prototypes: `[classes, d]`, now.
-      features: `[examples, d]` of the batch, now.
+      prototypes: `[classes, d]`, of the current model.
+      features: `[examples, d]`, of the batch under the current model.
       old_prototypes: `[classes, d]`, before the task; constants.
-      old_features: `[examples, d]` of the same batch under the old model; constants.
-      temperature: positive; our default.
+      old_features: `[examples, d]`, of the same batch under the old model; constants.
+      temperature: positive; the default is ours.
       where: `[classes]`, True = an old class.
 
     Returns:
@@ -116,7 +121,7 @@ def prototype_relation_distillation_loss(
             )
     if where is not None:
         _checks.boolean("where", where)
-        _checks.shape("where", where, (prototypes.shape[0],), "one boolean a class")
+        _checks.shape("where", where, (prototypes.shape[0],), "one boolean per class")
     new, old = (
         cosine_logits(p, f, transpose_weight=True, scale=1 / temperature)
         for p, f in ((prototypes, features), lax.stop_gradient((old_prototypes, old_features)))
@@ -133,25 +138,26 @@ def dynamic_contrastive_distillation_loss(
     margin_weight: float = 1.0,
     distillation_weight: float = 1.0,
 ) -> Float[Array, " pairs"]:
-    """DCD: InfoNCE, a margin and KL to the teacher, over each pair's positive and the teacher's k hardest negatives.
+    """DCD: `w_i (InfoNCE + margin_weight hinge + distillation_weight KL)` over the teacher's k hardest negatives.
 
-    `w_i (lse_S(x_i) - x_ii + margin_weight sum_S relu(margin + x_ij - x_ii) + distillation_weight KL(p_S || q_S))`,
-    where S are the candidates the teacher finds hardest, and the constant `w_i = 1 - p_ii` is the difficulty of the
-    pair to the teacher. *Reconstructed* from the paper's abstract: the choice of parts is its own, the weighting ours.
+    That is `w_i (lse_S(x_i) - x_ii + margin_weight sum_S relu(margin + x_ij - x_ii) + distillation_weight
+    KL(p_S || q_S))`, where S are the positive and the k negatives that the teacher finds hardest, and the constant
+    `w_i = 1 - p_ii` is the difficulty of the pair for the teacher. *Reconstructed* from the paper's abstract: the terms
+    are the paper's, the weighting is ours.
 
     Args:
-      logits: the student's similarities `[pairs, pairs]`, over the temperature; the diagonal is positive.
+      logits: the student's similarities `[pairs, pairs]`, divided by the temperature; the diagonal holds the positives.
       teacher_logits: the teacher's; constants.
-      k: negatives a pair, less than the number of pairs.
+      k: negatives per pair, less than the number of pairs.
       margin: of the hinge, 0 or more.
       margin_weight: factor of the hinge.
       distillation_weight: factor of the KL.
 
     Returns:
-      Losses `[pairs]`, float32 or wider, for the rows; transpose both for the other direction.
+      Losses `[pairs]`, float32 or wider, one per row; transpose both arguments for the other direction.
 
     Raises:
-      TypeError: an argument of a wrong type or dtype; logits that are an expression.
+      TypeError: an argument of a wrong type or dtype, or logits that are `linear_logits`.
       ValueError: an argument of a wrong shape or out of range.
 
     Reference:

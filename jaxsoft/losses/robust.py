@@ -1,4 +1,15 @@
-"""Losses for wrong labels and for adversarial examples: bounded, normalized, and with a margin term.
+"""Wrong labels and adversarial examples.
+
+Losses on which a wrong label has less effect than on cross-entropy, and losses of an example together with its
+adversarial neighbour.
+
+`generalized_cross_entropy`, `mean_absolute_error_loss`, `reverse_cross_entropy` and `symmetric_cross_entropy` are
+functions of the label's probability alone, all of them sums of members of the family `comp_sum_loss`; `normalized_loss`
+and `active_passive_loss` read the other classes, too. `examples/robust_losses.py` compares them on digits of which 40%
+have wrong labels.
+
+`smooth_adversarial_comp_sum_loss` and `trades_loss` take the logits of the examples and of their perturbed copies,
+either of which may be `linear_logits`. `adversarial_brier_loss`, one of the proper scores, fits the same training step.
 
 In the formulas `x` are the logits of a row, `y` its label, `p = softmax(x)`, `l = logsumexp(x) - x_y` the negative
 log-likelihood, and `C` the number of classes that are not masked. A loss that reads a row through `l` alone is one
@@ -23,9 +34,9 @@ from jaxsoft.rows import Logits, reductions
 
 
 def _box_cox(nll: Array, q: Any) -> Array:
-    """`(1 - p_y^q) / q`, and its limit `l` at q = 0; for q < 0 the exponent is held at 80."""
+    """`(1 - p_y^q) / q`, and its limit `l` at q = 0; for q < 0 the exponent is at most 80."""
     zero = jnp.asarray(q) == 0
-    limit = nll * (1 - q * nll / 2)  # with the derivative for q
+    limit = nll * (1 - q * nll / 2)  # has the right derivative for q
     return jnp.where(zero, limit, -jnp.expm1(jnp.minimum(-q * nll, 80.0)) / jnp.where(zero, 1, q))
 
 
@@ -51,15 +62,15 @@ def comp_sum_loss(
 ) -> Float[Array, "*rows"]:
     """Comp-sum loss: `((1 + u)^(1 - tau) - 1) / (1 - tau)` of `u = sum_{c != y} e^(x_c - x_y) = e^l - 1`.
 
-    One family from the sum-exponential loss `u` (tau = 0) over cross-entropy `log(1 + u)` (tau = 1) to the mean
+    One family from the sum-exponential loss `u` (tau = 0) through cross-entropy `log(1 + u)` (tau = 1) to the mean
     absolute error `1 - p_y` (tau = 2). For 1 < tau < 2 it is `generalized_cross_entropy` with `q = tau - 1`. Its
     gradient is `p_y^(tau - 1)` times that of cross-entropy. *Reconstructed* from the paper's standard definitions.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
       labels: class ids `[*rows]`, as in `cross_entropy`.
-      tau: which of the family, 0 or more. Below 1 the loss grows like `e^((1 - tau) l)`; this exponent is held at
-        80, beyond which the gradient is 0.
+      tau: selects the member of the family, 0 or more. Below 1 the loss grows like `e^((1 - tau) l)`; this exponent is
+        at most 80, beyond which the gradient is 0.
       axis: the axis of the classes.
       where: class mask that broadcasts to the logits, True = counts. A label on a masked class costs +inf.
       weights: `[*rows]`, multiply the losses.
@@ -111,7 +122,7 @@ def generalized_cross_entropy(
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
       labels: class ids `[*rows]`, as in `cross_entropy`.
-      q: 0 (the limit, cross-entropy) to 1 (`1 - p_y`) in the paper; larger values are allowed.
+      q: from 0 (the limit, cross-entropy) to 1 (`1 - p_y`) in the paper; larger values are allowed.
       axis: the axis of the classes.
       where: class mask that broadcasts to the logits, True = counts. A label on a masked class costs +inf.
       weights: `[*rows]`, multiply the losses.
@@ -157,8 +168,8 @@ def mean_absolute_error_loss(
 ) -> Float[Array, "*rows"]:
     """Mean absolute error (MAE): `1 - p_y`, half of `sum_c |p_c - [c = y]|`.
 
-    Symmetric: summed over all labels it is `C - 1` whatever the logits, hence its tolerance of wrong labels (and
-    its slow start: the gradient is `p_y` times that of cross-entropy).
+    Symmetric: its sum over all labels is `C - 1` for any logits, which makes it tolerant of wrong labels. Training
+    starts slowly: the gradient is `p_y` times that of cross-entropy.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
@@ -202,12 +213,12 @@ def reverse_cross_entropy(
 ) -> Float[Array, "*rows"]:
     """Reverse cross-entropy (RCE): `-sum_c p_c log q_c = -log(label_floor) (1 - p_y)`, q the one-hot label.
 
-    A multiple of `mean_absolute_error_loss`: 9.210340 times, by default.
+    A multiple of `mean_absolute_error_loss`, by default 9.210340 times it.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
       labels: class ids `[*rows]`, as in `cross_entropy`.
-      label_floor: what the zeros of q are replaced by, between 0 and 1.
+      label_floor: replaces the zeros of q, between 0 and 1.
       axis: the axis of the classes.
       where: class mask that broadcasts to the logits, True = counts. A label on a masked class costs +inf.
       weights: `[*rows]`, multiply the losses.
@@ -254,7 +265,9 @@ def symmetric_cross_entropy(
     weights: Float[Array, "*rows"] | None = None,
     ignore_index: int | None = IGNORE_INDEX,
 ) -> Float[Array, "*rows"]:
-    """Symmetric cross-entropy (SCE): `alpha` times cross-entropy plus `beta` times `reverse_cross_entropy`.
+    """Symmetric cross-entropy (SCE): `alpha l - beta log(label_floor) (1 - p_y)`.
+
+    `alpha` times cross-entropy plus `beta` times `reverse_cross_entropy`.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
@@ -304,7 +317,7 @@ _PASSIVE = ("mae", "reverse")
 
 
 def _phi(loss: str, nll: Array, q: Any, gamma: Any) -> Array:
-    """The loss of a name as a function of `l`, without the constant factors that a quotient cancels."""
+    """The named loss as a function of `l`, without the constant factors that cancel in a quotient."""
     if loss == "cross_entropy":
         return nll
     if loss == "focal":
@@ -315,13 +328,13 @@ def _phi(loss: str, nll: Array, q: Any, gamma: Any) -> Array:
 
 
 def _focal_term(x, cols, shift, log_sum, gamma):
-    """The focal loss of class c, of `l_c = logsumexp - x_c` (held at 0 for the zeros of absent entries)."""
+    """The focal loss of class c, of `l_c = logsumexp - x_c` (0 where an absent x_c, set to 0, makes it negative)."""
     nll = log_sum - (x - shift)
     return _phi("focal", jnp.where(nll < 0, 0, nll), None, gamma)
 
 
 def _normalized(rows: Rows, loss: str, q: Any, gamma: Any) -> tuple[Array, Callable[[Array], Array]]:
-    """The negative log-likelihood of the labels, and the function of it that is the normalized loss."""
+    """The negative log-likelihood of the labels, and the function that turns it into the normalized loss."""
 
     def by_row(number):
         return jnp.broadcast_to(jnp.asarray(number, accumulation_dtype(rows.logits.dtype)), rows.labels.shape)
@@ -363,19 +376,19 @@ def normalized_loss(
     With `l_c = logsumexp(x) - x_c` the losses are
 
     * `"cross_entropy"` (NCE): `l_y / (C logsumexp(x) - sum_c x_c)`, in one pass;
-    * `"focal"` (NFL): of `(1 - p_c)^gamma l_c`, in two passes;
+    * `"focal"` (NFL): `(1 - p_y)^gamma l_y / sum_c (1 - p_c)^gamma l_c`, in two passes;
     * `"generalized"` (NGCE): `(1 - p_y^q) / (C - sum_c p_c^q)`, in one pass;
     * `"mae"` and `"reverse"` (NMAE, NRCE): `(1 - p_y) / (C - 1)`, the same for both.
 
-    These are the definitions. The authors' code differs in three places: its NFL holds the factors `(1 - p_c)^gamma`
-    constant, its NMAE is half of the definition, and its NRCE multiplies by `C - 1` where the definition divides.
+    These are the definitions. The authors' code differs in three places: its NFL treats the factors `(1 - p_c)^gamma`
+    as constants, its NMAE is half of the definition, and its NRCE multiplies by `C - 1` where the definition divides.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
       labels: class ids `[*rows]`, as in `cross_entropy`.
-      loss: which loss is normalized, one of the names above.
-      q: of `"generalized"`, positive; the paper takes 0.7 on CIFAR-100, 0.1 on MNIST and CIFAR-10. Towards 0 the
-        limit is NCE, but the quotient loses precision: `C - sum_c p_c^q` is a difference.
+      loss: which loss to normalize, one of the names above.
+      q: of `"generalized"`, positive; the paper uses 0.7 on CIFAR-100, 0.1 on MNIST and CIFAR-10. As q goes to 0 the
+        limit is NCE, but the quotient loses precision to the difference `C - sum_c p_c^q`.
       gamma: of `"focal"`, 0 or more.
       axis: the axis of the classes.
       where: class mask that broadcasts to the logits, True = counts. A label on a masked class costs +inf.
@@ -383,7 +396,7 @@ def normalized_loss(
       ignore_index: class id of examples to leave out.
 
     Returns:
-      Losses `[*rows]`, float32 or wider; 0 where there is a single class.
+      Losses `[*rows]`, float32 or wider; 0 for a row with a single class.
 
     Raises:
       TypeError: an argument of a wrong type or dtype.
@@ -429,14 +442,15 @@ def active_passive_loss(
 ) -> Float[Array, "*rows"]:
     """Active-passive loss (APL): `alpha normalized_loss(active) + beta passive`.
 
-    The active term raises `p_y`, the passive one lowers the other classes' probabilities; both tolerate wrong
-    labels, and together they learn faster than one of them alone.
+    The active term raises `p_y`, the passive one lowers the other classes' probabilities. Both tolerate wrong labels,
+    and together they learn faster than either alone. By default the loss is `alpha l / (C logsumexp(x) - sum_c x_c) +
+    beta (1 - p_y)`.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
       labels: class ids `[*rows]`, as in `cross_entropy`.
       active: the loss to normalize: `"cross_entropy"`, `"focal"` or `"generalized"`.
-      passive: `"mae"` (`mean_absolute_error_loss`) or `"reverse"` (`reverse_cross_entropy`), as it is.
+      passive: `"mae"` (`mean_absolute_error_loss`) or `"reverse"` (`reverse_cross_entropy`), not normalized.
       alpha: coefficient of the active term, 0 or more. The paper's (alpha, beta) are (1, 10) on MNIST, (1, 1) on
         CIFAR-10, and on CIFAR-100 (10, 1) with `"mae"`, (10, 0.1) with `"reverse"`.
       beta: coefficient of the passive term, 0 or more.
@@ -485,7 +499,7 @@ def active_passive_loss(
     return rows.finish(unless_absent(nll, phi))
 
 
-# --- an example and its adversarial one --------------------------------------------------------------------
+# --- an example and its adversarial neighbour --------------------------------------------------------------
 
 
 def _squared_margin_change(log_p, log_q, change):
@@ -508,13 +522,13 @@ def smooth_adversarial_comp_sum_loss(
     """Smooth adversarial comp-sum loss: `comp_sum_loss(x, y) + nu ||d' - d||_2`, with margins `d_c = x_y - x_c`.
 
     The norm runs over the classes other than y; d' are the margins of the adversarial logits, which the caller
-    finds (by projected gradient ascent on the norm, say). Both arguments get gradients, and either may be
-    `linear_logits`. Where the two rows differ by a shift only, the norm and its gradient are 0. *Reconstructed* from
+    finds (by projected gradient ascent on the norm, say). Both arguments have gradients, and either may be
+    `linear_logits`. Where the two rows differ only by a shift, the norm and its gradient are 0. *Reconstructed* from
     the paper's standard definitions.
 
     Args:
       logits: `[*rows, columns]` of the examples, a floating array or `linear_logits`.
-      adversarial_logits: logits of the perturbed examples, of the same shape. A class that only they lack costs
+      adversarial_logits: logits of the perturbed examples, of the same shape. A class that is absent only here costs
         +inf.
       labels: class ids `[*rows]`, as in `cross_entropy`.
       tau: as in `comp_sum_loss`.
@@ -574,12 +588,12 @@ def trades_loss(
 ) -> Float[Array, "*rows"]:
     """TRADES: `cross_entropy(x, y) + beta KL(p || p')`, with p' the softmax of the adversarial logits.
 
-    Both arguments get gradients, and either may be `linear_logits`. `adversarial_brier_loss` is its counterpart in
+    Both arguments have gradients, and either may be `linear_logits`. `adversarial_brier_loss` is its counterpart in
     squared errors. *Reconstructed*: the standard form.
 
     Args:
       logits: `[*rows, columns]` of the examples, a floating array or `linear_logits`.
-      adversarial_logits: logits of the perturbed examples, of the same shape. A class that only they lack costs
+      adversarial_logits: logits of the perturbed examples, of the same shape. A class that is absent only here costs
         +inf.
       labels: class ids `[*rows]` or distributions of the logits' shape, as in `cross_entropy`.
       beta: coefficient of the divergence, 0 or more.

@@ -1,4 +1,8 @@
-"""Regularizers of routers in mixtures of experts. The first three are functions of a whole batch: scalars."""
+"""Routers of mixtures of experts.
+
+Losses that balance the load of the experts and keep a router's logits small. `load_balance_loss`, `importance_loss` and
+`modality_routing_kl` are functions of a whole batch and give a scalar; `router_z_loss` gives one value per token.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from jaxsoft.rows.inner import rows_of
 
 
 class _Shares(NamedTuple):
-    """Of the tokens that count: their mean router distribution, and the experts they may choose from.
+    """The mean router distribution of the tokens that count, and the experts that they may choose.
 
     Attributes:
       mean: `[experts]`, 0 where no token counts.
@@ -30,7 +34,7 @@ class _Shares(NamedTuple):
 
 
 def _shares(p: Array, present: Array, axis_name: Any) -> _Shares:
-    """`p` and `present` are `[tokens, experts]`; sums go over the devices of `axis_name`, too."""
+    """`p` and `present` are `[tokens, experts]`; the sums include the devices of `axis_name`."""
     sums = (
         jnp.sum(jnp.where(present, p, 0), axis=0),
         jnp.sum(present, axis=0).astype(p.dtype),
@@ -56,16 +60,16 @@ def load_balance_loss(
     where: Bool[Array, ...] | None = None,
     axis_name: Any = None,
 ) -> Float[Array, ""]:
-    """How unevenly a router loads the experts of a batch.
+    """Load balance of a router, `experts * sum_e f_e P_e`: how unevenly a batch loads the experts.
 
     With P the mean router distribution over the tokens and f the experts' shares of all top-k choices
-    (constants to the gradient):
+    (constants to the gradient), by `kind`:
 
     * `"switch"`: `experts * sum_e f_e P_e`, 1 at balance. V-MoE's gshard loss is this one with k = 1.
     * `"cv2"`: the squared coefficient of variation of P, `var_e(P) / mean_e(P)^2`, 0 at balance.
     * `"kl"`: `KL(P || uniform)`, 0 at balance.
 
-    The hard constraints of the paper below are not part of it.
+    The hard constraints of Pavlitska et al. are not included.
 
     Args:
       probabilities: `[*tokens, experts]`, the router's softmax (or, for `"cv2"`, the weights of a gate).
@@ -74,7 +78,7 @@ def load_balance_loss(
       axis: the axis of the experts.
       where: booleans that broadcast to the probabilities, True = counts: `keep[..., None]` leaves out tokens.
       axis_name: the mesh axes, inside `shard_map` or `pmap`, whose devices hold the other parts of the batch. P
-        and f are then averaged over all of it before they are multiplied.
+        and f are then averaged over the whole batch before they are multiplied.
 
     Returns:
       A scalar, float32 or wider; 0, with gradient 0, where no token counts.
@@ -120,7 +124,9 @@ def importance_loss(
     where: Bool[Array, ...] | None = None,
     axis_name: Any = None,
 ) -> Float[Array, ""]:
-    """The squared coefficient of variation of the experts' importance, their gates summed over the tokens.
+    """Importance loss: `var_e(I) / mean_e(I)^2` of the experts' importance I, their gates summed over the tokens.
+
+    The squared coefficient of variation: `load_balance_loss` of the kind `"cv2"`.
 
     Args:
       gates: `[*tokens, experts]`, weights of a gate such as `top_k_gate`, or the router's softmax.
@@ -158,27 +164,27 @@ def modality_routing_kl(
     where: Bool[Array, ...] | None = None,
     axis_name: Any = None,
 ) -> Float[Array, ""]:
-    """Holds the distance of two modalities' routing within a band: `relu(low - D) + relu(D - high)`.
+    """Keeps the distance of two modalities' routing within a band: `relu(low - D) + relu(D - high)`.
 
     D is the symmetric divergence `(KL(P_a || P_b) + KL(P_b || P_a)) / 2` of the modalities' mean router
     distributions. The divergence is the paper's; the mean, the band and its form are *reconstructed*.
 
     Args:
       probabilities: `[*tokens, experts]`, the router's softmax.
-      modality: `[*tokens]` booleans, which of the two modalities a token is of.
-      low: the least divergence that costs nothing, 0 or more.
+      modality: `[*tokens]` booleans: the modality of each token.
+      low: the smallest divergence that costs nothing, 0 or more.
       high: the largest one, `low` or more.
       axis: the axis of the experts.
       where: booleans that broadcast to the probabilities, True = counts.
       axis_name: as in `load_balance_loss`.
 
     Returns:
-      A scalar, float32 or wider; 0, with gradient 0, if a modality has no tokens. Infinite where an expert has the
+      A scalar, float32 or wider; 0, with gradient 0, if a modality has no tokens. Infinite if an expert has the
       probability 0 in one modality only.
 
     Raises:
       TypeError: an argument of a wrong dtype.
-      ValueError: an argument of a wrong shape, a band out of order.
+      ValueError: an argument of a wrong shape, or a `high` below `low`.
 
     Reference:
       Xia et al., "SMAR: Soft Modality-Aware Routing Strategy for MoE-based Multimodal Large Language Models
@@ -197,7 +203,7 @@ def modality_routing_kl(
     p, present = _flat(probabilities, axis, where, "modality_routing_kl")
     _checks.boolean("modality", modality)
     rows = rows_of(probabilities.shape, axis % probabilities.ndim)
-    _checks.shape("modality", modality, rows, "one boolean a token")
+    _checks.shape("modality", modality, rows, "one boolean per token")
     second = jnp.asarray(modality).reshape(-1, 1)
     a, b = (_shares(p, present & m, axis_name) for m in (~second, second))
     both = a.any & b.any
@@ -211,7 +217,7 @@ def modality_routing_kl(
 def router_z_loss(
     logits: Logits, *, axis: int = -1, where: Bool[Array, ...] | None = None
 ) -> Float[Array, "*tokens"]:
-    """The squared log-partition of each token's router logits, `logsumexp(h)^2`: keeps them small.
+    """The squared log-partition of each token's router logits, `logsumexp(h)^2`, which keeps the logits small.
 
     Args:
       logits: `[*tokens, experts]`, a floating array or `linear_logits`.

@@ -1,4 +1,9 @@
-"""Proper scores other than the logarithmic one, the entropy bonus, and scores of how hard an example is.
+"""Proper scores and example scores.
+
+Proper scores other than the logarithmic one (cross-entropy), the entropy bonus, and scores of how hard an example is.
+
+A score is proper if the expected loss is least where the prediction is the distribution of the labels. The example
+scores rank training data; they take the same arguments as losses and have gradients, but are not meant to be minimized.
 
 In the formulas `x` are the logits of a row, `y` its label, `p = softmax(x)`, and q the label as a distribution.
 """
@@ -22,14 +27,14 @@ from jaxsoft.losses.classification import Labels
 from jaxsoft.rows import Logits, RowReduction, reductions
 from jaxsoft.rows.reductions import LogPartition
 
-# The error of a class id y is a function of `1 - p_y = sigmoid(lse_O - x_y)` and of S, the sum of squares of the
+# The error for a class id y is a function of `1 - p_y = sigmoid(lse_O - x_y)` and of S, the sum of squares of the
 # softmax over the other classes O: `||p - e_y||^2 = (1 - p_y)^2 (1 + S)`. Nothing cancels, and the root is smooth.
 
 _SQUARES = reductions.sum_of_squared_probabilities()
 
 
 class _Others(NamedTuple):
-    """Of the columns other than the label: the log-sum-exp, in two parts, and the sum of squares of the softmax."""
+    """Statistics of the columns other than the label: log-sum-exp, in two parts, and sum of squares of the softmax."""
 
     shift: Array
     log_sum: Array
@@ -77,7 +82,7 @@ def _distance(term: Callable, partition: LogPartition, distributions: Array) -> 
 
 
 def _error(rows: Rows, norm: str, **more: RowReduction) -> tuple[Array, dict[str, Any]]:
-    """The norm `"l1"`, `"l2"` or `"squared l2"` of p - q, and the results of more reductions of the first pass."""
+    """The norm `"l1"`, `"l2"` or `"squared l2"` of p - q, and the results of the first pass, with those of `more`."""
     if rows.soft:
         out = rows.reduce({"label": rows.label_statistics(), **more})
         nll, partition = out["label"]
@@ -104,10 +109,10 @@ def brier_loss(
     weights: Float[Array, "*rows"] | None = None,
     ignore_index: int | None = IGNORE_INDEX,
 ) -> Float[Array, "*rows"]:
-    """Brier score: `sum_c (p_c - q_c)^2`, the squared error of the probabilities; `sum_c p_c^2 - 2 p_y + 1`.
+    """Brier score: `sum_c (p_c - q_c)^2`, the squared error of the probabilities.
 
-    A proper score. Class ids take one pass, label distributions two. For class ids it is evaluated without
-    cancellation: its relative error is small near 0, too.
+    A proper score. For class ids it is `sum_c p_c^2 - 2 p_y + 1`, computed in one pass and without cancellation: its
+    relative error is small near 0, too. Label distributions take two passes.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
@@ -157,13 +162,13 @@ def adversarial_brier_loss(
 ) -> Float[Array, "*rows"]:
     """SCORE: `brier_loss(x, q) + beta sum_c (p'_c - p_c)^2`, with p' the softmax of the adversarial logits.
 
-    `trades_loss` in squared errors, which obey the triangle inequality that the KL divergence lacks. Both arguments
-    get gradients, and either may be `linear_logits`. The label smoothing of the authors' code, 0 in their runs, is
-    that of the label distributions one passes.
+    `trades_loss` with squared errors, whose root obeys the triangle inequality; the KL divergence does not. Both
+    arguments have gradients, and either may be `linear_logits`. For the label smoothing of the authors' code (0 in
+    their runs), pass smoothed label distributions.
 
     Args:
       logits: `[*rows, columns]` of the examples, a floating array or `linear_logits`.
-      adversarial_logits: logits of the perturbed examples, of the same shape. A class that only they lack costs
+      adversarial_logits: logits of the perturbed examples, of the same shape. A class that is absent only here costs
         +inf.
       labels: class ids `[*rows]` or distributions of the logits' shape, as in `cross_entropy`.
       beta: coefficient of the second term, 0 or more: 4 in the authors' runs (1 by default in their code).
@@ -206,7 +211,7 @@ def spherical_score_loss(
     weights: Float[Array, "*rows"] | None = None,
     ignore_index: int | None = IGNORE_INDEX,
 ) -> Float[Array, "*rows"]:
-    """Spherical score: `-p_y / sqrt(sum_c p_c^2)`, a proper score between -1 (sure and right) and 0.
+    """Spherical score: `-p_y / sqrt(sum_c p_c^2)`, a proper score between -1 (certain and right) and 0.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
@@ -297,9 +302,9 @@ def el2n_score(
     weights: Float[Array, "*rows"] | None = None,
     ignore_index: int | None = IGNORE_INDEX,
 ) -> Float[Array, "*rows"]:
-    """EL2N: `||p - q||_2`, the norm of the error of the prediction; the root of `brier_loss`.
+    """EL2N: `||p - q||_2`, the norm of the error of the prediction, that is, the root of `brier_loss`.
 
-    Large for examples that are hard, or labelled wrongly. The paper takes its mean over several networks early in
+    Large for examples that are hard, or labelled wrongly. The paper takes the mean over several networks early in
     training and keeps the examples with the largest scores.
 
     Args:
@@ -356,14 +361,14 @@ def grand_score_linear(
     weights: Float[Array, "*rows"] | None = None,
     ignore_index: int | None = IGNORE_INDEX,
 ) -> Float[Array, "*rows"]:
-    """GraNd of the last layer alone: `el2n_score * ||h||_2`, h its input features, without any gradient.
+    """GraNd of the last layer alone: `el2n_score * ||h||_2`, h its input features, computed without a gradient.
 
     The gradient of cross-entropy for the weight of a linear layer is the outer product of h and `p - q`.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
       labels: class ids `[*rows]` or distributions of the logits' shape, as in `cross_entropy`.
-      features: `[*rows, d]`, what the last layer multiplies with its weight.
+      features: `[*rows, d]`, the inputs that the last layer multiplies with its weight.
       bias: whether the layer has a bias, whose gradient then counts: `sqrt(1 + ||h||^2)` in place of `||h||`.
       axis: the axis of the classes.
       where: class mask that broadcasts to the logits, True = counts. A label on a masked class scores +inf.
@@ -410,15 +415,15 @@ def grand_score(
       loss: `(params, *example) -> scalar`, the loss of a single example.
       params: a tree of floating arrays.
       *batch: arrays, or trees of them, with the examples along their first axis; `loss` gets them without it.
-      chunk_size: how many examples are differentiated at a time; by default all, which takes memory for as many
-        gradients of all parameters.
+      chunk_size: how many examples to differentiate at a time; None: all, which needs memory for one gradient of all
+        parameters per example.
 
     Returns:
       Scores `[examples]`, float32 or wider.
 
     Raises:
-      TypeError: no loss that can be called, a chunk size that is no static integer.
-      ValueError: a batch without arrays or of unequal sizes, a loss that is not scalar, a chunk size below 1.
+      TypeError: a loss that is not callable, or a chunk size that is not a static integer.
+      ValueError: a batch without arrays or of unequal sizes, a loss that is not scalar, or a chunk size below 1.
 
     Reference:
       Paul, Ganguli and Dziugaite, "Deep Learning on a Data Diet: Finding Important Examples Early in Training".
@@ -436,7 +441,7 @@ def grand_score(
         raise TypeError(f"loss must be a function (params, *example) -> scalar, got {_checks.describe(loss)}")
     sizes = {jnp.shape(a)[:1] for a in jax.tree.leaves(batch)}
     if len(sizes) != 1 or () in sizes:
-        raise ValueError(f"batch must hold arrays with one first axis of examples, got sizes {sorted(sizes)}")
+        raise ValueError(f"batch must hold arrays with the same first axis, got sizes {sorted(sizes)}")
     if chunk_size is not None:
         chunk_size = _checks.integer("chunk_size", chunk_size, at_least=1)
     example = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a)[1:], jnp.result_type(a)), batch)

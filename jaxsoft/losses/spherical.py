@@ -1,4 +1,7 @@
-"""The spherical family: losses that read a row only through sums of its logits and of their squares."""
+"""The spherical family.
+
+Losses that read a row only through the label's logit, the sum of the logits and the sum of their squares.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +30,14 @@ def spherical_z_loss(
     """The Z-loss: `softplus(a (b - z)) / a` of the label's standard score `z = (x_y - mean) / (std + eps)`.
 
     Invariant to shifts and to positive scales of the logits. It is not the log-partition regularizer that is
-    also called z-loss: that one is the option `z_loss` of `cross_entropy`. The form with a = 1, b = 0 is the
+    also called z-loss: that one is the option `z_loss` of `cross_entropy`. The form with a = 1, b = 0 is that of the
     authors' code; the two constants are *reconstructed* from the paper.
 
     Args:
-      logits: `[*rows, columns]`, a floating array or `linear_logits` (for which mean and variance need no logits,
-        where there are more rows than features).
+      logits: `[*rows, columns]`, a floating array or `linear_logits` (whose mean and variance are computed without the
+        logits if there are more rows than features).
       labels: class ids `[*rows]`, as in `cross_entropy`.
-      a: how hard the loss saturates, positive.
+      a: how sharply the loss saturates, positive.
       b: the standard score to aim at. The paper tunes (a, b); a small a with a large b favours top-k accuracy.
       eps: added to the standard deviation (population, divisor C).
       axis: the axis of the classes.

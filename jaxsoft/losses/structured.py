@@ -1,10 +1,14 @@
-"""Losses over hidden alignments and ordered classes: transducers, hidden Markov models, proportional odds.
+"""Alignments and ordered classes.
+
+Losses of a sequence whose alignment is hidden, summed over all alignments (transducers and hidden Markov models), and
+of classes that have an order (proportional odds). The logits of a transducer's joint network,
+`[batch, frames, labels + 1, vocabulary]`, may be `linear_logits`: they are then never stored.
 
 A transducer and a left-to-right Markov model are the same recursion over a lattice of steps and states,
 
     a(t, s) = a(t-1, s) + stay(t-1, s)  (+)  a(t-1, s-1) + move(t-1, s-1),
 
-in log space, where (+) adds probabilities or keeps the better path. The derivative of its result are the
+in log space, where (+) adds probabilities or keeps the better path. The derivatives of its result are the
 occupancies: the share of all paths that use an arc. JAX finds them by differentiating the loop.
 """
 
@@ -50,11 +54,11 @@ def _start(like: Array) -> Array:
 
 
 def _lengths(name: str, lengths, batch: tuple[int, ...], most: int) -> tuple[Array, Array]:
-    """Checked lengths `[*batch]`, all of them `most` for None; and whether they lie in [0, most]."""
+    """Checked lengths `[*batch]` (None: `most` for every example), and whether they lie in [0, most]."""
     if lengths is None:
         return jnp.full(batch, most, jnp.int32), jnp.ones(batch, bool)
     _checks.integers(name, lengths)
-    _checks.shape(name, lengths, batch, "one length an example")
+    _checks.shape(name, lengths, batch, "one length per example")
     lengths = as_ids(lengths)
     return lengths, (lengths >= 0) & (lengths <= most)
 
@@ -77,29 +81,28 @@ def transducer_loss(
     topology: str = "rnnt",
     weights: Float[Array, "*batch"] | None = None,
 ) -> Float[Array, "*batch"]:
-    """Transducer loss: `-log` of the probability of the labels, summed over all alignments with the frames.
+    """Transducer loss: `-log sum over alignments of prod p`, the probability of the labels given the frames.
 
-    At frame t, with u labels already said, the joint network scores the next label or a blank, which moves on to
-    the next frame. Only the log-probabilities of the blank and of one label a node are read, so that for
-    `linear_logits` the array `[*batch, frames, labels + 1, vocabulary]` is never stored.
+    At frame t, after u labels, the joint network scores the next label and a blank, which moves on to the next frame.
+    Only the log-probabilities of the blank and of one label per node are read, so that for `linear_logits` the array
+    `[*batch, frames, labels + 1, vocabulary]` is never stored.
 
     Args:
-      logits: `[*batch, frames, labels + 1, vocabulary]`, a floating array or `linear_logits`; log-probabilities
-        will do, their softmax is themselves. (For log-probabilities that do not come from one softmax:
-        `transducer_lattice_loss`.)
+      logits: `[*batch, frames, labels + 1, vocabulary]`, a floating array or `linear_logits`. Log-probabilities from
+        one softmax may be passed, too: normalizing them changes nothing. (For others see `transducer_lattice_loss`.)
       labels: `[*batch, labels]` class ids. One out of range gives NaN, and an error under `checkify`.
       blank: the class id of the blank.
-      input_lengths: `[*batch]`, the frames of each example; what lies behind has no effect. An example without
+      input_lengths: `[*batch]`, the number of frames of each example; later frames have no effect. An example without
         frames costs 0.
-      label_lengths: `[*batch]`, the labels of each example.
+      label_lengths: `[*batch]`, the number of labels of each example.
       reduction: over the alignments: `"sum"`, or `"max"` for the best one.
-      topology: `"rnnt"`, any number of labels a frame, a blank ends the frame; or `"monotonic"`, a label ends it,
-        too, so at most one label a frame. (CTC, in which labels may repeat, is `optax.ctc_loss`.)
+      topology: `"rnnt"`: any number of labels per frame, a blank ends the frame; or `"monotonic"`: a label ends it,
+        too, so at most one label per frame. (CTC, in which labels may repeat, is `optax.ctc_loss`.)
       weights: `[*batch]`, multiply the losses.
 
     Returns:
-      Losses `[*batch]`, float32 or wider; +inf, with gradient 0, where there is no alignment (more labels than
-      frames for `"monotonic"`).
+      Losses `[*batch]`, float32 or wider; +inf, with gradient 0, if there is no alignment (for `"monotonic"`, if there
+      are more labels than frames).
 
     Raises:
       TypeError: an argument of a wrong type or dtype.
@@ -163,21 +166,21 @@ def transducer_lattice_loss(
 ) -> Float[Array, "*batch"]:
     """Transducer loss of the log-probabilities at each node: `-log sum over alignments of their product`.
 
-    `transducer_loss` for what it reads of its logits, wherever that comes from: a blank with a probability of its
-    own, say. From a head that is never stored, `jaxsoft.log_prob` gathers it, as in the example. The gradient
-    with respect to a log-probability is minus the share of the alignments that use it, its occupancy.
+    `transducer_loss` of the log-probabilities that it reads, which may come from elsewhere: if the blank has its own
+    probability, say. `jaxsoft.log_prob` gathers them from logits that are never stored, as in the example. The gradient
+    for a log-probability is minus the share of the alignments that use it, its occupancy.
 
     Args:
       blank_log_probs: `[*batch, frames, labels + 1]`, of the blank at frame t after u labels.
       label_log_probs: `[*batch, frames, labels]`, of the next label there.
-      input_lengths: `[*batch]`, the frames of each example; what lies behind has no effect, whatever it holds.
-      label_lengths: `[*batch]`, the labels of each example. A length out of range gives NaN.
+      input_lengths: `[*batch]`, the number of frames of each example; later frames have no effect, even NaN.
+      label_lengths: `[*batch]`, the number of labels of each example. A length out of range gives NaN.
       reduction: `"sum"` or `"max"`, as in `transducer_loss`.
       topology: `"rnnt"` or `"monotonic"`, as in `transducer_loss`.
       weights: `[*batch]`, multiply the losses.
 
     Returns:
-      Losses `[*batch]`, float32 or wider; +inf, with gradient 0, where there is no alignment.
+      Losses `[*batch]`, float32 or wider; +inf, with gradient 0, if there is no alignment.
 
     Raises:
       TypeError: an argument of a wrong type or dtype.
@@ -213,17 +216,17 @@ def transducer_lattice_loss(
     dtype = accumulation_dtype(blank_log_probs.dtype, label_log_probs.dtype)
     if weights is not None:
         _checks.floating("weights", weights)
-        _checks.shape("weights", weights, batch, "one number an example")
+        _checks.shape("weights", weights, batch, "one number per example")
 
-    # Behind its last frame an alignment waits, with blanks of probability 1 and no labels. One more frame and one
-    # more label are there for all to wait at.
+    # After its last frame an alignment waits, with blanks of probability 1 and no labels. The lattice has one more
+    # frame and one more label, where every alignment can wait.
     frame, state = _nodes(frames, nodes)
     heard, left = frame < input_length[..., None, None], label_length[..., None, None] - state
     blank = jnp.where(heard, jnp.where(left >= 0, blank_log_probs.astype(dtype), -jnp.inf), 0)
     label = jnp.where(heard & (left[..., :-1] > 0), label_log_probs.astype(dtype), -jnp.inf)
     label = _padded(label, -1, -jnp.inf)
     if topology == "rnnt":
-        # Along the diagonals d = t + u, a label does not stay in its frame but moves on as a blank does.
+        # The steps are the diagonals d = t + u: a label moves on to the next one, as a blank does.
         blank, label = _padded(blank, -2, 0.0), _padded(label, -2, -jnp.inf)
         t = jnp.arange(frames + nodes - 1)[:, None] - state
         t = jnp.where((t >= 0) & (t < frames), t, frames)
@@ -235,7 +238,7 @@ def transducer_lattice_loss(
 
 
 def _nodes(frames: int, nodes: int) -> tuple[Array, Array]:
-    """The frame of each node, `[frames, 1]`, and the labels said there, `[nodes]`."""
+    """The frame of each node, `[frames, 1]`, and the number of labels before it, `[nodes]`."""
     return jnp.arange(frames)[:, None], jnp.arange(nodes)
 
 
@@ -259,21 +262,21 @@ def hmm_log_likelihood(
 ) -> Float[Array, "*batch"]:
     """Log-likelihood of a left-to-right hidden Markov model without skips, `log sum over paths of prod b q`.
 
-    A path starts in state 0, and at each frame stays, or moves on to the next state with the probability
-    `q = sigmoid(move_logits)`. Minus this, with emissions and moves from a network, trains a neural HMM.
+    A path starts in state 0. At each frame it stays, or moves on to the next state with the probability
+    `q = sigmoid(move_logits)`. Its negative, with emissions and moves from a network, trains a neural HMM.
 
     Args:
       log_emissions: `[*batch, frames, states]`, the log-densities of the frames in the states.
       move_logits: broadcasts to `log_emissions`: `[states]`, or `[*batch, frames, states]` if the probability of
         moving on from a state depends on the frame it is left in.
       end: where a path may end: `"last"`, in the last state; `"exit"`, by moving out of it; `"any"`, anywhere.
-      input_lengths: `[*batch]`, the frames of each example; what lies behind has no effect. An example without
+      input_lengths: `[*batch]`, the number of frames of each example; later frames have no effect. An example without
         frames gives 0.
-      state_lengths: `[*batch]`, the states of each example, 1 or more. A length out of range gives NaN.
+      state_lengths: `[*batch]`, the number of states of each example, 1 or more. A length out of range gives NaN.
 
     Returns:
-      `[*batch]`, float32 or wider: a log-likelihood, to be maximized; -inf, with gradient 0, where no path ends as
-      asked.
+      `[*batch]`, float32 or wider: a log-likelihood, to be maximized; -inf, with gradient 0, if no path ends as `end`
+      requires.
 
     Raises:
       TypeError: an argument of a wrong type or dtype.
@@ -343,14 +346,13 @@ def proportional_odds_loss(
 ) -> Float[Array, "*rows"]:
     """Negative log-likelihood of ordered classes, `-log P(y = k)` with `P(y <= k) = sigmoid(threshold_k - score)`.
 
-    The differences of sigmoids are taken in log space: exact for scores far from the thresholds, and for
-    thresholds close to each other. Increasing thresholds come from free parameters r by
-    `jnp.cumsum(jnp.append(r[:1], jax.nn.softplus(r[1:])))`.
+    That is `-log(sigmoid(threshold_k - score) - sigmoid(threshold_{k-1} - score))`. The difference is taken in log
+    space: exact for scores far from the thresholds, and for thresholds close to each other. For increasing thresholds
+    from free parameters r, use `jnp.cumsum(jnp.append(r[:1], jax.nn.softplus(r[1:])))`.
 
     Args:
-      scores: `[*rows]`, one score an example, as in proportional odds; or `[*rows, thresholds]`, one for each
-        threshold, as where each has slopes of its own (keep these near each other by
-        `proportional_odds_penalty`).
+      scores: `[*rows]`, one score per example, as in proportional odds; or `[*rows, thresholds]`, one per threshold, if
+        each threshold has its own slopes (`proportional_odds_penalty` keeps these close to each other).
       labels: `[*rows]` class ids from 0 to the number of thresholds. An id out of range gives NaN, in value and
         gradient, and an error under `checkify`.
       thresholds: `[classes - 1]`, increasing.
@@ -358,8 +360,8 @@ def proportional_odds_loss(
       ignore_index: class id of examples to leave out; None: there is no such id.
 
     Returns:
-      Losses `[*rows]`, float32 or wider; +inf, with gradient 0, where the label lies between two thresholds that
-      are equal or out of order.
+      Losses `[*rows]`, float32 or wider; +inf, with gradient 0, if the label lies between two thresholds that are equal
+      or out of order.
 
     Raises:
       TypeError: an argument of a wrong type or dtype.
@@ -382,13 +384,13 @@ def proportional_odds_loss(
         raise ValueError(f"thresholds must have shape [classes - 1], got shape {thresholds.shape}")
     count = len(thresholds)
     if scores.ndim != labels.ndim or scores.shape != labels.shape:
-        meaning = "the labels' shape, or with an axis of the thresholds more"
+        meaning = "the labels' shape, or that with a last axis of the thresholds"
         _checks.shape("scores", scores, (*labels.shape, count), meaning)
     else:
         scores = scores[..., None]
     if weights is not None:
         _checks.floating("weights", weights)
-        _checks.shape("weights", weights, labels.shape, "one number an example")
+        _checks.shape("weights", weights, labels.shape, "one number per example")
     if ignore_index is not None:
         ignore_index = _checks.integer("ignore_index", ignore_index)
     check_range("labels", labels, count + 1, ignore_index)
@@ -400,7 +402,7 @@ def proportional_odds_loss(
     poison = jnp.where(in_range, 1, jnp.nan)
     thresholds = thresholds.astype(dtype)
     cuts = (thresholds - scores) * poison[..., None]
-    # The gap below each cut, without the rounding of the cuts; 0 where the scores are shared.
+    # The gap below each cut, free of the rounding of the cuts (the scores add 0 to it if all thresholds share them).
     gaps = _step(thresholds) - _step(jnp.broadcast_to(scores, cuts.shape))
 
     # log(sigmoid(a) - sigmoid(b)) = log sigmoid(a) + log sigmoid(-b) + log(1 - e^(b - a))
@@ -419,7 +421,7 @@ def _step(a: Array) -> Array:
 
 
 def _log_one_minus_exp(gap: Array) -> Array:
-    """`log(1 - e^-gap)` for a gap above 0; 0 for one that is not, or infinite."""
+    """`log(1 - e^-gap)` for a positive finite gap; 0 for any other."""
     some = (gap > 0) & (gap < jnp.inf)
     gap = jnp.where(some, gap, 1)
     small = gap < 0.5
@@ -428,13 +430,13 @@ def _log_one_minus_exp(gap: Array) -> Array:
 
 
 def proportional_odds_penalty(slopes: Float[Array, " thresholds *features"]) -> Float[Array, ""]:
-    """`sum_k |slopes_{k+1} - slopes_k|_1`: draws the slopes of neighbouring thresholds together.
+    """`sum_k |slopes_{k+1} - slopes_k|_1`: pulls the slopes of neighbouring thresholds together.
 
-    0 where all thresholds share their slopes, which is proportional odds; a fused lasso reaches that exactly for
-    most of them.
+    It is 0 if all thresholds share their slopes, which is proportional odds; like any fused lasso it can make most
+    neighbouring slopes exactly equal.
 
     Args:
-      slopes: `[thresholds, *features]`, what multiplies the features for each threshold.
+      slopes: `[thresholds, *features]`, the coefficients of the features for each threshold.
 
     Returns:
       A scalar, float32 or wider, to be multiplied with a coefficient. Its gradient is 0 at equal slopes.

@@ -1,4 +1,4 @@
-"""Cross-entropy whose gradient has unit variance (u-muP)."""
+"""Unit-scaled cross-entropy (u-muP)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from jaxsoft.rows import Logits
 def unit_scaled_cross_entropy(
     logits: Logits, labels: Labels, *, multiplier: float = 1.0, axis: int = -1, **options: Any
 ) -> Float[Array, "*rows"]:
-    """Cross-entropy of `m x`, with a gradient of variance near 1: that of the loss, times `V / sqrt(V - 1)`.
+    """Cross-entropy of `m x` with its gradient multiplied by `V / sqrt(V - 1)`, for a variance near 1.
 
-    At the start of training the gradient for a logit is `1 / V`, or that less 1 for the label: its variance over the V
-    classes is `(V - 1) / V^2`. The factor undoes this; under u-muP the loss is then summed, not averaged, backward:
-    with `mean()` multiply the gradient, or the loss, by the number of rows.
+    At the start of training the gradient for a logit is `1 / V`, or `1 / V - 1` for the label: its variance over the V
+    classes is `(V - 1) / V^2`, which the factor cancels. In the backward pass u-muP sums the losses and does not
+    average them: with `mean()`, multiply the gradient, or the loss, by the number of rows.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.

@@ -1,4 +1,8 @@
-"""Which examples and which classes count: weights from losses, constraints, bag proportions, shrunk class spaces."""
+"""Weights, constraints, weak labels.
+
+Which examples and classes count, and how much: from the losses of the examples, from constraints on each loss, from the
+proportions of labels in bags, from the certainty of pseudo-labels.
+"""
 
 from __future__ import annotations
 
@@ -35,24 +39,25 @@ def loss_based_weights(
 ) -> Float[Array, "*batch"]:
     """Weights of the examples of a batch from their losses, `softmax(f(h) / temperature)` over the batch.
 
-    h are the losses, scaled linearly so that the batch's least is -delta and its largest delta. The strategies are
+    h are the losses, scaled linearly so that the smallest of the batch is -delta and the largest delta. The strategies
+    are
 
-    * `"linupper"`: `f = min(h + delta, delta)`: low losses count little, those above the middle all alike;
+    * `"linupper"`: `f = min(h + delta, delta)`: low losses count little, all losses above the middle equally;
     * `"mid"`: `1 - h^2 / delta^2`; `"upper"`: `(h + delta) / 2`; `"extremes"`: `|h|`.
 
     The weights are constants to the gradient: `jnp.sum(weights * losses)` is the loss to minimize. The paper begins
     with a phase of uniform weights, and averages each sequence's loss over its tokens first.
 
     Args:
-      losses: of any shape, one an example; the batch is all of it.
+      losses: of any shape, one per example; the batch is the whole array.
       strategy: which of the four.
       delta: half the range of h, positive.
-      temperature: positive; large ones make the weights uniform (the strength of the paper's KL regularizer).
+      temperature: positive; a large one makes the weights uniform (the strength of the paper's KL regularizer).
       where: booleans that broadcast to the losses, True = counts.
       axis_name: the mesh axes, inside `shard_map` or `pmap`, whose devices hold the other parts of the batch.
 
     Returns:
-      Weights of the losses' shape, float32 or wider, which sum to 1 over the batch; 0 where masked, uniform where all
+      Weights of the losses' shape, float32 or wider, which sum to 1 over the batch; 0 where masked, uniform if all
       losses are equal.
 
     Raises:
@@ -107,12 +112,12 @@ def feasible_learning_loss(
 ) -> Float[Array, "*batch"]:
     """Feasible learning: the terms `lambda_i (l_i - epsilon)` of the Lagrangian of the constraints `l_i <= epsilon`.
 
-    No loss is averaged: every example is to be fitted well enough, and none better than that. The multipliers are
-    constants to the gradient; after each step on the sum of the terms they make one of their own, by
-    `feasible_dual_update`. They are kept for the whole training set; a batch reads and updates its own.
+    No loss is averaged: every example should be fitted well enough, and no example better than that. The multipliers
+    are constants to the gradient; after each step on the sum of the terms, `feasible_dual_update` updates them. They
+    are kept for the whole training set; a batch reads and updates those of its examples.
 
     Args:
-      losses: of any shape, one an example.
+      losses: of any shape, one per example.
       multipliers: of the same shape, 0 or more, initially 0.
       epsilon: the bound of the losses, a number or of the losses' shape.
       where: booleans that broadcast to the losses, True = counts.
@@ -149,9 +154,9 @@ def feasible_dual_update(
 ) -> Float[Array, "*batch"]:
     """One step of dual ascent for `feasible_learning_loss`, `max(lambda + learning_rate (l - epsilon), 0)`.
 
-    Resilient feasible learning relaxes each bound by a slack of cost `resilience / 2 |u|^2`, whose best value is
-    `lambda / resilience`: the step is then that of `l - epsilon - lambda / resilience`, a weight decay of the
-    multipliers, which cannot grow forever on examples that no model fits.
+    Resilient feasible learning relaxes each bound by a slack u at the cost `resilience / 2 |u|^2`. The best slack is
+    `lambda / resilience`, and the step that of `l - epsilon - lambda / resilience`: a weight decay of the multipliers,
+    which then cannot grow forever on examples that no model fits.
 
     Args:
       multipliers: of any shape, 0 or more.
@@ -206,13 +211,14 @@ def easy_llp_weights(
 ) -> Float[Array, ...]:
     """EasyLLP: the weight of a class for each example of a bag, `k (alpha - p) + p`.
 
-    alpha is the class's proportion in the bag, p its prior, k the size of the bag. Over bags of independent examples
-    the losses weighted so have the mean of the supervised loss. For two classes with losses l1 and l0,
-    `w * l1 + (1 - w) * l0`. Weights may be negative. *Reconstructed* from the standard unbiased estimator.
+    alpha is the class's proportion in the bag, p its prior, k the bag size. Over bags of independent examples, the
+    losses with these weights have the same mean as the supervised loss. For two classes with losses l1 and l0 the
+    weighted loss is `w * l1 + (1 - w) * l0`. Weights may be negative. *Reconstructed* from the standard unbiased
+    estimator.
 
     Args:
-      proportions: alpha, any shape: of each example's bag.
-      priors: p, which broadcasts with the proportions: of the population.
+      proportions: alpha, of any shape: the proportions in each example's bag.
+      priors: p, the proportions in the population, which broadcast with `proportions`.
       bag_size: k, a positive number, or an array that broadcasts with the proportions; for `proportions`
         `[*rows, columns]` and bags of different sizes, `[*rows, 1]`.
 
@@ -266,8 +272,9 @@ def easy_llp_loss(
 ) -> Float[Array, "*rows"]:
     """EasyLLP of a softmax: cross-entropy with the `easy_llp_weights` as labels, `-sum_c w_c log p_c`.
 
-    An unbiased estimate of the supervised cross-entropy where only the proportions of the classes in bags of examples
-    are known. A value may be negative, and a single one is noisy: the variance grows with the bag.
+    The weights are `w_c = k (alpha_c - prior_c) + prior_c`, with the proportions alpha in a bag of k. An unbiased
+    estimate of the supervised cross-entropy if only the proportions of the classes in bags of examples are known. A
+    value may be negative, and a single value is noisy: the variance grows with the bag size.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
@@ -300,9 +307,9 @@ def easy_llp_loss(
     _checks.floating("proportions", proportions)
     _checks.shape("proportions", proportions, logits.shape, "the shape of the logits")
     _checks.floating("priors", priors)
-    _checks.shape("priors", priors, (logits.shape[axis],), "one number a class")
+    _checks.shape("priors", priors, (logits.shape[axis],), "one number per class")
     if getattr(bag_size, "ndim", 0) > 0:
-        _checks.shape("bag_size", bag_size, rows_of(logits.shape, axis), "a number, or one an example")
+        _checks.shape("bag_size", bag_size, rows_of(logits.shape, axis), "a number, or one per example")
         bag_size = jnp.expand_dims(bag_size, -1)
     q = easy_llp_weights(jnp.moveaxis(proportions, axis, -1), priors=priors, bag_size=bag_size)
     rows = prepare(logits, jnp.moveaxis(q, -1, axis), axis=axis, where=where, weights=weights)
@@ -318,14 +325,15 @@ def shrink_class_space_loss(
     where: Bool[Array, ...] | None = None,
     weights: Float[Array, "*rows"] | None = None,
 ) -> Float[Array, "*rows"]:
-    """ShrinkMatch: pseudo-labels for uncertain examples, made certain by leaving out the classes confused with them.
+    """ShrinkMatch: `q_j l` over j and the classes left beside it, j the most likely class of a weak view's q.
 
-    Of the weak view's classes, in the order of their probabilities, those of rank 1, 2, ... are removed until that of
-    rank 0 has at least the threshold of what is left; at least one rival stays. The loss is the cross-entropy of the
-    strong view among the classes that are left, times the probability of rank 0 among all. It is 0 where the weak
-    view is certain as it is (these examples have a plain cross-entropy with pseudo-labels beside this loss), and where
-    nothing suffices. The paper multiplies its mean by a moving average of the share of certain examples, and takes
-    the strong logits from an auxiliary head.
+    Pseudo-labels for uncertain examples, made certain by removing confusing classes. The weak view's classes are ranked
+    by probability, and those of rank 1, 2, ... are removed until class j, of rank 0, has at least the share `threshold`
+    of the remaining probability; at least one rival stays. The loss is the cross-entropy `l` of the strong view with
+    the label j among the remaining classes, times the probability `q_j` of j among all classes. It is 0 if the weak
+    view is certain without removals (such examples get a plain cross-entropy with pseudo-labels beside this loss), and
+    if no removal suffices. The paper multiplies the mean of the loss by a moving average of the share of certain
+    examples, and takes the strong logits from an auxiliary head.
 
     Args:
       strong_logits: `[*rows, columns]`, a floating array or `linear_logits`.
