@@ -170,22 +170,22 @@ def trace(function: Callable, args: tuple, kwargs: dict[str, Any]) -> Trace | No
     """Traces a call of a loss in which all logits are expressions; None if it takes none."""
     bound = inspect.signature(function, follow_wrapped=False).bind(*args, **kwargs)
     logits = {k: v for k, v in bound.arguments.items() if "Logits" in str(function.__annotations__.get(k))}
-    stored, tree = jax.tree.flatten(logits, is_leaf=lambda a: hasattr(a, "shape"))
-    stored = [a if getattr(a, "ndim", 0) and jnp.issubdtype(a.dtype, jnp.floating) else None for a in stored]
-    if not any(a is not None for a in stored):
+    leaves, tree = jax.tree.flatten(logits, is_leaf=lambda a: hasattr(a, "shape"))
+    heads: dict[int, tuple] = {}  # hidden and weight, by the logits' place
+    for i, a in enumerate(leaves):
+        if getattr(a, "ndim", 0) and jnp.issubdtype(a.dtype, jnp.floating):
+            shapes = (*a.shape[:-1], FEATURES[len(heads)]), (FEATURES[len(heads)], a.shape[-1])
+            heads[i] = tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    if not heads:
         return None
-    heads = [
-        a if a is None else (jnp.ones((*a.shape[:-1], d)), jnp.ones((d, a.shape[-1])))
-        for a, d in zip(stored, FEATURES)
-    ]
 
     def value(heads):
-        expressions = [None if head is None else jaxsoft.linear_logits(*head) for head in heads]
-        bound.arguments.update(jax.tree.unflatten(tree, expressions))
+        given = [jaxsoft.linear_logits(*heads[i]) if i in heads else a for i, a in enumerate(leaves)]
+        bound.arguments.update(jax.tree.unflatten(tree, given))
         out = function(*bound.args, **bound.kwargs)
         return sum(jnp.sum(a) for a in jax.tree.leaves(out) if jnp.issubdtype(a.dtype, jnp.floating))
 
-    sizes = {head[0].size * head[1].shape[1] for head in heads if head is not None}
+    sizes = {hidden.size * weight.shape[1] for hidden, weight in heads.values()}
     with recorded() as passes:
         try:
             of_value = products(jax.make_jaxpr(value)(heads).jaxpr, sizes)
