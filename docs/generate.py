@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs"), str(ROOT / "tests")]
 
+import loss_table  # noqa: E402
+
 PACKAGES = ["jaxsoft"] + [
     f"jaxsoft.{name}"
     for name in ("attention", "kernels", "losses", "merging", "normalizers", "norms", "optimizers", "rows")
@@ -34,15 +36,35 @@ class Export(NamedTuple):
 
     Attributes:
       names: its public names, the one that documents it first.
+      thing: the object.
       module: where it is defined.
       line: at which line.
-      summary: the first line of its docstring.
     """
 
     names: tuple[str, ...]
+    thing: Any
     module: str
     line: int
-    summary: str
+
+    @property
+    def doc(self) -> str:
+        """Its docstring."""
+        return "" if self.thing.__doc__ == type(self.thing).__doc__ else inspect.getdoc(self.thing) or ""
+
+    @property
+    def name(self) -> str:
+        """Its name without the package."""
+        return self.names[0].rpartition(".")[2]
+
+    @property
+    def link(self) -> str:
+        """A link to where it is documented."""
+        return f"[`{self.name}`][{self.names[0]}]"
+
+    @property
+    def summary(self) -> str:
+        """The first line of its docstring, as a cell of a table."""
+        return cell(self.doc.partition("\n")[0])
 
 
 # --- what the library exports -------------------------------------------------------------------------------
@@ -68,11 +90,11 @@ def exported(package: str) -> list[str]:
     return [n for n in names if n[:2] != "__" and not inspect.ismodule(getattr(module, n))]
 
 
-def _defined_in(name: str, thing: Any) -> str:
+def _defined_in(name: str, thing: Any) -> ModuleType:
     """The module that defines a thing under the name."""
     for module in [m for n, m in sorted(sys.modules.items()) if n.split(".")[0] == "jaxsoft"]:
         if getattr(module, name, None) is thing and name in _definitions(module):
-            return module.__name__
+            return module
     raise ValueError(f"no module of jaxsoft defines {name}")
 
 
@@ -80,19 +102,17 @@ def _defined_in(name: str, thing: Any) -> str:
 def exports() -> list[Export]:
     """All exports, in the order of their definition."""
     names: dict[tuple[str, int], list[str]] = {}
+    things = {}
     for package in (*PACKAGES, *MODULES):
         for name in exported(package):
             thing = getattr(importlib.import_module(package), name)
             names.setdefault((name, id(thing)), []).append(f"{package}.{name}")
+            things[id(thing)] = thing
     found = []
-    for (name, _), all_names in names.items():
+    for (name, key), all_names in names.items():
+        module = _defined_in(name, things[key])
         all_names.sort(key=lambda n: (n.count("."), n))
-        package = all_names[0].rpartition(".")[0]
-        thing = getattr(sys.modules[package], name)
-        module = _defined_in(name, thing)
-        doc = None if thing.__doc__ == type(thing).__doc__ else inspect.getdoc(thing)
-        summary = (doc or "").partition("\n")[0]
-        found.append(Export(tuple(all_names), module, _definitions(sys.modules[module])[name], summary))
+        found.append(Export(tuple(all_names), things[key], module.__name__, _definitions(module)[name]))
     return sorted(found, key=lambda e: (e.module, e.line))
 
 
@@ -139,14 +159,9 @@ def overview_page(package: str) -> str:
     own = [e for e in exports() if any(name.rpartition(".")[0] in places for name in e.names)]
     for module, members in by_module(own).items():
         lines.append(f"## [{heading(module)[0]}]({up}{address(module)})\n\n| | |\n| --- | --- |")
-        lines += [f"| {link(export)} | {cell(export.summary)} |" for export in members]
+        lines += [f"| {export.link} | {export.summary} |" for export in members]
         lines.append("")
     return "\n".join(lines)
-
-
-def link(export: Export) -> str:
-    """A link to where an export is documented."""
-    return f"[`{export.names[0].rpartition('.')[2]}`][{export.names[0]}]"
 
 
 def cell(text: str) -> str:
@@ -207,45 +222,38 @@ def reference(docstring: str) -> str:
 
 
 def table_line(export: Export, options: str, trace: Any) -> str:
-    """A line of the table."""
-    name = link(export) + (f", {options}" if options else "")
-    doc = inspect.getdoc(getattr(sys.modules["jaxsoft.losses"], export.names[0].rpartition(".")[2])) or ""
-    paper = "" if options else reference(doc)
-    about = [] if options else [cell(export.summary)]
-    what = "<br>".join([name, *about, *([f"<small>{cell(paper)}</small>"] if paper else [])])
-    if trace is None:
-        return f"| {what} | - | - | - |"
-    passes = [", ".join(n if " " in n else f"`{n}`" for n in names) for names in trace.passes]
-    return f"| {what} | {'<br>'.join(passes)} | {trace.value} | {trace.gradient} |"
+    """A line of the table; a loss with other options has neither formula nor reference again."""
+    what = [f"{export.link}, {options}"]
+    if not options:
+        what = [export.link, export.summary]
+        if paper := reference(export.doc):
+            what.append(f"<small>{cell(paper)}</small>")
+    cells = ["-", "-", "-"]
+    if trace is not None:
+        passes = [", ".join(n if " " in n else f"`{n}`" for n in names) for names in trace.passes]
+        cells = ["<br>".join(passes), trace.value, trace.gradient]
+    return f"| {'<br>'.join(what)} | {' | '.join(map(str, cells))} |"
 
 
 def table_page(rows: Iterable[tuple[str, str, Any]]) -> str:
     """The table of losses, from the rows of `loss_table.rows`."""
-    lines: dict[str, list[str]] = {}
-    for name, options, trace in rows:
-        lines.setdefault(name, []).append(table_line(find(f"jaxsoft.losses.{name}"), options, trace))
+    by_name: dict[str, list[tuple[str, Any]]] = {}
+    for name, *row in rows:
+        by_name.setdefault(f"jaxsoft.losses.{name}", []).append(tuple(row))
     text = [HEAD]
-    own = [e for e in exports() if any(n.startswith("jaxsoft.losses.") for n in e.names)]
-    for module, members in by_module(own).items():
+    for module, members in by_module(e for e in exports() if set(e.names) & set(by_name)).items():
         text.append(
             f"\n## {heading(module)[0]}\n\n| loss | reads | forward | backward |\n| --- | --- | --- | --- |"
         )
-        text += [line for e in members for line in lines[e.names[0].rpartition(".")[2]]]
+        for export in members:
+            text += [table_line(export, *row) for name in export.names for row in by_name.get(name, [])]
     return "\n".join([*text, ""])
-
-
-def find(name: str) -> Export:
-    """The export of a public name."""
-    return next(e for e in exports() if name in e.names)
 
 
 @functools.cache
 def losses_table() -> str:
     """The page of the table of losses."""
-    import loss_table
-    from conformance.table import ENTRIES
-
-    return table_page(loss_table.rows(ENTRIES))
+    return table_page(loss_table.rows())
 
 
 # --- links from code in the text ----------------------------------------------------------------------------
@@ -262,11 +270,8 @@ def _targets() -> dict[str, str]:
             parts = name.split(".")
             for i in range(len(parts)):
                 targets.setdefault(".".join(parts[i:]), set()).add(export.names[0])
-    arguments = set()
-    for export in exports():
-        thing = getattr(sys.modules[export.names[0].rpartition(".")[0]], export.names[0].rpartition(".")[2])
-        if inspect.isfunction(thing):
-            arguments |= set(inspect.signature(thing).parameters)
+    functions = [export.thing for export in exports() if inspect.isfunction(export.thing)]
+    arguments = {name for function in functions for name in inspect.signature(function).parameters}
     return {name: next(iter(t)) for name, t in targets.items() if len(t) == 1 and name not in arguments}
 
 

@@ -19,6 +19,8 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+from conformance.entry import make_inputs
+from conformance.table import ENTRIES
 
 import jaxsoft
 from jaxsoft import losses
@@ -56,14 +58,6 @@ class Trace(NamedTuple):
     passes: tuple[tuple[str, ...], ...]
     value: Products
     gradient: Products
-
-
-class Row(NamedTuple):
-    """A row of the table: a loss with some options. `trace` is None if no logits are streamed."""
-
-    name: str
-    options: str
-    trace: Trace | None
 
 
 # --- the statistics: which reductions the passes ask for ----------------------------------------------------
@@ -199,33 +193,29 @@ def trace(function: Callable, args: tuple, kwargs: dict[str, Any]) -> Trace | No
     )
 
 
-def rows(entries: list[Any]) -> Iterator[tuple[str, str, Trace | None]]:
+def rows() -> Iterator[tuple[str, str, Trace | None]]:
     """The rows of the table, unsorted: name, options and trace of each loss, and of its entries that differ."""
-    from conformance.entry import make_inputs
-
     inputs = make_inputs(0, (3,), 6)
     for name in losses.__all__:
         plain = trace(getattr(losses, name), *example_call(name))
         yield name, "", plain
-        own = [e for e in entries if e.export == f"jaxsoft.losses.{name}" and e.function is not None]
-        common = next(({**e.options, **e.arrays} for e in own if not e.variant), {})
+        entries = [e for e in ENTRIES if e.export == f"jaxsoft.losses.{name}" and e.function is not None]
+        # Options of the plain entry, too, are there for the tests' sake.
+        common = next(({**e.options, **e.arrays} for e in entries if not e.variant), {})
         variants: dict[Trace | None, list[str]] = {}
-        for entry in own:
-            if not entry.variant:
-                continue
-            # An option of all entries is there for the tests' sake.
-            required = [
-                p.name for p in inspect.signature(entry.function).parameters.values() if p.default is p.empty
-            ]
-            given = {k: v for k, v in entry.options.items() if k in required or common.get(k) != v}
-            arrays = {option: inputs[source] for option, source in entry.arrays.items()}
-            labels = inputs[entry.inputs[0]]
-            traced = trace(entry.function, (jnp.ones((3, 6)), labels), {**given, **arrays})
-            if traced not in (plain, None):
-                arrays = [option for option in entry.arrays if option not in common]
-                variants.setdefault(traced, []).append(described(entry, given, arrays))
-        for traced, options in variants.items():
-            yield name, " or ".join(options), traced
+        for entry in entries:
+            if entry.variant:
+                parameters = inspect.signature(entry.function).parameters.values()
+                required = {p.name for p in parameters if p.default is p.empty}
+                options = {k: v for k, v in entry.options.items() if k in required or common.get(k) != v}
+                arrays = {option: inputs[source] for option, source in entry.arrays.items()}
+                logits_and_labels = jnp.ones((3, 6)), inputs[entry.inputs[0]]
+                traced = trace(entry.function, logits_and_labels, {**options, **arrays})
+                if traced not in (plain, None):
+                    own = [option for option in entry.arrays if option not in common]
+                    variants.setdefault(traced, []).append(described(entry, options, own))
+        for traced, which in variants.items():
+            yield name, " or ".join(which), traced
 
 
 def described(entry: Any, options: dict[str, Any], arrays: list[str]) -> str:

@@ -160,7 +160,7 @@ def test_the_first_line_of_a_loss_holds_its_formula(name):
 
 @pytest.fixture(scope="module")
 def table():
-    return list(loss_table.rows(ENTRIES))
+    return list(loss_table.rows())
 
 
 def runs(jaxpr):
@@ -216,6 +216,10 @@ def test_the_page_of_the_table_of_losses(table):
     page = generate.table_page(table)
     assert all(f"][jaxsoft.losses.{name}]" in page for name in losses.__all__)
     assert "## [" not in page and page.count("\n| ") > len(losses.__all__)
+
+
+def test_the_citation_is_of_this_version():
+    assert f"\nversion: {jaxsoft.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
 def test_the_license_is_apache():
