@@ -113,7 +113,7 @@ def exports() -> list[Export]:
         module = _defined_in(name, things[key])
         all_names.sort(key=lambda n: (n.count("."), n))
         found.append(Export(tuple(all_names), things[key], module.__name__, _definitions(module)[name]))
-    return sorted(found, key=lambda e: (e.module, e.line))
+    return sorted(found, key=lambda e: (e.module.replace("._", "."), e.line))
 
 
 def by_module(chosen: Iterable[Export]) -> dict[str, list[Export]]:
@@ -165,8 +165,9 @@ def overview_page(package: str) -> str:
 
 
 def cell(text: str) -> str:
-    """A text as a cell of a table."""
-    return text.replace("|", "\\|")
+    """A text as a cell of a table, whose code may hold bars as they are."""
+    parts = text.split("`")
+    return "`".join([part.replace("|", "\\|") if i % 2 == 0 else part for i, part in enumerate(parts)])
 
 
 def pages() -> dict[str, str]:
@@ -199,7 +200,7 @@ This table is made by tracing each loss on `linear_logits`, so that the logits a
 
 *Reads*: the reductions that the loss asks for, those of one pass over the logits in one line; "its own" is a
 reduction that the loss defines itself. *Forward* and *backward*: what the value costs, and what the gradient adds, in
-matrix products of the size of `hidden @ weight`. A pass computes the logits once for the value; its gradient computes
+matrix products of the size of `hidden @ weight`, counted in the traced program. A pass computes the logits once for the value; its gradient computes
 them again and takes two products for the gradients of `hidden` and `weight`. Two heads count twice. `s` is the number
 of steps of a search. (`weighted_sum` and `weighted_mean` compute a chunk of rows once for all of it.) A dash: the
 function reads no logits, or all of them at once.
