@@ -196,14 +196,15 @@ hide: [toc]
 # Table of losses
 
 Each loss is a function of a few statistics of a row of logits, which are [row reductions](api/rows/reductions.md).
-This table is made by tracing each loss on `linear_logits`, so that the logits are never stored.
+The table comes from tracing each loss on `linear_logits`, so that no logits are stored.
 
-*Reads*: the reductions that the loss asks for, those of one pass over the logits in one line; "its own" is a
-reduction that the loss defines itself. *Forward* and *backward*: what the value costs, and what the gradient adds, in
-matrix products of the size of `hidden @ weight`, counted in the traced program. A pass computes the logits once for the value; its gradient computes
-them again and takes two products for the gradients of `hidden` and `weight`. Two heads count twice. `s` is the number
-of steps of a search. (`weighted_sum` and `weighted_mean` compute a chunk of rows once for all of it.) A dash: the
-function reads no logits, or all of them at once.
+*Reads*: the reductions that the loss asks for, one line per pass over the logits; "its own" is a reduction that the
+loss defines itself. *Forward* and *backward*: the cost of the value, and what the gradient adds, in matrix products of
+the size of `hidden @ weight`, counted in the traced program. A pass computes the logits once for the value; its
+gradient computes them again and takes two more products, for `hidden` and for `weight`. `weighted_sum` and
+`weighted_mean` save the second computation. Two heads count twice, and `s` is the number of steps of a search. A dash:
+the function reads no logits, or needs whole rows. Options and kinds of labels that change what is read have a line of
+their own.
 
 In the formulas `x` are the logits of the row, `y` its label and `p = softmax(x)`; each family's page explains the rest.
 """
@@ -222,6 +223,11 @@ def reference(docstring: str) -> str:
     return f"{who}, {title}"
 
 
+def reduction_link(name: str) -> str:
+    """A link to a reduction; the text itself for one that the library does not export."""
+    return name if " " in name else f"[`{name}`][jaxsoft.rows.reductions.{name}]"
+
+
 def table_line(export: Export, options: str, trace: Any) -> str:
     """A line of the table; a loss with other options has neither formula nor reference again."""
     what = [f"{export.link}, {options}"]
@@ -231,7 +237,7 @@ def table_line(export: Export, options: str, trace: Any) -> str:
             what.append(f"<small>{cell(paper)}</small>")
     cells = ["-", "-", "-"]
     if trace is not None:
-        passes = [", ".join(n if " " in n else f"`{n}`" for n in names) for names in trace.passes]
+        passes = [", ".join(map(reduction_link, names)) for names in trace.passes]
         cells = ["<br>".join(passes), trace.value, trace.gradient]
     return f"| {'<br>'.join(what)} | {' | '.join(map(str, cells))} |"
 
