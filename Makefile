@@ -2,7 +2,7 @@
 # make test    all tests: on the oldest supported versions, and on the newest jax if a newer Python is found
 # make lint    ruff and pyright
 # make bench   the measurements that README.md reports
-# make docs    the documentation, into site/
+# make docs    the documentation, into site/; a broken link is an error
 #
 # Everything is set up in .venv (and .venv-newest); nothing outside this folder is touched.
 

@@ -1,4 +1,4 @@
-"""Every export has an entry in the conformance table, a complete docstring, and a page in the documentation."""
+"""Every export has an entry in the conformance table and a complete docstring."""
 
 import inspect
 import pathlib
@@ -68,8 +68,6 @@ def test_export_is_documented(export):
         for section in (*of_arguments, "Returns:", "Example:"):
             assert section in doc, f"docstring has no section {section}"
         assert ">>>" in doc
-    pages = "\n".join(path.read_text() for path in (ROOT / "docs" / "api").rglob("*.md"))
-    assert export in pages or canonical(export) in pages, "not on a page of docs/api"
 
 
 def test_every_entry_is_exported():

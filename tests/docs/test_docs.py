@@ -1,11 +1,10 @@
-"""The documentation runs, names what exists, and its generated table is up to date."""
+"""The documentation runs, names what exists, and its generated pages hold every export."""
 
 import importlib
-import importlib.util
 import inspect
-import itertools
 import pathlib
 import re
+import sys
 import textwrap
 
 import jax
@@ -15,10 +14,16 @@ from conformance.entry import make_inputs
 from conformance.table import ENTRIES
 
 import jaxsoft
+from jaxsoft import losses
 from jaxsoft.rows import reductions
 
 ROOT = pathlib.Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+sys.path.append(str(DOCS))
+
+import generate  # noqa: E402
+import loss_table  # noqa: E402
+
 PAGES = sorted(DOCS.rglob("*.md"))
 README = ROOT / "README.md"
 FENCE = re.compile(r"^( *)```python[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
@@ -65,7 +70,7 @@ def test_every_page_of_the_navigation_exists_and_every_page_is_in_it():
     config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     pages = re.findall(r"^ +- [^:\n]+: (\S+\.md)$", config, re.MULTILINE)
     assert len(pages) == len(set(pages)) > 5
-    assert set(pages) == {path.relative_to(DOCS).as_posix() for path in PAGES}
+    assert set(pages) == {path.relative_to(DOCS).as_posix() for path in PAGES} | {generate.TABLE}
 
 
 def resolve(name):
@@ -83,17 +88,55 @@ def resolve(name):
 
 
 @pytest.mark.parametrize("path", PAGES, ids=relative)
-def test_every_name_that_is_linked_or_documented_exists(path):
-    text = path.read_text(encoding="utf-8")
-    for name in re.findall(r"^::: (\S+)|\]\[(jaxsoft[.\w]*)\]", text, re.MULTILINE):
-        resolve("".join(name))
+def test_every_name_that_is_linked_exists(path):
+    for name in re.findall(r"\]\[(jaxsoft[.\w]*)\]", path.read_text(encoding="utf-8")):
+        resolve(name)
 
 
-def test_every_reduction_is_on_its_page():
-    page = (DOCS / "api" / "reductions.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("package", generate.PACKAGES)
+def test_every_export_is_documented_once(package):
+    documented = re.findall(r"^::: (\S+)$", "\n".join(generate.pages().values()), re.MULTILINE)
+    assert len(documented) == len(set(documented))
+    things = {id(resolve(name)) for name in documented}
+    names = generate.exported(package)
+    assert names == [name for name in names if id(resolve(f"{package}.{name}")) in things]
+    overview = generate.pages()[generate.address(package)]
+    assert all(f"[`{name}`][" in overview for name in names)
+
+
+def test_every_reduction_is_documented():
+    page = generate.pages()["api/rows/reductions.md"]
     for name, thing in vars(reductions).items():
         if getattr(thing, "__module__", "") == reductions.__name__ and not name.startswith("_"):
-            assert f"::: jaxsoft.rows.reductions.{name}\n" in page or f"[jaxsoft.rows.{name}]" in page, name
+            assert re.search(rf"^::: jaxsoft\.rows\.(reductions\.)?{name}$", page, re.MULTILINE), name
+
+
+def test_every_module_with_exports_has_a_page_in_the_navigation():
+    modules = {export.module for export in generate.exports()}
+    assert "jaxsoft.losses.classification" in modules and len(modules) > 50
+
+    def paths(entry):
+        if isinstance(entry, str):
+            return [entry]
+        return [
+            path for inner in (entry.values() if isinstance(entry, dict) else entry) for path in paths(inner)
+        ]
+
+    in_navigation = paths(generate.navigation())
+    assert len(in_navigation) == len(set(in_navigation))
+    assert set(in_navigation) == set(generate.pages()) >= {generate.address(module) for module in modules}
+    assert generate.address("jaxsoft.rows._weighted") == "api/rows/weighted.md"
+
+
+def test_names_in_the_text_become_links():
+    linked = '<autoref identifier="jaxsoft.losses.focal_loss" optional><code>focal_loss</code></autoref>'
+    assert generate.linked("<p><code>focal_loss</code></p>") == f"<p>{linked}</p>"
+    for same in (
+        "<code>temperature</code>",
+        "<a><code>focal_loss</code></a>",
+        "<pre><code>focal_loss</code></pre>",
+    ):
+        assert generate.linked(same) == same  # an argument, a link, code
 
 
 def test_the_literature_page_counts_its_rows():
@@ -104,26 +147,23 @@ def test_the_literature_page_counts_its_rows():
     assert claim in page, claim
 
 
+LOSSES = sorted(
+    {entry.export for entry in ENTRIES if entry.loss}
+    | {f"jaxsoft.losses.{name}" for name in losses.__all__ if name.endswith(("_loss", "cross_entropy"))}
+)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_first_line_of_a_loss_holds_its_formula(name):
+    assert re.search(r"`[^`]+`", inspect.getdoc(resolve(name)).partition("\n")[0])
+
+
 @pytest.fixture(scope="module")
-def generator():
-    spec = importlib.util.spec_from_file_location("generate_loss_table", DOCS / "generate_loss_table.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def table():
+    return list(loss_table.rows())
 
 
-def test_the_table_of_losses_is_up_to_date(generator):
-    assert generator.PAGE.read_text(encoding="utf-8") == generator.page()
-
-
-def test_the_table_of_losses_must_be_complete(generator, monkeypatch):
-    rows = tuple(row for row in generator.FAMILIES["classification"] if row.name != "focal_loss")
-    monkeypatch.setitem(generator.FAMILIES, "classification", rows)
-    with pytest.raises(SystemExit, match="focal_loss"):
-        generator.page()
-
-
-def passes(jaxpr):
+def runs(jaxpr):
     """How often a program runs the engine."""
     count = 0
     for equation in jaxpr.eqns:
@@ -133,29 +173,53 @@ def passes(jaxpr):
         for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")):
             inner = getattr(inner, "jaxpr", inner)
             if hasattr(inner, "eqns"):
-                count += passes(inner)
+                count += runs(inner)
     return count
 
 
-def test_the_table_of_losses_tells_the_truth(generator):
-    entries = {entry.id: entry for entry in ENTRIES}
-    hidden, weight = jnp.ones((2, 3)), jnp.ones((3, 5))
+@pytest.mark.slow
+def test_the_table_of_losses_has_every_loss_and_its_passes(table):
+    assert {name for name, _, _ in table} == set(losses.__all__)
+    traces = {name: trace for name, options, trace in table if not options}
     counted = 0
-    for row in itertools.chain.from_iterable(generator.FAMILIES.values()):
-        for statistic in row.statistics:
-            assert not statistic.isidentifier() or inspect.isfunction(getattr(reductions, statistic)), row
-        entry = entries.get("losses." + (row.entry or row.name))
-        if entry is None or not row.streams:
-            assert entry is None or entry.dense_only, row
+    for entry in ENTRIES:
+        if not entry.loss or entry.variant:
+            continue
+        trace = traces[entry.export.rpartition(".")[2]]
+        if entry.dense_only:
+            assert trace is None, entry
             continue
         given = make_inputs(0, (2,), 5)
 
         def call(hidden, weight, entry=entry, given=given):
             return entry.call(jaxsoft.linear_logits(hidden, weight), {k: given[k] for k in entry.inputs})
 
-        assert passes(jax.make_jaxpr(call)(hidden, weight).jaxpr) == row.passes, row
+        jaxpr = jax.make_jaxpr(call)(jnp.ones((2, 3)), jnp.ones((3, 5))).jaxpr
+        assert runs(jaxpr) == len(trace.passes), entry
         counted += 1
     assert counted > 50
+
+
+@pytest.mark.slow
+def test_the_table_of_losses_counts_matrix_products(table):
+    costs = {name: (str(t.value), str(t.gradient)) for name, options, t in table if t and not options}
+    assert costs["cross_entropy"] == costs["clip_loss"] == ("1", "3")
+    assert costs["dual_focal_loss"] == ("2", "6")
+    assert costs["weighted_mean"] == costs["weighted_sum"] == ("1", "2")
+    assert costs["distillation_loss"] == ("2", "4")  # two heads, of which one gets a gradient
+    assert costs["trades_loss"] == ("4", "12")
+    assert costs["sparsemax_loss"] == ("4 + s", "3")
+
+
+@pytest.mark.slow
+def test_the_page_of_the_table_of_losses(table):
+    page = generate.table_page(table)
+    assert all(f"][jaxsoft.losses.{name}]" in page for name in losses.__all__)
+    assert "## [" not in page and page.count("\n| ") > len(losses.__all__)
+
+
+def test_the_citation_is_of_this_version():
+    assert f"\nversion: {jaxsoft.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
 def test_the_license_is_apache():
