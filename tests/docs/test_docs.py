@@ -225,3 +225,17 @@ def test_the_citation_is_of_this_version():
 def test_the_license_is_apache():
     text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert "Apache License" in text and "END OF TERMS AND CONDITIONS" in text
+
+
+def test_the_steps_from_the_call_to_the_last_line_are_in_the_code():
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    steps = re.findall(r"^\d+\. `(\S+\.py)`, `(\w+)`: .*`([^`]+)`$", page, re.MULTILINE)
+    assert len(steps) == len(re.findall(r"^\d+\. ", page, re.MULTILINE)) > 30
+
+    def squeezed(code):
+        return re.sub(r"\s", "", code).replace(",)", ")")
+
+    for file, function, line in steps:
+        code = (ROOT / "jaxsoft" / file).read_text(encoding="utf-8")
+        assert re.search(rf"def {function}\b", code), (file, function)
+        assert squeezed(line) in squeezed(code), (file, line)
