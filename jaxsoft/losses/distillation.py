@@ -417,7 +417,7 @@ def top_k_distillation_loss(
             f"teacher_ids must have shape {(*shape, 'k')} (k class ids per row), got shape {teacher_ids.shape}"
         )
     _checks.floating("teacher_probabilities", teacher_probabilities)
-    _checks.shape("teacher_probabilities", teacher_probabilities, teacher_ids.shape, "the shape of teacher_ids")
+    _checks.shape("teacher_probabilities", teacher_probabilities, teacher_ids.shape, "that of teacher_ids")
     check_weights(weights, shape)
     check_range("teacher_ids", teacher_ids, logits.shape[axis], None)
     rows = Rows(logits, axis, where, None, as_ids(teacher_ids), False, weights)
@@ -532,7 +532,9 @@ def squared_log_prob_loss(
         logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
     )
     _checks.floating("teacher_log_prob", teacher_log_prob)
-    _checks.shape("teacher_log_prob", teacher_log_prob, rows_of(logits.shape, rows.axis), "one number per row")
+    _checks.shape(
+        "teacher_log_prob", teacher_log_prob, rows_of(logits.shape, rows.axis), "one number per row"
+    )
     target = lax.stop_gradient(teacher_log_prob)
     if rows.keep is not None:
         target = jnp.where(rows.keep, target, 0)
@@ -585,7 +587,9 @@ def adapt_soft_labels(
         raise ValueError(f"trust_above must be at least discard_below={discard_below}, got {trust_above}")
     _checks.floating("teacher_probabilities", teacher_probabilities)
     _checks.integers("labels", labels)
-    _checks.shape("labels", labels, teacher_probabilities.shape[:-1], "one id per row of teacher_probabilities")
+    _checks.shape(
+        "labels", labels, teacher_probabilities.shape[:-1], "one id per row of teacher_probabilities"
+    )
     p = lax.stop_gradient(teacher_probabilities)
     classes = p.shape[-1]
     hard = (1 - label_smoothing) * jax.nn.one_hot(labels, classes, dtype=p.dtype) + label_smoothing / classes

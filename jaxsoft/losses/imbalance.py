@@ -372,7 +372,7 @@ def emma_loss(
         arrays: dict[str, Any] = {"col_args": (margin_lipschitz,)}
     else:
         _checks.shape(
-            "margin_lipschitz", margin_lipschitz, logits.shape, "the shape of the logits, or one number per class"
+            "margin_lipschitz", margin_lipschitz, logits.shape, "the logits', or one number per class"
         )
         if where is not None:
             margin_lipschitz = jnp.where(where, margin_lipschitz, 0)

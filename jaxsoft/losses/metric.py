@@ -263,11 +263,11 @@ def nbc_softmax_loss(
     labels: Int[Array, " n"],
     num_classes: int,
     *,
-    tau: float = 0.2,
+    scale: float = 0.2,
     diag: str = "repo",
     where: Bool[Array, " n"] | None = None,
 ) -> Float[Array, ""]:
-    """Pushes the class means of a batch apart: `mean_k log(sum_l exp(tau cos(mu_k, mu_l))) / num_classes`.
+    """Pushes the class means of a batch apart: `mean_k log(sum_l exp(scale cos(mu_k, mu_l))) / num_classes`.
 
     k and l run over the classes present in the batch. Use it with a softmax loss: `(1 - r) * loss + r * this`.
 
@@ -275,7 +275,7 @@ def nbc_softmax_loss(
       embeddings: `[n, d]`, of any length.
       labels: class ids `[n]`.
       num_classes: the number of all classes, including those absent from the batch.
-      tau: multiplies the cosines, positive.
+      scale: multiplies the cosines, positive.
       diag: how a mean's cosine with itself counts: `"repo"`, as 0, so that it adds 1 to the sum (the authors' code);
         `"exclude"`, not at all.
       where: `[n]`, True = counts.
@@ -298,11 +298,11 @@ def nbc_softmax_loss(
       0.23262
     """
     num_classes = _checks.integer("num_classes", num_classes, at_least=1)
-    _checks.number("tau", tau, above=0)
+    _checks.number("scale", scale, above=0)
     _checks.option("diag", diag, ("repo", "exclude"))
     means, counts, poison = _class_means(*_batch("embeddings", embeddings, labels, where), num_classes)
     present = counts > 0
-    cosines = cosine_logits(means, means, scale=tau, transpose_weight=True)
+    cosines = cosine_logits(means, means, scale=scale, transpose_weight=True)
     own = jnp.arange(num_classes)[:, None]
     others = reduce_rows(
         cosines, reductions.log_partition_excluding(own), where=present, row_where=present
