@@ -456,7 +456,7 @@ def binary_distillation_loss(
     """BCKD: `sum_c |sigmoid(t_c) - sigmoid(s_c)|^beta BCE(s_c, sigmoid(t_c))`, each class a binary problem.
 
     For detectors and other models trained with sigmoids, which softmax distillation does not match. BCE is the binary
-    cross-entropy. The factor before it is differentiated as well. Terms with s = t are 0.
+    cross-entropy. The factor before it is differentiated as well. For beta > 0 terms with s = t are 0.
 
     Args:
       logits: the student's s, `[*rows, classes]`, a floating array or `linear_logits`.
