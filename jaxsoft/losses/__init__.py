@@ -1,4 +1,17 @@
-"""Losses: pure functions `(logits, labels, ...) -> per-example values`, for dense and never-stored logits."""
+"""Losses.
+
+Pure functions `(logits, labels, ...) -> per-example values`. None of them averages; `weighted_mean` and
+`weighted_sum` reduce a loss to a scalar, and take its gradient in the forward pass (the guide on the one-line change
+says when that pays).
+
+Losses that read rows of logits take a dense array or `linear_logits`, whose logits they never store. They share the
+arguments `axis`, `where`, `weights` and `ignore_index`, which the guide "Masks, labels, precision" describes. The
+guide "Losses" says which loss suits which task.
+
+In the formulas `x` are the logits of a row, `y` its label, `lse` the log-sum-exp of `x`, `lse_N` that over the classes
+that are not positive, `p = softmax(x)`, and `l = lse - x_y` the negative log-likelihood. Means over classes run over
+those that are not masked.
+"""
 
 from jaxsoft.losses._reduce import weighted_mean
 from jaxsoft.losses.alternatives import (

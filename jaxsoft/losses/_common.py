@@ -1,4 +1,4 @@
-"""What the classification losses share: their labels, masks and weights."""
+"""Arguments that the classification losses share: labels, masks and weights."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def prepare(
     ignore_index: int | None = IGNORE_INDEX,
     soft: bool = True,
 ) -> Rows:
-    """Checks the arguments that every classification loss has.
+    """Checks the arguments that every classification loss takes.
 
     Args:
       logits: as given by the user.
@@ -76,7 +76,7 @@ def prepare(
       axis: as given by the user.
       where: as given by the user.
       weights: as given by the user.
-      ignore_index: the class id that marks an example to leave out; None for none.
+      ignore_index: class id of examples to leave out; None leaves out none.
       soft: whether the loss takes label distributions.
 
     Returns:
@@ -115,11 +115,11 @@ def prepare(
 def prepare_positives(
     logits: Logits, labels: Array, *, axis: int, where: Any, weights: Any, ignore_index: int
 ) -> tuple[Rows, Array | None]:
-    """`prepare` for a loss with many positives a row, given by padded ids `[*rows, k]` or by booleans.
+    """`prepare` for a loss with several positives per row, given as padded ids `[*rows, k]` or as booleans.
 
     Returns:
-      The rows, of which those without positives are ignored; their `labels` are ids, 0 where padded, or booleans
-      `[*rows, columns]`. And which ids are no padding, `[*rows, k]`; None for booleans.
+      The rows, with those without positives ignored; their `labels` are ids, 0 where padded, or booleans
+      `[*rows, columns]`. Second, the mask of ids that are not padding, `[*rows, k]`; None for booleans.
     """
     axis = check_axis(logits, axis)
     shape = rows_of(logits.shape, axis)
@@ -135,7 +135,7 @@ def prepare_positives(
         return Rows(logits, axis, where, jnp.any(labels, axis=-1), labels, False, weights), None
     if labels.ndim != len(shape) + 1 or labels.shape[:-1] != shape:
         raise ValueError(
-            f"labels must have shape {(*shape, 'k')} (k class ids a row), got shape {labels.shape}"
+            f"labels must have shape {(*shape, 'k')} (k class ids per row), got shape {labels.shape}"
         )
     check_range("labels", labels, logits.shape[axis], ignore_index)
     labels = as_ids(labels)
@@ -148,7 +148,7 @@ def check_weights(weights: Any, rows: tuple[int, ...]) -> None:
     """Checks the weights of the examples."""
     if weights is not None:
         _checks.floating("weights", weights)
-        _checks.shape("weights", weights, rows, "one number an example")
+        _checks.shape("weights", weights, rows, "one number per example")
 
 
 def is_zero(value: Any) -> bool:
@@ -173,11 +173,11 @@ def root_of(square: Array) -> Array:
 
 
 def unless_absent(nll: Array, phi: Callable[[Array], Array]) -> Array:
-    """`phi(nll)`, and +inf with gradient 0 where the label is on an absent class."""
+    """`phi(nll)`, or +inf with gradient 0 where the label's class is absent."""
     absent = nll == jnp.inf
     return jnp.where(absent, jnp.inf, phi(jnp.where(absent, 0, nll)))
 
 
 def poison_of(score: Array) -> Array:
-    """1, and NaN for a label out of range: as a factor it spoils the gradient, too."""
+    """1, or NaN where the label is out of range: a factor that makes the gradient NaN as well."""
     return jnp.where(jnp.isnan(score), jnp.nan, 1).astype(score.dtype)

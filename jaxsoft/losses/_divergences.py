@@ -1,7 +1,7 @@
-"""The f-divergences `D_f(p || q) = sum_x q f(p / q)` that preference and policy losses are made of.
+"""The f-divergences `D_f(p || q) = sum_x q f(p / q)` of the preference and policy losses.
 
-In the formulas `t = p / q` and `x = log t`. In the names, p is the policy and q the target or the reference: the
-forward divergence has the target first, the reverse one the policy.
+In the formulas `t = p / q` and `x = log t`. In the names, p is the policy and q the target or the reference: a
+forward divergence puts the target first, a reverse divergence the policy.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jax.nn import softplus
 from jaxtyping import Array
 
 _LOG_2 = math.log(2)
-MAX_EXPONENT = 80.0  # e^80 is finite in float32, and so is its product with what it meets
+MAX_EXPONENT = 80.0  # e^80 is finite in float32, and so are the products it enters
 
 
 class Divergence(NamedTuple):
@@ -24,8 +24,8 @@ class Divergence(NamedTuple):
     Attributes:
       derivative: `(x, alpha) -> f'(t)`.
       term: `(log p, log q, alpha) -> q f(t)`, for positive p and q.
-      at_zero: `alpha -> f(0)`, the cost of a unit of q where p is 0.
-      slope: `alpha -> lim f(t) / t` for t to infinity, the cost of a unit of p where q is 0.
+      at_zero: `alpha -> f(0)`, the cost per unit of q where p is 0.
+      slope: `alpha -> lim f(t) / t` as t goes to infinity, the cost per unit of p where q is 0.
     """
 
     derivative: Callable[[Array, Any], Array]

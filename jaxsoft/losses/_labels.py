@@ -1,4 +1,4 @@
-"""The score of the label, for losses whose gradient is 0 for most classes (hinges, sparse normalizers)."""
+"""The label's score, for losses whose gradient is 0 for most classes (hinges, sparse normalizers)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _share(state, tile, ids):
 
 
 def label_score(ids: Array) -> RowReduction:
-    """`take`, but an id out of range spoils the gradient of the whole row, as in `label_statistics`."""
+    """`take`, but an id out of range makes the gradient of the whole row NaN, as in `label_statistics`."""
     return reductions.take(as_ids(ids))._replace(share=_share)
 
 

@@ -1,4 +1,4 @@
-"""What the losses over log-probabilities share: checked arguments, masks and weights."""
+"""Arguments that the losses over log-probabilities share: checks, masks and weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Samples(NamedTuple):
     """The checked arguments of a loss.
 
     Attributes:
-      arrays: those given to `prepare`, in its order, float32 or wider, 0 where `where` is False.
+      arrays: the arrays given to `prepare`, in that order, float32 or wider, 0 where `where` is False.
       where: booleans of the arrays' shape, or None.
       weights: of the arrays' shape, or None.
     """
@@ -26,14 +26,14 @@ class Samples(NamedTuple):
     weights: Any
 
     def finish(self, values: Array) -> Array:
-        """Gives what does not count the loss 0 and applies the weights."""
+        """Sets masked losses to 0 and applies the weights."""
         if self.where is not None:
             values = jnp.where(self.where, values, 0)
         return values if self.weights is None else weigh(values, self.weights)
 
 
 def prepare(where: Any, weights: Any = None, **arrays: Any) -> Samples:
-    """Checks that the named arrays are floating and of one shape, that of the first, and masks them."""
+    """Checks that the named arrays are floating and have the shape of the first, and masks them."""
     first, *_ = arrays
     for name, array in arrays.items():
         _checks.floating(name, array)
@@ -54,10 +54,10 @@ def prepare(where: Any, weights: Any = None, **arrays: Any) -> Samples:
 
 
 def spread(name: str, value: Any, like: Any) -> Any:
-    """Broadcasts a number or a floating array, stopped to the gradient, to the shape of the array `like`."""
+    """Broadcasts a number or a floating array to the shape of `like`, as a constant to the gradient."""
     if not hasattr(value, "dtype"):
         _checks.number(name, value)
         return jnp.full(like.shape, value, accumulation_dtype(like.dtype))
     _checks.floating(name, value)
-    _checks.broadcastable(name, value, like.shape, "that of the log-probabilities")
+    _checks.broadcastable(name, value, like.shape, "the shape of the log-probabilities")
     return lax.stop_gradient(jnp.broadcast_to(jnp.asarray(value), like.shape))

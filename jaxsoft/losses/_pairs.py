@@ -1,7 +1,7 @@
-"""Two rows of logits at a time: of a student and a teacher, of an example and its adversarial one.
+"""Reductions over two rows of logits at once: of student and teacher, or of an example and its adversarial version.
 
-The second row rides along as an entry argument of a reduction, so that either may be an expression. What the first
-row lacks, the second lacks, too.
+The second row is an entry argument of the reduction, so that either row may be an expression. An entry absent from
+the first row is absent from the second as well.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _on_second(function: Callable | None) -> Callable | None:
 
 
 def of_second(reduction: RowReduction, second: Logits) -> RowReduction:
-    """A reduction, of the second row of logits."""
+    """`reduction`, applied to the second row of logits."""
     return reduction._replace(
         update=_on_second(reduction.update), share=_on_second(reduction.share), entry_args=(second,)
     )
@@ -81,9 +81,9 @@ def pair_sum(
     *args: Array,
     lacking: float = float("inf"),
 ) -> RowReduction:
-    """`sum_c term(log p_c, log p'_c, *args)` over two rows of logits; `lacking` where the second alone lacks a class.
+    """`sum_c term(log p_c, log p'_c, *args)` over two rows of logits.
 
-    `term` is a module-level or cached function.
+    A class absent from the second row alone adds `lacking`. `term` is a module-level or cached function.
     """
     return RowReduction(
         zero_init,

@@ -26,24 +26,24 @@ def weighted_mean(
     chunk_size: int | None = None,
     **options: Any,
 ) -> Float[Array, ""]:
-    """The weighted mean of a loss over the examples that are not ignored, its gradient taken in the forward pass.
+    """The weighted mean of a loss, `sum_i w_i loss_i / sum_i w_i`, its gradient taken in the forward pass.
 
-    `sum_i w_i loss_i / sum_i w_i`, by `weighted_sum`: faster than the recomputing form, and the mean that one
-    wants where some labels are `ignore_index`.
+    Computed by `weighted_sum`: faster than recomputing the logits for the gradient. Examples whose label is
+    `ignore_index` count in neither sum.
 
     Args:
-      loss: any loss of jaxsoft, or a function `(logits, labels, *row_args, **options) -> [rows]` of that kind.
+      loss: any loss of jaxsoft, or a function `(logits, labels, *row_args, **options) -> [rows]` like them.
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
       labels: `[*rows]` class ids, or anything else with the rows' leading axes.
       *row_args: further arrays with the rows' leading axes.
       weights: `[*rows]`, 1 by default.
-      ignore_index: examples with this class id count for nothing; None for none.
+      ignore_index: class id of examples to leave out; None leaves out none.
       axis: the axis of a row.
       chunk_size: rows stored at a time, as in `weighted_sum`.
       **options: passed to `loss`.
 
     Returns:
-      A scalar, float32 or wider; 0, with gradient 0, if nothing counts.
+      A scalar, float32 or wider; 0, with gradient 0, if no example counts.
 
     Raises:
       TypeError: an argument of a wrong type or dtype.
@@ -62,9 +62,9 @@ def weighted_mean(
     if weights is None:
         weights = jnp.ones(rows, accumulation_dtype(logits.dtype))
     _checks.floating("weights", weights)
-    _checks.shape("weights", weights, rows, "one number a row of logits")
+    _checks.shape("weights", weights, rows, "one number per row of logits")
     if hasattr(labels, "dtype") and jnp.issubdtype(labels.dtype, jnp.integer) and labels.shape == rows:
-        if ignore_index != IGNORE_INDEX:  # the losses' own default
+        if ignore_index != IGNORE_INDEX:  # which is the losses' own default
             options["ignore_index"] = ignore_index
         if ignore_index is not None:
             weights = jnp.where(as_ids(labels) == ignore_index, 0, weights)

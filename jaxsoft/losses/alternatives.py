@@ -1,9 +1,14 @@
-"""Alternatives to softmax cross-entropy: a squared error, and cross-entropies of other normalizers.
+"""Alternatives to softmax cross-entropy.
 
-In the formulas `x` are the logits of a row, `y` its label, and `C` the number of classes that are not masked. But for
-`sparse_softmax_cross_entropy` none of these losses is invariant to a shift of the logits, and but for
-`stablemax_cross_entropy` none contains an exponential: those of the *spherical family* read a row through
-`sum x` and `sum x^2` alone, which `linear_logits` gives without any logits where there are more rows than features.
+A squared error on the logits, and cross-entropies of normalizers other than softmax. All take a dense array or
+`linear_logits`.
+
+The *spherical family* (`squared_error_loss`, `spherical_softmax_cross_entropy`, `taylor_softmax_cross_entropy` of
+order 2, and `spherical_z_loss`) depends on a row only through the label's logit, `sum x` and `sum x^2`. Where there
+are more rows than features, `linear_logits` computes these sums without computing any logits.
+
+In the formulas `x` are the logits of a row, `y` its label, and `C` the number of classes that are not masked. Of these
+losses only `sparse_softmax_cross_entropy` is invariant to a shift of the logits, and only it contains an exponential.
 """
 
 from __future__ import annotations
@@ -33,7 +38,7 @@ def squared_error_loss(
 ) -> Float[Array, "*rows"]:
     """Squared error between the logits and the one-hot label, `sum_c x_c^2 - 2 x_y + 1`.
 
-    Of the spherical family. Error bound: a few units in the last place, relative to `sum_c x_c^2`.
+    A member of the spherical family. Error bound: a few units in the last place, relative to `sum_c x_c^2`.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
@@ -79,12 +84,13 @@ def spherical_softmax_cross_entropy(
 ) -> Float[Array, "*rows"]:
     """Cross-entropy of spherical softmax: `-log((x_y^2 + eps) / (sum_c x_c^2 + C eps))`.
 
-    *Reconstructed*. Of the spherical family. The signs of the logits are lost: predict by the largest square.
+    *Reconstructed*. A member of the spherical family. The signs of the logits are lost: predict the class of the
+    largest square.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
       labels: class ids `[*rows]`, as in `cross_entropy`.
-      eps: added to each square, 0 or more; to be tuned (1e-6 to 1e-2). With 0, a label whose logit is 0 costs +inf.
+      eps: added to each square, 0 or more; tune it (1e-6 to 1e-2). With 0, a label whose logit is 0 costs +inf.
       axis: the axis of the classes.
       where: class mask that broadcasts to the logits, True = counts.
       weights: `[*rows]`, multiply the losses.
@@ -123,16 +129,16 @@ def taylor_softmax_cross_entropy(
     weights: Float[Array, "*rows"] | None = None,
     ignore_index: int | None = IGNORE_INDEX,
 ) -> Float[Array, "*rows"]:
-    """Cross-entropy of `taylor_softmax`, `-log(t(x_y) / sum_c t(x_c))` with `t(x) = sum_{i <= order} x^i / i!`.
+    """Cross-entropy of Taylor softmax, `-log(t(x_y) / sum_c t(x_c))` with `t(x) = sum_{i <= order} x^i / i!`.
 
-    *Reconstructed*. With order 2, `t(x) = 1 + x + x^2 / 2`, it is of the spherical family; with a higher order the
-    logits are read.
+    The normalizer is `taylor_softmax`. *Reconstructed*. With order 2, `t(x) = 1 + x + x^2 / 2`, the loss belongs to
+    the spherical family; higher orders need the logits themselves.
 
     Args:
-      logits: `[*rows, columns]`, a floating array or `linear_logits`. `t` of the largest must not overflow: in
-        float32 and with order 8, logits up to 1e5.
+      logits: `[*rows, columns]`, a floating array or `linear_logits`. `t` of the largest logit must not overflow:
+        in float32 with order 8, logits up to 1e5 are safe.
       labels: class ids `[*rows]`, as in `cross_entropy`.
-      order: of the polynomial, an even static integer of 2 or more (an odd one is negative somewhere).
+      order: order of the polynomial, an even static integer of 2 or more (an odd one is negative somewhere).
       axis: the axis of the classes.
       where: class mask that broadcasts to the logits, True = counts.
       weights: `[*rows]`, multiply the losses.
@@ -162,7 +168,7 @@ def taylor_softmax_cross_entropy(
     if order > 2:
         return _normalized(rows, t)
     score, moments = rows.reduce((label_score(rows.labels), reductions.moments()))
-    # t(x) = ((x + 1)^2 + 1) / 2: a sum without cancellation.
+    # t(x) = ((x + 1)^2 + 1) / 2, whose sum does not cancel.
     total = moments.count / 2 * (moments.variance + (moments.mean + 1) ** 2 + 1)
     return _cross_entropy(rows, score, moments.count, t(_or_zero(score)), total)
 
@@ -176,10 +182,11 @@ def stablemax_cross_entropy(
     weights: Float[Array, "*rows"] | None = None,
     ignore_index: int | None = IGNORE_INDEX,
 ) -> Float[Array, "*rows"]:
-    """Cross-entropy of `stablemax`, `-log(s(x_y) / sum_c s(x_c))` with `s(x) = x + 1` from 0 on, `1 / (1 - x)` below.
+    """Cross-entropy of `stablemax`, `-log(s(x_y) / sum_c s(x_c))` with `s` linear above 0, hyperbolic below.
 
-    Of large logits nothing is absorbed by rounding, so that the gradient does not vanish when the training set is
-    fitted (where softmax in float32 stops). The authors compute it in float64.
+    `s(x) = x + 1` from 0 on, `1 / (1 - x)` below. With large logits rounding absorbs no term of the sum, so the
+    gradient does not vanish once the training set is fitted, where float32 softmax stops learning. The authors compute
+    it in float64.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
@@ -221,14 +228,14 @@ def sparse_softmax_cross_entropy(
 ) -> Float[Array, "*rows"]:
     """Cross-entropy of `sparse_softmax`: `logsumexp of the k largest x_c, minus x_y`.
 
-    The label need not be among the k largest: its logit is subtracted all the same, and the loss stays at least
-    `log(k)` there. Classes outside get no gradient: meant for fine-tuning, not for training from scratch.
+    The label need not be among the k largest: its logit is subtracted all the same, and the loss is then at least
+    `log(k)`. Other classes outside the k largest get no gradient: meant for fine-tuning, not for training from scratch.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
       labels: class ids `[*rows]`, as in `cross_entropy`.
-      k: how many logits count, a static integer of 1 or more; rows with fewer classes take all of them, which is
-        cross-entropy. The default is ours.
+      k: how many logits count, a static integer of 1 or more; a row with fewer classes uses all of them, which is
+        plain cross-entropy. The default is ours.
       axis: the axis of the classes.
       where: class mask that broadcasts to the logits, True = counts.
       weights: `[*rows]`, multiply the losses.
@@ -272,12 +279,12 @@ def _or_zero(score: Array) -> Array:
 
 @functools.cache
 def _term(f: Callable[[Array], Array]) -> Callable:
-    """An elementwise function as `mapped_sum` calls it."""
+    """An elementwise function in the form that `mapped_sum` calls."""
     return lambda x, cols: f(x)
 
 
 def _normalized(rows: Rows, f: Callable[[Array], Array]) -> Array:
-    """`-log(f(x_y) / sum_c f(x_c))`, one pass over the logits."""
+    """`-log(f(x_y) / sum_c f(x_c))`, in one pass over the logits."""
     score, total, count = rows.reduce(
         (label_score(rows.labels), reductions.mapped_sum(_term(f)), reductions.count())
     )
@@ -285,7 +292,7 @@ def _normalized(rows: Rows, f: Callable[[Array], Array]) -> Array:
 
 
 def _cross_entropy(rows: Rows, score: Array, count: Array, own: Array, total: Array) -> Array:
-    """`log(total / own)` for the label's share `own` of `total`; +inf where it has none."""
+    """`log(total / own)` for the label's share `own` of `total`; +inf where that share is 0."""
     none = own == 0
     ratio = jnp.where(none | (count == 0), 1, total) / jnp.where(none, 1, own)
     return finish(rows, jnp.where(none, jnp.inf, jnp.log(ratio)), score, count)

@@ -1,8 +1,11 @@
-"""Losses of one binary problem a class, summed over the classes, and one against each other class.
+"""Binary losses.
+
+One binary problem per class, or per pair of label and other class, summed over the classes of a row. All stream but
+`quality_focal_loss`, which takes one estimated confidence per example.
 
 In the formulas `x` are the logits of a row and t the targets of its classes: 1 for the label and 0 for the others, or
-any numbers in [0, 1]. No class is normalized against another, so that these losses change when a row is shifted
-(one-vs-each apart).
+any numbers in [0, 1]. Classes are not normalized against each other, so these losses change when a row is shifted
+(except `one_vs_each_loss`).
 """
 
 from __future__ import annotations
@@ -36,19 +39,21 @@ def one_vs_rest_cross_entropy(
 ) -> Float[Array, "*rows"]:
     """Sigmoid cross-entropy summed over the classes, `sum_c t_c softplus(-x_c) + (1 - t_c) softplus(x_c)`.
 
+    For a class id this is `softplus(-x_y) + sum_{c != y} softplus(x_c)`.
+
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
-      labels: class ids, integers `[*rows]`; or targets in [0, 1], floats of the logits' shape, any number of them
-        positive. An id out of range gives NaN.
+      labels: class ids, integers `[*rows]`; or targets in [0, 1], floats of the logits' shape, of which any number
+        may be positive. An id out of range gives NaN.
       axis: the axis of the classes.
-      where: class mask that broadcasts to the logits, True = counts. An absent class adds nothing, whatever its
-        target; an id of an absent class costs +inf.
+      where: class mask that broadcasts to the logits, True = counts. An absent class adds nothing for any
+        target; a class id that is absent costs +inf.
       weights: `[*rows]`, multiply the losses.
       ignore_index: class id of examples to leave out.
       class_weights: `[columns]`, multiply each class's term.
 
     Returns:
-      Losses `[*rows]`, float32 or wider. (Divide by the number of classes for the mean of other libraries.)
+      Losses `[*rows]`, float32 or wider. (Divide by the number of classes for the mean that other libraries give.)
 
     Raises:
       TypeError: an argument of a wrong type or dtype.
@@ -88,13 +93,14 @@ def sigmoid_focal_loss(
     """Sigmoid focal loss summed over the classes, `sum_c alpha_c (1 - p_c)^gamma b_c`.
 
     Here b_c is the sigmoid cross-entropy of the class and p_c the probability of the right answer,
-    `1 - p_c = t_c sigmoid(-x_c) + (1 - t_c) sigmoid(x_c)`.
+    `1 - p_c = t_c sigmoid(-x_c) + (1 - t_c) sigmoid(x_c)`. For a class id, `b_c = softplus(-s_c x_c)` and
+    `p_c = sigmoid(s_c x_c)`, with s_c = 1 for the label, else -1.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
       labels: class ids `[*rows]` or targets of the logits' shape, as in `one_vs_rest_cross_entropy`.
-      alpha: in [0, 1], `alpha_c = t_c alpha + (1 - t_c) (1 - alpha)`: 0.25 in RetinaNet; None for no factor, as in
-        optax.
+      alpha: in [0, 1], `alpha_c = t_c alpha + (1 - t_c) (1 - alpha)`: 0.25 in RetinaNet; None omits the factor, as
+        optax does by default.
       gamma: focusing parameter, 0 or more; 0 is the sigmoid cross-entropy.
       axis: the axis of the classes.
       where: class mask, as in `one_vs_rest_cross_entropy`.
@@ -144,17 +150,17 @@ def gumbel_optimized_loss(
     ignore_index: int | None = IGNORE_INDEX,
     class_weights: Float[Array, " columns"] | None = None,
 ) -> Float[Array, "*rows"]:
-    """Gumbel loss: binary cross-entropy of `p_c = exp(-exp(-x_c))`, summed over the classes.
+    """Gumbel loss: `exp(-x_y) - sum_{c != y} log(1 - exp(-exp(-x_c)))`, clipped.
 
-    The distribution function of the Gumbel replaces the sigmoid: it rises late, which suits rare classes. Logits are
-    clipped to [low, high], and each class's term to [0, cap]; beyond, the gradient is 0. DropLoss, which the paper
-    combines it with, leaves out negatives of rare classes: a `where` that varies over rows. The paper initializes
-    the head's bias at -2.
+    The binary cross-entropy of `p_c = exp(-exp(-x_c))`, summed over the classes. The Gumbel distribution function
+    replaces the sigmoid: it rises late, which suits rare classes. Logits are clipped to [low, high] and each class's
+    term to [0, cap]; outside these ranges the gradient is 0. The paper combines the loss with DropLoss, which leaves
+    out negatives of rare classes: use a `where` that varies over rows. It initializes the head's bias at -2.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
       labels: class ids `[*rows]` or targets of the logits' shape, as in `one_vs_rest_cross_entropy`.
-      low: the least logit, at least -80.
+      low: the smallest logit, at least -80.
       high: the largest logit, at most 80.
       cap: the largest term, positive.
       axis: the axis of the classes.
@@ -202,8 +208,8 @@ def one_vs_each_loss(
 ) -> Float[Array, "*rows"]:
     """One-vs-each bound of cross-entropy, `sum_{c != y} softplus(x_c - x_y)`.
 
-    At least the cross-entropy, and a sum over classes, which can be sampled without bias. Reads the rows twice: the
-    label's logit comes first.
+    An upper bound of the cross-entropy that is a sum over classes, so sampling classes leaves it unbiased. Reads the
+    logits twice: the label's logit is needed first.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
@@ -251,16 +257,17 @@ def quality_focal_loss(
     alpha: float | None = None,
     where: Bool[Array, ...] | None = None,
 ) -> Float[Array, "*shape"]:
-    """Quality focal loss: `|t - c|^gamma` times the binary cross-entropy of the estimate `c = sigmoid(logits)`.
+    """Quality focal loss: `|t - c|^gamma BCE(c, t)` of the estimated confidence `c = sigmoid(logits)`.
 
-    Trains an estimator of the probability t of the true class, from which incorrect classifications are told.
-    *Reconstructed* from the paper's description of a distributional focal loss.
+    BCE is the binary cross-entropy. Trains an estimator of the probability t of the true class, which then detects
+    incorrect classifications. *Reconstructed* from the paper's description of a distributional focal loss.
 
     Args:
-      logits: of any shape, the estimator's outputs before their sigmoid.
-      targets: of the same shape, in [0, 1]: the probabilities of the true classes, `exp(jaxsoft.log_prob(...))`.
+      logits: the estimator's outputs before the sigmoid, of any shape.
+      targets: the probabilities of the true classes, `exp(jaxsoft.log_prob(...))`: in [0, 1], of the same shape.
       gamma: focusing parameter, 0 or more; 0 is the binary cross-entropy.
-      alpha: in [0, 1], a factor `t alpha + (1 - t) (1 - alpha)` that balances high and low targets; None for none.
+      alpha: in [0, 1], a factor `t alpha + (1 - t) (1 - alpha)` that balances high and low targets; None omits
+        it.
       where: booleans that broadcast to the logits, True = counts.
 
     Returns:
@@ -313,7 +320,7 @@ def _sum_over_classes(
         class_weights = jnp.ones(rows.columns, dtype)
     else:
         _checks.floating("class_weights", class_weights)
-        _checks.shape("class_weights", class_weights, (rows.columns,), "one number a class")
+        _checks.shape("class_weights", class_weights, (rows.columns,), "one number per class")
     args = tuple(
         jnp.broadcast_to(jnp.asarray(p, dtype), rows_of(logits.shape, rows.axis)) for p in parameters
     )

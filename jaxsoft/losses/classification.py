@@ -1,4 +1,6 @@
-"""Softmax cross-entropy and the losses that are functions of it: polynomial, focal, max suppression.
+"""Classification.
+
+Softmax cross-entropy and losses that are functions of it: polynomial and focal losses, and max suppression.
 
 In the formulas `x` are the logits of a row, `y` its label, `p = softmax(x)`, `l = logsumexp(x) - x_y` the negative
 log-likelihood, and `C` the number of classes that are not masked.
@@ -15,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import safe_divide
-from jaxsoft.losses._common import IGNORE_INDEX, is_zero, miss_of, power_of, prepare
+from jaxsoft.losses._common import IGNORE_INDEX, Rows, is_zero, miss_of, power_of, prepare
 from jaxsoft.rows import Logits, reductions
 
 Labels = Int[Array, "*rows"] | Float[Array, "*rows columns"]
@@ -36,8 +38,11 @@ def cross_entropy(
 ) -> Float[Array, "*rows"]:
     """Softmax cross-entropy, `l = logsumexp(x) - x_y`, or `-sum_c q_c log p_c` for label distributions q.
 
+    With `label_smoothing` a, l becomes `(1 - a) l + a mean_c(logsumexp(x) - x_c)`; with `z_loss` k,
+    `k logsumexp(x)^2` is added.
+
     For `linear_logits` the logits are never stored. Error bound: a few units in the last place of the
-    accumulation dtype, relative to the largest of 1 and the loss; with smoothing, relative to the largest logit.
+    accumulation dtype, relative to the larger of 1 and the loss; with smoothing, relative to the largest logit.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
@@ -47,19 +52,18 @@ def cross_entropy(
       where: class mask that broadcasts to the logits, True = counts. A label on a masked class costs +inf; a row
         without classes costs 0.
       weights: `[*rows]`, multiply the losses; a weight of 0 hides a loss that is not finite.
-      ignore_index: class id of examples to leave out: loss 0, gradient 0. None: there is no such id.
+      ignore_index: class id of examples to leave out: loss 0, gradient 0. None leaves out none.
       class_weights: `[columns]`, multiply each class's term `-q_c log p_c`. (The mean of PyTorch divides by the
         sum of `class_weights[labels]`.)
-      label_smoothing: the mass, in [0, 1], that moves from the label to other classes.
-      smoothing: which classes get it: `"uniform"`, all classes, the label among them, as in PyTorch and optax
-        (the label keeps `1 - a + a / C`); or `"others"`, only the others (the label keeps `1 - a`; integer labels
-        only).
-      z_loss: coefficient of the log-partition regularizer `z_loss * logsumexp(x)**2` (1e-4 in PaLM). Not
-        `spherical_z_loss`, which is a loss of its own.
+      label_smoothing: the mass a, in [0, 1], that moves from the label to other classes.
+      smoothing: which classes get it: `"uniform"`, all classes including the label, as in PyTorch and optax (the
+        label keeps `1 - a + a / C`); or `"others"`, only the others (the label keeps `1 - a`; integer labels only).
+      z_loss: coefficient of the log-partition regularizer `z_loss * logsumexp(x)**2` (1e-4 in PaLM). Unrelated to
+        `spherical_z_loss`, a loss by itself.
 
     Returns:
       Losses `[*rows]`, float32 or wider, never averaged; `weighted_mean` takes the mean over the examples that
-      count.
+      are not ignored.
 
     Raises:
       TypeError: an argument of a wrong type or dtype.
@@ -82,43 +86,49 @@ def cross_entropy(
     _checks.number("z_loss", z_loss, at_least=0)
     rows = prepare(logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index)
     if smoothing == "others" and rows.soft and not is_zero(label_smoothing):
-        raise ValueError("smoothing='others' needs class ids as labels, got distributions")
-    label_weights: Any = 1
-    if class_weights is not None:
-        _checks.floating("class_weights", class_weights)
-        _checks.shape("class_weights", class_weights, (rows.columns,), "one number a class")
-        if rows.soft:
-            rows = rows._replace(labels=rows.labels * class_weights)
-        else:
-            label_weights = class_weights[jnp.clip(rows.labels, 0, rows.columns - 1)]
+        raise ValueError(
+            "smoothing='others' needs class ids as labels, got distributions; smooth the distributions themselves, or "
+            "use smoothing='uniform'"
+        )
+    _check_class_weights(class_weights, rows)
+    if class_weights is not None and rows.soft:
+        rows = rows._replace(labels=rows.labels * class_weights)
 
-    wanted = {"label": rows.label_statistics()}
     smooth = not is_zero(label_smoothing)
-    if smooth and class_weights is None:
-        wanted["all"] = reductions.sum()._replace(finalize=_total_and_count)
-    elif smooth and class_weights is not None:
-        wanted["all"] = reductions.weighted_sum(class_weights)
-        wanted["count"] = reductions.count()
-    out = rows.reduce(wanted)
-    lse = jnp.where(out["label"].present, out["label"].logsumexp, 0)
-    loss = label_weights * out["label"].nll
+    wanted = {"label": rows.label_statistics()}
     if smooth:
-        total, mass = out["all"]
-        count = out["count"] if class_weights is not None else mass
-        everything = mass * lse - total  # sum_c w_c (lse - x_c)
-        a = label_smoothing
+        wanted["count"] = reductions.count()
+        wanted["all"] = reductions.sum() if class_weights is None else reductions.weighted_sum(class_weights)
+    out = rows.reduce(wanted)
+
+    label = out["label"]
+    lse = jnp.where(label.present, label.logsumexp, 0)
+    loss = label.nll
+    if class_weights is not None and not rows.soft:
+        loss = _of_labels(class_weights, rows) * loss
+    if smooth:
+        a, count = label_smoothing, out["count"]
+        total, mass = (out["all"], count) if class_weights is None else out["all"]
+        all_classes = mass * lse - total  # sum_c w_c (lse - x_c)
         if smoothing == "uniform":
-            loss = (1 - a) * loss + a * safe_divide(everything, count)
+            loss = (1 - a) * loss + a * safe_divide(all_classes, count)
         else:
-            others = safe_divide(everything - jnp.where(count > 1, loss, 0), count - 1)
+            others = safe_divide(all_classes - jnp.where(count > 1, loss, 0), count - 1)
             loss = jnp.where(count > 1, (1 - a) * loss + a * others, loss)
     if not is_zero(z_loss):
         loss = loss + z_loss * lse * lse
     return rows.finish(loss)
 
 
-def _total_and_count(state):
-    return state
+def _check_class_weights(class_weights: Any, rows: Rows) -> None:
+    if class_weights is not None:
+        _checks.floating("class_weights", class_weights)
+        _checks.shape("class_weights", class_weights, (rows.columns,), "one number per class")
+
+
+def _of_labels(per_class: Array, rows: Rows) -> Array:
+    """The entry of `[columns]` that belongs to each row's label, `[*rows]`."""
+    return per_class[jnp.clip(rows.labels, 0, rows.columns - 1)]
 
 
 def poly_loss(
@@ -134,8 +144,8 @@ def poly_loss(
 ) -> Float[Array, "*rows"]:
     """PolyLoss: `l + sum_j epsilon_j (1 - p_t)^j`, cross-entropy with its first polynomial terms changed.
 
-    Cross-entropy is `sum_{j>=1} (1 - p_t)^j / j`; `epsilon_j >= -1/j` keeps every coefficient non-negative. For
-    distributions q, `p_t = sum_c q_c p_c`.
+    `p_t` is `p_y`, or `sum_c q_c p_c` for distributions q. Cross-entropy is `sum_{j>=1} (1 - p_t)^j / j`;
+    `epsilon_j >= -1/j` keeps every coefficient non-negative.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
@@ -165,28 +175,30 @@ def poly_loss(
       [1.465329]
     """
     coefficients = list(epsilon) if isinstance(epsilon, Sequence) else [epsilon]
-    for j, e in enumerate(coefficients, 1):
-        _checks.number(f"epsilon[{j - 1}]" if isinstance(epsilon, Sequence) else "epsilon", e)
+    for j, e in enumerate(coefficients):
+        _checks.number(f"epsilon[{j}]" if isinstance(epsilon, Sequence) else "epsilon", e)
     _checks.number("label_smoothing", label_smoothing, at_least=0, at_most=1)
     rows = prepare(logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index)
-    wanted = {"label": rows.label_statistics()}
     smooth = not is_zero(label_smoothing)
+    wanted = {"label": rows.label_statistics()}
     if rows.soft:
         wanted["overlap"] = reductions.weighted_log_partition(rows.labels)
     if smooth:
-        wanted["all"] = reductions.sum()._replace(finalize=_total_and_count)
+        wanted["count"] = reductions.count()
+        wanted["mean"] = reductions.mean()
     out = rows.reduce(wanted)
-    loss, partition = out["label"]
-    present = out["label"].present
+
+    label = out["label"]
+    loss, present = label.nll, label.present
     if rows.soft:
-        log_overlap = partition.log_softmax(out["overlap"].shift) + out["overlap"].log_sum
+        log_overlap = label.partition.log_softmax(out["overlap"].shift) + out["overlap"].log_sum
         miss = 1 - jnp.where(present, jnp.exp(jnp.where(present, log_overlap, 0)), 1)
     else:
         miss = miss_of(loss)
     if smooth:
-        total, count = out["all"]
-        a = label_smoothing
-        loss = (1 - a) * loss + a * (jnp.where(present, partition.value, 0) - safe_divide(total, count))
+        a, count = label_smoothing, out["count"]
+        lse = jnp.where(present, label.logsumexp, 0)
+        loss = (1 - a) * loss + a * (lse - out["mean"])
         miss = (1 - a) * miss + a * (1 - safe_divide(jnp.ones_like(count), count))
     power = jnp.ones_like(miss)
     poly = jnp.zeros_like(miss)
@@ -199,7 +211,7 @@ def poly_loss(
 def poly1_cross_entropy(
     logits: Logits, labels: Labels, *, epsilon: float = 2.0, **options
 ) -> Float[Array, "*rows"]:
-    """Poly-1: `l + epsilon (1 - p_t)`, the one-parameter form of `poly_loss`.
+    """Poly-1: `l + epsilon (1 - p_t)`, the form of `poly_loss` with one parameter.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
@@ -239,7 +251,7 @@ def focal_loss(
     class_weights: Float[Array, " columns"] | None = None,
     stop_weight_gradient: bool = False,
 ) -> Float[Array, "*rows"]:
-    """Softmax focal loss: `(1 - p_y)^gamma l`, which turns attention to the examples not yet learned.
+    """Softmax focal loss: `(1 - p_y)^gamma l`, which emphasizes examples not yet learned.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
@@ -250,7 +262,7 @@ def focal_loss(
       weights: `[*rows]`, multiply the losses.
       ignore_index: class id of examples to leave out.
       class_weights: `[columns]`, the balancing factor alpha of each class.
-      stop_weight_gradient: whether `(1 - p_y)^gamma` is a constant to the gradient, as in some implementations.
+      stop_weight_gradient: whether to treat `(1 - p_y)^gamma` as a constant, as some implementations do.
 
     Returns:
       Losses `[*rows]`, float32 or wider.
@@ -272,13 +284,12 @@ def focal_loss(
     rows = prepare(
         logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
     )
+    _check_class_weights(class_weights, rows)
     loss = rows.reduce(rows.label_statistics()).nll
     focus = power_of(miss_of(loss), gamma)
     loss = (lax.stop_gradient(focus) if stop_weight_gradient else focus) * loss
     if class_weights is not None:
-        _checks.floating("class_weights", class_weights)
-        _checks.shape("class_weights", class_weights, (rows.columns,), "one number a class")
-        loss = class_weights[jnp.clip(rows.labels, 0, rows.columns - 1)] * loss
+        loss = _of_labels(class_weights, rows) * loss
     return rows.finish(loss)
 
 
@@ -346,12 +357,12 @@ def dual_focal_loss(
 ) -> Float[Array, "*rows"]:
     """Dual focal loss: `(1 - p_y + p_j)^gamma l`, with `p_j` the largest probability strictly below `p_y`.
 
-    Reads the rows twice: the label's logit must be known before the largest one below it.
+    Reads the logits twice: first for the label's logit, then for the largest one below it.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
       labels: class ids `[*rows]`, as in `cross_entropy`.
-      gamma: focusing parameter, 0 or more. The paper chooses it on validation data; 5 is our default.
+      gamma: focusing parameter, 0 or more. The paper tunes it on validation data; 5 is our default.
       axis: the axis of the classes.
       where: class mask that broadcasts to the logits, True = counts.
       weights: `[*rows]`, multiply the losses.
@@ -379,9 +390,9 @@ def dual_focal_loss(
     )
     (loss, partition), score = rows.reduce((rows.label_statistics(), reductions.take(rows.labels)))
     below = rows.reduce(reductions.maximum_below(score, rows.labels))
-    some = below > -jnp.inf
-    log_p = partition.log_softmax(jnp.where(some, below, partition.shift))
-    runner_up = jnp.where(some, jnp.exp(log_p), 0)
+    any_below = below > -jnp.inf
+    log_p = partition.log_softmax(jnp.where(any_below, below, partition.shift))
+    runner_up = jnp.where(any_below, jnp.exp(log_p), 0)
     return rows.finish(power_of(miss_of(loss) + runner_up, gamma) * loss)
 
 
@@ -395,7 +406,7 @@ def max_suppression_loss(
     weights: Float[Array, "*rows"] | None = None,
     ignore_index: int | None = IGNORE_INDEX,
 ) -> Float[Array, "*rows"]:
-    """MaxSup: `l + suppression (max_c x_c - mean_c x_c)`, label smoothing applied to the top class instead.
+    """MaxSup: `l + suppression (max_c x_c - mean_c x_c)`, label smoothing of the top class in place of the label.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
@@ -427,5 +438,5 @@ def max_suppression_loss(
         logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
     )
     label, top, mean = rows.reduce((rows.label_statistics(), reductions.maximum(), reductions.mean()))
-    excess = jnp.where(label.present, jnp.where(label.present, top, 0) - mean, 0)
+    excess = jnp.where(label.present, top, 0) - mean  # 0 for an empty row
     return rows.finish(label.nll + suppression * excess)

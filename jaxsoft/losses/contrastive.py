@@ -1,7 +1,8 @@
-"""Contrastive losses between pairs: a batch of similarities, of which none is stored if they are an expression.
+"""Contrastive losses.
 
-Row i of the logits holds the similarities of example i to all candidates, divided by the temperature;
-`cosine_logits(images, texts, transpose_weight=True, scale=1 / temperature)` makes them from embeddings.
+Each example against the others of its batch. Row i of the logits holds the similarities of example i to all
+candidates, divided by the temperature. `cosine_logits(images, texts, transpose_weight=True, scale=1 / temperature)`
+makes them from embeddings as an expression: no `[pairs, pairs]` array is then ever stored.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ def info_nce_loss(
 ) -> Float[Array, "*rows"]:
     """InfoNCE: `logsumexp_j(x_ij) - x_ii`, cross-entropy of each row against its own candidate.
 
-    One direction of `clip_loss`. With candidates gathered from all devices, `labels` are the global positions of
-    this device's pairs.
+    One direction of `clip_loss`. With candidates gathered from all devices, `labels` are the positions of this
+    device's pairs among them.
 
     Args:
-      logits: `[*rows, candidates]`, similarities over the temperature, a floating array or `linear_logits`.
+      logits: `[*rows, candidates]`, similarities divided by the temperature, a floating array or `linear_logits`.
       labels: `[*rows]`, the column of each row's positive. By default row i of a matrix has its positive in column i.
       axis: the axis of the candidates.
-      where: mask that broadcasts to the logits, True = counts: leaves out, say, candidates known to be positives
-        too.
+      where: mask that broadcasts to the logits, True = counts. It can leave out, say, candidates known to be further
+        positives.
       weights: `[*rows]`, multiply the losses.
       ignore_index: label of rows to leave out.
 
@@ -64,8 +65,8 @@ def info_nce_loss(
         rows, candidates = _matrix(logits)
         if axis != 1 or rows > candidates:
             raise ValueError(
-                "labels must be given unless logits are a matrix with a column for each row and axis=-1, got shape "
-                f"{logits.shape} and axis {axis}"
+                "labels must be given unless axis=-1 and logits are a matrix with at least one column per row, got "
+                f"shape {logits.shape} and axis {axis}"
             )
         labels = jnp.arange(rows, dtype=jnp.int32)
     prepared = prepare(
@@ -82,11 +83,11 @@ def clip_loss(
 ) -> Float[Array, " pairs"]:
     """CLIP: the mean of InfoNCE over rows and over columns, `(lse_j(x_ij) + lse_j(x_ji)) / 2 - x_ii`.
 
-    Both directions come from one pass over the similarities, so an expression is computed once, not twice, and
-    never stored. For pairs spread over devices, gather one side and use `info_nce_loss` for each direction.
+    One pass over the similarities gives both directions: an expression is computed once and never stored. For pairs
+    spread over devices, gather one side and use `info_nce_loss` for each direction.
 
     Args:
-      logits: `[pairs, pairs]`, similarities over the temperature, a floating array or `linear_logits`.
+      logits: `[pairs, pairs]`, similarities divided by the temperature, a floating array or `linear_logits`.
       where: `[pairs]`, False = the pair is absent, in its row and its column.
       weights: `[pairs]`, multiply the losses.
 
@@ -114,7 +115,7 @@ def clip_loss(
     )
     some = own_score > -jnp.inf
     from_columns = -columns.log_softmax(jnp.where(some, own_score, columns.shift))
-    # A pair whose own similarity is absent costs +inf; one that does not take part costs 0.
+    # A pair whose own similarity is absent costs +inf; a masked pair costs 0.
     loss = 0.5 * (label.nll + jnp.where(some, from_columns, jnp.where(label.present, jnp.inf, 0)))
     return _finish(jnp.where(jnp.isnan(own_score), jnp.nan, loss), keep, weights)
 
@@ -126,9 +127,9 @@ def siglip_loss(
     where: Bool[Array, " pairs"] | None = None,
     weights: Float[Array, " pairs"] | None = None,
 ) -> Float[Array, " pairs"]:
-    """SigLIP: every pair of the batch as a binary problem, `sum_j softplus(-t_ij (x_ij + bias))`, t_ii = 1, else -1.
+    """SigLIP: `sum_j softplus(-t_ij (x_ij + bias))`, every pair a binary problem with t_ii = 1 and else t_ij = -1.
 
-    Each row is independent of the others, so it streams and shards without any exchange.
+    Rows are independent of each other, so the loss streams and shards without communication.
 
     Args:
       logits: `[pairs, pairs]`, similarities times the scale (learned, 10 at the start), a floating array or
@@ -138,7 +139,7 @@ def siglip_loss(
       weights: `[pairs]`, multiply the losses.
 
     Returns:
-      Losses `[pairs]`, one a row, float32 or wider. Their mean is the paper's loss.
+      Losses `[pairs]`, one per row, float32 or wider. Their mean is the paper's loss.
 
     Raises:
       TypeError: an argument of a wrong type or dtype.
@@ -170,12 +171,12 @@ def supervised_contrastive_loss(
     where: Bool[Array, " examples"] | None = None,
     weights: Float[Array, " examples"] | None = None,
 ) -> Float[Array, " examples"]:
-    """SupCon: `mean_{p in P_i} (logsumexp_{j != i}(x_ij) - x_ip)` over the other examples P_i of the same class.
+    """SupCon: `mean_{p in P_i} (logsumexp_{j != i}(x_ij) - x_ip)`, P_i the other examples of the same class.
 
     Args:
-      logits: `[examples, examples]`, similarities of a batch to itself over the temperature (0.1), a floating array
-        or `linear_logits`.
-      labels: `[examples]`, any integers; equal ones are of the same class.
+      logits: `[examples, examples]`, similarities of a batch to itself, divided by the temperature (0.1), a floating
+        array or `linear_logits`.
+      labels: `[examples]`, any integers; equal ones mean the same class.
       where: `[examples]`, False = the example is absent, in its row and its column.
       weights: `[examples]`, multiply the losses.
 
@@ -188,7 +189,7 @@ def supervised_contrastive_loss(
       ValueError: logits that are not square, labels, a mask or weights of a wrong shape.
 
     Reference:
-      Khosla et al., "Supervised Contrastive Learning" (the form with the sum outside of the logarithm).
+      Khosla et al., "Supervised Contrastive Learning" (the form with the sum outside the logarithm).
 
     Example:
       >>> import jax.numpy as jnp, jaxsoft
@@ -199,7 +200,7 @@ def supervised_contrastive_loss(
     check_axis(logits, -1)
     n, keep = _pairs(logits, where, weights)
     _checks.integers("labels", labels)
-    _checks.shape("labels", labels, (n,), "one class an example")
+    _checks.shape("labels", labels, (n,), "one class per example")
     labels = as_ids(labels)
     own = jnp.arange(n, dtype=jnp.int32)
     others = reductions.log_partition_excluding(own[:, None])
@@ -236,16 +237,16 @@ def _matrix(logits: Any) -> tuple[int, int]:
 
 
 def _pairs(logits: Any, where: Any, weights: Any) -> tuple[int, Any]:
-    """Checks square logits and what belongs to their pairs; returns their number and the mask."""
+    """Checks square logits, and the mask and weights of their pairs; returns the number of pairs and the mask."""
     if logits.ndim != 2 or logits.shape[0] != logits.shape[1]:
         raise ValueError(f"logits must be square, [pairs, pairs], got shape {logits.shape}")
     n = logits.shape[0]
     if weights is not None:
         _checks.floating("weights", weights)
-        _checks.shape("weights", weights, (n,), "one number a pair")
+        _checks.shape("weights", weights, (n,), "one number per pair")
     if where is not None:
         _checks.boolean("where", where)
-        _checks.shape("where", where, (n,), "one boolean a pair")
+        _checks.shape("where", where, (n,), "one boolean per pair")
     return n, where
 
 

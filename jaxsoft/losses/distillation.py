@@ -1,8 +1,12 @@
-"""Distillation: losses that compare a row of student logits with a teacher's row.
+"""Distillation.
 
-The teacher's logits may be an expression too: then neither `[*rows, classes]` array is ever stored. In the formulas
-`p` is the teacher's softmax, `q` the student's. A class that is absent (masked, or a logit of -inf) in one of the two
-rows is left out of both.
+Losses that compare a row of student logits with a teacher's. Both may be `linear_logits`, of different widths: neither
+`[*rows, classes]` array is then stored, and the gradient of a frozen teacher is not computed.
+`weighted_mean(distillation_loss, student, teacher, temperature=2.0)` computes each chunk of rows once for value and
+gradient.
+
+In the formulas `p` is the teacher's softmax, `q` the student's. A class that is absent (masked, or a logit of -inf) in
+one of the two rows is left out of both.
 """
 
 from __future__ import annotations
@@ -40,17 +44,17 @@ def distillation_loss(
 ) -> Float[Array, "*rows"]:
     """Knowledge distillation: `T^2 D(softmax(teacher / T), softmax(student / T))`.
 
-    The two KL divergences take one pass over both rows, the bounded divergences two. (For dense logits and no mask,
-    `optax.losses.kl_divergence` computes the forward one.)
+    The two KL divergences take one pass over both rows, the bounded divergences two. (For dense logits without a mask,
+    `optax.losses.kl_divergence` computes the forward KL.)
 
     Args:
       logits: the student's, `[*rows, classes]`, a floating array or `linear_logits`.
-      teacher_logits: the teacher's, of the same shape, an array or `linear_logits` (of any other width).
+      teacher_logits: the teacher's, of the same shape, an array or `linear_logits` (of any width).
       temperature: T, positive. The factor T^2 keeps the size of the gradient.
-      divergence: `"forward_kl"`, KL(p || q), which covers what the teacher does; `"reverse_kl"`, KL(q || p), which
-        seeks its modes; `"jensen_shannon"`, the mean KL of both to their mean, at most log 2; or
-        `"total_variation"`, `sum |p - q| / 2`.
-      stop_teacher_gradient: whether the teacher is a constant.
+      divergence: D, `"forward_kl"`: `KL(p || q)`, which covers all modes of the teacher; `"reverse_kl"`: `KL(q || p)`,
+        which seeks single modes; `"jensen_shannon"`: `JSD(p, q)`, the mean KL of both to their mean, at most log 2; or
+        `"total_variation"`: `sum |p - q| / 2`.
+      stop_teacher_gradient: whether to treat the teacher as a constant.
       axis: the axis of the classes.
       where: mask that broadcasts to the logits, True = counts; `mask[..., None]` leaves out whole rows.
       weights: `[*rows]`, multiply the losses.
@@ -95,15 +99,15 @@ def low_temperature_distillation_loss(
     where: Bool[Array, ...] | None = None,
     weights: Float[Array, "*rows"] | None = None,
 ) -> Float[Array, "*rows"]:
-    """LTD: cross-entropy of the student at temperature 1 to `softmax(teacher / temperature)`.
+    """LTD: `-sum_c softmax(t / T)_c log q_c`, cross-entropy to a teacher t with a temperature of its own.
 
-    The student has no temperature, in training as at test, so its gradients are not masked in an adversarial
-    setting. *Reconstructed* from the paper's description; 5 is in the middle of its sweep.
+    The student has no temperature, neither in training nor at test, so its gradients are not masked in an adversarial
+    setting. *Reconstructed* from the paper's description; the default 5 is in the middle of its sweep.
 
     Args:
       logits: the student's, `[*rows, classes]`, a floating array or `linear_logits`.
       teacher_logits: the teacher's, of the same shape, an array or `linear_logits`; a constant.
-      temperature: of the teacher, positive.
+      temperature: T, the teacher's, positive.
       axis: the axis of the classes.
       where: mask that broadcasts to the logits, True = counts.
       weights: `[*rows]`, multiply the losses.
@@ -147,17 +151,17 @@ def alpha_divergence(
 ) -> Float[Array, "*rows"]:
     """`(sum_c q_c (p_c / q_c)^alpha - 1) / (alpha (alpha - 1))`, between KL(p || q) at 1 and KL(q || p) at 0.
 
-    A large alpha punishes a student that misses what the teacher does, a negative one a student that does what the
-    teacher does not. Two passes over both rows, one at alpha 0 and 1.
+    A large alpha penalizes a student that misses classes the teacher predicts; a negative alpha, one that predicts
+    classes the teacher does not. Takes two passes over both rows; one at alpha 0 and 1.
 
     Args:
       logits: the student's, `[*rows, classes]`, a floating array or `linear_logits`.
       teacher_logits: the teacher's, of the same shape, an array or `linear_logits`.
       alpha: a static number.
-      clip: the largest `(p / q)^alpha` that counts; at alpha 0 the largest `p / q`; at 1 nothing is clipped. The
-        gradient is then the paper's, `sum_c w_c grad(-log q_c)` with constant weights `w = q ((p/q)^alpha / alpha +
-        1 / (alpha (alpha - 1)))`, which without clipping is the true one; it is of first order only.
-      stop_teacher_gradient: whether the teacher is a constant. With `clip` it always is.
+      clip: upper limit of `(p / q)^alpha`; at alpha 0, of `p / q`; at alpha 1 nothing is clipped. The gradient is then
+        the paper's, `sum_c w_c grad(-log q_c)` with constant weights `w = q ((p/q)^alpha / alpha +
+        1 / (alpha (alpha - 1)))`: the true gradient where nothing is clipped, and of first order only.
+      stop_teacher_gradient: whether to treat the teacher as a constant. With `clip` it always is one.
       axis: the axis of the classes.
       where: mask that broadcasts to the logits, True = counts.
       weights: `[*rows]`, multiply the losses.
@@ -199,9 +203,10 @@ def adaptive_alpha_divergence_loss(
     where: Bool[Array, ...] | None = None,
     weights: Float[Array, "*rows"] | None = None,
 ) -> Float[Array, "*rows"]:
-    """AlphaNet: the larger of two alpha divergences, example by example.
+    """AlphaNet: `max(D_alpha_min(p, q), D_alpha_max(p, q))`, the larger of two clipped alpha divergences.
 
-    Of `alpha_min` and `alpha_max` the one counts that punishes more: over- or underestimated uncertainty.
+    Each example gets the larger of `alpha_divergence` at `alpha_min` and at `alpha_max`. One penalizes overestimated
+    uncertainty, the other underestimated uncertainty.
 
     Args:
       logits: the student's, `[*rows, classes]`, a floating array or `linear_logits`.
@@ -247,17 +252,17 @@ def ensemble_distillation_loss(
     where: Bool[Array, ...] | None = None,
     weights: Float[Array, "*rows"] | None = None,
 ) -> Float[Array, "*rows"]:
-    """KL of the student to the mean of several teachers' probabilities (not of their logits), without hard labels.
+    """KL of the student to a mean of teachers, `KL(mean_k p_k || q)`: of their probabilities, not their logits.
 
-    Two passes over all rows: the log-partition functions first.
+    Needs no hard labels. Takes two passes over all rows, the first for the log-partition functions.
 
     Args:
       logits: the student's, `[*rows, classes]`, a floating array or `linear_logits`.
-      teacher_logits: a list of the teachers', each of the same shape, an array or `linear_logits`; constants.
-      teacher_weights: `[teachers]`, non-negative, normalized to sum 1; uniform by default.
+      teacher_logits: a list with each teacher's logits, of the same shape, arrays or `linear_logits`; constants.
+      teacher_weights: `[teachers]`, non-negative, normalized to sum to 1; uniform by default.
       axis: the axis of the classes.
       where: mask that broadcasts to the logits, True = counts. A class that is -inf for one teacher has
-        probability 0 there only.
+        probability 0 for that teacher only.
       weights: `[*rows]`, multiply the losses.
 
     Returns:
@@ -265,7 +270,7 @@ def ensemble_distillation_loss(
 
     Raises:
       TypeError: an argument of a wrong type or dtype.
-      ValueError: an argument of a wrong shape, no teachers.
+      ValueError: an argument of a wrong shape.
 
     Reference:
       Shen and Savvides, "MEAL V2: Boosting Vanilla ResNet-50 to 80%+ Top-1 Accuracy on ImageNet without Tricks"
@@ -280,7 +285,8 @@ def ensemble_distillation_loss(
     """
     if not isinstance(teacher_logits, (list, tuple)) or not teacher_logits:
         raise TypeError(
-            f"teacher_logits must be a list of one teacher's logits or more, got {_checks.describe(teacher_logits)}"
+            f"teacher_logits must be a list with the logits of at least one teacher, got "
+            f"{_checks.describe(teacher_logits)}"
         )
     k = len(teacher_logits)
     pairs = [
@@ -292,7 +298,7 @@ def ensemble_distillation_loss(
     shares = jnp.full((k,), 1 / k, dtype)
     if teacher_weights is not None:
         _checks.floating("teacher_weights", teacher_weights)
-        _checks.shape("teacher_weights", teacher_weights, (k,), "one number a teacher")
+        _checks.shape("teacher_weights", teacher_weights, (k,), "one number per teacher")
         shares = (teacher_weights / jnp.sum(teacher_weights)).astype(dtype)
     each = reductions.log_partition()
     wanted = [each, *(of_second(each, teacher) for teacher in teachers)]
@@ -315,13 +321,16 @@ def progressive_self_distillation_loss(
     weights: Float[Array, "*rows"] | None = None,
     ignore_index: int | None = IGNORE_INDEX,
 ) -> Float[Array, "*rows"]:
-    """PS-KD: cross-entropy to `(1 - alpha) onehot(label) + alpha previous`, the model's own earlier predictions.
+    """PS-KD: `(1 - alpha) l - alpha sum_c previous_c log p_c`, `previous` the model's own earlier predictions.
+
+    Cross-entropy to the target `(1 - alpha) onehot(label) + alpha previous`; p is the model's softmax, l its negative
+    log-likelihood.
 
     Args:
       logits: `[*rows, classes]`, a floating array or `linear_logits`.
       labels: class ids `[*rows]`, as in `cross_entropy`.
-      previous: probabilities of the logits' shape, from the epoch before; a constant.
-      alpha: in [0, 1], may be traced; `0.8 (epoch + 1) / epochs` in the paper, and 0 while there is no history.
+      previous: probabilities from the previous epoch, of the logits' shape; a constant.
+      alpha: in [0, 1], may be traced; `0.8 (epoch + 1) / epochs` in the paper, 0 while there is no history.
       axis: the axis of the classes.
       where: class mask that broadcasts to the logits, True = counts.
       weights: `[*rows]`, multiply the losses.
@@ -365,17 +374,18 @@ def top_k_distillation_loss(
     where: Bool[Array, ...] | None = None,
     weights: Float[Array, "*rows"] | None = None,
 ) -> Float[Array, "*rows"]:
-    """KL of the student to a teacher of whom the k largest probabilities are known, `sum_k p_k log(p_k / q_k)`.
+    """KL of the student to the teacher's k largest probabilities, `sum_k p_k log(p_k / q_k)`.
 
-    A stored teacher fits in k numbers a token, and the student's q at k classes comes from one pass.
+    A stored teacher takes k probabilities per token. The student's q at k classes takes one pass.
 
     Args:
       logits: the student's, `[*rows, classes]`, a floating array or `linear_logits`.
       teacher_ids: `[*rows, k]` distinct class ids.
-      teacher_probabilities: `[*rows, k]`, what the teacher gives them; entries of 0 pad shorter lists. Constants.
-      tail: what becomes of the rest of the teacher's mass, `1 - sum_k p_k`: `"bucket"` compares it with the rest of
-        the student's as one more class (a lower bound of the full KL); `"drop"` leaves it out (whose minimum is not
-        at the teacher); `"renormalize"` scales the k probabilities to sum 1.
+      teacher_probabilities: `[*rows, k]`, the teacher's probabilities of these classes; entries of 0 pad shorter
+        lists. Constants.
+      tail: how to treat the rest of the teacher's mass, `1 - sum_k p_k`: `"bucket"` compares it with the student's
+        rest as one more class (a lower bound of the full KL); `"drop"` leaves it out (the minimum is then not at the
+        teacher); `"renormalize"` scales the k probabilities to sum to 1.
       axis: the axis of the classes.
       where: class mask that broadcasts to the logits, True = counts.
       weights: `[*rows]`, multiply the losses.
@@ -401,7 +411,9 @@ def top_k_distillation_loss(
     shape = rows_of(logits.shape, axis)
     _checks.integers("teacher_ids", teacher_ids)
     if teacher_ids.shape[:-1] != shape or teacher_ids.ndim != len(shape) + 1:
-        raise ValueError(f"teacher_ids must have shape {(*shape, 'k')}, got shape {teacher_ids.shape}")
+        raise ValueError(
+            f"teacher_ids must have shape {(*shape, 'k')} (k class ids per row), got shape {teacher_ids.shape}"
+        )
     _checks.floating("teacher_probabilities", teacher_probabilities)
     _checks.shape("teacher_probabilities", teacher_probabilities, teacher_ids.shape, "that of teacher_ids")
     check_weights(weights, shape)
@@ -441,8 +453,8 @@ def binary_distillation_loss(
 ) -> Float[Array, "*rows"]:
     """BCKD: `sum_c |sigmoid(t_c) - sigmoid(s_c)|^beta BCE(s_c, sigmoid(t_c))`, each class a binary problem.
 
-    For detectors and other models trained with sigmoids, to whom softmax distillation is not the same protocol. The
-    factor is not a constant to the gradient; the loss is 0 at s = t.
+    For detectors and other models trained with sigmoids, which softmax distillation does not match. BCE is the binary
+    cross-entropy. The factor before it is differentiated as well. For beta > 0 terms with s = t are 0.
 
     Args:
       logits: the student's s, `[*rows, classes]`, a floating array or `linear_logits`.
@@ -485,14 +497,14 @@ def squared_log_prob_loss(
     weights: Float[Array, "*rows"] | None = None,
     ignore_index: int | None = IGNORE_INDEX,
 ) -> Float[Array, "*rows"]:
-    """SEL: `(log q_y - teacher_log_prob)^2`, where of the teacher only the probability of the sampled label is known.
+    """SEL: `(log q_y - log p_y)^2`, for a teacher known only by its log-probability of the sampled label.
 
-    Unlike cross-entropy weighted with that probability, it is not biased. *Reconstructed* from the paper's setting.
+    Unlike cross-entropy weighted by that probability, it is unbiased. *Reconstructed* from the paper's setting.
 
     Args:
       logits: the student's, `[*rows, classes]`, a floating array or `linear_logits`.
       labels: class ids `[*rows]`, as in `cross_entropy`.
-      teacher_log_prob: `[*rows]`, the teacher's log-probability of the label; a constant.
+      teacher_log_prob: log p_y, `[*rows]`, the teacher's log-probability of the label; a constant.
       axis: the axis of the classes.
       where: class mask that broadcasts to the logits, True = counts.
       weights: `[*rows]`, multiply the losses.
@@ -518,7 +530,9 @@ def squared_log_prob_loss(
         logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
     )
     _checks.floating("teacher_log_prob", teacher_log_prob)
-    _checks.shape("teacher_log_prob", teacher_log_prob, rows_of(logits.shape, rows.axis), "one number a row")
+    _checks.shape(
+        "teacher_log_prob", teacher_log_prob, rows_of(logits.shape, rows.axis), "one number per row"
+    )
     target = lax.stop_gradient(teacher_log_prob)
     if rows.keep is not None:
         target = jnp.where(rows.keep, target, 0)
@@ -534,18 +548,18 @@ def adapt_soft_labels(
     trust_above: float,
     label_smoothing: float = 0.1,
 ) -> tuple[Float[Array, "*rows classes"], Float[Array, "*rows"]]:
-    """FerKD: the teacher's label where it is sure, the smoothed hard label where it is not, none where it is lost.
+    """FerKD: the teacher's soft label where the teacher is confident, the smoothed hard label elsewhere.
 
-    By the teacher's largest probability m of a crop: below `discard_below` the crop is left out (weight 0); above
-    `trust_above` it keeps the soft label; between, it gets `(1 - a) onehot + a / classes`. *Reconstructed*; the
+    The teacher's largest probability of a crop decides. Below `discard_below` the crop is left out (weight 0); from
+    `trust_above` on it keeps the soft label; in between it gets `(1 - a) onehot + a / classes`. *Reconstructed*; the
     thresholds depend on the data and have no defaults.
 
     Args:
       labels: class ids `[*rows]`.
       teacher_probabilities: `[*rows, classes]`.
       discard_below: in [0, 1].
-      trust_above: in [0, 1], not less than `discard_below`.
-      label_smoothing: the a of the hard label, in [0, 1].
+      trust_above: in [0, 1], at least `discard_below`.
+      label_smoothing: a, the smoothing of the hard label, in [0, 1].
 
     Returns:
       Label distributions `[*rows, classes]` for `cross_entropy`, and its `weights` `[*rows]`, 0 or 1.
@@ -571,7 +585,9 @@ def adapt_soft_labels(
         raise ValueError(f"trust_above must be at least discard_below={discard_below}, got {trust_above}")
     _checks.floating("teacher_probabilities", teacher_probabilities)
     _checks.integers("labels", labels)
-    _checks.shape("labels", labels, teacher_probabilities.shape[:-1], "one id a row of teacher_probabilities")
+    _checks.shape(
+        "labels", labels, teacher_probabilities.shape[:-1], "one id per row of teacher_probabilities"
+    )
     p = lax.stop_gradient(teacher_probabilities)
     classes = p.shape[-1]
     hard = (1 - label_smoothing) * jax.nn.one_hot(labels, classes, dtype=p.dtype) + label_smoothing / classes
@@ -580,13 +596,13 @@ def adapt_soft_labels(
     return q, (largest >= discard_below).astype(accumulation_dtype(p.dtype))
 
 
-# --- what they share -------------------------------------------------------------------------------------
+# --- shared parts ----------------------------------------------------------------------------------------
 
 
 def _pair(
     logits, teacher_logits, temperature, stop_teacher, axis, where, weights, *, name="teacher_logits"
 ) -> tuple[Rows, Any]:
-    """The checked student's rows, and the teacher's scores as one of the `entry_args` of a reduction."""
+    """The student's checked rows, and the teacher's scores in the form of a reduction's `entry_args`."""
     axis = check_axis(logits, axis)
     _checks.number("temperature", temperature, above=0)
     check_weights(weights, rows_of(logits.shape, axis))
@@ -617,7 +633,7 @@ def _clip(clip: Any) -> float | None:
 
 
 def _floored(partition: reductions.LogPartition) -> tuple[Array, Array]:
-    """Shift and log-sum, with 0 for the log-sum of nothing."""
+    """Shift and log-sum, with a log-sum of 0 for an empty row."""
     empty = partition.log_sum == -jnp.inf
     return partition.shift, jnp.where(empty, 0, partition.log_sum)
 
@@ -673,7 +689,7 @@ def _clipped_terms(alpha: float, clip: float):
 
 @functools.cache
 def _surrogate_terms(alpha: float, clip: float):
-    """What has the paper's gradient: `-w log q` with constant weights."""
+    """The terms with the paper's gradient: `-w log q` with constant weights."""
 
     def terms(log_q, log_p):
         r = _ratio(log_q, log_p, alpha, clip)
@@ -684,7 +700,10 @@ def _surrogate_terms(alpha: float, clip: float):
 
 
 def _to_mixture(x, cols, *args):
-    """`p log(p / q)` for the mixture p of k teachers; args: shift and log-sum of each row, shares, teachers."""
+    """`p log(p / q)` for the mixture p of k teachers.
+
+    `args` are the shift and log-sum of the student and of each teacher, the log-shares, and the teachers' logits.
+    """
     k = (len(args) - 2) // 4
     parts, log_shares, teachers = args[: 2 * k + 2], args[2 * k + 2 : 3 * k + 2], args[3 * k + 2 :]
     log_q = (x - parts[0]) - parts[1]

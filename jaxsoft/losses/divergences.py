@@ -1,4 +1,8 @@
-"""Distance and dependence of samples and distributions, and small regression losses in log space."""
+"""Divergences.
+
+Distances and dependence of samples, the divergence of two rows of logits, and losses of values, energies and
+log-probabilities, element by element.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ from jaxsoft.rows.reductions import partition_of
 
 
 def _samples(x: Any, y: Any, where_x: Any, where_y: Any) -> tuple[Array, Array, Array, Array]:
-    """`[*batch, n, features]` and `[*batch, m, features]`, 0 for absent samples, and which of them count."""
+    """`[*batch, n, features]` and `[*batch, m, features]`, 0 for absent samples, each with its mask."""
     (x, keep_x), (y, keep_y) = _vectors("x", x, where_x, "where_x"), _vectors("y", y, where_y, "where_y")
     if x.shape[:-2] != y.shape[:-2] or x.shape[-1] != y.shape[-1]:
         raise ValueError(
@@ -30,7 +34,7 @@ def _samples(x: Any, y: Any, where_x: Any, where_y: Any) -> tuple[Array, Array, 
 
 
 def _squared_distances(x: Array, y: Array) -> Array:
-    """`[*batch, n, m]`, from the differences: exactly 0 for points that coincide."""
+    """`[*batch, n, m]`, computed from differences, so exactly 0 for points that coincide."""
     return jnp.sum((x[..., :, None, :] - y[..., None, :, :]) ** 2, axis=-1)
 
 
@@ -46,13 +50,13 @@ def distance_covariance(
     correlation: bool = False,
     where: Bool[Array, "*batch n"] | None = None,
 ) -> Float[Array, "*batch"]:
-    """Squared distance covariance, `mean A B` of the double-centred distance matrices: 0 for independent x and y.
+    """Squared distance covariance, `mean A B` of double-centred distance matrices: 0 for independent x and y.
 
-    As a penalty it makes predictions independent of protected attributes, of any type and number: encode each
-    attribute and concatenate them (for their joint distribution), or add up the penalties of each.
+    As a penalty it makes predictions independent of protected attributes, of any type and number: concatenate the
+    encoded attributes (for their joint distribution), or add up one penalty per attribute.
 
     Args:
-      x: `[*batch, n, features]`, one vector an example.
+      x: `[*batch, n, features]`, one vector per example.
       y: `[*batch, n, others]`, of the same examples.
       correlation: whether to divide by the geometric mean of the squared distance variances: then in [0, 1], and 0
         where x or y is constant.
@@ -78,7 +82,7 @@ def distance_covariance(
     """
     _checks.option("correlation", correlation, (False, True))
     (x, keep), (y, _) = _vectors("x", x, where), _vectors("y", y, None)
-    _checks.shape("y", y, (*x.shape[:-1], y.shape[-1]), "the shape of x but for the features")
+    _checks.shape("y", y, (*x.shape[:-1], y.shape[-1]), "the shape of x except the features")
     y = jnp.where(keep[..., None], y, 0)
     pair = keep[..., :, None] & keep[..., None, :]
     count = jnp.sum(keep, axis=-1).astype(x.dtype)
@@ -107,8 +111,9 @@ def kernel_cauchy_schwarz_divergence(
 ) -> Float[Array, "*batch"]:
     """Cauchy-Schwarz divergence of two samples: `-2 log mean K_xy + log mean K_xx + log mean K_yy`.
 
-    That of their kernel density estimates, K being the Gaussian kernel `exp(-|x - y|^2 / (2 bandwidth^2))`. The
-    logarithms of the means are taken without forming them: samples far from each other do not underflow.
+    The divergence of their kernel density estimates, with the Gaussian kernel
+    `K = exp(-|x - y|^2 / (2 bandwidth^2))`. The means are computed in log space: samples far from each other do not
+    underflow.
 
     Args:
       x: `[*batch, n, features]`.
@@ -162,8 +167,8 @@ def weighted_mmd(
 ) -> Float[Array, "*batch"]:
     """Squared maximum mean discrepancy of weighted samples: `w K_xx w - 2 w K_xy v + v K_yy v`.
 
-    With the Gaussian kernel `exp(-|x - y|^2 / (2 bandwidth^2))`. Weights from `optimal_mmd_weights` make an
-    estimate from few samples of a simulator more exact than the usual `w = 1 / n`.
+    The kernel is Gaussian, `exp(-|x - y|^2 / (2 bandwidth^2))`. For few samples of a simulator, weights from
+    `optimal_mmd_weights` give a more accurate estimate than the usual `w = 1 / n`.
 
     Args:
       x: `[*batch, n, features]`.
@@ -200,7 +205,7 @@ def weighted_mmd(
         if weights is None:
             weights = safe_divide(keep.astype(x.dtype), jnp.sum(keep, axis=-1, keepdims=True).astype(x.dtype))
         _checks.floating(name, weights)
-        _checks.shape(name, weights, keep.shape, "one number a sample")
+        _checks.shape(name, weights, keep.shape, "one number per sample")
         return jnp.where(keep, weights.astype(x.dtype), 0)
 
     w, v = weights_of("weights_x", weights_x, keep_x), weights_of("weights_y", weights_y, keep_y)
@@ -221,18 +226,18 @@ def optimal_mmd_weights(
     ridge: float = 1e-6,
     where: Bool[Array, "*batch n"] | None = None,
 ) -> Float[Array, "*batch n"]:
-    """The weights of a sample that bring it closest to a distribution: `(K_xx + ridge I)^-1 kernel_mean`.
+    """The weights that bring a sample closest to a distribution: `(K_xx + ridge I)^-1 kernel_mean`.
 
-    They minimize `weighted_mmd` between the weighted sample and the distribution, without a constraint: some may
-    be negative, and their sum is not 1.
+    They minimize `weighted_mmd` between the weighted sample and the distribution without constraints: some may be
+    negative, and they need not sum to 1.
 
     Args:
       x: `[*batch, n, features]`; in the paper, the uniform or Gaussian points that a simulator starts from.
-      kernel_mean: `[*batch, n]`, of the distribution at the points, `E_y exp(-|x_i - y|^2 / (2 bandwidth^2))`: in
-        closed form, or the mean over a large sample.
+      kernel_mean: `[*batch, n]`, the distribution's kernel mean at the points,
+        `E_y exp(-|x_i - y|^2 / (2 bandwidth^2))`: in closed form, or the mean over a large sample.
       bandwidth: the width of the kernel, positive; may be traced.
       ridge: added to the diagonal, 0 or more; points close to each other need it.
-      where: `[*batch, n]` booleans, True = counts. The other weights are 0.
+      where: `[*batch, n]` booleans, True = counts. Masked points get weight 0.
 
     Returns:
       `[*batch, n]`, float32 or wider.
@@ -254,7 +259,7 @@ def optimal_mmd_weights(
     _checks.number("ridge", ridge, at_least=0)
     x, keep = _vectors("x", x, where)
     _checks.floating("kernel_mean", kernel_mean)
-    _checks.shape("kernel_mean", kernel_mean, keep.shape, "one number a vector of x")
+    _checks.shape("kernel_mean", kernel_mean, keep.shape, "one number per vector of x")
     identity = jnp.eye(x.shape[-2], dtype=x.dtype)
     pair = keep[..., :, None] & keep[..., None, :]
     kernel = jnp.where(pair, jnp.exp(_log_kernel(x, x, bandwidth)) + ridge * identity, identity)
@@ -283,16 +288,16 @@ def cauchy_schwarz_divergence(
 ) -> Float[Array, "*rows"]:
     """Cauchy-Schwarz divergence of `p = softmax(logits)` and `q = softmax(other)`: `-log((p q)^2 / (p p q q))`.
 
-    The partition functions cancel: it is `lse(2 x) + lse(2 z) - 2 lse(x + z)`. Symmetric, 0 for equal
-    distributions, finite for any others. Errors are of the size of those of `x + z`. (That of two samples:
+    The partition functions cancel: it is `lse(2 x) + lse(2 z) - 2 lse(x + z)` for logits x and z. Symmetric, 0 for
+    equal distributions, always finite. Its rounding error is of the size of that of `x + z`. (For two samples there is
     `kernel_cauchy_schwarz_divergence`.)
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
-      other: the same shape, an array or `linear_logits`, too.
+      other: the same shape, an array or `linear_logits`.
       axis: the axis of the columns.
-      where: booleans that broadcast to the logits, True = counts, in both. An entry that is -inf in one row is left
-        out of both.
+      where: booleans that broadcast to the logits, True = counts, for both rows. An entry that is -inf in one row is
+        left out of both.
 
     Returns:
       `[*rows]`, float32 or wider; 0 for a row without entries.
@@ -329,7 +334,7 @@ def cauchy_schwarz_divergence(
 
 
 def _same_shape(where: Any, **arrays: Any) -> tuple[list[Array], Any]:
-    """Floating arrays of one shape, in the accumulation dtype of all, 0 where masked; and the mask."""
+    """Floating arrays of one shape, in their common accumulation dtype, 0 where masked; and the mask."""
     first, shape = next((name, jnp.shape(a)) for name, a in arrays.items())
     for name, a in arrays.items():
         _checks.floating(name, a)
@@ -356,16 +361,16 @@ def gumbel_regression_loss(
 ) -> Float[Array, "*shape"]:
     """Gumbel (linex) regression: `e^z - z - 1` with `z = (targets - values) / beta`.
 
-    The value that minimizes its mean is `beta log mean e^(targets / beta)`, a soft maximum of the targets:
-    reinforcement learning gets the values of the best actions from it without a maximum. Above `z_max` it goes
-    on along its tangent's exponential part, `e^z_max (z - z_max + 1) - z - 1`, so that one large target cannot
-    make the gradient explode; that part is *reconstructed*.
+    The value that minimizes its mean is `beta log mean e^(targets / beta)`, a soft maximum of the targets: it gives
+    reinforcement learning the values of the best actions without a maximum over actions. Above `z_max` the exponential
+    continues along its tangent, `e^z_max (z - z_max + 1) - z - 1`, so that one large target cannot make the gradient
+    explode; this part is *reconstructed*.
 
     Args:
-      values: any shape, what is learned.
+      values: the learned values, any shape.
       targets: the same shape; usually under `stop_gradient`.
       beta: the temperature, positive: small for a maximum, large for a mean; may be traced.
-      z_max: where the exponential turns linear; None for nowhere.
+      z_max: where the exponential turns linear; None: nowhere.
       where: the same shape, booleans, True = counts.
 
     Returns:
@@ -412,13 +417,13 @@ def residual_ebm_loss(
 ) -> Float[Array, "*shape"]:
     """Noise-contrastive loss of a residual energy: `softplus(E(real)) + softplus(-E(sampled))`.
 
-    The energy learns by what the data differ from the samples of a model: data have the density of the model
-    times `e^-E`. To sample from that, draw from the model and keep a draw with the probabilities
+    The energy learns how the data differ from a model's samples: the data have the density of the model times `e^-E`.
+    To sample from that density, draw several samples from the model and keep one, with the probabilities
     `jaxsoft.softmax(-energies)`.
 
     Args:
       real: energies of data, any shape.
-      sampled: energies of samples of the model, the same shape.
+      sampled: energies of the model's samples, the same shape.
       where: the same shape, booleans, True = counts.
 
     Returns:
@@ -451,13 +456,13 @@ def marginal_consistency_loss(
 ) -> Float[Array, "*shape"]:
     """Marginalization self-consistency: `(log p(x_S) + log p(x_d | x_S) - log p(x_(S, d)))^2`.
 
-    A model that gives the marginal of any subset of variables in one evaluation is trained, beside the
-    likelihood, to agree with its own conditionals.
+    For a model that gives the marginal of any subset of variables in one evaluation: besides the likelihood, it is
+    trained to agree with its own conditionals.
 
     Args:
-      log_marginal: `log p(x_S)`, of a random subset S; any shape.
-      log_conditional: `log p(x_d | x_S)`, of one more variable; the same shape.
-      log_joint: `log p(x_(S, d))`, the marginal with that variable.
+      log_marginal: `log p(x_S)` of a random subset S; any shape.
+      log_conditional: `log p(x_d | x_S)` of one more variable d; the same shape.
+      log_joint: `log p(x_(S, d))`, the marginal of both; the same shape.
       where: the same shape, booleans, True = counts.
 
     Returns:
@@ -495,22 +500,21 @@ def target_surrogate_loss(
 ) -> Float[Array, "*rows"]:
     """Target-based surrogate of an expensive loss: `<d, z - z_t> + |z - z_t|^2 / (2 step_size)`.
 
-    `d` is the gradient of the loss with respect to the model's outputs `z_t`, taken once; the surrogate is then
-    minimized over the parameters by several cheap steps of any optimizer, all of which only run the model. One
-    step of gradient descent is the same as on the loss itself; more come close to a step of `step_size` in the
-    space of outputs. Where the loss is L-smooth in its outputs and `step_size <= 1 / L`, the surrogate bounds
-    its increase from above.
+    `d` is the gradient of the loss with respect to the model's outputs `z_t`, computed once. Any optimizer then
+    minimizes the surrogate over the parameters in several cheap steps, which run only the model. One step of gradient
+    descent equals a step on the loss itself; more steps approach a step of `step_size` in the space of outputs. If the
+    loss is L-smooth in the outputs and `step_size <= 1 / L`, the surrogate is an upper bound of the change of the loss.
 
     Args:
-      outputs: `[*rows, outputs]`, z, of the parameters that are being trained.
-      anchors: the same shape, z_t, of the parameters at the start. Constant to the gradient.
-      gradients: the same shape, d. Constant to the gradient.
-      step_size: positive; may be traced (constant, or falling as one over the square root of the step).
+      outputs: z, `[*rows, outputs]`, from the parameters in training.
+      anchors: z_t, the same shape, from the parameters at the start. A constant.
+      gradients: d, the same shape. A constant.
+      step_size: positive; may be traced (constant, or decreasing as one over the square root of the step).
       axis: the axis of the outputs.
       where: booleans that broadcast to the outputs, True = counts.
 
     Returns:
-      Values `[*rows]`, float32 or wider: 0 at the anchors, negative where the loss is to fall.
+      Values `[*rows]`, float32 or wider: 0 at the anchors, negative where the loss should fall.
 
     Raises:
       TypeError: an argument of a wrong type or dtype.

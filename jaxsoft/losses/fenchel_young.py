@@ -1,4 +1,8 @@
-"""Fenchel-Young losses of sparsemax and entmax: convex, and exactly 0 where the label leads by enough.
+"""Fenchel-Young losses.
+
+The convex losses whose predictions are `sparsemax` and `entmax`. Their gradient is `entmax(x) - q`, with exact zeros,
+and they are exactly 0 where the label leads by a margin. All take class ids or label distributions, a dense array or
+`linear_logits`. For other convex functions there is `optax.losses.make_fenchel_young_loss`.
 
 The Fenchel-Young loss of a convex function `Omega` on the simplex is `Omega*(x) + Omega(q) - <q, x>` for the logits x
 and a distribution q, with `Omega*(x) = max_p <p, x> - Omega(p)`. Its gradient is `p(x) - q`, where `p(x)` is that
@@ -35,21 +39,24 @@ def entmax_loss(
     weights: Float[Array, "*rows"] | None = None,
     ignore_index: int | None = IGNORE_INDEX,
 ) -> Float[Array, "*rows"]:
-    """The Fenchel-Young loss of `entmax`: `Omega*(x) - x_y`, or `Omega*(x) + Omega(q) - <q, x>` for distributions q.
+    """Fenchel-Young loss of `entmax`: `Omega*(x) - x_y`, or `Omega*(x) + Omega(q) - <q, x>` for distributions.
 
-    With `u_c = relu((alpha - 1) (x_c - t))`, where the threshold t makes the `u_c^(1 / (alpha - 1))` sum to 1,
-    `Omega*(x) = t + (sum_c u_c^(alpha / (alpha - 1)) + 1 / (alpha - 1)) / alpha`. The gradient is `entmax(x) - q`,
+    With `p = entmax(x)` the loss is `<p - e_y, x> - (sum_c p_c^alpha - 1) / (alpha (alpha - 1))`, or, for a
+    distribution q, `<p - q, x> - (sum_c p_c^alpha - sum_c q_c^alpha) / (alpha (alpha - 1))`. The gradient is `p - q`,
     with exact zeros. For class ids the loss is 0 where `x_y - x_c >= 1 / (alpha - 1)` for all other classes.
 
-    For `linear_logits` nothing is stored either: the threshold is found by Newton's method in passes over the logits,
-    whose number depends on the data. No gradient is needed of them, for `Omega*` is stationary in t, so that the
-    gradient costs what that of cross-entropy costs. Derivatives are right up to the second.
+    It is computed from `Omega*(x) = t + (sum_c u_c^(alpha / (alpha - 1)) + 1 / (alpha - 1)) / alpha` with
+    `u_c = relu((alpha - 1) (x_c - t))`, where the threshold t makes the `u_c^(1 / (alpha - 1))` sum to 1.
+
+    `linear_logits` are never stored: Newton's method finds the threshold in passes over the logits, whose number
+    depends on the data. Since `Omega*` is stationary in t, these passes need no gradient, and the gradient costs as
+    much as that of cross-entropy. First and second derivatives are correct.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
       labels: class ids `[*rows]`, or distributions of the logits' shape, as in `cross_entropy`.
-      alpha: 2 is `sparsemax_loss`, 1 is cross-entropy (minus the entropy of q): a number of 1 or more. Nearer to 1
-        than 1e-3, a number is taken as 1. Differentiable if it is traced (then above 1, not nearer than that).
+      alpha: a number of 1 or more. 2 is `sparsemax_loss`, 1 is cross-entropy (minus the entropy of q). A number
+        closer to 1 than 1e-3 is taken as 1. A traced alpha is differentiable; it must be at least 1 + 1e-3.
       axis: the axis of the classes.
       where: class mask that broadcasts to the logits, True = counts.
       weights: `[*rows]`, multiply the losses.
@@ -78,7 +85,7 @@ def entmax_loss(
         entropy = jnp.where(label.present, -_of_labels(rows, 1.0), 0) if rows.soft else 0
         return rows.finish(label.nll - entropy)
 
-    # All but the three sums of the last pass is a constant to the derivative.
+    # Only the three sums of the last pass are differentiated.
     params = lax.stop_gradient(define_entmax(_Fixed(rows), alpha=alpha).params)
     top, tau = params["top"], params["tau"]
     exponent = 1 / (float(alpha) - 1) if _checks.is_concrete_number(alpha) else None
@@ -95,9 +102,10 @@ def entmax_loss(
     out = rows.reduce(wanted)
 
     powers, mass, curvature = out["conjugate"]
-    # Relative to the largest logit, (tau + 1) / (alpha - 1) - 1 / alpha = t + 1 / (alpha (alpha - 1)), uncancelled.
+    # Relative to the largest logit, t + 1 / (alpha (alpha - 1)) = (tau + 1) / (alpha - 1) - 1 / alpha, which does not
+    # cancel.
     value = (tau + 1) / (a - 1) + (powers - 1) / a
-    # Along t, `value` is a parabola near its minimum: what tau lacks of it, and the second derivative.
+    # In t, `value` is a parabola near its minimum: corrects for the error of tau, from the second derivative.
     value = value - safe_divide((mass - 1) ** 2, 2 * curvature)
     if rows.soft:
         total = jnp.sum(q, axis=-1)
@@ -110,12 +118,14 @@ def entmax_loss(
 
 
 def entmax15_loss(logits: Logits, labels: Labels, **options) -> Float[Array, "*rows"]:
-    """The Fenchel-Young loss of `entmax15`, which is `entmax_loss` with alpha = 1.5.
+    """Fenchel-Young loss of `entmax15`, `t + (2 sum_c p_c^1.5 + 4) / 3 - x_y`: `entmax_loss` with alpha = 1.5.
+
+    Here `p_c = relu((x_c - t) / 2)^2`, with t such that the p_c sum to 1.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
       labels: class ids `[*rows]` or distributions of the logits' shape.
-      **options: as in `entmax_loss`, but for alpha.
+      **options: as in `entmax_loss`, except alpha.
 
     Returns:
       Losses `[*rows]`, float32 or wider; 0 where the label leads by 2.
@@ -137,14 +147,15 @@ def entmax15_loss(logits: Logits, labels: Labels, **options) -> Float[Array, "*r
 
 
 def sparsemax_loss(logits: Logits, labels: Labels, **options) -> Float[Array, "*rows"]:
-    """The sparsemax loss, `sum_{c: x_c > t} (x_c^2 - t^2) / 2 - x_y + 1 / 2`: `entmax_loss` with alpha = 2.
+    """Sparsemax loss, `sum_{c: x_c > t} (x_c^2 - t^2) / 2 - x_y + 1 / 2`: `entmax_loss` with alpha = 2.
 
-    A smooth multi-class Huber loss with the gradient `sparsemax(x) - q`.
+    Here t is such that `sum_c relu(x_c - t) = 1`. A smooth multi-class Huber loss with the gradient
+    `sparsemax(x) - q`.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
       labels: class ids `[*rows]` or distributions of the logits' shape.
-      **options: as in `entmax_loss`, but for alpha.
+      **options: as in `entmax_loss`, except alpha.
 
     Returns:
       Losses `[*rows]`, float32 or wider; 0 where the label leads by 1.
@@ -166,7 +177,7 @@ def sparsemax_loss(logits: Logits, labels: Labels, **options) -> Float[Array, "*
 
 
 class _Fixed:
-    """The rows of a loss as the search of the threshold reads them (see `DenseRows`), without a gradient."""
+    """The rows of a loss in the form that the threshold search reads (see `DenseRows`), without a gradient."""
 
     def __init__(self, rows: Rows):
         self._rows = rows._replace(logits=detached(rows.logits))
@@ -185,7 +196,7 @@ class _Fixed:
 
 @functools.cache
 def _conjugate(exponent: float | None) -> RowReduction:
-    """`sum u^(r + 1)`, its derivative in t, and, as a constant, the second: `sum u^r` and `sum u^(r - 1)`."""
+    """`sum u^(r + 1)` and, up to factors, its derivatives in t: `sum u^r` and, as a constant, `sum u^(r - 1)`."""
 
     def init(like, params):
         return like, like, like
@@ -206,7 +217,7 @@ def _weighted_score(x, cols, top, q):
 
 
 def _of_labels(rows: Rows, alpha: Any) -> Array:
-    """`Omega(q)` of the labels' distributions."""
+    """`Omega(q)` of the label distributions."""
     q = rows.labels.astype(accumulation_dtype(rows.labels.dtype))
     safe = jnp.where(q > 0, q, 1)
     if _checks.is_concrete_number(alpha) and alpha == 1:

@@ -1,4 +1,8 @@
-"""Multi-class hinge losses: how far the label's score is from leading by a margin.
+"""Hinge losses.
+
+Losses that ask for a margin between the label's score and the others', and are 0 once it is reached. All take a dense
+array or `linear_logits`. Two-class hinges, and the weight penalty of an SVM, are in optax (`optax.losses.hinge_loss`,
+`optax.add_decayed_weights`).
 
 In the formulas `x` are the logits of a row, `y` its label and `relu(u) = max(0, u)`. The gradient at a kink is 0.
 """
@@ -29,15 +33,15 @@ def one_vs_rest_hinge_loss(
 ) -> Float[Array, "*rows"]:
     """One-vs-rest SVM: `penalty * (relu(1 - x_y)^power + sum_{c != y} relu(1 + x_c)^power)`.
 
-    One binary hinge for each class, +1 for the label and -1 for the others. With power 2 it is the L2-SVM in place of
-    a softmax. *Reconstructed* (from the abstracts and general knowledge). The other half of an SVM, `|W|^2 / 2`, is a
-    function of the weights: use the optimizer's weight decay.
+    One binary hinge per class, with target +1 for the label and -1 for the others. With power 2 it is the L2-SVM that
+    replaces a softmax. *Reconstructed* (from the abstracts and general knowledge). The other part of an SVM,
+    `|W|^2 / 2`, is a function of the weights: use the optimizer's weight decay.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
       labels: class ids `[*rows]`, as in `cross_entropy`.
       power: 2 (L2-SVM, differentiable) or 1 (L1-SVM), static.
-      penalty: multiplies the loss, 0 or more: 1 in the CNN-SVM, 0.5 in the GRU-SVM.
+      penalty: multiplies the loss, 0 or more; 1 in the CNN-SVM paper, 0.5 in the GRU-SVM paper.
       axis: the axis of the classes.
       where: class mask that broadcasts to the logits, True = counts.
       weights: `[*rows]`, multiply the losses.
@@ -88,10 +92,9 @@ def weston_watkins_loss(
     classes.)
 
     Args:
-      logits: `[*rows, columns]`, a floating array or `linear_logits`, which is read twice: the score of the label is
-        needed first.
+      logits: `[*rows, columns]`, a floating array or `linear_logits`. Read twice: the label's score is needed first.
       labels: class ids `[*rows]`, as in `cross_entropy`.
-      margin: the lead of the label to aim at, 0 or more.
+      margin: the lead that the label should have, 0 or more.
       power: 1 or 2 (differentiable), static.
       axis: the axis of the classes.
       where: class mask that broadcasts to the logits, True = counts.
@@ -134,12 +137,12 @@ def crammer_singer_loss(
 ) -> Float[Array, "*rows"]:
     """Crammer-Singer SVM: `relu(margin + max_{c != y} x_c - x_y)`.
 
-    The strongest rival alone counts; of equal rivals the first one gets the gradient.
+    Only the strongest rival counts; of equal rivals the first gets the gradient.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
       labels: class ids `[*rows]`, as in `cross_entropy`.
-      margin: the lead of the label to aim at, 0 or more.
+      margin: the lead that the label should have, 0 or more.
       axis: the axis of the classes.
       where: class mask that broadcasts to the logits, True = counts.
       weights: `[*rows]`, multiply the losses.
@@ -187,7 +190,7 @@ def perceptron_loss(
     weights: Float[Array, "*rows"] | None = None,
     ignore_index: int | None = IGNORE_INDEX,
 ) -> Float[Array, "*rows"]:
-    """Multi-class perceptron: `max_c x_c - x_y`, the `crammer_singer_loss` of margin 0.
+    """Multi-class perceptron: `max_c x_c - x_y`, the `crammer_singer_loss` with margin 0.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
@@ -226,14 +229,14 @@ def _prepare(logits, labels, axis, where, weights, ignore_index) -> Rows:
 
 
 def _relu_power(u: Array, power: int) -> Array:
-    """`relu(u) ** power`; unlike a maximum it lets NaN through, with its gradient."""
+    """`relu(u) ** power`; unlike `maximum` it passes on NaN in value and gradient."""
     u = jnp.where(u <= 0, 0, u)
     return u if power == 1 else u * u
 
 
 def _hinge(x, cols, score, margin, label):
-    """`relu(margin + x - score)` of the classes other than the label."""
-    # The difference of the scores first: it is exact where they are large.
+    """`relu(margin + x - score)` for the classes other than the label."""
+    # Subtract the scores first: their difference is exact where they are large.
     return jnp.where(cols == label, 0, _relu_power((x - score.astype(x.dtype)) + margin.astype(x.dtype), 1))
 
 

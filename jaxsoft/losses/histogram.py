@@ -1,7 +1,11 @@
-"""Regression by classification: targets over the bins of a histogram, their cross-entropy, and the mean to predict.
+"""Regression by classification.
+
+Distributions over the bins of a histogram as targets for a number to regress to, the cross-entropy with them, and the
+mean of the predicted histogram. The targets are plain label distributions, for every loss that takes those:
+`cross_entropy(logits, two_hot_targets(value, centers))`.
 
 A *support* is given by its increasing `edges` `[bins + 1]` (histograms), or by its increasing `centers` `[bins]`
-(point masses); `bin_centers` turns the first into the second. `jnp.linspace(low, high, bins + 1)` makes equal bins.
+(point masses); `bin_centers` turns edges into centers. `jnp.linspace(low, high, bins + 1)` makes equal bins.
 """
 
 from __future__ import annotations
@@ -30,17 +34,17 @@ def histogram_loss(
 ) -> Float[Array, "*rows"]:
     """HL-Gauss, the cross-entropy of a histogram: `-sum_i q_i log softmax(x)_i` with q of `hl_gauss_targets`.
 
-    *Reconstructed* (from the abstract and general knowledge). Predict by `histogram_mean`. With other targets, it is
-    `cross_entropy(logits, two_hot_targets(...))`.
+    q_i is the mass of a normal distribution around the target in bin i. *Reconstructed* (from the abstract and general
+    knowledge). Predict with `histogram_mean`. For other targets, call `cross_entropy(logits, two_hot_targets(...))`.
 
     Args:
       logits: `[*rows, bins]`, a floating array or `linear_logits`.
-      target: `[*rows]`, the numbers to regress to; constants to the gradient.
+      target: `[*rows]`, the numbers to regress to; constants.
       edges: `[bins + 1]`, increasing, as in `hl_gauss_targets`.
       sigma: as in `hl_gauss_targets`.
       axis: the axis of the bins.
       where: mask that broadcasts to the logits, True = counts. To leave out an example, mask its whole row: it costs
-        0 whatever its target is, NaN included. A target with mass in a masked bin costs +inf.
+        0 for any target, NaN included. A target with mass in a masked bin costs +inf.
       weights: `[*rows]`, multiply the losses; a weight of 0 hides a target that is not finite.
 
     Returns:
@@ -63,7 +67,7 @@ def histogram_loss(
     axis = check_axis(logits, axis)
     rows, bins = rows_of(logits.shape, axis), logits.shape[axis]
     _checks.floating("target", target)
-    _checks.shape("target", target, rows, "one number an example")
+    _checks.shape("target", target, rows, "one number per example")
     _check_support("edges", edges)
     _checks.shape("edges", edges, (bins + 1,), "one more than there are logits in a row")
     counts = jnp.ones(rows, bool)
@@ -73,9 +77,9 @@ def histogram_loss(
         counts = jnp.any(jnp.broadcast_to(where, logits.shape), axis=axis)
     if weights is not None:
         _checks.floating("weights", weights)
-        _checks.shape("weights", weights, rows, "one number an example")
+        _checks.shape("weights", weights, rows, "one number per example")
         counts = counts & (weights != 0)
-    # A distribution over the bins, also where nobody asks: a NaN would reach the gradient of the logits.
+    # Ignored examples need a valid distribution as well: a NaN would reach the gradient of the logits.
     q = hl_gauss_targets(jnp.where(counts, target, edges[0]), edges, sigma=sigma)
     return cross_entropy(logits, jnp.moveaxis(q, -1, axis), axis=axis, where=where, weights=weights)
 
@@ -113,7 +117,7 @@ def histogram_mean(
     """
     axis = check_axis(logits, axis)
     _check_support("centers", centers)
-    _checks.shape("centers", centers, (logits.shape[axis],), "one number a logit of a row")
+    _checks.shape("centers", centers, (logits.shape[axis],), "one number per bin")
     return reduce_rows(logits, _EXPECTATION._replace(col_args=(centers,)), axis=axis, where=where)
 
 
@@ -123,12 +127,12 @@ def hl_gauss_targets(
     """The mass of a normal distribution around the target in each bin, renormalized to the support.
 
     `q_i = (Phi((e_{i+1} - t) / sigma) - Phi((e_i - t) / sigma)) / (Phi((e_m - t) / sigma) - Phi((e_0 - t) / sigma))`
-    with the target t clipped to `[e_0, e_m]`. *Reconstructed*. Precise in the tails, down to masses that underflow.
+    with the target t clipped to `[e_0, e_m]`. *Reconstructed*. Accurate in the tails, down to masses that underflow.
 
     Args:
-      target: `[*rows]`; a constant to the gradient.
-      edges: `[bins + 1]`, increasing; to be chosen so that they cover the targets.
-      sigma: the standard deviation, positive. Default: 0.75 widths of a bin (their mean width); 0.5 to 2 widths work.
+      target: `[*rows]`; a constant.
+      edges: `[bins + 1]`, increasing; they should cover the targets.
+      sigma: the standard deviation, positive. Default: 0.75 of the mean bin width; 0.5 to 2 bin widths work.
 
     Returns:
       Distributions `[*rows, bins]`, float32 or wider, without a gradient.
@@ -156,8 +160,8 @@ def hl_gauss_targets(
     spread = 0.75 * (e[-1] - e[0]) / (e.size - 1) if sigma is None else lax.stop_gradient(sigma)
     z = (e - jnp.clip(t, e[0], e[-1])[..., None]) / (spread * 2**0.5)
     low, high = z[..., :-1], z[..., 1:]
-    # Far from the target on one side, the difference of two complements keeps its digits, near it that of two erf.
-    # By symmetry, the lower tail is the upper one.
+    # A bin far from the target keeps its digits as a difference of two erfc, a bin near it as one of two erf. By
+    # symmetry the lower tail equals the upper one.
     near = jnp.minimum(jnp.abs(low), jnp.abs(high))
     far = jnp.maximum(jnp.abs(low), jnp.abs(high))
     one_sided = (low > 0.5) | (high < -0.5)
@@ -168,10 +172,10 @@ def hl_gauss_targets(
 def two_hot_targets(
     target: Float[Array, "*rows"], centers: Float[Array, " bins"]
 ) -> Float[Array, "*rows bins"]:
-    """The target split between the two nearest centers, so that the mean of the distribution is the target.
+    """The target's mass split between the two nearest centers, so that the mean of the distribution is the target.
 
     Args:
-      target: `[*rows]`, clipped to the support; a constant to the gradient.
+      target: `[*rows]`, clipped to the support; a constant.
       centers: `[bins]`, increasing.
 
     Returns:
@@ -198,14 +202,14 @@ def two_hot_targets(
 def categorical_projection_targets(
     atoms: Float[Array, "*rows k"], probabilities: Float[Array, "*rows k"], centers: Float[Array, " bins"]
 ) -> Float[Array, "*rows bins"]:
-    """The projection of C51: the mass of each atom, split between the two nearest centers.
+    """The projection of C51: the mass of each atom is split between the two nearest centers.
 
     The atoms are those of the next state, moved by the Bellman update: `reward + discount * centers`.
 
     Args:
-      atoms: `[*rows, k]`, clipped to the support; constants to the gradient.
-      probabilities: `[*rows, k]`, the mass of each atom; constants to the gradient.
-      centers: `[bins]`, increasing: the support to project to.
+      atoms: `[*rows, k]`, clipped to the support; constants.
+      probabilities: `[*rows, k]`, the mass of each atom; constants.
+      centers: `[bins]`, increasing: the support to project onto.
 
     Returns:
       Distributions `[*rows, bins]`, float32 or wider, without a gradient.
@@ -229,7 +233,7 @@ def categorical_projection_targets(
     _checks.floating("probabilities", probabilities)
     if atoms.ndim == 0:
         raise ValueError("atoms must have shape [*rows, k], got a scalar")
-    _checks.shape("probabilities", probabilities, atoms.shape, "one number an atom")
+    _checks.shape("probabilities", probabilities, atoms.shape, "one number per atom")
     _check_support("centers", centers)
     a, c = _constants(atoms, centers)
     p = lax.stop_gradient(probabilities).astype(a.dtype)
@@ -237,7 +241,7 @@ def categorical_projection_targets(
 
 
 def bin_centers(edges: Float[Array, " bins+1"]) -> Float[Array, " bins"]:
-    """The middles of the bins, `(e_i + e_{i+1}) / 2`.
+    """The centers of the bins, `(e_i + e_{i+1}) / 2`.
 
     Args:
       edges: `[bins + 1]`.
@@ -246,8 +250,8 @@ def bin_centers(edges: Float[Array, " bins+1"]) -> Float[Array, " bins"]:
       `[bins]`.
 
     Raises:
-      TypeError: edges that are not floating.
-      ValueError: edges that have not one axis.
+      TypeError: edges are not floating.
+      ValueError: edges do not have exactly one axis.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoft
@@ -264,21 +268,21 @@ def _check_support(name: str, value: Array) -> None:
 
 
 def _constants(target: Array, support: Array) -> tuple[Array, Array]:
-    """Both without a gradient, in one dtype of at least float32."""
+    """Both arrays as constants, in a common dtype of at least float32."""
     target, support = lax.stop_gradient((jnp.asarray(target), jnp.asarray(support)))
     dtype = accumulation_dtype(target.dtype, support.dtype)
     return target.astype(dtype), support.astype(dtype)
 
 
 def _split(target: Array, centers: Array) -> Array:
-    """`[..., bins]`: the hat functions of the centers (1 at its own, 0 at the next) at the target."""
+    """`[..., bins]`: each center's hat function (1 at the center, 0 at its neighbours), evaluated at the target."""
     t = jnp.clip(target, centers[0], centers[-1])[..., None]
     before = jnp.concatenate([centers[:1] - 1, centers[:-1]])
     after = jnp.concatenate([centers[1:], centers[-1:] + 1])
     return jnp.clip(jnp.minimum((t - before) / (centers - before), (after - t) / (after - centers)), 0, 1)
 
 
-# The mean of numbers that belong to the columns, under softmax: (m, sum e^(x-m), sum e^(x-m) c).
+# The mean under softmax of one number c per column: (m, sum e^(x-m), sum e^(x-m) c).
 
 
 def _expectation_init(like):

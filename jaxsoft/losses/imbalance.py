@@ -1,4 +1,10 @@
-"""Losses for classes of unequal size or spread: cross-entropies whose logits carry a margin, and class weights.
+"""Imbalanced classes.
+
+For classes of unequal frequency or spread: cross-entropies with a margin on the logits, and class weights.
+`cross_entropy` takes `class_weights` too. Its class mask `where` is the masked softmax of continual learning: only the
+classes of the current task compete, and the others get no gradient ("Revisiting Softmax Masking for Stability in
+Continual Learning"). For `linear_logits` without a mask, adding `tau * log(priors)` to the `bias` equals
+`logit_adjusted_cross_entropy`. `examples/imbalanced_losses.py` trains with several of them on long-tailed digits.
 
 In the formulas `x` are the logits of a row, `y` its label, and `pi` the classes' shares of the training set.
 """
@@ -34,14 +40,14 @@ def logit_adjusted_cross_entropy(
 ) -> Float[Array, "*rows"]:
     """Cross-entropy of adjusted logits, `logsumexp(x + tau log pi) - (x_y + tau log pi_y)`.
 
-    Trained with it, the logits rank classes as if all were equally frequent: predict with the plain argmax. With
-    tau = 1 and counts it is the balanced softmax. (After training with plain cross-entropy, the argmax of
-    `x - tau log pi` does the same.) The adjusted logits are never stored.
+    Trained with it, the logits rank classes as if all were equally frequent: predict with the plain argmax. (After
+    training with plain cross-entropy, use the argmax of `x - tau log pi`.) With tau = 1 and counts it is the balanced
+    softmax. The adjusted logits are never stored.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
       labels: class ids `[*rows]`, as in `cross_entropy`.
-      priors: `[columns]`, the classes' frequencies; only their ratios matter. A class of prior 0 is absent.
+      priors: `[columns]`, the classes' frequencies; only their ratios matter. A class with prior 0 is absent.
       class_counts: `[columns]`, the classes' counts instead, integers or floats.
       tau: strength of the adjustment, 0 or more; 0 is cross-entropy.
       axis: the axis of the classes.
@@ -54,7 +60,7 @@ def logit_adjusted_cross_entropy(
 
     Raises:
       TypeError: an argument of a wrong type or dtype.
-      ValueError: an argument of a wrong shape or out of range; not exactly one of priors and class_counts.
+      ValueError: an argument of a wrong shape or out of range; both or neither of priors and class_counts given.
 
     Reference:
       Menon et al., "Long-Tail Learning via Logit Adjustment"; Ren et al., "Balanced Meta-Softmax for Long-Tailed
@@ -70,7 +76,7 @@ def logit_adjusted_cross_entropy(
     _checks.number("tau", tau, at_least=0)
     if (priors is None) == (class_counts is None):
         raise ValueError(
-            f"exactly one of priors and class_counts must be given, got {'both' if priors is not None else 'none'}"
+            f"exactly one of priors and class_counts must be given, got {'both' if priors is not None else 'neither'}"
         )
     rows = prepare(
         logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
@@ -79,7 +85,7 @@ def logit_adjusted_cross_entropy(
     frequencies = _frequencies("class_counts", class_counts) if priors is None else priors
     name = "class_counts" if priors is None else "priors"
     _checks.floating(name, frequencies)
-    _checks.shape(name, frequencies, (rows.columns,), "one number a class")
+    _checks.shape(name, frequencies, (rows.columns,), "one number per class")
     frequencies = frequencies.astype(dtype)
 
     some = frequencies > 0
@@ -99,7 +105,7 @@ def logit_adjusted_cross_entropy(
 
 
 def _frequencies(name: str, counts: Any) -> Array:
-    """Counts, integers or floats, as floats."""
+    """Integer or floating counts as floats."""
     if not hasattr(counts, "dtype") or not (
         jnp.issubdtype(counts.dtype, jnp.integer) or jnp.issubdtype(counts.dtype, jnp.floating)
     ):
@@ -112,15 +118,15 @@ def class_balanced_weights(
 ) -> Float[Array, " columns"]:
     """Class-balanced weights, `(1 - beta) / (1 - beta^n_c)`, scaled to sum to the number of classes.
 
-    `(1 - beta^n) / (1 - beta)` is the effective number of n examples that overlap. Pass the weights to
-    `cross_entropy` or `focal_loss` as `class_weights`.
+    `(1 - beta^n) / (1 - beta)` is the effective number of n overlapping examples. Pass the weights to `cross_entropy`
+    or `focal_loss` as `class_weights`.
 
     Args:
       class_counts: `[columns]`, the number n_c of training examples of each class, integers or floats.
-      beta: in [0, 1): 0 weighs all classes alike, towards 1 the weights tend to the inverse counts.
+      beta: in [0, 1): 0 gives all classes the same weight; towards 1 the weights approach the inverse counts.
 
     Returns:
-      `[columns]`, float32 or wider. A class without examples has the weight 0 and is not counted in the sum.
+      `[columns]`, float32 or wider. A class without examples has weight 0 and does not count in the scaling.
 
     Raises:
       TypeError: an argument of a wrong type or dtype.
@@ -140,7 +146,7 @@ def class_balanced_weights(
     if n.ndim != 1:
         raise ValueError(f"class_counts must have one axis, got shape {n.shape}")
     some = n > 0
-    # In Python where possible: beta near 1, rounded to float32, would lose the digits of 1 - beta.
+    # In Python floats where possible: rounding a beta near 1 to float32 would lose the digits of 1 - beta.
     log_beta = _log(float(beta)) if _checks.is_concrete_number(beta) else log_or_neg_inf(jnp.asarray(beta))
     effective = -jnp.expm1(jnp.where(some, n, 1) * log_beta)
     inverse = jnp.where(some, 1 / effective, 0)
@@ -165,18 +171,19 @@ def noisy_softmax_cross_entropy(
 ) -> Float[Array, "*rows"]:
     """Noisy softmax: cross-entropy with the label's logit lowered to `x_y - alpha |xi| (|w_y| |h| - x_y)`.
 
-    xi is standard normal, one a row. Since `x_y = |w_y| |h| cos(theta)`, the noise vanishes as the feature turns
-    towards its class; until then it postpones the saturation of softmax. For heads without bias. The gradient
-    flows through the logit and the norms. *Reconstructed*: the form and the default of alpha.
-    `jaxsoft.normalizers.noisy_logits` is the same for stored logits.
+    This is `softplus(lse_N - x_y + alpha |xi| (|w_y| |h| - x_y))` with one standard normal xi per row, and N the other
+    classes. Since `x_y = |w_y| |h| cos(theta)`, the noise vanishes as the feature turns towards its class; until then
+    it postpones the saturation of softmax. For heads without bias. The gradient flows through the logit and the norms.
+    *Reconstructed*: the form and the default of alpha. `jaxsoft.normalizers.noisy_logits` does the same to stored
+    logits.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
       labels: class ids `[*rows]`, as in `cross_entropy`.
-      norm_product: `[*rows]`, `|w_y| |h|`: the L2 norm of the label's weights times that of the features.
-      key: a PRNG key, a new one each step; None for no noise, as in evaluation. (`weighted_sum` reads rows in chunks,
-        and every chunk would draw the same numbers.)
-      alpha: how much noise, 0 or more; the squares 0.05, 0.1, 0.5 and 1 are usual.
+      norm_product: `[*rows]`, `|w_y| |h|`: the L2 norm of the label's weight vector times that of the features.
+      key: a PRNG key, a new one each step; None for no noise, as in evaluation. (Not for `weighted_sum`, which reads
+        rows in chunks: every chunk would draw the same numbers.)
+      alpha: the amount of noise, 0 or more; usual values of `alpha^2` are 0.05, 0.1, 0.5 and 1.
       axis: the axis of the classes.
       where: class mask that broadcasts to the logits, True = counts. A label on an absent class costs +inf.
       weights: `[*rows]`, multiply the losses.
@@ -207,7 +214,7 @@ def noisy_softmax_cross_entropy(
         logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
     )
     _checks.floating("norm_product", norm_product)
-    _checks.shape("norm_product", norm_product, rows.labels.shape, "one number an example")
+    _checks.shape("norm_product", norm_product, rows.labels.shape, "one number per example")
     others, score = rows.reduce(
         (reductions.log_partition_excluding(rows.labels[..., None]), reductions.take(rows.labels))
     )
@@ -230,26 +237,26 @@ def adaptive_margin_cross_entropy(
     variance_scale: float | Float[Array, " columns"] = 1.0,
     where: Bool[Array, " columns"] | None = None,
 ) -> Float[Array, " columns"]:
-    """AMarX: a bound of each class's expected cross-entropy, its features Gaussian, `log sum_c exp(m_c + v_c)`.
+    """AMarX: `log sum_c exp(m_c + v_c)`, a bound of a class's expected cross-entropy for Gaussian features.
 
-    For a class y with features of `N(mean_y, g cov_y)`: `m_c = (w_c - w_y) . mean_y + b_c - b_y`, and the adaptive
-    margin `v_c = g/2 (w_c - w_y)^T cov_y (w_c - w_y)`, which comes from Jensen's inequality. It trains the head on
-    classes of which only mean and covariance are left. *Reconstructed* from the paper's description.
+    For a class y with features `N(mean_y, g cov_y)`: `m_c = (w_c - w_y) . mean_y + b_c - b_y`, and the adaptive margin
+    `v_c = g/2 (w_c - w_y)^T cov_y (w_c - w_y)`, which comes from Jensen's inequality. It trains the head on classes of
+    which only mean and covariance are kept. *Reconstructed* from the paper's description.
 
-    Since the margin is linear in the products of two weights, this is a cross-entropy of `linear_logits`: no array of
-    `[columns, columns]` is stored, for diagonal covariances nothing larger than the inputs.
+    Since the margin is linear in the products of two weights, this is a cross-entropy of `linear_logits`: no
+    `[columns, columns]` array is stored, and for diagonal covariances nothing larger than the inputs.
 
     Args:
       means: `[columns, d]`, the mean features of each class.
       covariances: `[columns, d]`, the diagonals, or `[columns, d, d]`, symmetric.
-      weight: `[d, columns]`, the head.
-      bias: `[columns]`.
-      variance_scale: g, 0 or more, a number or `[columns]`: above 1 it widens the classes, as for old ones; 0 is the
+      weight: `[d, columns]`, the head's weight.
+      bias: `[columns]`, the head's bias.
+      variance_scale: g, 0 or more, a number or `[columns]`: above 1 it widens a class, as for old classes; 0 is the
         cross-entropy at the means.
-      where: `[columns]`, True = counts. A class that does not is no rival of the others, and its loss is 0.
+      where: `[columns]`, True = counts. A masked class is no rival of the others, and its loss is 0.
 
     Returns:
-      One loss a class, `[columns]`, float32 or wider. Their mean weighs all classes alike.
+      One loss per class, `[columns]`, float32 or wider. Their mean gives all classes the same weight.
 
     Raises:
       TypeError: an argument of a wrong type or dtype.
@@ -271,20 +278,20 @@ def adaptive_margin_cross_entropy(
         raise ValueError(f"means must have shape (columns, d), got shape {means.shape}")
     columns, d = means.shape
     full = covariances.ndim == 3
-    _checks.shape("covariances", covariances, (columns, d, d) if full else (columns, d), "a class a row")
+    _checks.shape("covariances", covariances, (columns, d, d) if full else (columns, d), "one class per row")
     _checks.shape("weight", weight, (d, columns), "the features and the classes of means")
     if bias is not None:
         _checks.floating("bias", bias)
-        _checks.shape("bias", bias, (columns,), "one number a class")
+        _checks.shape("bias", bias, (columns,), "one number per class")
     if getattr(variance_scale, "ndim", 0) == 0:
         _checks.number("variance_scale", variance_scale, at_least=0)
     else:
         _checks.floating("variance_scale", variance_scale)
-        _checks.shape("variance_scale", variance_scale, (columns,), "a number, or one a class")
+        _checks.shape("variance_scale", variance_scale, (columns,), "a number, or one per class")
     labels = jnp.arange(columns, dtype=jnp.int32)
     if where is not None:
         _checks.boolean("where", where)
-        _checks.shape("where", where, (columns,), "one boolean a class")
+        _checks.shape("where", where, (columns,), "one boolean per class")
         labels = jnp.where(where, labels, IGNORE_INDEX)
     dtype = accumulation_dtype(means.dtype, covariances.dtype, weight.dtype)
 
@@ -321,16 +328,16 @@ def emma_loss(
 ) -> Float[Array, "*rows"]:
     """EMMA: cross-entropy with a margin that adapts to each rival, `log sum_c exp(d_c + s_c radius K_c)`.
 
-    Here `d_c = x_c - x_y`, K_c is the Lipschitz constant of d_c, and `s_c = clip(-d_c / (radius K_c), 0.01, 1)`, a
+    Here `d_c = x_c - x_y`, K_c is the Lipschitz constant of d_c, and `s_c = clip(-d_c / (radius K_c), 0.01, 1)` is a
     constant to the gradient: each rival is raised by what an attack within the radius can do, but not beyond the
     decision boundary, so that easy rivals do not dominate. With s_c = 1 everywhere it is the cross-entropy of the
-    certified margins. Reads the rows twice: the label's logit comes first.
+    certified margins. Reads the logits twice: the label's logit is needed first.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
       labels: class ids `[*rows]`, as in `cross_entropy`.
-      margin_lipschitz: K, 0 or more: of the logits' shape, or `[columns]`, the same for all rows. For a head of
-        weights w on a backbone of Lipschitz constant L, `K_c = L |w_c - w_y|`. The label's own entry is not read.
+      margin_lipschitz: K, 0 or more: of the logits' shape, or `[columns]`, the same for all rows. For a head with
+        weight w on a backbone with Lipschitz constant L, `K_c = L |w_c - w_y|`. The label's own entry is not read.
       radius: the radius to certify, 0 or more, often raised over the first half of training; 0 is cross-entropy.
       axis: the axis of the classes.
       where: class mask that broadcasts to the logits, True = counts. A label on an absent class costs +inf.
@@ -360,11 +367,11 @@ def emma_loss(
     score = rows.reduce(reductions.take(rows.labels))
     _checks.floating("margin_lipschitz", margin_lipschitz)
     if margin_lipschitz.ndim == 1 and len(logits.shape) > 1:
-        _checks.shape("margin_lipschitz", margin_lipschitz, (rows.columns,), "one number a class")
+        _checks.shape("margin_lipschitz", margin_lipschitz, (rows.columns,), "one number per class")
         arrays: dict[str, Any] = {"col_args": (margin_lipschitz,)}
     else:
         _checks.shape(
-            "margin_lipschitz", margin_lipschitz, logits.shape, "the logits', or one number a class"
+            "margin_lipschitz", margin_lipschitz, logits.shape, "the logits', or one number per class"
         )
         if where is not None:
             margin_lipschitz = jnp.where(where, margin_lipschitz, 0)
@@ -380,7 +387,7 @@ def emma_loss(
 
 
 def _with_margin(x, cols, score, label, radius, lipschitz):
-    """`d + s radius K` for the rivals of the label, 0 for the label."""
+    """`d + s radius K` for the label's rivals, 0 for the label."""
     d = x - score
     margin = (lipschitz * radius).astype(d.dtype)
     s = lax.stop_gradient(jnp.clip(-d / jnp.maximum(margin, 1e-8), 0.01, 1))

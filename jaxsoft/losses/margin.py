@@ -1,9 +1,13 @@
-"""Losses on cosines: normalized softmax with margins, wrapped Cauchy, SphereFace2, circle loss.
+"""Margin losses.
 
-All take cosines `[*rows, classes]`, as an array or as the expression `cosine_logits` makes. In the formulas `c` are
-the cosines of a row, `y` its label, `s` the scale, `lse_N` a log-sum-exp over the classes that are not the label.
+Losses on the cosines of features and a head's weight: normalized softmax with margins, wrapped Cauchy, SphereFace2 and
+circle loss. All take cosines `[*rows, classes]`, as an array or as the expression that `cosine_logits` makes. They
+read an expression block by block: neither cosines nor margins are ever stored as `[*rows, classes]`.
 
-All but SphereFace2 are one mechanism: scores `f` of the other classes against an edited score `t` of the label,
+In the formulas `c` are the cosines of a row, `y` its label, `s` the scale, `m` the margin, and `lse_N` a log-sum-exp
+over the classes that are not the label.
+
+All but SphereFace2 share one mechanism: scores `f` of the other classes against an edited score `t` of the label,
 `softplus(lse_N f(c) - t(c_y))`, the cross-entropy of these scores. The label is left out of the sum, not subtracted
 from it, so that nothing cancels.
 """
@@ -34,15 +38,15 @@ def l2_normalize(x: Float[Array, "*shape"], *, axis: int = -1) -> Float[Array, "
     A zero vector stays zero and gets no gradient.
 
     Args:
-      x: vectors, floating.
-      axis: the axis the vectors lie along.
+      x: a floating array of vectors.
+      axis: the axis of a vector.
 
     Returns:
       Vectors of length 1, of x's shape and dtype.
 
     Raises:
       TypeError: x is not a floating array.
-      ValueError: there is no such axis.
+      ValueError: x has no such axis.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoft
@@ -63,7 +67,7 @@ def l2_normalize(x: Float[Array, "*shape"], *, axis: int = -1) -> Float[Array, "
 
 def cosine_logits(
     features: Float[Array, "*rows d"],
-    class_weights: Float[Array, "d classes"],
+    weight: Float[Array, "d classes"],
     *,
     scale: float | Float[Array, ...] = 1.0,
     transpose_weight: bool = False,
@@ -71,26 +75,26 @@ def cosine_logits(
     filter_eps: float | None = None,
     precision: Any = None,
 ) -> LinearLogits:
-    """The cosines of features and class weights times `scale`, as an expression that is never stored.
+    """The cosines of features and a head's weight times `scale`, as an expression that is never stored.
 
-    Normalizing stores one copy of the class weights, which the gradient passes through. `.dense()` gives the array.
-    The losses with margins have a scale of their own and take plain cosines, `scale=1`.
+    Normalizing stores one copy of the weight, through which the gradient flows. `.dense()` gives the array. The margin
+    losses have a `scale` of their own and take plain cosines, `scale=1`.
 
     Args:
       features: `[*rows, d]`, of any length.
-      class_weights: one vector a class, `[d, classes]`, or `[classes, d]` with `transpose_weight=True`.
-      scale: multiplies the cosines: a scalar, or one number a row. Differentiable.
-      transpose_weight: whether `class_weights` is laid out `[classes, d]`.
+      weight: one vector per class, `[d, classes]`, or `[classes, d]` with `transpose_weight=True`.
+      scale: multiplies the cosines: a scalar, or one number per row. Differentiable.
+      transpose_weight: whether `weight` is laid out `[classes, d]`.
       block_size: as in `linear_logits`.
       filter_eps: as in `linear_logits`.
       precision: as in `linear_logits`.
 
     Returns:
-      A `LinearLogits`. A zero vector has the cosine 0 with everything.
+      A `LinearLogits`. A zero vector has cosine 0 with every vector.
 
     Raises:
       TypeError: an argument is not a floating array or has the wrong type.
-      ValueError: shapes that do not fit, a size or a constant out of range.
+      ValueError: shapes that do not match, a size or a constant out of range.
 
     Reference:
       Zhai and Wu, "Classification is a Strong Baseline for Deep Metric Learning" (normalized softmax).
@@ -101,14 +105,14 @@ def cosine_logits(
       >>> print(jaxsoft.losses.cosine_logits(features, weights).dense())
       [[ 1.  0. -1.]]
     """
-    for name, value in (("features", features), ("class_weights", class_weights)):
+    for name, value in (("features", features), ("weight", weight)):
         _checks.floating(name, value)
-        if value.ndim < (2 if name == "class_weights" else 1):
+        if value.ndim < (2 if name == "weight" else 1):
             raise ValueError(f"{name} must have an axis of features, got shape {value.shape}")
     unscaled = _checks.is_concrete_number(scale) and float(scale) == 1
     return linear_logits(
         l2_normalize(features),
-        l2_normalize(class_weights, axis=-1 if transpose_weight else 0),
+        l2_normalize(weight, axis=-1 if transpose_weight else 0),
         scale=None if unscaled else scale,
         transpose_weight=transpose_weight,
         block_size=block_size,
@@ -121,7 +125,7 @@ def cosine_logits(
 
 
 def _by_row(rows: Rows, *numbers: Any) -> list[Array]:
-    """Hyper-parameters as arguments of a reduction, `[*rows]` each."""
+    """Hyper-parameters as arguments of a reduction, each `[*rows]`."""
     dtype = accumulation_dtype(rows.logits.dtype)
     shape = rows_of(rows.logits.shape, rows.axis)
     return [jnp.broadcast_to(jnp.asarray(v, dtype).reshape(()), shape) for v in numbers]
@@ -129,7 +133,7 @@ def _by_row(rows: Rows, *numbers: Any) -> list[Array]:
 
 @functools.cache
 def _others(function: Callable, k: int = 1) -> Callable:
-    """The scores `function(x, *args)` of the columns that are not among the first k arguments, ids."""
+    """The scores `function(x, *args)` of the columns that are not among the ids, the first k arguments."""
 
     def scores(x, cols, *args):
         named = functools.reduce(jnp.logical_or, (cols == i for i in args[:k]), False)
@@ -150,7 +154,7 @@ def _chosen(function: Callable, wanted: bool) -> Callable:
 
 
 def _mapped_log_partition(function: Callable, *args, **arrays) -> reductions.RowReduction:
-    """`mapped_logsumexp` in parts."""
+    """`mapped_logsumexp` that returns its parts."""
     return reductions.mapped_logsumexp(function, *args, **arrays)._replace(
         finalize=reductions.log_partition().finalize
     )
@@ -169,7 +173,7 @@ def _compete(negatives: LogPartition, positives: LogPartition, absent: Array) ->
 def _against_target(rows: Rows, function: Callable, target: Callable, *args: Array, col_args=()) -> Array:
     """`softplus(lse_N f(c) - (score - drop))`: scores `f(c, *args, *col_args)`, and `target(c_y) = (score, drop)`.
 
-    The drop joins the differences, which are small, rather than the score.
+    The drop is added to the differences of scores, which are small, rather than to the score.
     """
     others = _mapped_log_partition(_others(function), rows.labels, *args, col_args=col_args)
     negatives, cosine = rows.reduce((others, reductions.take(rows.labels)))
@@ -202,9 +206,9 @@ def normalized_softmax_loss(
     """Normalized softmax: cross-entropy of scaled cosines, `lse(s c) - s c_y`.
 
     Args:
-      cosines: `[*rows, classes]`, a floating array or an expression as `cosine_logits` makes.
+      cosines: `[*rows, classes]`, a floating array or an expression such as `cosine_logits` makes.
       labels: class ids `[*rows]`, as in `cross_entropy`.
-      scale: s, positive: the inverse temperature. 20 is the common temperature of 0.05.
+      scale: s, positive: the inverse temperature. 20 is the usual temperature of 0.05.
       axis: the axis of the classes.
       where: class mask that broadcasts to the cosines, True = counts.
       weights: `[*rows]`, multiply the losses.
@@ -250,13 +254,13 @@ def additive_margin_loss(
     weights: Float[Array, "*rows"] | None = None,
     ignore_index: int | None = IGNORE_INDEX,
 ) -> Float[Array, "*rows"]:
-    """CosFace: cross-entropy of scaled cosines with `c_y - margin` in place of the label's `c_y`.
+    """CosFace: `softplus(lse_N(s c) - s (c_y - m))`, cross-entropy with a margin on the label's cosine.
 
     Args:
-      cosines: `[*rows, classes]`, a floating array or an expression as `cosine_logits` makes.
+      cosines: `[*rows, classes]`, a floating array or an expression such as `cosine_logits` makes.
       labels: class ids `[*rows]`, as in `cross_entropy`.
       scale: s, positive.
-      margin: taken from the label's cosine, 0 or more; 0 is `normalized_softmax_loss`.
+      margin: m, subtracted from the label's cosine, 0 or more; 0 is `normalized_softmax_loss`.
       axis: the axis of the classes.
       where: class mask that broadcasts to the cosines, True = counts.
       weights: `[*rows]`, multiply the losses.
@@ -300,18 +304,18 @@ def additive_angular_margin_loss(
     weights: Float[Array, "*rows"] | None = None,
     ignore_index: int | None = IGNORE_INDEX,
 ) -> Float[Array, "*rows"]:
-    """ArcFace: cross-entropy of scaled cosines with `cos(theta_y + margin)` in place of the label's `cos(theta_y)`.
+    """ArcFace: `softplus(lse_N(s c) - s cos(arccos(c_y) + m))`, cross-entropy with a margin on the label's angle.
 
-    Past `theta_y = pi - margin`, where that would rise again, the label's score is `c_y - margin sin(margin)`, as in
-    insightface. The gradient grows like `1 / sin(theta_y)` towards a cosine of 1; the cosine is clipped to
-    `[-1 + 2^-23, 1 - 2^-23]` under the square root, which bounds it.
+    Where the label's angle exceeds `pi - m` that cosine would rise again: its score is then `c_y - m sin(m)`, as in
+    insightface. The gradient grows like `1 / sin(arccos(c_y))` towards a cosine of 1; clipping the cosine to
+    `[-1 + 2^-23, 1 - 2^-23]` under the square root bounds it.
 
     Args:
-      cosines: `[*rows, classes]`, a floating array or an expression as `cosine_logits` makes.
+      cosines: `[*rows, classes]`, a floating array or an expression such as `cosine_logits` makes.
       labels: class ids `[*rows]`, as in `cross_entropy`.
       scale: s, positive.
-      margin: added to the label's angle, in radians, from 0 to pi; 0 is `normalized_softmax_loss`.
-      easy_margin: the margin applies where the label's cosine is positive, and nothing changes elsewhere.
+      margin: m, added to the label's angle, in radians, from 0 to pi; 0 is `normalized_softmax_loss`.
+      easy_margin: whether the margin applies only where the label's cosine is positive.
       axis: the axis of the classes.
       where: class mask that broadcasts to the cosines, True = counts.
       weights: `[*rows]`, multiply the losses.
@@ -355,7 +359,7 @@ def additive_angular_margin_loss(
 
 
 def _wrapped_cauchy(x, scale, concentration):
-    """The scaled density; with `1 - gamma` from its own sigmoid, and a denominator that does not cancel."""
+    """The scaled density, with `1 - gamma` from a sigmoid of its own and a denominator that does not cancel."""
     spread = jnp.maximum(jax.nn.sigmoid(-concentration.astype(x.dtype)), 1e-4)
     gamma = 1 - spread
     square = spread * spread + 2 * gamma * (1 - jnp.clip(x, -1, 1))  # 1 + gamma^2 - 2 gamma c
@@ -364,7 +368,7 @@ def _wrapped_cauchy(x, scale, concentration):
 
 def _check_concentration(concentration: Any, columns: int) -> None:
     _checks.floating("class_concentration", concentration)
-    _checks.shape("class_concentration", concentration, (columns,), "one number a class")
+    _checks.shape("class_concentration", concentration, (columns,), "one number per class")
 
 
 def wrapped_cauchy_loss(
@@ -378,14 +382,16 @@ def wrapped_cauchy_loss(
     weights: Float[Array, "*rows"] | None = None,
     ignore_index: int | None = IGNORE_INDEX,
 ) -> Float[Array, "*rows"]:
-    """Wrapped Cauchy angular softmax: cross-entropy of the logits `wrapped_cauchy_logits`, which are not stored.
+    """Wrapped Cauchy angular softmax: `lse(s f) - s f_y`, with f_i the wrapped Cauchy density of class i.
+
+    `f_i = (1 - gamma_i^2) / (2 pi (1 + gamma_i^2 - 2 gamma_i c_i))` with `gamma = sigmoid(g)`: the cross-entropy of
+    `wrapped_cauchy_logits`, without storing them.
 
     Args:
-      cosines: `[*rows, classes]`, a floating array or an expression as `cosine_logits` makes.
+      cosines: `[*rows, classes]`, a floating array or an expression such as `cosine_logits` makes.
       labels: class ids `[*rows]`, as in `cross_entropy`.
-      class_concentration: g, `[classes]`, to be trained; starts at -1 (ImageNet-LT), 0 (CIFAR-LT) or 1
-        (iNaturalist).
-      scale: s, positive: 250 where it is fixed; where it is trained, `softplus(r) + 1` of a number r from 0.
+      class_concentration: g, `[classes]`, trained; it starts at -1 (ImageNet-LT), 0 (CIFAR-LT) or 1 (iNaturalist).
+      scale: s, positive: 250 if fixed; if trained, `softplus(r) + 1` with r starting at 0.
       axis: the axis of the classes.
       where: class mask that broadcasts to the cosines, True = counts.
       weights: `[*rows]`, multiply the losses.
@@ -429,8 +435,8 @@ def wrapped_cauchy_logits(
 ) -> Float[Array, "*rows classes"]:
     """Wrapped Cauchy densities of angles, `s (1 - gamma^2) / (2 pi (1 + gamma^2 - 2 gamma c))`, as logits.
 
-    `gamma = sigmoid(g)` of each class, 1 - 1e-4 at most. The density itself is the logit, not its logarithm. Cosines
-    are clipped to [-1, 1].
+    `gamma = sigmoid(g)` per class, at most 1 - 1e-4. The logit is the density itself, not its logarithm. Cosines are
+    clipped to [-1, 1].
 
     Args:
       cosines: `[*rows, classes]`, a floating array.
@@ -442,7 +448,7 @@ def wrapped_cauchy_logits(
       Logits of the cosines' shape, float32 or wider; -inf where a cosine is -inf.
 
     Raises:
-      TypeError: an argument of a wrong type or dtype; an expression (for which there is `wrapped_cauchy_loss`).
+      TypeError: an argument of a wrong type or dtype; an expression (use `wrapped_cauchy_loss`).
       ValueError: an argument of a wrong shape or out of range.
 
     Reference:
@@ -496,20 +502,20 @@ def sphereface2_loss(
     weights: Float[Array, "*rows"] | None = None,
     ignore_index: int | None = IGNORE_INDEX,
 ) -> Float[Array, "*rows"]:
-    """SphereFace2: one binary classification a class, `(w sp(-a_y) + (1 - w) sum_{i != y} sp(a_i)) / s`.
+    """SphereFace2: one binary classification per class, `(w sp(-a_y) + (1 - w) sum_{i != y} sp(a_i)) / s`.
 
     `sp` is softplus, `w` the positive weight, and the logits are `a_y = s (g(c_y) - margin) + bias`,
     `a_i = s (g(c_i) + margin) + bias` with `g(c) = 2 ((c + 1) / 2)^power - 1`. (The authors' code multiplies by 50.)
 
     Args:
-      cosines: `[*rows, classes]`, a floating array or an expression as `cosine_logits` makes.
+      cosines: `[*rows, classes]`, a floating array or an expression such as `cosine_logits` makes.
       labels: class ids `[*rows]`, as in `cross_entropy`.
-      bias: a number that all classes share, to be trained; None: that of `sphereface2_bias_init`, not trained.
+      bias: one number for all classes, trained; None: that of `sphereface2_bias_init`, not trained.
       scale: s, positive; 30 for some data.
-      margin: 0 or more.
-      power: of the similarity map g, positive.
+      margin: m, 0 or more.
+      power: exponent of the similarity map g, positive.
       positive_weight: w, in [0, 1].
-      straight_through: whether the gradient takes g to be the identity, as in the authors' code.
+      straight_through: whether the gradient treats g as the identity, as in the authors' code.
       axis: the axis of the classes.
       where: class mask that broadcasts to the cosines, True = counts.
       weights: `[*rows]`, multiply the losses.
@@ -566,15 +572,15 @@ def sphereface2_bias_init(
     power: float = 3.0,
     positive_weight: float = 0.7,
 ) -> Float[Array, ""]:
-    """The bias at which positives and negatives of `sphereface2_loss` pull equally where all cosines are 0.
+    """The bias at which positives and negatives of `sphereface2_loss` pull equally when all cosines are 0.
 
     Solves `w sigmoid(-a_y) = (1 - w) (num_classes - 1) sigmoid(a_i)`.
 
     Args:
       num_classes: the number of classes, 2 or more.
       scale: s, positive.
-      margin: 0 or more.
-      power: of the similarity map, positive.
+      margin: m, 0 or more.
+      power: exponent of the similarity map, positive.
       positive_weight: w, in (0, 1).
 
     Returns:
@@ -603,7 +609,7 @@ def _bias_init(num_classes: int, *, scale, margin, power, positive_weight) -> Ar
     z = jnp.exp(log_z)
     root = jnp.sqrt((1 - z) ** 2 + 4 * z * jnp.exp(-2 * scale * margin))
     similarity = 2 * 0.5**power - 1
-    # Two forms of one root of a quadratic; each cancels where the other does not.
+    # Two forms of the same root of a quadratic; each cancels where the other does not.
     few = jnp.log(jnp.maximum(root + z - 1, 1e-30) / 2) - scale * (similarity - margin)
     many = math.log(2) + log_z - jnp.log(jnp.maximum(root + 1 - z, 1e-30)) - scale * (similarity + margin)
     return jnp.where(z > 1, few, many)
@@ -648,17 +654,18 @@ def circle_loss(
 ) -> Float[Array, "*rows"]:
     """Circle loss: `softplus(lse_N s [c + m]_+ (c - m) + lse_P s [1 + m - c]_+ (1 - m - c))`.
 
-    Every similarity is weighted by its distance from its optimum; the weights `[.]_+` are constants to the gradient.
-    For class labels, pass ids `labels[:, None]` and the cosines of examples and classes; for pairs, the positives of
-    each example as booleans, the cosines among examples, and a mask `where` without the example itself.
+    N are the negatives, P the positives. Each similarity is weighted by its distance from its optimum; the weights
+    `[.]_+` are constants to the gradient. For class labels, pass ids `labels[:, None]` and the cosines of examples and
+    classes. For pairs, pass each example's positives as booleans, the cosines among examples, and a mask `where` that
+    leaves out the example itself.
 
     Args:
-      cosines: `[*rows, columns]`, a floating array or an expression as `cosine_logits` makes.
+      cosines: `[*rows, columns]`, a floating array or an expression such as `cosine_logits` makes.
       labels: the positives P: distinct ids, integers `[*rows, k]`, padded with `ignore_index`; or booleans of the
-        cosines' shape (True = positive). Everything else is negative. An id out of range gives NaN.
+        cosines' shape (True = positive). All other columns are negatives. An id out of range gives NaN.
       scale: s, positive: 256 for faces, 128 for persons, 80 for other retrieval (with a margin of 0.4).
       margin: m, 0 or more.
-      stop_weight_gradient: whether the weights are constants to the gradient, as in the paper.
+      stop_weight_gradient: whether to treat the weights as constants, as the paper does.
       axis: the axis of the classes.
       where: mask that broadcasts to the cosines, True = counts. A masked column is neither positive nor negative; a
         masked positive given by its id costs +inf.
@@ -711,7 +718,7 @@ def circle_loss(
 
 
 def _log_partition(x: Array) -> LogPartition:
-    """The log-sum-exp, in parts, of the few scores of the positives; -inf marks an absent one."""
+    """The log-sum-exp, in parts, of the positives' few scores; -inf marks an absent one."""
     shift = finite_gauge(jnp.max(x, axis=-1, initial=-jnp.inf))
     return LogPartition(
         shift, jnp.zeros_like(shift), log_or_neg_inf(jnp.sum(jnp.exp(x - shift[..., None]), axis=-1))

@@ -1,6 +1,8 @@
-"""Losses and fixed classifiers for embeddings: simplex classifiers, class means, mixed pairs, distances.
+"""Metric learning.
 
-Where a function compares n vectors with each other, it does so block by block: no `[n, n]` array is stored.
+Functions of embeddings: fixed classifiers and prototypes, losses of a batch and its class means, mixed pairs, and
+distances. A distance `d` goes into any loss of logits as `-d`. Functions that compare n vectors with each other do so
+block by block: no `[n, n]` array is stored.
 """
 
 from __future__ import annotations
@@ -26,10 +28,10 @@ from jaxsoft.rows.inner import check_range
 
 
 def simplex_classifier(num_classes: int, *, dtype: Any = jnp.float32) -> Float[Array, "d classes"]:
-    """The d-simplex: one unit vector a class in `d = num_classes - 1` dimensions, every two at cosine `-1 / d`.
+    """The d-simplex: one unit vector per class in `d = num_classes - 1` dimensions, every two at cosine `-1 / d`.
 
-    A classifier that is not trained: `linear_logits(features, simplex_classifier(1024))`. Classes allotted in
-    advance keep the place of those to come.
+    A classifier that is not trained: `linear_logits(features, simplex_classifier(1024))`. Classes allocated in advance
+    reserve the places of future ones.
 
     Args:
       num_classes: 2 or more.
@@ -67,7 +69,8 @@ def etf_classifier(
     """A simplex equiangular tight frame in a random orientation: `sqrt(K / (K - 1)) U (I - 1 1^T / K)`.
 
     Unit vectors, every two at cosine `-1 / (K - 1)`: the classifier that neural collapse leads to, fixed from the
-    start. U has orthonormal columns; it is drawn as a rotation of the d-simplex, which needs only `dim >= K - 1`.
+    start. U has orthonormal columns. The frame is drawn as a random rotation of the d-simplex, which needs only
+    `dim >= K - 1`.
 
     Args:
       key: a PRNG key.
@@ -110,9 +113,10 @@ def dot_regression_loss(
     weights: Float[Array, "*rows"] | None = None,
     ignore_index: int | None = IGNORE_INDEX,
 ) -> Float[Array, "*rows"]:
-    """Dot regression: `(m_y . h / ||h|| - 1)^2 / 2`, which pulls features to their class and pushes from nothing.
+    """Dot regression: `(m_y . h / ||h|| - 1)^2 / 2`, which pulls features towards their class vector.
 
-    Reads only the vector of an example's own class. *Reconstructed* from the definition.
+    Reads only the vector of an example's own class: nothing pushes features away from other classes. *Reconstructed*
+    from the definition.
 
     Args:
       features: h, `[*rows, d]`, of any length.
@@ -120,7 +124,7 @@ def dot_regression_loss(
       class_vectors: m, `[d, classes]`, unit vectors that are not trained, such as those of `etf_classifier`.
       where: `[*rows]`, True = counts.
       weights: `[*rows]`, multiply the losses.
-      ignore_index: class id of examples to leave out; None for none.
+      ignore_index: class id of examples to leave out; None leaves out none.
 
     Returns:
       Losses `[*rows]`, float32 or wider; 0 where an example does not count.
@@ -147,18 +151,18 @@ def dot_regression_loss(
         )
     rows, classes = features.shape[:-1], class_vectors.shape[1]
     _checks.integers("labels", labels)
-    _checks.shape("labels", labels, rows, "one id an example")
+    _checks.shape("labels", labels, rows, "one id per example")
     labels = as_ids(jnp.asarray(labels))
     keep = jnp.ones(rows, bool)
     if where is not None:
         _checks.boolean("where", where)
-        _checks.shape("where", where, rows, "one boolean an example")
+        _checks.shape("where", where, rows, "one boolean per example")
         keep &= where
     if ignore_index is not None:
         keep &= labels != _checks.integer("ignore_index", ignore_index)
     if weights is not None:
         _checks.floating("weights", weights)
-        _checks.shape("weights", weights, rows, "one number an example")
+        _checks.shape("weights", weights, rows, "one number per example")
     labels = jnp.where(keep, labels, 0)
     check_range("labels", labels, classes, None)
     dtype = accumulation_dtype(features.dtype, class_vectors.dtype)
@@ -179,13 +183,13 @@ def prototype_logits(
 ) -> LinearLogits:
     """The cosines of features and class means, as an expression; -inf for classes without examples.
 
-    The state of a classifier that is not trained: add features to `class_sums` and 1 to `class_counts` as examples
-    come (`jax.ops.segment_sum`).
+    A classifier without training: as examples arrive, add their features to `class_sums` and 1 to `class_counts`
+    (`jax.ops.segment_sum`).
 
     Args:
       features: `[*rows, d]`, of any length.
-      class_sums: `[classes, d]`, sums of the features of each class.
-      class_counts: `[classes]`, integers or floats: how many there were.
+      class_sums: `[classes, d]`, the sum of the features of each class.
+      class_counts: `[classes]`, the number of examples of each class, integers or floats.
       scale: multiplies the cosines, positive.
 
     Returns:
@@ -210,7 +214,7 @@ def prototype_logits(
         raise ValueError(f"class_sums must have shape [classes, d], got shape {class_sums.shape}")
     if not hasattr(class_counts, "shape"):
         raise TypeError(f"class_counts must be an array, got {_checks.describe(class_counts)}")
-    _checks.shape("class_counts", class_counts, class_sums.shape[:1], "one number a class")
+    _checks.shape("class_counts", class_counts, class_sums.shape[:1], "one number per class")
     some = jnp.asarray(class_counts) > 0
     cosines = cosine_logits(
         features, jnp.where(some[:, None], class_sums, 0), scale=scale, transpose_weight=True
@@ -225,24 +229,24 @@ def prototype_logits(
 
 
 def _batch(name: str, vectors: Any, labels: Any, where: Any) -> tuple[Array, Array, Array]:
-    """Vectors `[n, d]` in the accumulation dtype, 0 where they do not count; labels; `[n]`, which count."""
+    """Vectors `[n, d]` in the accumulation dtype, 0 where masked; labels `[n]`; and the mask `[n]`."""
     _checks.floating(name, vectors)
     if vectors.ndim != 2:
         raise ValueError(f"{name} must have shape [n, d], got shape {vectors.shape}")
     n = vectors.shape[:1]
     _checks.integers("labels", labels)
-    _checks.shape("labels", labels, n, "one id a vector")
+    _checks.shape("labels", labels, n, "one id per vector")
     keep = jnp.ones(n, bool)
     if where is not None:
         _checks.boolean("where", where)
-        _checks.shape("where", where, n, "one boolean a vector")
+        _checks.shape("where", where, n, "one boolean per vector")
         keep = jnp.asarray(where)
     wide = jnp.asarray(vectors, accumulation_dtype(vectors.dtype))
     return jnp.where(keep[:, None], wide, 0), as_ids(jnp.asarray(labels)), keep
 
 
 def _class_means(vectors: Array, labels: Array, keep: Array, num_classes: int) -> tuple[Array, Array, Array]:
-    """Means `[classes, d]`, counts `[classes]`, and NaN in place of 1 if a label that counts is out of range."""
+    """Means `[classes, d]`, counts `[classes]`, and the factor 1, or NaN if a label that counts is out of range."""
     labels = jnp.where(keep, labels, 0)
     check_range("labels", labels, num_classes, None)
     ids = jnp.clip(labels, 0, num_classes - 1)
@@ -257,25 +261,25 @@ def nbc_softmax_loss(
     labels: Int[Array, " n"],
     num_classes: int,
     *,
-    tau: float = 0.2,
+    scale: float = 0.2,
     diag: str = "repo",
     where: Bool[Array, " n"] | None = None,
 ) -> Float[Array, ""]:
-    """Pushes the class means of a batch apart: `mean_k log(sum_l exp(tau cos(mu_k, mu_l))) / num_classes`.
+    """Pushes the class means of a batch apart: `mean_k log(sum_l exp(scale cos(mu_k, mu_l))) / num_classes`.
 
-    k and l run over the classes that the batch has. An addition to a softmax loss: `(1 - r) * loss + r * this`.
+    k and l run over the classes present in the batch. Use it with a softmax loss: `(1 - r) * loss + r * this`.
 
     Args:
       embeddings: `[n, d]`, of any length.
       labels: class ids `[n]`.
-      num_classes: the number of all classes, those that the batch lacks among them.
-      tau: multiplies the cosines, positive.
-      diag: what a mean's cosine with itself counts as: `"repo"`, as 0, so that it adds 1 to the sum (the authors'
-        code); `"exclude"`, nothing.
+      num_classes: the number of all classes, including those absent from the batch.
+      scale: multiplies the cosines, positive.
+      diag: how a mean's cosine with itself counts: `"repo"`, as 0, so that it adds 1 to the sum (the authors' code);
+        `"exclude"`, not at all.
       where: `[n]`, True = counts.
 
     Returns:
-      A scalar, float32 or wider; 0 where fewer than two classes are present. NaN where a label is out of range.
+      A scalar, float32 or wider; 0 if fewer than two classes are present. NaN if a label is out of range.
 
     Raises:
       TypeError: an argument of a wrong type or dtype.
@@ -292,11 +296,11 @@ def nbc_softmax_loss(
       0.23262
     """
     num_classes = _checks.integer("num_classes", num_classes, at_least=1)
-    _checks.number("tau", tau, above=0)
+    _checks.number("scale", scale, above=0)
     _checks.option("diag", diag, ("repo", "exclude"))
     means, counts, poison = _class_means(*_batch("embeddings", embeddings, labels, where), num_classes)
     present = counts > 0
-    cosines = cosine_logits(means, means, scale=tau, transpose_weight=True)
+    cosines = cosine_logits(means, means, scale=scale, transpose_weight=True)
     own = jnp.arange(num_classes)[:, None]
     others = reduce_rows(
         cosines, reductions.log_partition_excluding(own), where=present, row_where=present
@@ -316,10 +320,10 @@ def neural_collapse_regularizer(
     *,
     where: Bool[Array, " n"] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """How far features are from neural collapse: within the classes, and between their means.
+    """Neural collapse: `mean |h - mu_y|^2` and `mean_{k != l} (cos(mu_k - mu, mu_l - mu) + 1 / (K - 1))^2`.
 
-    Within: `mean_i ||h_i - mu_{y_i}||^2`. Between: `mean_{k != l} (cos(mu_k - mu, mu_l - mu) + 1 / (K - 1))^2`, with
-    mu the mean of the class means, and K classes present. Weights of 0.01 to 0.1 are usual. *Reconstructed* from the
+    How far features are from neural collapse, within the classes and between their means mu_k. Here mu is the mean of
+    the class means, and K the number of classes present. Weights of 0.01 to 0.1 are usual. *Reconstructed* from the
     paper's description.
 
     Args:
@@ -329,8 +333,8 @@ def neural_collapse_regularizer(
       where: `[n]`, True = counts.
 
     Returns:
-      Two scalars, float32 or wider: within, between. 0 where nothing counts; between is 0 for fewer than two classes.
-      NaN where a label is out of range.
+      Two scalars, float32 or wider: within, between. 0 if no example counts; between is 0 for fewer than two classes.
+      NaN if a label is out of range.
 
     Raises:
       TypeError: an argument of a wrong type or dtype.
@@ -382,25 +386,26 @@ def stationary_representation_loss(
     mode: str = "clean",
     where: Bool[Array, " n"] | None = None,
 ) -> Float[Array, " n"]:
-    """Training of a model whose features stay comparable with an older one's: `mixture CE + (1 - mixture) HOC`.
+    """Keeps features comparable with those of an older model: `mixture CE + (1 - mixture) HOC`.
 
     CE is the cross-entropy of the logits of a fixed `simplex_classifier`. HOC, higher-order compatibility, contrasts
     old and new features of the same image, `u_i` and `v_i` of length 1, with images of other classes:
-    `-log(e_ii / (e_ii + sum_{y_j != y_i} e_ij))` with `e_ij = exp(scale u_i v_j)`.
+    `-log(e_ii / (e_ii + sum_{y_j != y_i} e_ij))` with `e_ij = exp(scale u_i v_j)`, which is
+    `softplus(lse_{y_j != y_i}(scale u_i v_j) - scale u_i v_i)`.
 
     Args:
       logits: `[n, classes]`, a floating array or `linear_logits(features, simplex_classifier(classes))`.
       labels: class ids `[n]`.
-      features: `[n, d]`, of the model that is trained.
+      features: `[n, d]`, of the model in training.
       old_features: `[n, d]`, of the older model (usually constants).
-      mixture: lambda, in [0, 1]: the part of the cross-entropy.
-      scale: positive.
-      mode: `"clean"`, as above; `"repo"`, as the authors' code: images of the same class, the image itself among
-        them, each add 1 to the sum, and the `e_ii` below the line is left out.
-      where: `[n]`, True = counts; an example that does not count is no negative of others either.
+      mixture: lambda, in [0, 1]: the weight of the cross-entropy.
+      scale: multiplies the cosines, positive.
+      mode: `"clean"`, as above; `"repo"`, as in the authors' code: images of the same class, including the image
+        itself, each add 1 to the sum, and the denominator leaves out `e_ii`.
+      where: `[n]`, True = counts; a masked example is no negative of others either.
 
     Returns:
-      Losses `[n]`, float32 or wider; 0 where an example does not count.
+      Losses `[n]`, float32 or wider; 0 for a masked example.
 
     Raises:
       TypeError: an argument of a wrong type or dtype.
@@ -465,19 +470,19 @@ def metric_mixup_loss(
 ) -> Float[Array, "*pairs"]:
     """Contrastive loss of mixed pairs (Metrix): `a [d - positive_margin]_+ + (1 - a) [negative_margin - d]_+`.
 
-    d is the distance of an anchor to a mixture `a f(positive) + (1 - a) f(negative)` of embeddings (or of features,
-    or of inputs), with `a` drawn from Beta(2, 2). Added to the loss of the pairs that are not mixed with a weight of
-    0.3 or 0.4. With `a` 1 or 0 it is the contrastive loss.
+    d is the distance from an anchor to a mixture `a f(positive) + (1 - a) f(negative)` of embeddings (or of features,
+    or of inputs), with `a` drawn from Beta(2, 2). The loss is added, with a weight of 0.3 or 0.4, to that of the
+    unmixed pairs. With `a` 1 or 0 it is the contrastive loss.
 
     Args:
       distances: d, of any shape.
       mixture: a, in [0, 1], broadcasts to the distances.
-      positive_margin: a distance below which positives cost nothing.
-      negative_margin: a distance above which negatives cost nothing.
+      positive_margin: the distance below which positives cost nothing.
+      negative_margin: the distance above which negatives cost nothing.
       where: broadcasts to the distances, True = counts.
 
     Returns:
-      Losses of the distances' shape, float32 or wider; 0 where a pair does not count.
+      Losses of the distances' shape, float32 or wider; 0 for a masked pair.
 
     Raises:
       TypeError: an argument of a wrong type or dtype.
@@ -514,23 +519,23 @@ def interval_quasimetric(
     reduction: str = "maxmean",
     raw_alpha: float | Float[Array, ""] = -1.0,
 ) -> Float[Array, "*batch"]:
-    """Interval quasimetric embedding: distances that need not be symmetric, and obey the triangle inequality.
+    """Interval quasimetric embedding: distances that obey the triangle inequality but need not be symmetric.
 
     Component k is the length of the union over l of the intervals `[x_kl, y_kl]` with `x_kl < y_kl`. The distance
-    from x to itself is 0, and `d(c x, c y) = c d(x, y)` for c > 0. As a similarity, `-d` goes into any loss of logits.
+    from x to itself is 0, and `d(c x, c y) = c d(x, y)` for c > 0.
 
     Args:
-      x: `[*batch, k, l]`, where the way starts; 8 or more numbers l a component are usual.
-      y: `[*batch, k, l]`, where it ends; broadcasts with x.
-      reduction: of the components: `"maxmean"`, `alpha max + (1 - alpha) mean`; `"sum"`, `"max"` or `"mean"`.
-      raw_alpha: `alpha = sigmoid(raw_alpha)`, to be trained from -1.
+      x: `[*batch, k, l]`, the start of the path; l of 8 or more numbers per component is usual.
+      y: `[*batch, k, l]`, the end of the path; broadcasts with x.
+      reduction: over the components: `"maxmean"`, `alpha max + (1 - alpha) mean`; `"sum"`, `"max"` or `"mean"`.
+      raw_alpha: `alpha = sigmoid(raw_alpha)`, trained, starting at -1.
 
     Returns:
-      Distances `[*batch]`, float32 or wider. Components of equal ends get no gradient.
+      Distances `[*batch]`, float32 or wider. Intervals whose ends are equal get no gradient.
 
     Raises:
       TypeError: an argument of a wrong type or dtype.
-      ValueError: shapes that do not fit, an unknown reduction.
+      ValueError: shapes that do not match, an unknown reduction.
 
     Reference:
       Wang and Isola, "Improved Representation of Asymmetrical Distances with Interval Quasimetric Embeddings".
@@ -558,7 +563,7 @@ def interval_quasimetric(
     except ValueError as error:
         raise ValueError(f"x and y must broadcast, got shapes {x.shape} and {y.shape}") from error
     end = jnp.where(start < end, end, start)  # an interval that runs backwards has no length
-    # Along the sorted ends, the number of open intervals; the gaps where there are any make up the union.
+    # Counts the open intervals along the sorted ends; the union consists of the gaps with at least one open interval.
     opens = jnp.concatenate([jnp.ones_like(start), -jnp.ones_like(end)], axis=-1)
     ends = jnp.concatenate([start, end], axis=-1)
     order = jnp.argsort(lax.stop_gradient(ends), axis=-1)
@@ -579,8 +584,8 @@ def lorentz_from_euclidean(
 ) -> Float[Array, "*batch d+1"]:
     """The hyperboloid point of a Euclidean vector: `(cosh r, sinh(r) v / r)` with `r = ||v||`.
 
-    The exponential map at the origin: a parametrization whose gradients vanish less far out than those of points on
-    the hyperboloid itself. Near 0 by its series, so that the gradient at 0 is exact.
+    The exponential map at the origin: far from it, the gradients of this parametrization vanish less than those of
+    points on the hyperboloid itself. Near 0 it uses a series, so that the gradient at 0 is exact.
 
     Args:
       v: `[*batch, d]`.
@@ -590,8 +595,8 @@ def lorentz_from_euclidean(
       `[*batch, d + 1]`, float32 or wider, the time-like coordinate first.
 
     Raises:
-      TypeError: v is not a floating array, or max_norm no number.
-      ValueError: v is a scalar, or max_norm not positive.
+      TypeError: v is not a floating array, or max_norm is not a number.
+      ValueError: v is a scalar, or max_norm is not positive.
 
     Reference:
       Mishne et al., "The Numerical Stability of Hyperbolic Representation Learning".
@@ -621,10 +626,10 @@ def lorentz_distance(a: Float[Array, "*batch d+1"], b: Float[Array, "*batch d+1"
     """The distance of two points of the hyperboloid: `arccosh(-<a, b>)` with `<a, b> = a_1 b_1 + ... - a_0 b_0`.
 
     `-<a, b> - 1` is computed from the product or, for points near each other, as `<a - b, a - b> / 2`, whichever
-    cancels less; it is clamped at 0. On the hyperboloid the two are the same.
+    cancels less, and is clamped at 0. On the hyperboloid the two are equal.
 
     Args:
-      a: `[*batch, d + 1]`, as `lorentz_from_euclidean` makes.
+      a: `[*batch, d + 1]`, such as `lorentz_from_euclidean` makes.
       b: `[*batch, d + 1]`, broadcasts with a.
 
     Returns:
@@ -632,7 +637,7 @@ def lorentz_distance(a: Float[Array, "*batch d+1"], b: Float[Array, "*batch d+1"
 
     Raises:
       TypeError: an argument is not a floating array.
-      ValueError: shapes that do not fit.
+      ValueError: shapes that do not match.
 
     Reference:
       Mishne et al., "The Numerical Stability of Hyperbolic Representation Learning".

@@ -392,7 +392,7 @@ def test_pytorch_metric_learning(x64):
         (lambda: l2_normalize(np.ones(3, np.float32), axis=1), ValueError, "axis .* got 1"),
         (lambda: cosine_logits(np.ones((2, 3)), np.ones((4, 5))), ValueError, "share a feature axis"),
         (lambda: cosine_logits(np.ones((2, 3)), np.ones((5, 3))), ValueError, "transpose_weight=True"),
-        (lambda: cosine_logits(np.ones((2, 3)), np.ones(3)), ValueError, "class_weights"),
+        (lambda: cosine_logits(np.ones((2, 3)), np.ones(3)), ValueError, "weight"),
         (lambda: cosine_logits([1.0], np.ones((1, 3))), TypeError, "features .* floating"),
         (lambda: cosine_logits(np.ones((2, 3)), np.ones((3, 4)), scale="a"), TypeError, "scale"),
         (lambda: sphereface2_bias_init(1), ValueError, "num_classes .* >= 2"),

@@ -230,7 +230,7 @@ VECTORS = RNG.normal(size=(D, K))
 LOGITS = RNG.normal(size=(N, K))
 LAWS = {
     "nbc": (lambda h, **o: nbc_softmax_loss(h, Y, K, **o), POINTS[:1]),
-    "nbc exclude": (lambda h, **o: nbc_softmax_loss(h, Y, K, diag="exclude", tau=2.0, **o), POINTS[:1]),
+    "nbc exclude": (lambda h, **o: nbc_softmax_loss(h, Y, K, diag="exclude", scale=2.0, **o), POINTS[:1]),
     "collapse": (lambda h, **o: jnp.stack(neural_collapse_regularizer(h, Y, K, **o)), POINTS[:1]),
     "stationary": (
         lambda *a, **o: stationary_representation_loss(LOGITS.astype(a[0].dtype), Y, *a, **o),
@@ -354,7 +354,7 @@ L, IDS = np.ones((N, K), np.float32), np.zeros(N, np.int32)
         (lambda: simplex_classifier(1), ValueError, "num_classes .* >= 2"),
         (lambda: simplex_classifier(2.5), TypeError, "num_classes .* integer"),
         (lambda: etf_classifier(jax.random.key(0), 5, 3), ValueError, "dim .* >= 4"),
-        (lambda: nbc_softmax_loss(H, IDS, K, tau=0), ValueError, "tau .* > 0"),
+        (lambda: nbc_softmax_loss(H, IDS, K, scale=0), ValueError, "scale .* > 0"),
         (lambda: nbc_softmax_loss(H, IDS, K, diag="zero"), ValueError, "diag .* 'zero'"),
         (lambda: nbc_softmax_loss(H[0], IDS, K), ValueError, r"embeddings .* \[n, d\]"),
         (lambda: nbc_softmax_loss(H, IDS[:2], K), ValueError, "labels .* got shape"),

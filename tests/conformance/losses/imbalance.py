@@ -27,7 +27,7 @@ ONES, X = np.ones(4, np.float32), np.ones((4, C), np.float32)
 BAD_OPTIONS = [
     (ADJUSTED, dict(tau=-1.0), ValueError, ["tau", ">= 0", "-1.0"]),
     (ADJUSTED, dict(tau=None), TypeError, ["tau", ">= 0", "None"]),
-    (ADJUSTED, dict(priors=None), ValueError, ["priors", "class_counts", "none"]),
+    (ADJUSTED, dict(priors=None), ValueError, ["priors", "class_counts", "neither"]),
     (ADJUSTED, dict(class_counts=np.ones(C)), ValueError, ["priors", "class_counts", "both"]),
     (ADJUSTED, dict(priors=ONES), ValueError, ["priors", "(6,)", "(4,)"]),
     (ADJUSTED, dict(priors=X), ValueError, ["priors", "(6,)", "(4, 6)"]),
