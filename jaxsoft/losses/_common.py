@@ -16,8 +16,8 @@ from jaxsoft.rows.inner import check_axis, check_ids, check_range, rows_of
 IGNORE_INDEX = -100
 
 
-class Rows(NamedTuple):
-    """The checked arguments of a loss, and the two steps every loss is made of: `reduce`, then `finish`.
+class LabelledRows(NamedTuple):
+    """The checked arguments of a loss. Every loss has two steps: `reduce`, then `finish`.
 
     Attributes:
       logits: `[*rows, columns]`.
@@ -67,7 +67,7 @@ def prepare(
     weights: Float[Array, "*rows"] | None,
     ignore_index: int | None = IGNORE_INDEX,
     soft: bool = True,
-) -> Rows:
+) -> LabelledRows:
     """Checks the arguments that every classification loss takes.
 
     Args:
@@ -101,20 +101,20 @@ def prepare(
                 f"labels of dtype {labels.dtype} are distributions and must have the logits' shape "
                 f"{logits.shape}, got shape {labels.shape}; class ids must be integers of shape {rows}"
             )
-        return Rows(logits, axis, where, None, jnp.moveaxis(labels, axis, -1), True, weights)
+        return LabelledRows(logits, axis, where, None, jnp.moveaxis(labels, axis, -1), True, weights)
     if ignore_index is not None:
         ignore_index = _checks.integer("ignore_index", ignore_index)
     check_ids("labels", labels, logits, axis, ignore_index=ignore_index)
     labels = as_ids(labels)
     if ignore_index is None:
-        return Rows(logits, axis, where, None, labels, False, weights)
+        return LabelledRows(logits, axis, where, None, labels, False, weights)
     keep = labels != ignore_index
-    return Rows(logits, axis, where, keep, jnp.where(keep, labels, 0), False, weights)
+    return LabelledRows(logits, axis, where, keep, jnp.where(keep, labels, 0), False, weights)
 
 
 def prepare_positives(
     logits: Logits, labels: Array, *, axis: int, where: Any, weights: Any, ignore_index: int
-) -> tuple[Rows, Array | None]:
+) -> tuple[LabelledRows, Array | None]:
     """`prepare` for a loss with several positives per row, given as padded ids `[*rows, k]` or as booleans.
 
     Returns:
@@ -132,7 +132,7 @@ def prepare_positives(
     if labels.dtype == jnp.bool_:
         _checks.shape("labels", labels, logits.shape, "booleans of the logits' shape")
         labels = jnp.moveaxis(labels, axis, -1)
-        return Rows(logits, axis, where, jnp.any(labels, axis=-1), labels, False, weights), None
+        return LabelledRows(logits, axis, where, jnp.any(labels, axis=-1), labels, False, weights), None
     if labels.ndim != len(shape) + 1 or labels.shape[:-1] != shape:
         raise ValueError(
             f"labels must have shape {(*shape, 'k')} (k class ids per row), got shape {labels.shape}"
@@ -141,7 +141,7 @@ def prepare_positives(
     labels = as_ids(labels)
     given = labels != ignore_index
     keep = jnp.any(given, axis=-1)
-    return Rows(logits, axis, where, keep, jnp.where(given, labels, 0), False, weights), given
+    return LabelledRows(logits, axis, where, keep, jnp.where(given, labels, 0), False, weights), given
 
 
 def check_weights(weights: Any, rows: tuple[int, ...]) -> None:

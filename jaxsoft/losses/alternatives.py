@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import finite_gauge
-from jaxsoft.losses._common import IGNORE_INDEX, Rows, prepare
+from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, prepare
 from jaxsoft.losses._labels import finish, label_score
 from jaxsoft.normalizers.inner import stable_exponential, taylor_exponential
 from jaxsoft.rows import Logits, reductions
@@ -266,7 +266,7 @@ def sparse_softmax_cross_entropy(
     return finish(rows, loss, score, count)
 
 
-def _prepare(logits, labels, axis, where, weights, ignore_index) -> Rows:
+def _prepare(logits, labels, axis, where, weights, ignore_index) -> LabelledRows:
     return prepare(
         logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
     )
@@ -283,7 +283,7 @@ def _term(f: Callable[[Array], Array]) -> Callable:
     return lambda x, cols: f(x)
 
 
-def _normalized(rows: Rows, f: Callable[[Array], Array]) -> Array:
+def _normalized(rows: LabelledRows, f: Callable[[Array], Array]) -> Array:
     """`-log(f(x_y) / sum_c f(x_c))`, in one pass over the logits."""
     score, total, count = rows.reduce(
         (label_score(rows.labels), reductions.mapped_sum(_term(f)), reductions.count())
@@ -291,7 +291,7 @@ def _normalized(rows: Rows, f: Callable[[Array], Array]) -> Array:
     return _cross_entropy(rows, score, count, f(_or_zero(score)), total)
 
 
-def _cross_entropy(rows: Rows, score: Array, count: Array, own: Array, total: Array) -> Array:
+def _cross_entropy(rows: LabelledRows, score: Array, count: Array, own: Array, total: Array) -> Array:
     """`log(total / own)` for the label's share `own` of `total`; +inf where that share is 0."""
     none = own == 0
     ratio = jnp.where(none | (count == 0), 1, total) / jnp.where(none, 1, own)

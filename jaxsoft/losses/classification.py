@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import safe_divide
-from jaxsoft.losses._common import IGNORE_INDEX, Rows, is_zero, miss_of, power_of, prepare
+from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, is_zero, miss_of, power_of, prepare
 from jaxsoft.rows import Logits, reductions
 
 Labels = Int[Array, "*rows"] | Float[Array, "*rows columns"]
@@ -120,13 +120,13 @@ def cross_entropy(
     return rows.finish(loss)
 
 
-def _check_class_weights(class_weights: Any, rows: Rows) -> None:
+def _check_class_weights(class_weights: Any, rows: LabelledRows) -> None:
     if class_weights is not None:
         _checks.floating("class_weights", class_weights)
         _checks.shape("class_weights", class_weights, (rows.columns,), "one number per class")
 
 
-def _of_labels(per_class: Array, rows: Rows) -> Array:
+def _of_labels(per_class: Array, rows: LabelledRows) -> Array:
     """The entry of `[columns]` that belongs to each row's label, `[*rows]`."""
     return per_class[jnp.clip(rows.labels, 0, rows.columns - 1)]
 

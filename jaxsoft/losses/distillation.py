@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, as_ids, safe_divide
-from jaxsoft.losses._common import IGNORE_INDEX, Rows, check_weights, prepare
+from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, check_weights, prepare
 from jaxsoft.losses._pairs import check_second, of_second, pair_sum
 from jaxsoft.rows import LinearLogits, Logits, reductions
 from jaxsoft.rows import temperature as tempered
@@ -418,7 +418,7 @@ def top_k_distillation_loss(
     _checks.shape("teacher_probabilities", teacher_probabilities, teacher_ids.shape, "that of teacher_ids")
     check_weights(weights, shape)
     check_range("teacher_ids", teacher_ids, logits.shape[axis], None)
-    rows = Rows(logits, axis, where, None, as_ids(teacher_ids), False, weights)
+    rows = LabelledRows(logits, axis, where, None, as_ids(teacher_ids), False, weights)
     dtype = accumulation_dtype(logits.dtype)
     p = lax.stop_gradient(teacher_probabilities).astype(dtype)
     if tail == "renormalize":
@@ -601,7 +601,7 @@ def adapt_soft_labels(
 
 def _pair(
     logits, teacher_logits, temperature, stop_teacher, axis, where, weights, *, name="teacher_logits"
-) -> tuple[Rows, Any]:
+) -> tuple[LabelledRows, Any]:
     """The student's checked rows, and the teacher's scores in the form of a reduction's `entry_args`."""
     axis = check_axis(logits, axis)
     _checks.number("temperature", temperature, above=0)
@@ -614,7 +614,7 @@ def _pair(
         if not isinstance(teacher, LinearLogits):
             teacher = teacher.astype(accumulation_dtype(teacher.dtype))
         logits, teacher = tempered(logits, temperature, axis=axis), tempered(teacher, temperature)
-    return Rows(logits, axis, where, None, None, False, weights), teacher
+    return LabelledRows(logits, axis, where, None, None, False, weights), teacher
 
 
 def _static(name: str, value: Any) -> float:
@@ -652,7 +652,7 @@ def _total_variation(log_q, log_p):
     return 0.5 * jnp.abs(jnp.exp(log_p) - jnp.exp(log_q))
 
 
-def _alpha_divergence(rows: Rows, teacher, alpha: float, clip: float | None) -> Array:
+def _alpha_divergence(rows: LabelledRows, teacher, alpha: float, clip: float | None) -> Array:
     if alpha == 1 or (alpha == 0 and clip is None):
         return rows.reduce(reductions.relative_entropy(teacher, reverse=alpha == 1)).divergence
     compared = rows.reduce(reductions.relative_entropy(teacher, reverse=True))

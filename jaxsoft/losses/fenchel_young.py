@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, safe_divide
-from jaxsoft.losses._common import IGNORE_INDEX, Rows, prepare
+from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, prepare
 from jaxsoft.losses._labels import label_score
 from jaxsoft.losses.classification import Labels
 from jaxsoft.normalizers.inner import define_entmax, excess, per_row, positive_power
@@ -179,7 +179,7 @@ def sparsemax_loss(logits: Logits, labels: Labels, **options) -> Float[Array, "*
 class _Fixed:
     """The rows of a loss in the form that the threshold search reads (see `DenseRows`), without a gradient."""
 
-    def __init__(self, rows: Rows):
+    def __init__(self, rows: LabelledRows):
         self._rows = rows._replace(logits=detached(rows.logits))
         self.dtype = accumulation_dtype(rows.logits.dtype)
 
@@ -216,7 +216,7 @@ def _weighted_score(x, cols, top, q):
     return q.astype(x.dtype) * (x - top.astype(x.dtype))
 
 
-def _of_labels(rows: Rows, alpha: Any) -> Array:
+def _of_labels(rows: LabelledRows, alpha: Any) -> Array:
     """`Omega(q)` of the label distributions."""
     q = rows.labels.astype(accumulation_dtype(rows.labels.dtype))
     safe = jnp.where(q > 0, q, 1)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
-from jaxsoft.losses._common import IGNORE_INDEX, Rows, prepare
+from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, prepare
 from jaxsoft.losses._labels import finish, label_score
 from jaxsoft.rows import Logits, RowReduction, reductions
 
@@ -222,7 +222,7 @@ def perceptron_loss(
     )
 
 
-def _prepare(logits, labels, axis, where, weights, ignore_index) -> Rows:
+def _prepare(logits, labels, axis, where, weights, ignore_index) -> LabelledRows:
     return prepare(
         logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
     )
@@ -245,7 +245,7 @@ def _squared_hinge(x, cols, score, margin, label):
     return _hinge(x, cols, score, margin, label) ** 2
 
 
-def _sum_over_others(rows: Rows, score: Array, margin: Any, power: int) -> RowReduction:
+def _sum_over_others(rows: LabelledRows, score: Array, margin: Any, power: int) -> RowReduction:
     """`sum_{c != y} relu(margin + x_c - score)^power`."""
     margin = jnp.broadcast_to(jnp.asarray(margin, jnp.result_type(float)), score.shape)
     return reductions.mapped_sum({1: _hinge, 2: _squared_hinge}[power], score, margin, rows.labels)

@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, finite_gauge, log_or_neg_inf
-from jaxsoft.losses._common import IGNORE_INDEX, Rows, prepare, prepare_positives
+from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, prepare, prepare_positives
 from jaxsoft.rows import LinearLogits, Logits, linear_logits, reductions
 from jaxsoft.rows.inner import check_axis, check_dense, rows_of
 from jaxsoft.rows.reductions import LogPartition
@@ -124,7 +124,7 @@ def cosine_logits(
 # --- the mechanism -----------------------------------------------------------------------------------------
 
 
-def _by_row(rows: Rows, *numbers: Any) -> list[Array]:
+def _by_row(rows: LabelledRows, *numbers: Any) -> list[Array]:
     """Hyper-parameters as arguments of a reduction, each `[*rows]`."""
     dtype = accumulation_dtype(rows.logits.dtype)
     shape = rows_of(rows.logits.shape, rows.axis)
@@ -170,7 +170,9 @@ def _compete(negatives: LogPartition, positives: LogPartition, absent: Array) ->
     return jnp.where(absent & negative, jnp.inf, loss)
 
 
-def _against_target(rows: Rows, function: Callable, target: Callable, *args: Array, col_args=()) -> Array:
+def _against_target(
+    rows: LabelledRows, function: Callable, target: Callable, *args: Array, col_args=()
+) -> Array:
     """`softplus(lse_N f(c) - (score - drop))`: scores `f(c, *args, *col_args)`, and `target(c_y) = (score, drop)`.
 
     The drop is added to the differences of scores, which are small, rather than to the score.

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, as_ids, safe_divide
-from jaxsoft.losses._common import IGNORE_INDEX, Rows, prepare_positives
+from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, prepare_positives
 from jaxsoft.normalizers.inner import per_row, present_scores
 from jaxsoft.rows import Logits, RowReduction, reduce_rows, reductions
 from jaxsoft.rows.inner import check_axis, check_range, detached, rows_of
@@ -37,7 +37,7 @@ class _Positives(NamedTuple):
       given: `[*rows, k]`, False for padding; None for booleans.
     """
 
-    rows: Rows
+    rows: LabelledRows
     given: Any
 
     @property
@@ -238,7 +238,7 @@ def _times(x, cols, alpha):
 _MOST_STEPS = 100
 
 
-def _search(rows: Rows, k: Array, alpha: Array) -> tuple[Array, Array, Array]:
+def _search(rows: LabelledRows, k: Array, alpha: Array) -> tuple[Array, Array, Array]:
     """`top`, the threshold relative to it, and whether there is one (0 < k < entries); no derivatives."""
     top, n, lse = rows.reduce(
         (reductions.maximum(), reductions.count(), reductions.mapped_logsumexp(_times, alpha))
@@ -296,7 +296,7 @@ class _Threshold(NamedTuple):
     solvable: Array
 
 
-def _threshold(rows: Rows, k: Any, alpha: Any, wanted: Any = ()) -> tuple[_Threshold, Any]:
+def _threshold(rows: LabelledRows, k: Any, alpha: Any, wanted: Any = ()) -> tuple[_Threshold, Any]:
     """The threshold with its derivatives, and the results of the reductions `wanted`, computed in the same pass."""
     dtype, shape = accumulation_dtype(rows.logits.dtype), rows_of(rows.logits.shape, rows.axis)
     k, alpha = (per_row(name, value, shape, dtype) for name, value in (("k", k), ("alpha", alpha)))
@@ -366,7 +366,7 @@ def soft_top_k(
     """
     x, present, axis = present_scores(scores, axis, where, "soft_top_k")
     _check_top_k(k, alpha, x.shape[axis])
-    rows = Rows(x, axis, present, None, None, False, None)
+    rows = LabelledRows(x, axis, present, None, None, False, None)
     at, _ = _threshold(rows, k, alpha)
     top, tau, steepness, number, solvable = (jnp.expand_dims(a, axis) for a in at)
     s = jnp.where(solvable, jax.nn.sigmoid(steepness * ((x - top) - tau)), number > 0)

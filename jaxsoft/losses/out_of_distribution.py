@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, finite_gauge
-from jaxsoft.losses._common import IGNORE_INDEX, Rows, poison_of, prepare
+from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, poison_of, prepare
 from jaxsoft.rows import Logits, RowReduction, reductions
 from jaxsoft.rows.inner import check_axis, row_scalar, rows_of
 
@@ -222,7 +222,7 @@ def _tempered_logsumexp(t: Array) -> RowReduction:
     )
 
 
-def _per_row(temperature: Any, rows: Rows) -> Array:
+def _per_row(temperature: Any, rows: LabelledRows) -> Array:
     """A temperature as `[*rows]`, 1 for rows that are ignored."""
     shape = rows_of(rows.logits.shape, rows.axis)
     t = row_scalar("temperature", temperature, shape, rows.logits.dtype, positive=True)
@@ -230,10 +230,10 @@ def _per_row(temperature: Any, rows: Rows) -> Array:
     return t if rows.keep is None else jnp.where(rows.keep, t, 1)
 
 
-def _rows(logits: Logits, axis: int, where: Any, weights: Any) -> Rows:
+def _rows(logits: Logits, axis: int, where: Any, weights: Any) -> LabelledRows:
     """The checked arguments of a loss without labels."""
     axis = check_axis(logits, axis)
     if weights is not None:
         _checks.floating("weights", weights)
         _checks.shape("weights", weights, rows_of(logits.shape, axis), "one number per example")
-    return Rows(logits, axis, where, None, None, False, weights)
+    return LabelledRows(logits, axis, where, None, None, False, weights)

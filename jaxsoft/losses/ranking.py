@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, safe_divide, weigh
-from jaxsoft.losses._common import IGNORE_INDEX, Rows, prepare
+from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, prepare
 from jaxsoft.normalizers.inner import present_scores
 from jaxsoft.rows import LinearLogits, Logits, reductions
 
@@ -53,11 +53,11 @@ def _present(score: Array) -> Array:
     return jnp.where(score == -jnp.inf, 0, score)
 
 
-def _scalar(value: Any, rows: Rows) -> Array:
+def _scalar(value: Any, rows: LabelledRows) -> Array:
     return jnp.asarray(value, accumulation_dtype(rows.logits.dtype)).reshape(())
 
 
-def _softmax_against(rows: Rows, temperature: Any, wanted: Any = ()) -> tuple[_Against, Any]:
+def _softmax_against(rows: LabelledRows, temperature: Any, wanted: Any = ()) -> tuple[_Against, Any]:
     """`logsumexp_{j != y} (d_j / temperature)` in one pass; `score` and other results are for `x / temperature`."""
     temperature = _scalar(temperature, rows)
     logits = rows.logits
@@ -73,7 +73,7 @@ def _softmax_against(rows: Rows, temperature: Any, wanted: Any = ()) -> tuple[_A
     return _Against((negatives.shift - _present(score)) + negatives.log_sum, score), results
 
 
-def _mapped_against(rows: Rows, log_activation: Callable, temperature: Any) -> _Against:
+def _mapped_against(rows: LabelledRows, log_activation: Callable, temperature: Any) -> _Against:
     """`logsumexp_{j != y} (log act(d_j) / temperature)` in two passes."""
     score = rows.reduce(reductions.take(rows.labels))
     temperature = jnp.broadcast_to(_scalar(temperature, rows), score.shape)

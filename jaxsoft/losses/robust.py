@@ -26,7 +26,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, safe_divide
-from jaxsoft.losses._common import IGNORE_INDEX, Rows, miss_of, power_of, prepare, root_of, unless_absent
+from jaxsoft.losses._common import (
+    IGNORE_INDEX,
+    LabelledRows,
+    miss_of,
+    power_of,
+    prepare,
+    root_of,
+    unless_absent,
+)
 from jaxsoft.losses._pairs import check_second, of_second, pair_sum
 from jaxsoft.rows import Logits, reductions
 
@@ -333,7 +341,7 @@ def _focal_term(x, cols, shift, log_sum, gamma):
     return _phi("focal", jnp.where(nll < 0, 0, nll), None, gamma)
 
 
-def _normalized(rows: Rows, loss: str, q: Any, gamma: Any) -> tuple[Array, Callable[[Array], Array]]:
+def _normalized(rows: LabelledRows, loss: str, q: Any, gamma: Any) -> tuple[Array, Callable[[Array], Array]]:
     """The negative log-likelihood of the labels, and the function that turns it into the normalized loss."""
 
     def by_row(number):

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, finite_gauge, log_or_neg_inf
-from jaxsoft.losses._common import IGNORE_INDEX, Rows, prepare, root_of, unless_absent
+from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, prepare, root_of, unless_absent
 from jaxsoft.losses._pairs import check_second, log_softmax_of, of_second, pair_sum, zero_init
 from jaxsoft.losses.classification import Labels
 from jaxsoft.rows import Logits, RowReduction, reductions
@@ -81,7 +81,7 @@ def _distance(term: Callable, partition: LogPartition, distributions: Array) -> 
     return RowReduction(zero_init, _distance_update(term), args=(partition,), entry_args=(distributions,))
 
 
-def _error(rows: Rows, norm: str, **more: RowReduction) -> tuple[Array, dict[str, Any]]:
+def _error(rows: LabelledRows, norm: str, **more: RowReduction) -> tuple[Array, dict[str, Any]]:
     """The norm `"l1"`, `"l2"` or `"squared l2"` of p - q, and the results of the first pass, with those of `more`."""
     if rows.soft:
         out = rows.reduce({"label": rows.label_statistics(), **more})

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import safe_divide
-from jaxsoft.losses._common import IGNORE_INDEX, Rows, prepare
+from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, prepare
 from jaxsoft.normalizers.inner import present_scores
 from jaxsoft.rows.inner import softmax_with
 
@@ -151,7 +151,7 @@ def tversky_loss(
     return safe_divide(jnp.sum(loss, axis=-1), jnp.sum(active, axis=-1, dtype=loss.dtype))
 
 
-def _probabilities_and_labels(x: Array, present: Array, rows: Rows, activation: str | None):
+def _probabilities_and_labels(x: Array, present: Array, rows: LabelledRows, activation: str | None):
     """The probabilities and the labels of each pixel, `[*pixels, classes]`, 0 where absent."""
     x = jnp.where(present, x, 0)
     if activation is not None:
