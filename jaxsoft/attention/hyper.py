@@ -79,11 +79,11 @@ def _gather(x: Array, index: Array) -> Array:
     return jnp.take_along_axis(x, index[..., None], axis=-2)
 
 
-def _hyper(rng, query, key, value, where, scale, size, samples, bits) -> tuple[Array, Array]:
+def _hyper(random_key, query, key, value, where, scale, size, samples, bits) -> tuple[Array, Array]:
     """Not causal; query `[*batch, K, G, T, H]`, key `[*batch, K, S, H]`, where `[*batch, K, S]`."""
     t, s = query.shape[-2], key.shape[-2]
-    hash_rng, sample_rng = jax.random.split(rng)
-    directions = jax.random.normal(hash_rng, (query.shape[-1], bits), query.dtype)
+    hash_key, sample_key = jax.random.split(random_key)
+    directions = jax.random.normal(hash_key, (query.shape[-1], bits), query.dtype)
     # Sort by bucket, hidden keys last.
     fixed_query, fixed_key = lax.stop_gradient((query, key))
     order_q = jnp.argsort(angular_lsh_buckets(fixed_query, directions), axis=-1, stable=True)
@@ -104,7 +104,7 @@ def _hyper(rng, query, key, value, where, scale, size, samples, bits) -> tuple[A
 
     # The other keys from a sample of all: one inside the query's own block counts as nothing.
     count = jnp.sum(where, axis=-1, keepdims=True, dtype=jnp.int32)
-    uniform = jax.random.uniform(sample_rng, (*where.shape[:-1], samples))
+    uniform = jax.random.uniform(sample_key, (*where.shape[:-1], samples))
     drawn = jnp.minimum((uniform * count).astype(jnp.int32), jnp.maximum(count - 1, 0))
     outside = (jnp.arange(t) // wide_q)[:, None] != (drawn // wide_k)[..., None, :]
     outside = (outside & (count > 0)[..., None])[..., None, :, :]
@@ -134,7 +134,7 @@ def hyper_attention(
     key: Float[Array, "*batch S K H"],
     value: Float[Array, "*batch S K Hv"],
     *,
-    rng: Array,
+    random_key: Array,
     key_where: Bool[Array, "*batch S"] | None = None,
     is_causal: bool = False,
     scale: float | None = None,
@@ -146,7 +146,7 @@ def hyper_attention(
     """HyperAttention: an estimate of softmax attention in near-linear time, by hashing and sampling.
 
     Queries and keys are sorted by angular hashing; blocks on the diagonal of the sorted scores are exact, the
-    rest is estimated from a sample of the keys, drawn anew from `rng`. The estimate of the rest's mass is
+    rest is estimated from a sample of the keys, drawn anew from `random_key`. The estimate of the rest's mass is
     unbiased: sampled keys of the query's own block count as nothing. Causal attention is split in halves: the
     estimate serves the later half's view of the earlier one, and so on down. `block_size + sample_size` scores
     a query and head (times the number of halvings), instead of S. Exact where S <= min_seq_len, or T and S <=
@@ -156,7 +156,7 @@ def hyper_attention(
       query: `[*batch, T, N, H]`.
       key: `[*batch, S, K, H]`, N a multiple of K. Any length.
       value: `[*batch, S, K, Hv]`.
-      rng: a PRNG key. The output is a deterministic function of it.
+      random_key: a PRNG key. The output is a deterministic function of it.
       key_where: `[*batch, S]`, True = counts. A masked key is absent, whatever it and its value hold.
       is_causal: whether query i sees the keys up to i only; then S = T.
       scale: of the scores, `1 / sqrt(H)` by default.
@@ -179,7 +179,7 @@ def hyper_attention(
       >>> import jax, jax.numpy as jnp, jaxsoft
       >>> x = jax.random.normal(jax.random.key(0), (100, 2, 4))
       >>> attend = jaxsoft.attention.hyper_attention
-      >>> estimate = attend(x, x, x, rng=jax.random.key(1), block_size=32, sample_size=64, min_seq_len=16)
+      >>> estimate = attend(x, x, x, random_key=jax.random.key(1), block_size=32, sample_size=64, min_seq_len=16)
       >>> exact = jax.nn.dot_product_attention(x, x, x)
       >>> bool(abs(estimate - exact).mean() < 0.1)
       True
@@ -193,24 +193,24 @@ def hyper_attention(
     q, k, v = by_key_head(q, heads), jnp.moveaxis(k, -2, -3), jnp.moveaxis(v, -2, -3)
     where = jnp.broadcast_to(where[..., None, :], k.shape[:-1])
 
-    def causal(rng, q, k, v, where):
+    def causal(random_key, q, k, v, where):
         length = q.shape[-2]
         if length <= shortest:
             return _exact(q, k, v, where, scale, True)
-        rng, own = jax.random.split(rng)
+        random_key, own = jax.random.split(random_key)
         half = length // 2
         halves = [jnp.stack([x[..., :half, :], x[..., half:, :]]) for x in (q, k, v, where[..., None])]
         halves[-1] = halves[-1][..., 0]
-        out, lse = causal(rng, *halves)
+        out, lse = causal(random_key, *halves)
         early = [x[0] for x in halves[1:]]
         below = full(own, halves[0][1], *early)
         late, late_lse = merge(out[1], lse[1], *below)
         return jnp.concatenate([out[0], late], axis=-2), jnp.concatenate([lse[0], late_lse], axis=-1)
 
-    def full(rng, q, k, v, where):
+    def full(random_key, q, k, v, where):
         if k.shape[-2] <= shortest:
             return _exact(q, k, v, where, scale, False)
-        return _hyper(rng, q, k, v, where, scale, size, samples, bits)
+        return _hyper(random_key, q, k, v, where, scale, size, samples, bits)
 
     if is_causal:
         parts = 1
@@ -219,18 +219,18 @@ def hyper_attention(
         pad = -length % parts
         q, k, v = (jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, pad), (0, 0)]) for x in (q, k, v))
         where = jnp.pad(where, [(0, 0)] * (where.ndim - 1) + [(0, pad)])
-    out, _ = (causal if is_causal else full)(rng, q, k, v, where)
+    out, _ = (causal if is_causal else full)(random_key, q, k, v, where)
     return from_key_head(out)[..., : query.shape[-3], :, :].astype(query.dtype)
 
 
-def _orthogonal_directions(rng: Array, count: int, width: int, dtype: Any) -> Array:
+def _orthogonal_directions(random_key: Array, count: int, width: int, dtype: Any) -> Array:
     """`[count, width]`: Gaussian rows, orthogonal in groups of `width`."""
-    direction_rng, length_rng = jax.random.split(rng)
+    direction_key, length_key = jax.random.split(random_key)
     groups = -(-count // width)
-    q, _ = jnp.linalg.qr(jax.random.normal(direction_rng, (groups, width, width), dtype))
+    q, _ = jnp.linalg.qr(jax.random.normal(direction_key, (groups, width, width), dtype))
     # QR alone leaves the signs of the rows to the algorithm; the features hold both signs of every row.
     rows = jnp.swapaxes(q, -1, -2).reshape(-1, width)[:count]
-    lengths = jnp.linalg.norm(jax.random.normal(length_rng, (count, width), dtype), axis=-1)
+    lengths = jnp.linalg.norm(jax.random.normal(length_key, (count, width), dtype), axis=-1)
     return rows * lengths[:, None]
 
 
@@ -239,7 +239,7 @@ def scatterbrain_attention(
     key: Float[Array, "*batch T K H"],
     value: Float[Array, "*batch T K Hv"],
     *,
-    rng: Array,
+    random_key: Array,
     window: int = 64,
     num_features: int | None = None,
     key_where: Bool[Array, "*batch T"] | None = None,
@@ -260,7 +260,7 @@ def scatterbrain_attention(
       query: `[*batch, T, N, H]`.
       key: `[*batch, T, K, H]`, N a multiple of K, as many positions as the query.
       value: `[*batch, T, K, Hv]`.
-      rng: a PRNG key for the random directions, shared by all heads. The output is a deterministic function of
+      random_key: a PRNG key for the random directions, shared by all heads. The output is a deterministic function of
         it.
       window: how many positions to either side are exact, 1 or more.
       num_features: of the feature map, even; by default `H log H`, as the authors', at least 2.
@@ -281,7 +281,7 @@ def scatterbrain_attention(
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoft
       >>> x = jax.random.normal(jax.random.key(0), (100, 2, 4))
-      >>> estimate = jaxsoft.attention.scatterbrain_attention(x, x, x, rng=jax.random.key(1), num_features=512)
+      >>> estimate = jaxsoft.attention.scatterbrain_attention(x, x, x, random_key=jax.random.key(1), num_features=512)
       >>> exact = jax.nn.dot_product_attention(x, x, x)
       >>> bool(abs(estimate - exact).mean() < 0.1)
       True
@@ -302,7 +302,7 @@ def scatterbrain_attention(
     root = jnp.sqrt(jnp.asarray(scale, q.dtype))
     q, k, v = by_key_head(q, heads) * root, jnp.moveaxis(k, -2, -3) * root, jnp.moveaxis(v, -2, -3)
     where = jnp.broadcast_to(where[..., None, :], k.shape[:-1])
-    directions = _orthogonal_directions(rng, features // 2, width, q.dtype)
+    directions = _orthogonal_directions(random_key, features // 2, width, q.dtype)
 
     def exponents(x):  # of phi, without 1 / sqrt(num_features)
         u = jnp.einsum("...h,rh->...r", x, directions)

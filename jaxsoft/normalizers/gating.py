@@ -91,7 +91,7 @@ def top_k_gate(
 
 def dense_to_sparse_gate(
     inputs: Float[Array, "*rows d"],
-    kernel: Float[Array, "d experts"],
+    weight: Float[Array, "d experts"],
     bias: Float[Array, " experts"] | None = None,
     *,
     temperature: float | Float[Array, ...] = 1.0,
@@ -99,7 +99,7 @@ def dense_to_sparse_gate(
     input_transform: Callable[[Array], Array] | None = None,
     where: Bool[Array, ...] | None = None,
 ) -> Float[Array, "*rows experts"]:
-    """Softmax gating with a temperature: `softmax((activation(M(x) @ kernel) + bias) / temperature)`.
+    """Softmax gating with a temperature: `softmax((activation(M(x) @ weight) + bias) / temperature)`.
 
     Dense gating at a high temperature, sparse in the limit 0. Plain softmax gating is the default; `activation`
     gives the activation dense-to-sparse gate and `input_transform` the modified gate (M bounded), both
@@ -107,16 +107,16 @@ def dense_to_sparse_gate(
 
     Args:
       inputs: `[*rows, d]`, floating.
-      kernel: `[d, experts]`, floating.
+      weight: `[d, experts]`, floating.
       bias: `[experts]`, added after the activation.
       temperature: a positive scalar or `[*rows]`; learned or annealed.
       activation: a function such as `jax.nn.sigmoid`, `jnp.tanh`, `jax.nn.gelu`, applied to the linear outputs.
       input_transform: a bounded function such as `jnp.tanh` or `jax.nn.sigmoid`, applied to the inputs.
-      where: booleans that broadcast to `[*rows, experts]`, True = counts. (A NaN inside `kernel` or `inputs`
+      where: booleans that broadcast to `[*rows, experts]`, True = counts. (A NaN inside `weight` or `inputs`
         is kept away if its expert, or its row, is masked altogether.)
 
     Returns:
-      Weights `[*rows, experts]` in the promoted dtype of inputs and kernel; 0 for absent experts.
+      Weights `[*rows, experts]` in the promoted dtype of inputs and weight; 0 for absent experts.
 
     Raises:
       TypeError: an argument of a wrong type or dtype.
@@ -129,17 +129,17 @@ def dense_to_sparse_gate(
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxsoft.normalizers import dense_to_sparse_gate
-      >>> x, kernel = jnp.array([1.0, 0.5]), jnp.array([[1.0, -0.5, 0.6, 0.0], [0.4, 0.4, 0.4, 0.2]])
-      >>> print(dense_to_sparse_gate(x, kernel, temperature=0.25).round(6))
+      >>> x, weight = jnp.array([1.0, 0.5]), jnp.array([[1.0, -0.5, 0.6, 0.0], [0.4, 0.4, 0.4, 0.2]])
+      >>> print(dense_to_sparse_gate(x, weight, temperature=0.25).round(6))
       [0.821927 0.002037 0.165944 0.010091]
     """
-    _check_matmul("inputs", inputs, "kernel", kernel)
+    _check_matmul("inputs", inputs, "weight", weight)
     for name, function in (("activation", activation), ("input_transform", input_transform)):
         if function is not None and not callable(function):
             raise TypeError(f"{name} must be a function of an array, got {_checks.describe(function)}")
-    dtype = accumulation_dtype(inputs.dtype, kernel.dtype)
-    shape = (*inputs.shape[:-1], kernel.shape[1])
-    x, w = jnp.asarray(inputs).astype(dtype), jnp.asarray(kernel).astype(dtype)
+    dtype = accumulation_dtype(inputs.dtype, weight.dtype)
+    shape = (*inputs.shape[:-1], weight.shape[1])
+    x, w = jnp.asarray(inputs).astype(dtype), jnp.asarray(weight).astype(dtype)
     if where is not None:
         _checks.boolean("where", where)
         _checks.broadcastable("where", where, shape, "[*rows, experts]")
@@ -154,7 +154,7 @@ def dense_to_sparse_gate(
         h = h + bias
     h, present, axis = present_scores(h, -1, where, "dense_to_sparse_gate")
     y = _tempered_softmax(h, temperature, axis, present)
-    return y.astype(jnp.promote_types(inputs.dtype, kernel.dtype))
+    return y.astype(jnp.promote_types(inputs.dtype, weight.dtype))
 
 
 def gumbel_softmax_gate(
@@ -310,8 +310,8 @@ def merge_experts(experts: Any, weights: Float[Array, "*rows experts"]) -> Any:
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from jaxsoft.normalizers import merge_experts
-      >>> experts = {"kernel": jnp.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])}
-      >>> print(merge_experts(experts, jax.nn.softmax(jnp.array([0.5, 1.0, 0.0])))["kernel"].round(6))
+      >>> experts = {"weight": jnp.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])}
+      >>> print(merge_experts(experts, jax.nn.softmax(jnp.array([0.5, 1.0, 0.0])))["weight"].round(6))
       [2.758256 3.758256]
     """
     _checks.floating("weights", weights)
@@ -503,17 +503,17 @@ def _along(axis: int, x: Any, name: str, vector: Any) -> Array:
     return jnp.asarray(vector).reshape([-1 if i == axis else 1 for i in range(x.ndim)])
 
 
-def _check_matmul(left: str, x: Any, right: str, kernel: Any, rows: int = 1) -> None:
-    """Checks the operands of `x @ kernel`: dtypes, axes and the size they share."""
+def _check_matmul(left: str, x: Any, right: str, weight: Any, rows: int = 1) -> None:
+    """Checks the operands of `x @ weight`: dtypes, axes and the size they share."""
     _checks.floating(left, x)
-    _checks.floating(right, kernel)
+    _checks.floating(right, weight)
     if x.ndim < rows:
         raise ValueError(f"{left} must have {rows} axes or more, got shape {tuple(x.shape)}")
-    if kernel.ndim < 2 or (rows == 1 and kernel.ndim > 2):
+    if weight.ndim < 2 or (rows == 1 and weight.ndim > 2):
         raise ValueError(
             f"{right} must have {'two axes or more' if rows == 2 else 'two axes'}, got shape "
-            f"{tuple(kernel.shape)}"
+            f"{tuple(weight.shape)}"
         )
     _checks.shape(
-        right, kernel, (x.shape[-1], *kernel.shape[1:]), f"its first axis is the last one of {left}"
+        right, weight, (x.shape[-1], *weight.shape[1:]), f"its first axis is the last one of {left}"
     )

@@ -23,7 +23,7 @@ def soft_pool(
     axes: int | Sequence[int],
     stride: int | Sequence[int] | None = None,
     clamp_min: float | None = None,
-    detach_weights: bool = False,
+    stop_weight_gradient: bool = False,
     where: Bool[Array, ...] | None = None,
 ) -> Float[Array, "*pooled"]:
     """SoftPool: each window of activations becomes their mean weighted by softmax of themselves.
@@ -39,7 +39,7 @@ def soft_pool(
       axes: the axes to pool over: `(1, 2)` for `[batch, height, width, channels]`.
       stride: steps along `axes`; the window's sizes by default.
       clamp_min: the least result (the published code clamps at 0, and its partial sums, too).
-      detach_weights: whether the weights are constants to the gradient, as in the published code.
+      stop_weight_gradient: whether the weights are constants to the gradient, as in the published code.
       where: booleans that broadcast to `x`, True = counts. An absent entry is in no window.
 
     Returns:
@@ -77,14 +77,14 @@ def soft_pool(
     if clamp_min is not None:
         _checks.number("clamp_min", clamp_min)
     a, present, _ = present_scores(x, -1, where, "soft_pool")
-    y = _pool(a, present, tuple(chosen), sizes, steps, detach_weights)
+    y = _pool(a, present, tuple(chosen), sizes, steps, stop_weight_gradient)
     if clamp_min is not None:
         y = jnp.maximum(y, clamp_min)
     return y.astype(x.dtype)
 
 
 @functools.partial(jax.checkpoint, static_argnums=(2, 3, 4, 5))
-def _pool(x, present, axes, sizes, steps, detach_weights):
+def _pool(x, present, axes, sizes, steps, stop_weight_gradient):
     """The pooled activations. Checkpointed: between the passes, only `x` is kept, not the windows' weights."""
 
     def slices(a):
@@ -100,7 +100,7 @@ def _pool(x, present, axes, sizes, steps, detach_weights):
     total = weighted = jnp.zeros_like(m)
     for a, keep in zip(slices(x), slices(present)):
         e = jnp.where(keep, jnp.exp(jnp.where(keep, a - m, 0)), 0)
-        e = lax.stop_gradient(e) if detach_weights else e
+        e = lax.stop_gradient(e) if stop_weight_gradient else e
         total, weighted = total + e, weighted + e * a
     return safe_divide(weighted, total)
 

@@ -347,8 +347,8 @@ BAD = [
         ValueError,
         "temperature must be a number > 0",
     ),
-    (lambda: dense_to_sparse_gate(H, jnp.ones((3, 2))), ValueError, r"kernel must have shape \(4, 2\)"),
-    (lambda: dense_to_sparse_gate(H, jnp.ones(4)), ValueError, "kernel must have two axes"),
+    (lambda: dense_to_sparse_gate(H, jnp.ones((3, 2))), ValueError, r"weight must have shape \(4, 2\)"),
+    (lambda: dense_to_sparse_gate(H, jnp.ones(4)), ValueError, "weight must have two axes"),
     (
         lambda: dense_to_sparse_gate(H, jnp.eye(4), activation="tanh"),
         TypeError,
