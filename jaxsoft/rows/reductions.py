@@ -248,7 +248,7 @@ def _excluding_update(state, tile, ids):
 
 
 def log_partition_excluding(ids: jax.Array) -> RowReduction:
-    """`log sum e^(x_j)`, in parts, over the columns not among `ids` (`[*rows, k]`; one out of range excludes nothing)."""
+    """`log sum e^(x_j)`, in parts, over the columns not among `ids` (`[*rows, k]`; one out of range has no effect)."""
     return RowReduction(
         _lse_init, _excluding_update, _lse_merge, partition_of, keep_gauge, args=(as_ids(ids),)
     )
