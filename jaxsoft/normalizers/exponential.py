@@ -470,8 +470,8 @@ def entropy_target_softmax(
 
     Args:
       scores: `[*rows, columns]`, floating.
-      entropy: the target in nats, between 0 and `log(columns)`: a number, or an array that broadcasts to `[*rows]`.
-        Where no temperature reaches it (ties at the top, or too few entries), the closest one is used.
+      entropy: the target in nats, strictly between 0 and `log(columns)`: a number, or an array that broadcasts to
+        `[*rows]`. Where no temperature reaches it (ties at the top, or too few entries), the closest one is used.
       axis: the axis that holds a row.
       where: booleans that broadcast to the scores, True = counts.
 

@@ -360,7 +360,7 @@ BAD = [
     (
         lambda: soft_moe_dispatch_combine(TOKENS, jnp.eye(2), key=KEY),
         ValueError,
-        "noise_std and key go together",
+        "key must be given if and only if noise_std > 0",
     ),
     (
         lambda: soft_moe_dispatch_combine(TOKENS, jnp.eye(2), where=jnp.ones(2, bool)),
