@@ -1,4 +1,7 @@
-"""What training does to logits before a softmax: a temperature from a network, noise at the label."""
+"""Temperatures and noise in training.
+
+Applied to the logits before a softmax: a temperature from a network, noise at the label.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ class TemperatureParameters(NamedTuple):
       bias: `[hidden]`.
       prototypes: `[hidden, hidden]`, the columns are the prototypes.
       prototype_bias: `[hidden]`; None in the form `"clip"`.
-      log_scale: scalar, the logarithm of the temperature among the prototypes.
+      log_scale: scalar, the logarithm of the temperature of the softmax over prototypes.
       output_weight: `[hidden]`.
       output_bias: scalar.
     """
@@ -46,8 +49,8 @@ class TemperatureNetwork(NamedTuple):
 
     Attributes:
       init: `(key, features, dtype=jnp.float32) -> TemperatureParameters`.
-      apply: `(params, inputs, *, where=None, key=None) -> temperatures`, `[*rows, features] -> [*rows]`; with a
-        key in training, when units are dropped.
+      apply: `(params, inputs, *, where=None, key=None) -> temperatures`, `[*rows, features] -> [*rows]`; give a
+        key in training, where units are dropped.
     """
 
     init: Callable[..., TemperatureParameters]
@@ -69,14 +72,14 @@ def temperature_network(
 
     With `u = sigmoid(x / |x| @ weight + bias) @ prototypes + prototype_bias` and `w = softmax(u / e^log_scale)`,
     the temperature is `min + (max - min) sigmoid(output_weight . ((w - 1 / hidden) u) + output_bias)`. That is the
-    form `"llm"`, which reads a row of logits; `"clip"` reads features as they are, has prototypes of unit norm
-    without a bias and `sigmoid(u)` for the last u.
+    form `"llm"`, which reads a row of logits; `"clip"` reads features without normalizing them, has prototypes of unit
+    norm without bias and `sigmoid(u)` in place of the last u.
 
     Args:
       form: `"llm"` or `"clip"`.
-      hidden: the width, and the number of prototypes.
+      hidden: the hidden width, and the number of prototypes.
       min_temperature: the least temperature, positive: 0.5 for `"llm"`, 0.005 for `"clip"` by default.
-      max_temperature: the largest: 5 for `"llm"`, 0.05 for `"clip"`.
+      max_temperature: the largest temperature: 5 for `"llm"`, 0.05 for `"clip"`.
       dropout: the share of hidden units dropped in training, in [0, 1).
 
     Returns:
@@ -141,7 +144,7 @@ def temperature_network(
         features = p.weight.shape[0]
         if x.shape[-1] != features:
             raise ValueError(
-                f"inputs must have shape [*rows, {features}] (the weight's), got shape {x.shape}"
+                f"inputs must have shape [*rows, {features}] (features of params.weight), got shape {x.shape}"
             )
         h = x if clip else _normalized(x, -1)
         h = jax.nn.sigmoid(h @ p.weight + p.bias)
@@ -187,17 +190,17 @@ def noisy_logits(
       feature_norms: `[*rows]`, the L2 norms of the features x.
       weight_norms: `[columns]`, the L2 norms of the classes' weights W.
       key: a PRNG key; None for no noise, as in evaluation.
-      alpha: how much noise, 0 or more.
+      alpha: the strength of the noise, 0 or more.
       axis: the axis of the classes.
-      ignore_index: class id of rows to leave as they are; None: there is no such id.
-      stop_noise_gradient: whether the whole change is a constant to the gradient; else the gradient reaches the
-        logits and the norms through it, and only xi is a constant.
+      ignore_index: class id of rows to leave unchanged, or None.
+      stop_noise_gradient: whether to stop the gradient through the whole change; otherwise it reaches the logits and
+        the norms, and only xi is a constant.
 
     Returns:
       Logits of the same shape and dtype.
 
     Raises:
-      TypeError: an argument of a wrong type or dtype (for `linear_logits`, say `logits.dense()`).
+      TypeError: an argument of a wrong type or dtype (for `linear_logits`, pass `logits.dense()`).
       ValueError: an argument of a wrong shape or out of range.
 
     Reference:
@@ -219,9 +222,9 @@ def noisy_logits(
         ignore_index = _checks.integer("ignore_index", ignore_index)
     check_ids("labels", labels, logits, axis, ignore_index=ignore_index)
     _checks.floating("feature_norms", feature_norms)
-    _checks.shape("feature_norms", feature_norms, rows, "one number a row of logits")
+    _checks.shape("feature_norms", feature_norms, rows, "one number per row of logits")
     _checks.floating("weight_norms", weight_norms)
-    _checks.shape("weight_norms", weight_norms, (columns,), "one number a class")
+    _checks.shape("weight_norms", weight_norms, (columns,), "one number per class")
     _checks.number("alpha", alpha, at_least=0)
     labels = as_ids(labels)
     keep: Bool[Array, ...] = jnp.ones(rows, bool) if ignore_index is None else labels != ignore_index

@@ -953,7 +953,7 @@ def _centred_finalize(state):
 
 
 def _centred_closed_form(reduction, logits, col_keep, row_keep):
-    """By the `[d, d]` covariance of the weight's columns; None with fewer than d rows, where that costs more."""
+    """Uses the `[d, d]` covariance of the weights; None with fewer than d rows, where that costs more."""
     del reduction
     if logits.hidden.shape[0] < logits.hidden.shape[1]:
         return None
