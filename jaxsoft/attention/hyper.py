@@ -162,7 +162,7 @@ def hyper_attention(
       random_key: a PRNG key. The output is a deterministic function of it.
       key_where: `[*batch, S]`, True = counts. A masked key is absent, whatever it and its value hold.
       is_causal: whether query i sees the keys up to i only; then S = T.
-      scale: the scale of the scores, `1 / sqrt(H)` by default.
+      scale: the factor of the scores, `1 / sqrt(H)` by default.
       block_size: the size of the exact blocks.
       sample_size: the number of keys drawn, with replacement.
       min_seq_len: up to this many keys, attention is exact (and streamed).
@@ -269,7 +269,7 @@ def scatterbrain_attention(
       num_features: the size of the feature map, even; by default `H log H`, as the authors', at least 2.
       key_where: `[*batch, T]`, True = counts. A masked key is absent, whatever it and its value hold.
       is_causal: whether query i sees the keys up to i only.
-      scale: the scale of the scores, `1 / sqrt(H)` by default; not negative.
+      scale: the factor of the scores, `1 / sqrt(H)` by default; not negative.
 
     Returns:
       `[*batch, T, N, Hv]` in the query's dtype, computed in float32 or wider; 0 for a query that sees no key.

@@ -1,7 +1,7 @@
 """Attention without softmax, in linear time.
 
-A query reads sums over the keys, so that time and memory are linear in the length. In the formulas `phi` is a feature map, `S_i = phi(q_i) . sum_j phi(k_j)` and `N` the number of keys that query
-i sees.
+A query reads sums over the keys, so that time and memory are linear in the length. In the formulas `phi` is a
+feature map, `S_i = phi(q_i) . sum_j phi(k_j)` and `N` the number of keys that query i sees.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def magnitude_aware_linear_attention(
 def lightning_slopes(num_heads: int, *, layer: int = 0, num_layers: int | None = None) -> Float[Array, " N"]:
     """The decay rates of `lightning_attention`: `2^(-8 h / N)` for heads h = 1 to N, smaller in later layers.
 
-    The factor of layer l of L is `1 - l / (L - 1 + 1e-5) + 1e-5`: from nearly 1 down to nearly 1e-5.
+    The factor of layer l of L is `1 - l / (L - 1 + 1e-5) + 1e-5`: from about 1 down to about 1e-5.
 
     Args:
       num_heads: N.
