@@ -29,8 +29,8 @@ Where they are not exact, the error of `hyper_attention` falls with `1 / sqrt(sa
 
 All but `ngram_attention` and `attention_entropy_regularizer` have the layout of `jax.nn.dot_product_attention`: queries
 `[*batch, T, N, H]`, keys `[*batch, S, K, H]`, values `[*batch, S, K, Hv]`, N a multiple of K, with any number of batch
-axes (`softmax_free_attention` and `lightning_attention` have N heads throughout). A masked key is absent, whatever it
-and its value hold; a query that sees no key gives 0, with gradient 0. Half-precision inputs are computed in float32.
+axes (`softmax_free_attention` and `lightning_attention` have N heads throughout). A masked key is absent, even if it or
+its value is NaN; a query that sees no key gives 0, with gradient 0. Half-precision inputs are computed in float32.
 Block sizes do not change a result beyond rounding. For inputs of standard normal size, float32 results are within 2e-5
 of float64 (tested), and half-precision results are the rounded float32 results.
 """

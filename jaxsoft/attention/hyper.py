@@ -160,7 +160,7 @@ def hyper_attention(
       key: `[*batch, S, K, H]`, N a multiple of K. Any length.
       value: `[*batch, S, K, Hv]`.
       random_key: a PRNG key. The output is a deterministic function of it.
-      key_where: `[*batch, S]`, True = counts. A masked key is absent, whatever it and its value hold.
+      key_where: `[*batch, S]`, True = counts. A masked key is absent, even if it or its value is NaN.
       is_causal: whether query i sees the keys up to i only; then S = T.
       scale: the factor of the scores, `1 / sqrt(H)` by default.
       block_size: the size of the exact blocks.
@@ -267,7 +267,7 @@ def scatterbrain_attention(
         it.
       window: the number of exact positions on either side, 1 or more.
       num_features: the size of the feature map, even; by default `H log H`, as the authors', at least 2.
-      key_where: `[*batch, T]`, True = counts. A masked key is absent, whatever it and its value hold.
+      key_where: `[*batch, T]`, True = counts. A masked key is absent, even if it or its value is NaN.
       is_causal: whether query i sees the keys up to i only.
       scale: the factor of the scores, `1 / sqrt(H)` by default; not negative.
 

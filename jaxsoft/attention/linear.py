@@ -118,7 +118,7 @@ def linear_attention(
       query: `[*batch, T, N, H]`.
       key: `[*batch, S, K, H]`, N a multiple of K.
       value: `[*batch, S, K, Hv]`.
-      key_where: `[*batch, S]`, True = counts. A masked key is absent, whatever it and its value hold.
+      key_where: `[*batch, S]`, True = counts. A masked key is absent, even if it or its value is NaN.
       is_causal: whether query i sees the keys up to i only; then S = T.
       feature_map: phi, applied to `[..., H]`; `elu(x) + 1` by default. Non-negative, so that S does not vanish.
       block_size: positions per block where causal; the result does not depend on it.
@@ -170,7 +170,7 @@ def magnitude_aware_linear_attention(
       value: `[*batch, S, K, Hv]`.
       form: `"released"`, as the authors' code, `c = scale / N` and `1 / (z + 1e-6)`; or `"paper"`, `c = 1`
         (reconstructed).
-      key_where: `[*batch, S]`, True = counts. A masked key is absent, whatever it and its value hold.
+      key_where: `[*batch, S]`, True = counts. A masked key is absent, even if it or its value is NaN.
       is_causal: whether query i sees the keys up to i only; then S = T, and N counts those keys.
       scale: the scale of the released form, `1 / sqrt(H)` by default.
       feature_map: phi, applied to `[..., H]`; `elu(x) + 1` by default. Non-negative.
@@ -228,7 +228,7 @@ def lightning_slopes(num_heads: int, *, layer: int = 0, num_layers: int | None =
       `[N]` float32.
 
     Raises:
-      TypeError: an argument that is no static integer.
+      TypeError: an argument that is not a static integer.
       ValueError: an argument out of range.
 
     Reference:

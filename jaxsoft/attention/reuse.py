@@ -110,7 +110,7 @@ def unified_softmax_attention(
       query: `[*batch, T, N, H]`.
       key: `[*batch, S, K, H]`, N a multiple of K.
       value: `[*batch, S, K, Hv]`.
-      key_where: `[*batch, S]`, True = counts. A masked key is absent, whatever it and its value hold.
+      key_where: `[*batch, S]`, True = counts. A masked key is absent, even if it or its value is NaN.
       is_causal: whether query i sees the keys up to i only.
       scale: the factor of the scores, `1 / sqrt(H)` by default.
 
@@ -230,7 +230,7 @@ def urpe_attention(
       factors: `[N, 2 m + 1]`, c at offsets `j - i` from -m to m; other offsets are clipped to the ends (ours).
         For logarithmic buckets, as in the authors' code, give `table[:, bucket_of(offsets)]`.
       bias: `[N, 2 m' + 1]`, b of the same form: an ordinary relative bias of the scores.
-      key_where: `[*batch, S]`, True = counts. A masked key is absent, whatever it and its value hold.
+      key_where: `[*batch, S]`, True = counts. A masked key is absent, even if it or its value is NaN.
       is_causal: whether query i sees the keys up to i only.
       scale: the factor of the scores, `1 / sqrt(H)` by default.
       block_size: queries per block; the result does not depend on it.
@@ -307,7 +307,7 @@ def top_k_attention(
       key: `[*batch, S, K, H]`, N a multiple of K.
       value: `[*batch, S, K, Hv]`.
       k: the number of keys, a static integer of 1 or more; where a query sees fewer, all are kept.
-      key_where: `[*batch, S]`, True = counts. A masked key is absent, whatever it and its value hold.
+      key_where: `[*batch, S]`, True = counts. A masked key is absent, even if it or its value is NaN.
       is_causal: whether query i sees the keys up to i only.
       scale: the factor of the scores, `1 / sqrt(H)` by default.
 
@@ -374,8 +374,8 @@ def ngram_attention(
       tokens: `[*batch, T]` integers.
       value: `[*batch, T, V]`.
       n: the order, a static integer of 1 or more (1: all positions so far).
-      where: `[*batch, T]`, True = counts. A masked token (padding) never matches, whatever it and its value
-        hold.
+      where: `[*batch, T]`, True = counts. A masked token (padding) never matches, and its value may be
+        NaN.
       block_size: positions per block; the result does not depend on it.
 
     Returns:
@@ -445,7 +445,7 @@ def long_context_log_mass(
     Args:
       query: `[*batch, T, N, H]`.
       key: `[*batch, S, K, H]`, N a multiple of K: the keys of the far context.
-      key_where: `[*batch, S]`, True = counts. A masked key is absent, whatever it holds.
+      key_where: `[*batch, S]`, True = counts. A masked key is absent, even if it is NaN.
       scale: the factor of the scores, `1 / sqrt(H)` by default.
 
     Returns:

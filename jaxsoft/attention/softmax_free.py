@@ -107,9 +107,9 @@ def softmax_free_attention(
 ) -> Float[Array, "*batch T N Hv"]:
     """Softmax-free attention (SOFT): `k(Q, L) pinv(k(L, L)) k(L, Q) V`, the Gaussian kernel through M landmarks.
 
-    The queries are the keys, too. Linear in the length: `M` kernel values per token and head. The Nystrom approximation of
-    `gaussian_kernel_attention(query, query, value)`, exact (with ridge 0) where the landmarks hold all distinct
-    tokens; rows are not normalized. Not causal.
+    The queries are the keys, too. Linear in the length: `M` kernel values per token and head. The Nystrom
+    approximation of `gaussian_kernel_attention(query, query, value)`, exact (with ridge 0) where the landmarks hold
+    all distinct tokens; rows are not normalized. Not causal.
 
     Args:
       query: `[*batch, T, N, H]`, queries and keys in one.
@@ -117,7 +117,7 @@ def softmax_free_attention(
       landmarks: `[*batch, M, N, H]`; by default the means of `num_landmarks` runs of tokens of (nearly) equal
         length (the authors' convolution and norm before that are left to the caller).
       num_landmarks: M if no landmarks are given; at most T are used. The default is the authors' 7 x 7.
-      where: `[*batch, T]` tokens, True = counts. A masked token is absent, whatever it and its value hold; its
+      where: `[*batch, T]` tokens, True = counts. A masked token is absent, even if it or its value is NaN; its
         output is 0.
       symmetric: whether the inverse is normalized on both sides (SOFT++): `D^-1/2 pinv D^-1/2`, D the row sums
         of `k(L, L)`.
@@ -197,7 +197,7 @@ def gaussian_kernel_attention(
       key: `[*batch, S, K, H]`, N a multiple of K.
       value: `[*batch, S, K, Hv]`.
       normalize: whether to divide by the sum of the weights.
-      key_where: `[*batch, S]`, True = counts. A masked key is absent, whatever it and its value hold.
+      key_where: `[*batch, S]`, True = counts. A masked key is absent, even if it or its value is NaN.
       is_causal: whether query i sees the keys up to i only.
       scale: the factor of the squared distances, `1 / sqrt(H)` by default.
 

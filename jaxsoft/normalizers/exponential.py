@@ -58,7 +58,7 @@ def softmax(
     Args:
       scores: `[*rows, columns]`, floating.
       axis: the axis that holds a row.
-      where: booleans that broadcast to the scores, True = counts. A masked entry is absent, whatever it holds.
+      where: booleans that broadcast to the scores, True = counts. A masked entry is absent, even if it is NaN.
       implementation: what runs it: `"xla"`, `"pallas_tpu"`, `"mosaic_gpu"` or None, see `reduce_rows`.
 
     Returns:

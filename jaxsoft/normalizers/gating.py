@@ -368,7 +368,7 @@ def drop_weak_experts(
       weights are all 0. The choice of experts gets no gradient.
 
     Raises:
-      TypeError: gates that are not a floating array, a threshold that is no number.
+      TypeError: gates that are not a floating array, a threshold that is not a number.
       ValueError: a threshold out of range, an axis or a mask that does not fit.
 
     Reference:

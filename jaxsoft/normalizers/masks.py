@@ -75,7 +75,7 @@ def gumbel_sigmoid(
       Masks of the logits' shape and dtype, in [0, 1].
 
     Raises:
-      TypeError: logits that are not a floating array, a temperature that is no number.
+      TypeError: logits that are not a floating array, a temperature that is not a number.
       ValueError: a temperature that is not positive, a mask that does not fit.
 
     Reference:
@@ -232,7 +232,7 @@ def exponential_temperature_schedule(initial: float, final: float, steps: int) -
       A function of the step, as optax schedules are.
 
     Raises:
-      TypeError: an argument that is no number.
+      TypeError: an argument that is not a number.
       ValueError: an argument out of range.
 
     Reference:

@@ -39,7 +39,7 @@ def quantized_softmax_bias_correction(
       The bias, float32 or wider, without gradient; 0 where nothing counts.
 
     Raises:
-      TypeError: weights that are not floating, bits that are no static integer.
+      TypeError: weights that are not floating, bits that are not a static integer.
       ValueError: bits out of range, a mask that does not fit.
 
     Reference:

@@ -39,7 +39,7 @@ def unit_scaled_softmax(
       Weights of the scores' shape and dtype, `s` times those of softmax; 0 for absent entries.
 
     Raises:
-      TypeError: scores that are not a floating array, a multiplier that is no number.
+      TypeError: scores that are not a floating array, a multiplier that is not a number.
       ValueError: a multiplier that is not positive, an unknown constraint, an axis or a mask that does not fit.
 
     Reference:

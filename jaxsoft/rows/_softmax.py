@@ -189,7 +189,7 @@ def softmax_top_k(
       where a row has fewer than k entries.
 
     Raises:
-      TypeError: a k that is no static integer, logits that are not floating.
+      TypeError: a k that is not a static integer, logits that are not floating.
       ValueError: k < 1, an axis or a mask that does not fit.
 
     Reference:

@@ -183,7 +183,7 @@ def top_k(
       fewer than k entries: -inf and -1.
 
     Raises:
-      TypeError: a k that is no static integer, logits that are not floating.
+      TypeError: a k that is not a static integer, logits that are not floating.
       ValueError: k < 1, an axis or a mask that does not fit.
 
     Example:
