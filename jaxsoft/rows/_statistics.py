@@ -154,7 +154,7 @@ def softcap(logits: Logits, cap: float) -> Logits:
     if isinstance(logits, LinearLogits):
         if logits.softcap is not None or logits.temperature is not None:
             raise ValueError(
-                "softcap must be applied to linear_logits once, before any temperature: these have "
+                "softcap must be applied to linear_logits first and only once: these have "
                 f"softcap={logits.softcap} and {'a' if logits.temperature is not None else 'no'} temperature"
             )
         return dataclasses.replace(logits, softcap=float(cap))

@@ -202,7 +202,9 @@ def log_partition(*, method: str = "online", reference: jax.Array | None = None)
     """`logsumexp` in parts, which avoid its rounding error: see `LogPartition`. Same arguments."""
     _checks.option("method", method, ("online", "exponent", "reference"))
     if (reference is not None) != (method == "reference"):
-        raise ValueError(f"reference must be given if and only if method='reference', got method={method!r}")
+        raise ValueError(
+            f"reference must be given with method='reference' and only then, got method={method!r}"
+        )
     if method == "online":
         return RowReduction(_lse_init, _lse_update, _lse_merge, partition_of, keep_gauge)
     if method == "exponent":
