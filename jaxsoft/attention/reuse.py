@@ -1,4 +1,7 @@
-"""Softmax attention with weights reused, selected or changed, and statistics of the weights."""
+"""Softmax attention with weights reused, selected or changed.
+
+And statistics of the weights.
+"""
 
 from __future__ import annotations
 

@@ -352,7 +352,7 @@ def drop_weak_experts(
     axis: int = -1,
     where: Bool[Array, ...] | None = None,
 ) -> Float[Array, "*rows experts"]:
-    """Drops the experts whose weight is below `threshold * max_j g_j`, and renormalizes the others.
+    """Drops the experts whose weight is below `threshold * max_j gates_j`, and renormalizes the others.
 
     For inference after a top-k gate: tokens that one expert dominates need no second one. The rule is
     *reconstructed*.

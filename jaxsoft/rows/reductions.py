@@ -1,4 +1,4 @@
-"""Row reductions, the statistics of `reduce_rows`.
+"""Row reductions: the statistics of a row.
 
 Each factory returns a `RowReduction`; `reduce_rows` runs any mix of them in one pass. A row without entries gives the
 value that each description names.
