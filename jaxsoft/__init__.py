@@ -1,9 +1,17 @@
 """Softmax, losses and optimizers for JAX in which the logits are never stored.
 
-logits = hidden @ kernel                          # an array of [tokens, vocab]
-logits = jaxsoft.linear_logits(hidden, kernel)    # an expression: nothing is computed yet
+The one-line change: write the logits as an expression instead of a matrix product.
 
-loss = jaxsoft.losses.cross_entropy(logits, labels, label_smoothing=0.1, z_loss=1e-4).mean()
+    logits = hidden @ weight                          # an array of [tokens, vocab]
+    logits = jaxsoft.linear_logits(hidden, weight)    # an expression: nothing is computed yet
+
+    loss = jaxsoft.losses.cross_entropy(logits, labels, label_smoothing=0.1, z_loss=1e-4).mean()
+
+Losses and functions of rows (`logsumexp`, `log_prob`, `entropy`, `top_k`, `label_rank`, `reduce_rows`) take a dense
+array or `linear_logits`, and stream the latter. Normalizers (`softmax` and its alternatives) return an array of the
+scores' shape, so they take dense scores; attention streams them.
+
+The most used names of `rows` and `normalizers` are exported here as well; they are the same objects.
 """
 
 import importlib

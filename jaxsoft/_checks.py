@@ -13,7 +13,7 @@ import numpy as np
 
 
 def describe(value: Any) -> str:
-    """Says what `value` is in a few words, for error messages."""
+    """Describes `value` in a few words, for error messages."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"an array of shape {tuple(value.shape)} and dtype {value.dtype}"
     return f"{value!r} of type {type(value).__name__}"
@@ -41,7 +41,7 @@ def number(
     below: float | None = None,
     at_most: float | None = None,
 ) -> None:
-    """Checks a hyper-parameter that may be a Python number or a scalar array (traced ones are not compared)."""
+    """Checks a hyper-parameter that may be a Python number or a scalar array (a traced one is not compared)."""
     bounds = " and ".join(
         f"{word} {bound}"
         for word, bound in ((">", above), (">=", at_least), ("<", below), ("<=", at_most))
@@ -88,7 +88,7 @@ def option(name: str, value: Any, choices: tuple[Any, ...]) -> None:
 
 
 def flag(name: str, value: Any) -> None:
-    """Checks a switch: Python's True or False, static."""
+    """Checks a static switch, Python's True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {describe(value)}")
 

@@ -1,4 +1,4 @@
-"""Dtype policy and the few guarded operations that everything else is written with."""
+"""The dtype policy, and guarded operations that the whole library uses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def accumulation_dtype(*dtypes) -> jnp.dtype:
 
 
 def finite_gauge(m: jax.Array) -> jax.Array:
-    """A reference exponent that is safe to subtract: `m` without its gradient, 0 where `m` is not finite."""
+    """A reference exponent that is safe to subtract: `m` without gradient, 0 where `m` is not finite."""
     m = jax.lax.stop_gradient(m)
     return jnp.where(jnp.isfinite(m), m, 0)
 
@@ -35,19 +35,19 @@ def safe_divide(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def weigh(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """`weights * values`, where a weight of 0 hides a value that is not finite, and its gradient."""
+    """`weights * values`; a weight of 0 hides a non-finite value and its gradient."""
     values = jnp.where((weights != 0) | jnp.isfinite(values), values, 0)
     return weights.astype(values.dtype) * values
 
 
 def as_ids(ids: jax.Array) -> jax.Array:
-    """Integer ids in at least int32, signed: narrower types cannot hold the number of columns, or -100."""
+    """Ids as signed integers of 32 bits or more: narrower types may not hold the number of columns, or -100."""
     return ids.astype(jnp.promote_types(ids.dtype, jnp.int32))
 
 
 @jax.custom_jvp
 def scale_gradient(x: jax.Array, factor: jax.Array) -> jax.Array:
-    """`x` itself, with `factor` times the derivatives of the identity; `factor` has none."""
+    """Returns `x`, with its derivatives multiplied by `factor`, which gets no gradient itself."""
     del factor
     return x
 

@@ -1,4 +1,4 @@
-"""What the linear-time and approximate attentions share: their arguments, and the layouts of their arrays."""
+"""Shared parts of the linear-time and approximate attentions: checks of arguments, and array layouts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def prepare(
 ) -> tuple[Array, Array, Array, Array]:
     """Checks the arguments; returns them in the accumulation dtype with 0 at masked keys, and the mask.
 
-    `self_only`: whether the attention, where causal, needs as many queries as keys.
+    `self_only`: whether a causal attention needs as many queries as keys.
     """
     for name, x in (("query", query), ("key", key), ("value", value)):
         _checks.floating(name, x)
@@ -42,7 +42,7 @@ def prepare(
         raise ValueError(f"query must have a multiple of the key's {k} heads, got {n} in shape {query.shape}")
     _checks.flag("is_causal", is_causal)
     if self_only and is_causal and t != s:
-        raise ValueError(f"key must have the query's length {t} where is_causal, got length {s}")
+        raise ValueError(f"key must have the query's length {t} with is_causal=True, got length {s}")
     where = mask_of(mask_name, where, (*batch, s))
     dtype = accumulation_dtype(query.dtype, key.dtype, value.dtype)
     keep = where[..., None, None]
@@ -51,11 +51,11 @@ def prepare(
 
 
 def mask_of(name: str, where: Any, shape: tuple[int, ...]) -> Array:
-    """A mask of positions, all of them where there is none."""
+    """A mask of positions, all True by default."""
     if where is None:
         return jnp.ones(shape, bool)
     _checks.boolean(name, where)
-    _checks.shape(name, where, shape, "one entry a position")
+    _checks.shape(name, where, shape, "one entry per position")
     return where
 
 
@@ -131,7 +131,7 @@ def streamed(
 
 
 def merge(out: Array, logsumexp: Array, other_out: Array, other_logsumexp: Array) -> tuple[Array, Array]:
-    """One softmax attention from those over two disjoint sets of keys."""
+    """Merges the softmax attentions over two disjoint sets of keys into one."""
     m = finite_gauge(jnp.maximum(logsumexp, other_logsumexp))
     a, b = jnp.exp(logsumexp - m), jnp.exp(other_logsumexp - m)
     both = a[..., None] * out + b[..., None] * other_out

@@ -316,12 +316,20 @@ def _split(query, key, value, splits: int, normalizer, options) -> PartialAttent
 # Softmax at a fixed reference exponent: sums add up without any rescaling; NaN marks rows out of its range.
 
 
+def _partition(params):
+    return reductions.log_partition(method="reference", reference=params["reference"])
+
+
 def _reference_init(like, params):
-    return reductions._reference_init(like, params["reference"])
+    return _partition(params).init(like, params["reference"])
 
 
 def _reference_update(state, tile, params):
-    return reductions._reference_update(state, tile, params["reference"])
+    return _partition(params).update(state, tile, params["reference"])
+
+
+def _reference_merge(a, b, params):
+    return _partition(params).merge(a, b, params["reference"])
 
 
 def _reference_terms(tile, state, params):
@@ -329,7 +337,8 @@ def _reference_terms(tile, state, params):
 
 
 def _in_range(state, params):
-    return ~jnp.isnan(reductions._reference_parts(lax.stop_gradient(state), params["reference"]).log_sum)
+    parts = _partition(params).finalize(lax.stop_gradient(state), params["reference"])
+    return ~jnp.isnan(parts.log_sum)
 
 
 def _reference_coefficient(state, params):
@@ -341,9 +350,7 @@ def _reference_coefficient(state, params):
 
 
 _UNIFIED = Normalizer(
-    reductions.RowReduction(
-        _reference_init, _reference_update, reductions._reference_merge, neutral=keep_gauge
-    ),
+    reductions.RowReduction(_reference_init, _reference_update, _reference_merge, neutral=keep_gauge),
     _reference_terms,
     _reference_coefficient,
 )

@@ -1,4 +1,7 @@
-"""Estimates of softmax attention in near-linear time: exact in part, sampled or by random features elsewhere."""
+"""Estimates of softmax attention in near-linear time.
+
+Exact in part; the rest is estimated from samples or random features.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ def angular_lsh_buckets(
     """The bucket of each vector by the signs of its products with random directions (angular hashing).
 
     Buckets are numbered along a Gray code: the signs of neighbouring buckets differ in one direction only, so
-    that near numbers mean small angles. (The authors' code permutes the numbers a little differently.)
+    close numbers mean small angles. (The authors' code permutes the numbers slightly differently.)
 
     Args:
       x: `[*rows, H]`.
@@ -63,7 +66,7 @@ def angular_lsh_buckets(
             f"{tuple(directions.shape)} and {tuple(x.shape)}"
         )
     bits = (jnp.einsum("...h,hr->...r", x, directions) > 0).astype(jnp.int32)
-    # Place in the Gray code: each bit plus all higher ones, modulo 2.
+    # Position in the Gray code: each bit plus all higher ones, modulo 2.
     bits = lax.associative_scan(jnp.bitwise_xor, bits, axis=bits.ndim - 1, reverse=True)
     return jnp.sum(bits << jnp.arange(bits.shape[-1], dtype=jnp.int32), axis=-1)
 
@@ -75,15 +78,15 @@ def _attend(scores: Array, values: Array, where: Array) -> tuple[Array, Array]:
 
 
 def _gather(x: Array, index: Array) -> Array:
-    """Positions of `[..., length, width]`."""
+    """Picks positions of `[..., length, width]`."""
     return jnp.take_along_axis(x, index[..., None], axis=-2)
 
 
-def _hyper(rng, query, key, value, where, scale, size, samples, bits) -> tuple[Array, Array]:
+def _hyper(random_key, query, key, value, where, scale, size, samples, bits) -> tuple[Array, Array]:
     """Not causal; query `[*batch, K, G, T, H]`, key `[*batch, K, S, H]`, where `[*batch, K, S]`."""
     t, s = query.shape[-2], key.shape[-2]
-    hash_rng, sample_rng = jax.random.split(rng)
-    directions = jax.random.normal(hash_rng, (query.shape[-1], bits), query.dtype)
+    hash_key, sample_key = jax.random.split(random_key)
+    directions = jax.random.normal(hash_key, (query.shape[-1], bits), query.dtype)
     # Sort by bucket, hidden keys last.
     fixed_query, fixed_key = lax.stop_gradient((query, key))
     order_q = jnp.argsort(angular_lsh_buckets(fixed_query, directions), axis=-1, stable=True)
@@ -92,7 +95,7 @@ def _hyper(rng, query, key, value, where, scale, size, samples, bits) -> tuple[A
     query, key, value = _gather(query, order_q), _gather(key, order_k), _gather(value, order_k)
     where = jnp.take_along_axis(where, order_k, axis=-1)
 
-    # Exact within blocks on the diagonal; as many of queries as of keys.
+    # Exact within diagonal blocks, with as many blocks of queries as of keys.
     blocks = -(-max(t, s) // size)
     wide_q, wide_k = -(-t // blocks), -(-s // blocks)
     q = to_blocks(query, -2, wide_q)
@@ -102,9 +105,9 @@ def _hyper(rng, query, key, value, where, scale, size, samples, bits) -> tuple[A
     out, lse = _attend(scale * jnp.einsum("...kgth,...ksh->...kgts", q, k), v, w[..., None, None, :])
     out, lse = from_blocks(out, -2, t), from_blocks(lse, -1, t)
 
-    # The other keys from a sample of all: one inside the query's own block counts as nothing.
+    # The other keys are estimated from a sample of all keys, masked within the query's own block.
     count = jnp.sum(where, axis=-1, keepdims=True, dtype=jnp.int32)
-    uniform = jax.random.uniform(sample_rng, (*where.shape[:-1], samples))
+    uniform = jax.random.uniform(sample_key, (*where.shape[:-1], samples))
     drawn = jnp.minimum((uniform * count).astype(jnp.int32), jnp.maximum(count - 1, 0))
     outside = (jnp.arange(t) // wide_q)[:, None] != (drawn // wide_k)[..., None, :]
     outside = (outside & (count > 0)[..., None])[..., None, :, :]
@@ -134,7 +137,7 @@ def hyper_attention(
     key: Float[Array, "*batch S K H"],
     value: Float[Array, "*batch S K Hv"],
     *,
-    rng: Array,
+    random_key: Array,
     key_where: Bool[Array, "*batch S"] | None = None,
     is_causal: bool = False,
     scale: float | None = None,
@@ -146,24 +149,24 @@ def hyper_attention(
     """HyperAttention: an estimate of softmax attention in near-linear time, by hashing and sampling.
 
     Queries and keys are sorted by angular hashing; blocks on the diagonal of the sorted scores are exact, the
-    rest is estimated from a sample of the keys, drawn anew from `rng`. The estimate of the rest's mass is
-    unbiased: sampled keys of the query's own block count as nothing. Causal attention is split in halves: the
-    estimate serves the later half's view of the earlier one, and so on down. `block_size + sample_size` scores
-    a query and head (times the number of halvings), instead of S. Exact where S <= min_seq_len, or T and S <=
-    block_size; otherwise the error falls with `1 / sqrt(sample_size)`.
+    rest is estimated from a random sample of the keys. The estimate of the rest's mass is unbiased: sampled keys
+    in the query's own block are masked. Causal attention is split into halves, recursively: the later half's
+    attention to the earlier half is estimated. Computes `block_size + sample_size` scores per query and head
+    (times the number of halvings) instead of S. Exact where S <= min_seq_len, or T and S <= block_size; otherwise
+    the error falls with `1 / sqrt(sample_size)`.
 
     Args:
       query: `[*batch, T, N, H]`.
       key: `[*batch, S, K, H]`, N a multiple of K. Any length.
       value: `[*batch, S, K, Hv]`.
-      rng: a PRNG key. The output is a deterministic function of it.
-      key_where: `[*batch, S]`, True = counts. A masked key is absent, whatever it and its value hold.
+      random_key: a PRNG key. The output is a deterministic function of it.
+      key_where: `[*batch, S]`, True = counts. A masked key is absent, even if it or its value is NaN.
       is_causal: whether query i sees the keys up to i only; then S = T.
-      scale: of the scores, `1 / sqrt(H)` by default.
-      block_size: of the exact blocks.
-      sample_size: how many keys are drawn, with replacement.
+      scale: the factor of the scores, `1 / sqrt(H)` by default.
+      block_size: the size of the exact blocks.
+      sample_size: the number of keys drawn, with replacement.
       min_seq_len: up to this many keys, attention is exact (and streamed).
-      bits: directions of the hash.
+      bits: the number of hash directions.
 
     Returns:
       `[*batch, T, N, Hv]` in the query's dtype, computed in float32 or wider; 0 for a query that sees no key.
@@ -179,7 +182,7 @@ def hyper_attention(
       >>> import jax, jax.numpy as jnp, jaxsoft
       >>> x = jax.random.normal(jax.random.key(0), (100, 2, 4))
       >>> attend = jaxsoft.attention.hyper_attention
-      >>> estimate = attend(x, x, x, rng=jax.random.key(1), block_size=32, sample_size=64, min_seq_len=16)
+      >>> estimate = attend(x, x, x, random_key=jax.random.key(1), block_size=32, sample_size=64, min_seq_len=16)
       >>> exact = jax.nn.dot_product_attention(x, x, x)
       >>> bool(abs(estimate - exact).mean() < 0.1)
       True
@@ -193,24 +196,24 @@ def hyper_attention(
     q, k, v = by_key_head(q, heads), jnp.moveaxis(k, -2, -3), jnp.moveaxis(v, -2, -3)
     where = jnp.broadcast_to(where[..., None, :], k.shape[:-1])
 
-    def causal(rng, q, k, v, where):
+    def causal(random_key, q, k, v, where):
         length = q.shape[-2]
         if length <= shortest:
             return _exact(q, k, v, where, scale, True)
-        rng, own = jax.random.split(rng)
+        random_key, own = jax.random.split(random_key)
         half = length // 2
         halves = [jnp.stack([x[..., :half, :], x[..., half:, :]]) for x in (q, k, v, where[..., None])]
         halves[-1] = halves[-1][..., 0]
-        out, lse = causal(rng, *halves)
+        out, lse = causal(random_key, *halves)
         early = [x[0] for x in halves[1:]]
         below = full(own, halves[0][1], *early)
         late, late_lse = merge(out[1], lse[1], *below)
         return jnp.concatenate([out[0], late], axis=-2), jnp.concatenate([lse[0], late_lse], axis=-1)
 
-    def full(rng, q, k, v, where):
+    def full(random_key, q, k, v, where):
         if k.shape[-2] <= shortest:
             return _exact(q, k, v, where, scale, False)
-        return _hyper(rng, q, k, v, where, scale, size, samples, bits)
+        return _hyper(random_key, q, k, v, where, scale, size, samples, bits)
 
     if is_causal:
         parts = 1
@@ -219,18 +222,18 @@ def hyper_attention(
         pad = -length % parts
         q, k, v = (jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, pad), (0, 0)]) for x in (q, k, v))
         where = jnp.pad(where, [(0, 0)] * (where.ndim - 1) + [(0, pad)])
-    out, _ = (causal if is_causal else full)(rng, q, k, v, where)
+    out, _ = (causal if is_causal else full)(random_key, q, k, v, where)
     return from_key_head(out)[..., : query.shape[-3], :, :].astype(query.dtype)
 
 
-def _orthogonal_directions(rng: Array, count: int, width: int, dtype: Any) -> Array:
+def _orthogonal_directions(random_key: Array, count: int, width: int, dtype: Any) -> Array:
     """`[count, width]`: Gaussian rows, orthogonal in groups of `width`."""
-    direction_rng, length_rng = jax.random.split(rng)
+    direction_key, length_key = jax.random.split(random_key)
     groups = -(-count // width)
-    q, _ = jnp.linalg.qr(jax.random.normal(direction_rng, (groups, width, width), dtype))
-    # QR alone leaves the signs of the rows to the algorithm; the features hold both signs of every row.
+    q, _ = jnp.linalg.qr(jax.random.normal(direction_key, (groups, width, width), dtype))
+    # QR leaves the signs of the rows undetermined, but the features contain both signs of every row.
     rows = jnp.swapaxes(q, -1, -2).reshape(-1, width)[:count]
-    lengths = jnp.linalg.norm(jax.random.normal(length_rng, (count, width), dtype), axis=-1)
+    lengths = jnp.linalg.norm(jax.random.normal(length_key, (count, width), dtype), axis=-1)
     return rows * lengths[:, None]
 
 
@@ -239,7 +242,7 @@ def scatterbrain_attention(
     key: Float[Array, "*batch T K H"],
     value: Float[Array, "*batch T K Hv"],
     *,
-    rng: Array,
+    random_key: Array,
     window: int = 64,
     num_features: int | None = None,
     key_where: Bool[Array, "*batch T"] | None = None,
@@ -249,24 +252,24 @@ def scatterbrain_attention(
     """Scatterbrain: softmax attention, exact within a local window and by positive random features beyond it.
 
     The unnormalized weights are `exp(scale q_i . k_j)` where `|i - j| <= window` and `phi(q_i) . phi(k_j)`
-    elsewhere, an unbiased estimate of the same. The two sets of keys are kept apart, sum by sum: nothing is
-    subtracted, no mass counted twice. Linear in the length: `3 window` scores and `num_features` features a
-    query and head, and `num_features * (Hv + 1) / window` numbers a token and key head. Exact where the window
-    covers everything; otherwise the error falls with `1 / sqrt(num_features)`.
+    elsewhere, an unbiased estimate of the same. The two sets of keys are summed separately: nothing is
+    subtracted, and no mass is counted twice. Linear in the length: `3 window` scores and `num_features` features
+    per query and head, and `num_features * (Hv + 1) / window` numbers per token and key head. Exact where the
+    window covers everything; otherwise the error falls with `1 / sqrt(num_features)`.
 
-    The support is a local window (that of the authors' `sblocal`); hashing for the support is not here.
+    The exact part is a local window (the authors' `sblocal`); their hashed variant is not implemented.
 
     Args:
       query: `[*batch, T, N, H]`.
       key: `[*batch, T, K, H]`, N a multiple of K, as many positions as the query.
       value: `[*batch, T, K, Hv]`.
-      rng: a PRNG key for the random directions, shared by all heads. The output is a deterministic function of
+      random_key: a PRNG key for the random directions, shared by all heads. The output is a deterministic function of
         it.
-      window: how many positions to either side are exact, 1 or more.
-      num_features: of the feature map, even; by default `H log H`, as the authors', at least 2.
-      key_where: `[*batch, T]`, True = counts. A masked key is absent, whatever it and its value hold.
+      window: the number of exact positions on either side, 1 or more.
+      num_features: the size of the feature map, even; by default `H log H`, as the authors', at least 2.
+      key_where: `[*batch, T]`, True = counts. A masked key is absent, even if it or its value is NaN.
       is_causal: whether query i sees the keys up to i only.
-      scale: of the scores, `1 / sqrt(H)` by default; not negative.
+      scale: the factor of the scores, `1 / sqrt(H)` by default; not negative.
 
     Returns:
       `[*batch, T, N, Hv]` in the query's dtype, computed in float32 or wider; 0 for a query that sees no key.
@@ -281,7 +284,7 @@ def scatterbrain_attention(
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoft
       >>> x = jax.random.normal(jax.random.key(0), (100, 2, 4))
-      >>> estimate = jaxsoft.attention.scatterbrain_attention(x, x, x, rng=jax.random.key(1), num_features=512)
+      >>> estimate = jaxsoft.attention.scatterbrain_attention(x, x, x, random_key=jax.random.key(1), num_features=512)
       >>> exact = jax.nn.dot_product_attention(x, x, x)
       >>> bool(abs(estimate - exact).mean() < 0.1)
       True
@@ -302,20 +305,20 @@ def scatterbrain_attention(
     root = jnp.sqrt(jnp.asarray(scale, q.dtype))
     q, k, v = by_key_head(q, heads) * root, jnp.moveaxis(k, -2, -3) * root, jnp.moveaxis(v, -2, -3)
     where = jnp.broadcast_to(where[..., None, :], k.shape[:-1])
-    directions = _orthogonal_directions(rng, features // 2, width, q.dtype)
+    directions = _orthogonal_directions(random_key, features // 2, width, q.dtype)
 
     def exponents(x):  # of phi, without 1 / sqrt(num_features)
         u = jnp.einsum("...h,rh->...r", x, directions)
         return jnp.concatenate([u, -u], axis=-1) - jnp.sum(x * x, axis=-1, keepdims=True) / 2
 
-    # Features relative to their largest one: of each query, and of all keys together.
+    # Features relative to the largest one: per query, and over all keys together.
     log_q, log_k = exponents(q), jnp.where(where[..., None], exponents(k), -jnp.inf)
     top_q = finite_gauge(jnp.max(log_q, axis=-1, keepdims=True))
     top_k = finite_gauge(jnp.max(log_k, axis=(-2, -1), keepdims=True, initial=-jnp.inf))
     phi_q, phi_k = jnp.exp(log_q - top_q), jnp.exp(log_k - top_k)
     v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)  # the last column is the mass
 
-    # Blocks of queries, each with its own, the one before and the one after of the keys.
+    # Each block of queries meets its own block of keys, the one before and the one after.
     q, phi_q = to_blocks(q, -2, size), to_blocks(phi_q, -2, size)
     k, phi_k, v, where = (to_blocks(x, -2, size) for x in (k, phi_k, v, where[..., None]))
     blocks = q.shape[0]

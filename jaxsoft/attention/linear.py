@@ -1,7 +1,7 @@
-"""Attentions without softmax: a query reads sums over the keys, so that time and memory are linear in the length.
+"""Attention without softmax, in linear time.
 
-In the formulas `phi` is a feature map, `S_i = phi(q_i) . sum_j phi(k_j)` and `N` the number of keys that query
-i sees.
+A query reads sums over the keys, so that time and memory are linear in the length. In the formulas `phi` is a
+feature map, `S_i = phi(q_i) . sum_j phi(k_j)` and `N` the number of keys that query i sees.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def decayed_sums(
 ) -> tuple[Array, Array]:
     """`o_i = sum_{j <= i} e^{-s (i - j)} (q_i . k_j) v_j + e^{-s (i + 1)} q_i @ state`, and the last state.
 
-    Within a block of positions as a masked product, before it from the state. A state is kept for each block.
+    Positions in the same block contribute by a masked product, earlier ones through the state. One state per block
+    is kept.
 
     Args:
       query: `[*batch, K, G, T, R]`.
@@ -31,7 +32,7 @@ def decayed_sums(
       value: `[*batch, K, T, V]`.
       slopes: `[K]`, s.
       state: `[*batch, K, R, V]`.
-      block_size: positions in a block.
+      block_size: positions per block.
 
     Returns:
       `[*batch, K, G, T, V]` and `[*batch, K, R, V]`.
@@ -67,7 +68,7 @@ def positive_features(x: Array) -> Array:
 
 
 def _linear(query, key, value, key_where, is_causal, feature_map, rotate, block_size):
-    """What a query reads: `sum_j phi(q).phi(k_j) v_j`, S, `sum_j v_j`, N; `[*batch, K, G, T, Hv or 1]`."""
+    """The sums that a query reads: `sum_j phi(q).phi(k_j) v_j`, S, `sum_j v_j`, N; `[*batch, K, G, T, Hv or 1]`."""
     block_size = _checks.integer("block_size", block_size, at_least=1)
     for name, function in (("feature_map", feature_map), ("rotate", rotate)):
         if function is not None and not callable(function):
@@ -111,16 +112,16 @@ def linear_attention(
     """Linear attention, weights `phi(q_i) . phi(k_j) / S_i`: time and memory linear in the length.
 
     An attention of its own, not an approximation of softmax attention; its formula is evaluated exactly. The
-    weights do not change when `phi(q)` is scaled: `magnitude_aware_linear_attention` mends that.
+    weights do not change when `phi(q)` is scaled; in `magnitude_aware_linear_attention` they do.
 
     Args:
       query: `[*batch, T, N, H]`.
       key: `[*batch, S, K, H]`, N a multiple of K.
       value: `[*batch, S, K, Hv]`.
-      key_where: `[*batch, S]`, True = counts. A masked key is absent, whatever it and its value hold.
+      key_where: `[*batch, S]`, True = counts. A masked key is absent, even if it or its value is NaN.
       is_causal: whether query i sees the keys up to i only; then S = T.
-      feature_map: phi, applied to `[..., H]`; `elu(x) + 1` by default. Non-negative, lest S is 0.
-      block_size: positions that are treated together where causal; the result does not depend on it.
+      feature_map: phi, applied to `[..., H]`; `elu(x) + 1` by default. Non-negative, so that S does not vanish.
+      block_size: positions per block where causal; the result does not depend on it.
 
     Returns:
       `[*batch, T, N, Hv]` in the query's dtype, computed in float32 or wider; 0 for a query that sees no key.
@@ -159,24 +160,24 @@ def magnitude_aware_linear_attention(
 ) -> Float[Array, "*batch T N Hv"]:
     """Magnitude-aware linear attention (MALA), weights `(1 + 1/z_i) c_i phi(q_i) . phi(k_j) - z_i / N`.
 
-    `z_i = c_i S_i`. Rows sum to 1, single weights may be negative, and the spread of the weights grows with the
-    size of `phi(q)`, as that of softmax does. Linear in the length; an attention of its own, whose formula is
+    `z_i = c_i S_i`. Rows sum to 1, individual weights may be negative, and the spread of the weights grows with
+    the size of `phi(q)`, as that of softmax does. Linear in the length; an attention of its own, whose formula is
     evaluated exactly.
 
     Args:
       query: `[*batch, T, N, H]`.
       key: `[*batch, S, K, H]`, N a multiple of K.
       value: `[*batch, S, K, Hv]`.
-      form: `"released"`, as the authors' code, `c = scale / N` and `1 / (z + 1e-6)`; or `"paper"`, `c = 1`,
-        which is reconstructed.
-      key_where: `[*batch, S]`, True = counts. A masked key is absent, whatever it and its value hold.
-      is_causal: whether query i sees the keys up to i only; then S = T, and N is the number of those.
-      scale: of the released form, `1 / sqrt(H)` by default.
+      form: `"released"`, as the authors' code, `c = scale / N` and `1 / (z + 1e-6)`; or `"paper"`, `c = 1`
+        (reconstructed).
+      key_where: `[*batch, S]`, True = counts. A masked key is absent, even if it or its value is NaN.
+      is_causal: whether query i sees the keys up to i only; then S = T, and N counts those keys.
+      scale: the scale of the released form, `1 / sqrt(H)` by default.
       feature_map: phi, applied to `[..., H]`; `elu(x) + 1` by default. Non-negative.
-      rotate: a rotary embedding, `[*batch, length, heads, H] -> ` the same shape, each position by itself,
-        applied to phi(query) and phi(key) after z is computed, as in the released code; rows then no longer sum
-        to exactly 1.
-      block_size: positions that are treated together where causal; the result does not depend on it.
+      rotate: a rotary embedding, a function of `[*batch, length, heads, H]` that keeps the shape and treats each
+        position alone. It is applied to phi(query) and phi(key) after z is computed, as in the released code;
+        rows then no longer sum to exactly 1.
+      block_size: positions per block where causal; the result does not depend on it.
 
     Returns:
       `[*batch, T, N, Hv]` in the query's dtype, computed in float32 or wider; 0 for a query that sees no key.
@@ -216,7 +217,7 @@ def magnitude_aware_linear_attention(
 def lightning_slopes(num_heads: int, *, layer: int = 0, num_layers: int | None = None) -> Float[Array, " N"]:
     """The decay rates of `lightning_attention`: `2^(-8 h / N)` for heads h = 1 to N, smaller in later layers.
 
-    The factor of layer l of L is `1 - l / (L - 1 + 1e-5) + 1e-5`: from all but 1 down to 1e-5.
+    The factor of layer l of L is `1 - l / (L - 1 + 1e-5) + 1e-5`: from about 1 down to about 1e-5.
 
     Args:
       num_heads: N.
@@ -227,8 +228,8 @@ def lightning_slopes(num_heads: int, *, layer: int = 0, num_layers: int | None =
       `[N]` float32.
 
     Raises:
-      TypeError: an argument that is no static integer.
-      ValueError: one out of range.
+      TypeError: an argument that is not a static integer.
+      ValueError: an argument out of range.
 
     Reference:
       MiniMax, "MiniMax-M1: Scaling Test-Time Compute Efficiently with Lightning Attention".
@@ -258,24 +259,24 @@ def lightning_attention(
 ) -> Any:
     """Lightning attention: `o_t = sum_{u <= t} e^{-s (t - u)} (q_t . k_u) v_u`.
 
-    Causal, without scale or normalizer. Time and memory linear in the length; one token costs `H * Hv` a head,
-    whatever came before it. The formula is evaluated exactly. In the MiniMax models SiLU comes before (on all
-    three), RMSNorm over the heads and a gate after.
+    Causal, without scale or normalizer. Time and memory are linear in the length; one more token costs
+    `H * Hv` per head, however many came before. The formula is evaluated exactly. In the MiniMax models SiLU is
+    applied before it (to all three), RMSNorm over the heads and a gate after it.
 
     Args:
       query: `[*batch, T, N, H]`.
       key: `[*batch, T, N, H]`, as many heads and positions as the query.
       value: `[*batch, T, N, Hv]`.
       slopes: `[N]`, the decay rates s, 0 or more: `lightning_slopes`.
-      where: `[*batch, T]` tokens, True = counts. A masked token adds nothing and its output is 0, but time
-        passes: it ages what came before, as in the released models.
-      initial_state: `[*batch, N, H, Hv]`, what an earlier call returned.
+      where: `[*batch, T]` tokens, True = counts. A masked token adds nothing and its output is 0, but it
+        takes one step of decay, as in the released models.
+      initial_state: `[*batch, N, H, Hv]`, the state that an earlier call returned.
       return_state: whether to return the state after the last position, too.
-      block_size: positions that are treated together; the result does not depend on it.
+      block_size: positions per block; the result does not depend on it.
 
     Returns:
       `[*batch, T, N, Hv]` in the query's dtype, computed in float32 or wider; with `return_state` the pair of
-      it and the state `[*batch, N, H, Hv]`, float32 or wider.
+      this and the state `[*batch, N, H, Hv]`, float32 or wider.
 
     Raises:
       TypeError: an argument of a wrong type or dtype.
@@ -305,7 +306,7 @@ def lightning_attention(
     _checks.shape("key", key, query.shape, "[*batch, T, N, H], as the query")
     *batch, _, n, h = query.shape
     _checks.floating("slopes", slopes)
-    _checks.shape("slopes", slopes, (n,), "one number a head")
+    _checks.shape("slopes", slopes, (n,), "one number per head")
     shape = (*batch, n, h, value.shape[-1])
     if initial_state is None:
         state = jnp.zeros(shape, value.dtype)

@@ -1,4 +1,7 @@
-"""Attentions that reuse, select or change the weights of softmax attention, and statistics of those weights."""
+"""Softmax attention with weights reused, selected or changed.
+
+And statistics of the weights.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ from jaxsoft.rows.inner import check_axis, softmax_with
 
 
 def _by_query_blocks(function: Callable, queries: Any, block_size: int) -> Any:
-    """`function(block of queries, their positions)` for all blocks, one after another; positions on axis -2."""
+    """`function(block of queries, their positions)` for all blocks in sequence; positions are on axis -2."""
     block_size = _checks.integer("block_size", block_size, at_least=1)
     length = jax.tree.leaves(queries)[0].shape[-2]
     size = max(min(block_size, length), 1)
@@ -56,9 +59,9 @@ class SharedSoftmax:
     Attributes:
       query: `[*batch, T, N, H]`.
       key: `[*batch, S, K, H]`.
-      logsumexp: `[*batch, T, N]`, of the scores of each query.
+      logsumexp: `[*batch, T, N]`, over the scores of each query.
       key_where: `[*batch, S]` or None.
-      scale: of the scores.
+      scale: the factor of the scores.
       is_causal: whether the attention was causal (static).
     """
 
@@ -86,7 +89,7 @@ def _softmax_of(rows, *, logsumexp):
 
 @defined_by(_softmax_of)
 def _given_softmax(*args, **options):
-    """Softmax whose log-sum-exp is known: one sum, without statistics."""
+    """Softmax with a known log-sum-exp: one sum, without statistics."""
     raise NotImplementedError
 
 
@@ -99,18 +102,18 @@ def unified_softmax_attention(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> tuple[Float[Array, "*batch T N Hv"], SharedSoftmax]:
-    """Softmax attention of a layer whose weights later layers use, too (UniAttn): the output, and what they need.
+    """Softmax attention whose weights later layers reuse (UniAttn): the output, and the weights in parts.
 
-    The later layers call `reuse_softmax_attention`: they need values only, no queries, keys or softmax of their
+    The later layers call `reuse_softmax_attention`: they need only values, no queries, keys or softmax of their
     own. Exact softmax attention; streamed, memory linear in the length.
 
     Args:
       query: `[*batch, T, N, H]`.
       key: `[*batch, S, K, H]`, N a multiple of K.
       value: `[*batch, S, K, Hv]`.
-      key_where: `[*batch, S]`, True = counts. A masked key is absent, whatever it and its value hold.
+      key_where: `[*batch, S]`, True = counts. A masked key is absent, even if it or its value is NaN.
       is_causal: whether query i sees the keys up to i only.
-      scale: of the scores, `1 / sqrt(H)` by default.
+      scale: the factor of the scores, `1 / sqrt(H)` by default.
 
     Returns:
       `[*batch, T, N, Hv]` in the query's dtype, 0 for a query that sees no key; and a `SharedSoftmax`, of size
@@ -146,15 +149,15 @@ def reuse_softmax_attention(
 ) -> Float[Array, "*batch T N Hv"]:
     """The weights of an earlier layer applied to this layer's values, `P v + hidden @ compensation` (UniAttn).
 
-    The weights are computed anew, block by block, from the earlier layer's queries, keys and log-sum-exp: exact,
+    The weights are recomputed, block by block, from the earlier layer's queries, keys and log-sum-exp: exact,
     memory linear in the length, without statistics. Gradients flow into the earlier layer.
 
     Args:
       shared: what `unified_softmax_attention` returned.
       value: `[*batch, S, K, Hv]`; Hv may differ from that of the earlier layer.
       hidden: `[*batch, T, D]`, the input of this layer after its norm.
-      compensation: `[D, N, Hv]`, the linear term that makes up for the weights of another layer; the paper fits
-        it by least squares to the difference of the outputs, then trains it. Given with `hidden`, or not at all.
+      compensation: `[D, N, Hv]`, the linear term that makes up for using another layer's weights; the paper fits
+        it by least squares to the difference of the outputs, then trains it. Needs `hidden`, and vice versa.
 
     Returns:
       `[*batch, T, N, Hv]` in the dtype of the values; for a query that sees no key, the compensation alone.
@@ -188,7 +191,7 @@ def reuse_softmax_attention(
         normalizer=functools.partial(_given_softmax, logsumexp=shared.logsumexp),
     )
     if (hidden is None) != (compensation is None):
-        raise ValueError("hidden and compensation must be given together")
+        raise ValueError("hidden and compensation must be given together, got only one of them")
     if hidden is not None and compensation is not None:
         _checks.floating("hidden", hidden)
         _checks.floating("compensation", compensation)
@@ -217,21 +220,21 @@ def urpe_attention(
     """Attention with universal relative position factors: softmax weights times a learned `c[j - i]` (URPE).
 
     `o_i = sum_j softmax_j(scale q_i . k_j + b[j - i]) c[j - i] v_j`: rows need not sum to 1 and weights may be
-    negative, which is what makes the attention universal. With c = 1 it is ordinary attention (a good start;
-    the authors start at random). Exact. Time as softmax attention; memory linear in the length, `block_size *
-    S` scores a head at a time.
+    negative, which makes the attention universal. With c = 1 it is ordinary attention (a good initial value; the
+    authors initialize at random). Exact. Time as for softmax attention; memory linear in the length, with
+    `block_size * S` scores per head at a time.
 
     Args:
       query: `[*batch, T, N, H]`.
       key: `[*batch, S, K, H]`, N a multiple of K.
       value: `[*batch, S, K, Hv]`.
-      factors: `[N, 2 m + 1]`, c at offsets `j - i` from -m to m; offsets beyond are clipped to the ends (ours).
+      factors: `[N, 2 m + 1]`, c at offsets `j - i` from -m to m; other offsets are clipped to the ends (ours).
         For logarithmic buckets, as in the authors' code, give `table[:, bucket_of(offsets)]`.
-      bias: `[N, 2 m' + 1]`, b likewise: an ordinary relative bias of the scores.
-      key_where: `[*batch, S]`, True = counts. A masked key is absent, whatever it and its value hold.
+      bias: `[N, 2 m' + 1]`, b of the same form: an ordinary relative bias of the scores.
+      key_where: `[*batch, S]`, True = counts. A masked key is absent, even if it or its value is NaN.
       is_causal: whether query i sees the keys up to i only.
-      scale: of the scores, `1 / sqrt(H)` by default.
-      block_size: queries that are treated together; the result does not depend on it.
+      scale: the factor of the scores, `1 / sqrt(H)` by default.
+      block_size: queries per block; the result does not depend on it.
 
     Returns:
       `[*batch, T, N, Hv]` in the query's dtype, computed in float32 or wider; 0 for a query that sees no key.
@@ -262,7 +265,7 @@ def urpe_attention(
     def table(name, x):
         _checks.floating(name, x)
         if x.ndim != 2 or x.shape[0] != q.shape[-2] or x.shape[1] % 2 == 0:
-            expected = f"({q.shape[-2]}, 2 m + 1), one row a head, one column an offset from -m to m"
+            expected = f"({q.shape[-2]}, 2 m + 1), one row per head, one column per offset from -m to m"
             raise ValueError(f"{name} must have shape {expected}, got shape {tuple(x.shape)}")
         x = jnp.asarray(x, q.dtype).reshape(heads, -1, x.shape[1])
         m = x.shape[-1] // 2
@@ -293,21 +296,21 @@ def top_k_attention(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Float[Array, "*batch T N Hv"]:
-    """Softmax attention of each query to the k keys of the largest scores: `sparse_softmax` as the normalizer.
+    """Softmax attention of each query to the k keys with the largest scores: `sparse_softmax` as the normalizer.
 
     The paper says that its hard attention keeps the relevant entries; that these are the k largest scores is
-    reconstructed. Streamed: memory linear in the length, time as softmax attention and a selection. Equal to
+    reconstructed. Streamed: memory linear in the length, time as for softmax attention and a selection. Equal to
     softmax attention where k is at least the number of keys. Of equal scores the earlier key is kept. The
-    gradient is that of the kept keys.
+    gradient flows through the kept keys only.
 
     Args:
       query: `[*batch, T, N, H]`.
       key: `[*batch, S, K, H]`, N a multiple of K.
       value: `[*batch, S, K, Hv]`.
-      k: how many, a static integer of 1 or more; all of them where there are fewer.
-      key_where: `[*batch, S]`, True = counts. A masked key is absent, whatever it and its value hold.
+      k: the number of keys, a static integer of 1 or more; where a query sees fewer, all are kept.
+      key_where: `[*batch, S]`, True = counts. A masked key is absent, even if it or its value is NaN.
       is_causal: whether query i sees the keys up to i only.
-      scale: of the scores, `1 / sqrt(H)` by default.
+      scale: the factor of the scores, `1 / sqrt(H)` by default.
 
     Returns:
       `[*batch, T, N, Hv]` in the query's dtype, computed in float32 or wider; 0 for a query that sees no key.
@@ -342,11 +345,11 @@ def top_k_attention(
 
 
 class NgramAttention(NamedTuple):
-    """What `ngram_attention` returns.
+    """The result of `ngram_attention`.
 
     Attributes:
-      output: `[*batch, T, V]`, the mean of the values that the position attends to; 0 where there is none.
-      matched: `[*batch, T]` booleans, whether there is one.
+      output: `[*batch, T, V]`, the mean of the values that the position attends to; 0 without a match.
+      matched: `[*batch, T]` booleans, whether the position has a match.
     """
 
     output: Array
@@ -363,18 +366,18 @@ def ngram_attention(
 ) -> NgramAttention:
     """Attends evenly to what followed earlier occurrences of the last n - 1 tokens: an n-gram model in context.
 
-    Position i attends to the positions t <= i whose n - 1 tokens before t are the n - 1 tokens up to and
+    Position i attends to the positions t <= i where the n - 1 tokens before t equal the n - 1 tokens up to and
     including i. With one-hot tokens as values, the output is the n-gram estimate of the next token. One head,
-    no queries or keys; causal. The gradient reaches the values only. Exact; memory linear in the length,
+    no queries or keys; causal. Only the values get a gradient. Exact; memory linear in the length, with
     `block_size * T` matches at a time.
 
     Args:
       tokens: `[*batch, T]` integers.
       value: `[*batch, T, V]`.
       n: the order, a static integer of 1 or more (1: all positions so far).
-      where: `[*batch, T]`, True = counts. A masked token (padding) never matches, whatever it and its value
-        hold.
-      block_size: positions that are treated together; the result does not depend on it.
+      where: `[*batch, T]`, True = counts. A masked token (padding) never matches, and its value may be
+        NaN.
+      block_size: positions per block; the result does not depend on it.
 
     Returns:
       `NgramAttention(output, matched)`; the output in the values' dtype. Without a match: 0 and False (ours).
@@ -396,7 +399,7 @@ def ngram_attention(
     order = _checks.integer("n", n, at_least=1)
     _checks.integers("tokens", tokens)
     _checks.floating("value", value)
-    _checks.shape("value", value, (*tokens.shape, *value.shape[-1:]), "[*batch, T, V], one value a token")
+    _checks.shape("value", value, (*tokens.shape, *value.shape[-1:]), "[*batch, T, V], one value per token")
     keep = mask_of("where", where, tokens.shape)
     length = tokens.shape[-1]
     values = jnp.where(keep[..., None], value, 0).astype(accumulation_dtype(value.dtype))
@@ -436,15 +439,15 @@ def long_context_log_mass(
 ) -> Float[Array, "*batch T N"]:
     """`log sum_j exp(scale q . k_j)` from the first two moments of the keys: `log S + q . mu + q^T Sigma q / 2`.
 
-    Tells which heads would gain from far keys, without visiting them: after one pass over the keys a query
-    costs `H^2`. Exact for Gaussian keys in the limit of many; an approximation otherwise. Reconstructed from
-    the abstract.
+    Estimates which heads would gain from far keys, without visiting these for each query: after one pass over the
+    keys a query costs `H^2`. Exact for Gaussian keys in the limit of many; an approximation otherwise.
+    Reconstructed from the abstract.
 
     Args:
       query: `[*batch, T, N, H]`.
       key: `[*batch, S, K, H]`, N a multiple of K: the keys of the far context.
-      key_where: `[*batch, S]`, True = counts. A masked key is absent, whatever it holds.
-      scale: of the scores, `1 / sqrt(H)` by default.
+      key_where: `[*batch, S]`, True = counts. A masked key is absent, even if it is NaN.
+      scale: the factor of the scores, `1 / sqrt(H)` by default.
 
     Returns:
       `[*batch, T, N]`, float32 or wider; -inf without keys.
@@ -487,20 +490,20 @@ def attention_entropy_regularizer(
     axis: int = -1,
     where: Bool[Array, ...] | None = None,
 ) -> Float[Array, "*rows"]:
-    """Penalizes rows of attention whose entropy is far from a learned share of the largest.
+    """Penalizes attention rows whose entropy is far from a learned share of the largest possible entropy.
 
     `d^2` where `|d| > margin E`, else 0; `d = H - threshold E`, H the entropy of softmax over the row, `E =
     log(context)`. The whole deviation is squared, as in the author's code: the penalty jumps by `(margin E)^2`
     at the margin, unless `continuous`. The author sums over batch and rows, takes the mean over heads and
-    layers and multiplies with 1e-5. The entropy comes from row statistics: exact, also for weights of 0, and
+    layers and multiplies by 1e-5. The entropy comes from row statistics: exact, also for weights of 0, and
     streamed for `linear_logits` (one head: `linear_logits(query, scale * key.T)`).
 
     Args:
       scores: `[*rows, columns]`, such as `[batch, heads, queries, keys]`, floating, or `linear_logits`.
-      threshold: the learned share: a number, or an array that broadcasts to `[*rows]` (`[heads, 1]` for one a
-        head).
+      threshold: the learned share: a number, or an array that broadcasts to `[*rows]` (`[heads, 1]` for one
+        per head).
       margin: the tolerance as a share of E, 0 or more.
-      context: what E is the logarithm of: `"columns"`, their number, the same for short causal rows, too;
+      context: the number whose logarithm is E: `"columns"`, the number of columns, also for short causal rows;
         `"row"`, the number of present entries of each row; or a static integer.
       continuous: whether to square the excess `|d| - margin E` only (ours).
       axis: the axis that holds a row.

@@ -1,4 +1,7 @@
-"""Attention with a Gaussian kernel instead of softmax: `k(a, b) = exp(-scale ||a - b||^2 / 2)`."""
+"""Attention with a Gaussian kernel instead of softmax.
+
+The kernel is `k(a, b) = exp(-scale ||a - b||^2 / 2)`.
+"""
 
 from __future__ import annotations
 
@@ -23,16 +26,16 @@ def newton_pseudo_inverse(
 ) -> Float[Array, "*batch M M"]:
     """The inverse of `P = matrix + ridge I` by Newton's iteration `X <- 2 X - X P X`: matrix products only.
 
-    Starts at `P^T / (||P||_1 ||P||_inf)`, from where it always converges (to the pseudo-inverse, where P is
+    Starts at `P^T / (||P||_1 ||P||_inf)`, from where it always converges (to the pseudo-inverse, if P is
     singular); about `2 log2(cond P) + 5` iterations reach the accuracy of the dtype. The derivative is that of
-    the inverse, `dX = -X dP X`, not of the iteration: right where P is regular and the iterations sufficed.
+    the inverse, `dX = -X dP X`, not of the iteration: correct if P is regular and the iteration has converged.
 
     Args:
       matrix: `[*batch, M, M]`.
-      iterations: how many, a static integer of 1 or more.
+      iterations: the number of iterations, a static integer of 1 or more.
       ridge: added to the diagonal, 0 or more.
-      positive_definite: the matrix is known to be symmetric and positive definite: starts at `I / ||P||_inf`,
-        from where half as many iterations will do.
+      positive_definite: whether the matrix is known to be symmetric and positive definite. The iteration then
+        starts at `I / ||P||_inf`, from where half as many steps suffice.
 
     Returns:
       `[*batch, M, M]` in the dtype of the matrix, computed in float32 or wider.
@@ -42,7 +45,7 @@ def newton_pseudo_inverse(
       ValueError: a matrix that is not square, or an argument out of range.
 
     Reference:
-      Lu et al., "Softmax-free Linear Transformers". (The start of its code, `1.8 / ||P||_1^2`, may be too far.)
+      Lu et al., "Softmax-free Linear Transformers". (The start in its code, `1.8 / ||P||_1^2`, may be too far away.)
 
     Example:
       >>> import jax.numpy as jnp, jaxsoft
@@ -104,23 +107,23 @@ def softmax_free_attention(
 ) -> Float[Array, "*batch T N Hv"]:
     """Softmax-free attention (SOFT): `k(Q, L) pinv(k(L, L)) k(L, Q) V`, the Gaussian kernel through M landmarks.
 
-    Queries are keys, too. Linear in the length: `M` kernel values a token and head. The Nystrom approximation of
-    `gaussian_kernel_attention(query, query, value)`, exact (with ridge 0) where the landmarks hold all distinct
-    tokens; rows are not normalized. Not causal.
+    The queries are the keys, too. Linear in the length: `M` kernel values per token and head. The Nystrom
+    approximation of `gaussian_kernel_attention(query, query, value)`, exact (with ridge 0) where the landmarks hold
+    all distinct tokens; rows are not normalized. Not causal.
 
     Args:
       query: `[*batch, T, N, H]`, queries and keys in one.
       value: `[*batch, T, N, Hv]`.
       landmarks: `[*batch, M, N, H]`; by default the means of `num_landmarks` runs of tokens of (nearly) equal
-        length (the authors' convolution and norm before that are the caller's).
-      num_landmarks: M where no landmarks are given; at most T are made. The default is the authors' 7 x 7.
-      where: `[*batch, T]` tokens, True = counts. A masked token is absent, whatever it and its value hold; its
+        length (the authors' convolution and norm before that are left to the caller).
+      num_landmarks: M if no landmarks are given; at most T are used. The default is the authors' 7 x 7.
+      where: `[*batch, T]` tokens, True = counts. A masked token is absent, even if it or its value is NaN; its
         output is 0.
       symmetric: whether the inverse is normalized on both sides (SOFT++): `D^-1/2 pinv D^-1/2`, D the row sums
         of `k(L, L)`.
       ridge: added to the diagonal of `k(L, L)` before it is inverted; the authors' value.
-      iterations: of `newton_pseudo_inverse`. As many as `log2((M + ridge) / ridge) + 5` always suffice.
-      scale: of the squared distances, `1 / sqrt(H)` by default.
+      iterations: of `newton_pseudo_inverse`. `log2((M + ridge) / ridge) + 5` of them always suffice.
+      scale: the factor of the squared distances, `1 / sqrt(H)` by default.
 
     Returns:
       `[*batch, T, N, Hv]` in the query's dtype, computed in float32 or wider.
@@ -159,7 +162,7 @@ def softmax_free_attention(
     scale = scale_of(scale, width)
     near = jnp.exp(-scale * _half_squared_distance(tokens, points))  # [*batch, N, T, M]
     near = jnp.where(keep[..., None, :, None] & present[..., None, None, :], near, 0)
-    # A landmark that stands for no token is a point far away from everything.
+    # A landmark without tokens acts as a point far away from all others.
     both = (present[..., :, None] & present[..., None, :])[..., None, :, :]
     eye = jnp.eye(points.shape[-3], dtype=tokens.dtype)
     kernel = jnp.where(both, jnp.exp(-scale * _half_squared_distance(points, points)), eye)
@@ -183,9 +186,9 @@ def gaussian_kernel_attention(
 ) -> Float[Array, "*batch T N Hv"]:
     """Attention with the Gaussian kernel, `sum_j exp(-scale ||q_i - k_j||^2 / 2) v_j`.
 
-    It is softmax attention with scores `scale (q . k - ||k||^2 / 2)`, times `exp(logsumexp - scale ||q||^2 /
-    2)` where not normalized, and is computed so: exact, streamed, memory linear in the length, time that of
-    softmax attention. The paper replaces the softmax kernel by a Gaussian one; scale and normalization are
+    Computed as softmax attention with scores `scale (q . k - ||k||^2 / 2)`, times `exp(logsumexp - scale
+    ||q||^2 / 2)` where not normalized: exact, streamed, memory linear in the length, time as for softmax
+    attention. The paper replaces the softmax kernel by a Gaussian one; scale and normalization are
     reconstructed. Without `normalize` the relative error grows with `scale ||q||^2` units in the last place, by
     cancellation.
 
@@ -194,9 +197,9 @@ def gaussian_kernel_attention(
       key: `[*batch, S, K, H]`, N a multiple of K.
       value: `[*batch, S, K, Hv]`.
       normalize: whether to divide by the sum of the weights.
-      key_where: `[*batch, S]`, True = counts. A masked key is absent, whatever it and its value hold.
+      key_where: `[*batch, S]`, True = counts. A masked key is absent, even if it or its value is NaN.
       is_causal: whether query i sees the keys up to i only.
-      scale: of the squared distances, `1 / sqrt(H)` by default.
+      scale: the factor of the squared distances, `1 / sqrt(H)` by default.
 
     Returns:
       `[*batch, T, N, Hv]` in the query's dtype, computed in float32 or wider; 0 for a query that sees no key.

@@ -12,8 +12,8 @@ from jaxsoft.rows import RowReduction, reductions
 
 def _share(state, tile, ids):
     """Of the label's score; an id out of range makes the gradient of the whole row NaN, as finalize multiplies it."""
-    [picked] = reductions._take_share(state, tile, ids)
-    return [picked + jnp.where(state[1] == 2, 1, 0) * jnp.sum(tile.x, axis=-1)]
+    outside = jnp.where(state[1] == 2, 1, 0)
+    return [tile.at_by_comparison(tile.x, ids) + outside * jnp.sum(tile.x, axis=-1)]
 
 
 def label_score(ids: Array) -> RowReduction:

@@ -166,14 +166,7 @@ def crammer_singer_loss(
     """
     _checks.number("margin", margin, at_least=0)
     rows = _prepare(logits, labels, axis, where, weights, ignore_index)
-    rival = RowReduction(
-        reductions._max_init,
-        _rival_update,
-        reductions._max_merge,
-        reductions._first,
-        share=reductions._selection_share,
-        args=(rows.labels,),
-    )
+    rival = _MAXIMUM._replace(update=_rival_update, args=(rows.labels,))
     score, best, count = rows.reduce((label_score(rows.labels), rival, reductions.count()))
     alone = best == -jnp.inf
     lead = _finite(score) - jnp.where(alone, 0, best)
@@ -251,9 +244,12 @@ def _sum_over_others(rows: LabelledRows, score: Array, margin: Any, power: int) 
     return reductions.mapped_sum({1: _hinge, 2: _squared_hinge}[power], score, margin, rows.labels)
 
 
+_MAXIMUM = reductions.maximum()
+
+
 def _rival_update(state, tile, labels):
     others = tile.with_scores(jnp.where(tile.cols == labels[..., None], -jnp.inf, tile.scores))
-    return reductions._max_update(state, others)
+    return _MAXIMUM.update(state, others)
 
 
 def _finite(score: Array) -> Array:

@@ -1,4 +1,12 @@
-"""Normalizers: maps from a row of scores to a row of weights."""
+"""Normalizers: maps from a row of scores to a row of weights.
+
+They return an array of the scores' shape, so they take dense scores; `linear_logits` raises a `TypeError` that names
+`logits.dense()`. Statistics of rows (`log_prob`, `top_k`, `entropy`, the losses) need no dense scores.
+
+Attention streams a normalizer: pass the function to `jaxsoft.attention.dot_product_attention`, and neither scores nor
+weights are stored. The guide "Normalizers and attention" says which normalizer to take and how to write one. Most of
+the normalizers are also exported by `jaxsoft`; other evaluation orders of softmax are in `jaxsoft.rows`.
+"""
 
 from jaxsoft.normalizers._normalizer import Normalizer, defined_by
 from jaxsoft.normalizers.exponential import (

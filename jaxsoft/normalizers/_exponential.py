@@ -1,4 +1,4 @@
-"""The parts that normalizers of the exponential family share: `e^(x - m)` over its sum, with or without a sink."""
+"""Shared parts of the exponential normalizers: `e^(x - m)` over its sum, with or without a sink."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from jaxsoft.rows.inner import keep_gauge, running_max
 
 
 def exponentials(tile: Tile, m: Array, params: Params) -> Array:
-    """`e^(scale (x - m))`, 0 for absent entries: the scale multiplies differences, which are exact, not scores."""
+    """`e^(scale (x - m))`, 0 for absent entries. The scale multiplies exact differences rather than scores."""
     m = finite_gauge(m)[..., None]
     if "scale" not in params:
         return jnp.exp(tile.scores - m)
-    # Not -inf times the scale, whose derivative is no number.
+    # -inf times the scale would have the derivative NaN.
     return jnp.exp(jnp.where(tile.keep, (tile.x - m) * params["scale"][..., None], -jnp.inf))
 
 
 def rescale(old, new, params: Params) -> Array:
-    """`e^(scale (m_old - m_new))`, what sums in the old gauge are to be multiplied with."""
+    """`e^(scale (m_old - m_new))`, the factor that moves sums from the old gauge to the new."""
     distance = finite_gauge(old[0]) - finite_gauge(new[0])
     return jnp.where(
         old[0] == -jnp.inf, 0, jnp.exp(distance * params["scale"] if "scale" in params else distance)
@@ -44,11 +44,11 @@ def _merge(a, b, params):
 
 
 SUM = RowReduction(_init, _update, _merge, neutral=keep_gauge)
-"""The state (m, s = sum e^(scale (x - m))), m the largest score; the scale, 0 or more, is 1 unless given."""
+"""The state is (m, s = sum e^(scale (x - m))) with m the largest score; the scale is 0 or more, 1 by default."""
 
 
 def exponent(state, params: Params) -> Array:
-    """The reference exponent that a state's sums are in."""
+    """The reference exponent of a state's sums."""
     m = state[0]
     return jnp.where(m == -jnp.inf, m, finite_gauge(m) * params["scale"]) if "scale" in params else m
 
@@ -58,15 +58,14 @@ def _terms(tile: Tile, state, params: Params):
 
 
 def coefficient(state, params: Params) -> tuple[Array, ...]:
-    """`1 / sum e^(x - m)`; with a sink, a logit without an entry, `1 / (sum e^(x - m) + e^(sink - m))`."""
+    """`1 / sum e^(x - m)`; with a sink, a logit without a value, `1 / (sum e^(x - m) + e^(sink - m))`."""
     s = state[1]
     if "sink" not in params:
         return (safe_divide(jnp.ones_like(s), s),)
     m, sink = exponent(state, params), params["sink"]
-    gauge = finite_gauge(
-        jnp.maximum(m, sink)
-    )  # that of both: neither e^(m - gauge) nor e^(sink - gauge) overflows
-    # Differentiable in the scale, unlike a gauge: the sink is not multiplied with it.
+    # A common gauge: neither e^(m - gauge) nor e^(sink - gauge) overflows.
+    gauge = finite_gauge(jnp.maximum(m, sink))
+    # Differentiable in the scale, unlike a gauge: the scale does not multiply the sink.
     moved = jnp.where(m == -jnp.inf, 0, jnp.exp(jnp.where(m == -jnp.inf, 0, m) - gauge))
     return (safe_divide(moved, s * moved + jnp.exp(sink - gauge)),)
 
@@ -75,14 +74,14 @@ SOFTMAX = Normalizer(SUM, _terms, coefficient, rescale)
 
 
 def with_sink(normalizer: Normalizer, sink: Array) -> Normalizer:
-    """Adds the mass `e^sink` to the denominator, once, at the end; to a sink that is there already, too."""
+    """Adds the mass `e^sink` to the denominator, once, at the end; it is added to an earlier sink."""
     if "sink" in normalizer.params:
         sink = jnp.logaddexp(normalizer.params["sink"], sink)
     return normalizer._replace(params={**normalizer.params, "sink": sink})
 
 
 def scaled(normalizer: Normalizer, scale: Array, *, positive: bool = True) -> Normalizer:
-    """Softmax, with or without sink, of `scale * x`, one factor a row; `positive`: whether all are known to be."""
+    """Softmax of `scale * x`, with or without sink; `positive`: whether all factors, one per row, are known to be."""
     if not positive:
         normalizer = normalizer.preceded_by(_flipped, sign=jnp.where(lax.stop_gradient(scale) < 0, -1, 1))
         scale = jnp.where(scale < 0, -scale, scale)

@@ -1,4 +1,8 @@
-"""What a normalizer is: its weights as functions of a score and of statistics of the row, in a form that streams."""
+"""Normalizers of your own.
+
+The weights are functions of a score and of statistics of its row, in a form that streams (`Normalizer`). `defined_by`
+attaches this form to a public function, which attention then accepts as its normalizer.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +26,18 @@ class Normalizer(NamedTuple):
     """The last pass over a row of scores: weights `y_j = sum_a coefficients(state)[a] * terms(x_j)[a]`.
 
     Everything about the row that is not in `state` (a temperature, a threshold, the log-sum-exp of an earlier pass)
-    is in `params`, one number a row. The plain function evaluates the formula; attention carries the sums
-    `sum_j terms(x_j)[a] v_j` beside the state and multiplies with the coefficients at the end, so that neither
+    is in `params`, one number per row. The plain function evaluates the formula; attention carries the sums
+    `sum_j terms(x_j)[a] v_j` beside the state and multiplies by the coefficients at the end, so that neither
     scores nor weights are ever stored. No derivative is needed: see `RowReduction`.
 
     Attributes:
       statistics: the reduction of this pass, its functions called as `f(..., params)`; its state may start with a
-        gauge. None: there are no statistics.
+        gauge. None if there are no statistics.
       terms: `(tile, state, params) -> tuple of [*rows, block]`, 0 for absent entries; reads nothing of the state but
         its gauge.
       coefficients: `(state, params) -> tuple of [*rows]`, one for each term.
-      rescale: `(old state, new state, params) -> [*rows]`, what old terms are to be multiplied with when the gauge
-        moves; None without a gauge.
+      rescale: `(old state, new state, params) -> [*rows]`, the factor of old terms when the gauge moves; None without
+        a gauge.
       before: `(tile, params) -> tile`, applied in turn to the scores (a temperature, a perturbation, a selection).
       params: a dict of arrays `[*rows]`; differentiable where floating.
       size: the number of terms.
@@ -48,27 +52,27 @@ class Normalizer(NamedTuple):
     size: int = 1
 
     def preceded_by(self, function: Callable[[Tile, Params], Tile], **params) -> Normalizer:
-        """The same weights of changed scores: `function` comes before everything else."""
+        """The same weights for changed scores: `function` is applied before everything else."""
         return self._replace(before=(function, *self.before), params={**self.params, **params})
 
     def functions(self) -> Normalizer:
-        """The normalizer without its arrays: hashable, what a compiled program depends on."""
+        """The normalizer without its arrays: the hashable part, on which a compiled program depends."""
         return self._replace(params=())
 
 
 # A definition is a function `define(rows, **options) -> Normalizer`. It may first ask for statistics of the rows
-# (`rows.reduce`, each call a pass); what it returns is the last pass. `rows` is one of
-#   DenseRows, below: scores that are stored;
+# (`rows.reduce`, each call a pass); it returns the last pass. `rows` is one of
+#   DenseRows, below: stored scores;
 #   the rows of an attention: query @ key, never stored.
 
 
 def defined_by(define: Callable[..., Normalizer]) -> Callable:
-    """Marks a public function as the normalizer of a definition, so that attention can stream it.
+    """Attaches a definition to a public function, so that attention can stream the normalizer.
 
     Args:
       define: `(rows, **options) -> Normalizer`, with the options of the function. `rows.reduce(reductions)` runs row
         reductions over the scores (each call a pass), `rows.count()` counts the entries, `rows.per_row(name, value)`
-        brings an option into the shape of the rows, `rows.detached()` are the rows without their gradient.
+        broadcasts an option to the shape of the rows, `rows.detached()` gives the same rows without gradient.
 
     Returns:
       A decorator, which returns the function itself.
@@ -106,11 +110,11 @@ def defined_by(define: Callable[..., Normalizer]) -> Callable:
 
 
 class DenseRows:
-    """Stored scores, as definitions see them.
+    """Stored scores, in the form that definitions read.
 
     Attributes:
       shape: `[*rows]`.
-      dtype: of statistics and parameters.
+      dtype: the dtype of statistics and parameters.
     """
 
     def __init__(self, scores: Array, axis: int, where: Any, name: str):
@@ -122,11 +126,11 @@ class DenseRows:
         self.shape = rows_of(scores.shape, self._axis)
 
     def reduce(self, wanted: Any) -> Any:
-        """Runs row reductions, one pass."""
+        """Runs row reductions in one pass."""
         return reduce_rows(self._scores, wanted, axis=self._axis, where=self._where)
 
     def state(self, normalizer: Normalizer) -> Any:
-        """The state of a normalizer's statistics, one pass."""
+        """The state of a normalizer's statistics, in one pass."""
         if normalizer.statistics is None:
             return ()
         statistics = after(normalizer.statistics, normalizer.before)
@@ -137,11 +141,11 @@ class DenseRows:
         return self.reduce(reductions.count())
 
     def detached(self) -> DenseRows:
-        """The same rows without their gradient."""
+        """The same rows without gradient."""
         return DenseRows(lax.stop_gradient(self._scores), self._axis, self._where, "")
 
     def row_number(self) -> Array:
-        """`[*rows]` uint32, a number for each row."""
+        """A number for each row, `[*rows]` uint32."""
         n = functools.reduce(lambda a, b: a * b, self.shape, 1)
         return jnp.arange(n, dtype=jnp.uint32).reshape(self.shape)
 
@@ -167,7 +171,7 @@ class DenseRows:
 
 
 def normalize(define: Callable, scores: Array, *, axis: int, where: Any, name: str, **options) -> Array:
-    """The weights of stored scores by a definition."""
+    """The weights that a definition gives to stored scores."""
     rows = DenseRows(scores, axis, where, name)
     return rows.weights(define(rows, **options))
 
@@ -177,7 +181,7 @@ def per_row(name: str, value: Any, rows: tuple[int, ...], dtype: Any) -> Array:
     if _checks.is_concrete_number(value):
         value = jnp.asarray(value, dtype)
     _checks.floating(name, value)
-    _checks.broadcastable(name, value, rows, "one number a row of scores")
+    _checks.broadcastable(name, value, rows, "one number per row of scores")
     return jnp.broadcast_to(value, rows).astype(dtype)
 
 
@@ -188,13 +192,13 @@ def changed(before: tuple[Callable, ...], tile: Tile, params: Params) -> Tile:
     return tile
 
 
-# The reduction that a normalizer's statistics are: its own, after `before`. Cached, as the identity of a reduction's
-# functions is part of the key of the compiled program.
+# The reductions that run a normalizer's statistics. They are cached: compiled programs are cached by the identity of a
+# reduction's functions.
 
 
 @functools.cache
 def after(statistics: RowReduction, before: tuple[Callable, ...]) -> RowReduction:
-    """The statistics of changed scores; the result is the state."""
+    """The statistics of the scores after `before`; the result is the state."""
 
     def update(state, tile, params):
         return statistics.update(state, changed(before, tile, params), params)
@@ -207,7 +211,7 @@ def after(statistics: RowReduction, before: tuple[Callable, ...]) -> RowReductio
 
 @functools.cache
 def together(*reductions: RowReduction) -> RowReduction:
-    """Several reductions (without arrays of their own) as one; the state is the tuple of theirs."""
+    """Several reductions (without arrays of their own) as one, whose state is the tuple of theirs."""
 
     def init(like, *args):
         return tuple(r.init(like, *args) for r in reductions)

@@ -1,7 +1,6 @@
-"""The exponential family of normalizers.
+"""Exponential normalizers: softmax and its variants.
 
-In the formulas `x` are the scores of a row, `p = softmax(x)`, `m` a reference exponent. Each public function stands
-below its definition, from which the attentions take it too.
+In the formulas `x` are the scores of a row and `p = softmax(x)`.
 """
 
 from __future__ import annotations
@@ -34,6 +33,8 @@ from jaxsoft.rows.reductions import LogPartition
 
 Scores = Float[Array, "*rows columns"]
 
+# Each public function stands below its definition, which attention uses too.
+
 
 def _softmax(rows):
     del rows
@@ -50,12 +51,12 @@ def softmax(
 ) -> Float[Array, "*rows columns"]:
     """`exp(x_i) / sum_j exp(x_j)` over each row.
 
-    Like `jax.nn.softmax`, but sums half-precision rows in float32, and gives a row without entries weights 0.
+    Like `jax.nn.softmax`, but sums half-precision rows in float32, and the weights of a row without entries are 0.
 
     Args:
       scores: `[*rows, columns]`, floating.
       axis: the axis that holds a row.
-      where: booleans that broadcast to the scores, True = counts. A masked entry is absent, whatever it holds.
+      where: booleans that broadcast to the scores, True = counts. A masked entry is absent, even if it is NaN.
       implementation: what runs it: `"xla"`, `"pallas_tpu"`, `"mosaic_gpu"` or None, see `reduce_rows`.
 
     Returns:
@@ -63,7 +64,7 @@ def softmax(
       before they are rounded to it; 0 for absent entries.
 
     Raises:
-      TypeError: scores that are not a floating array (for `linear_logits`, say `logits.dense()`).
+      TypeError: scores that are not a floating array (for `linear_logits`, pass `logits.dense()`).
       ValueError: an axis or a mask that does not fit.
 
     Example:
@@ -94,7 +95,7 @@ def log_softmax(
       Log-weights of the scores' shape and dtype; -inf, with gradient 0, for absent entries.
 
     Raises:
-      TypeError: scores that are not a floating array (for `linear_logits`, say `logits.dense()`).
+      TypeError: scores that are not a floating array (for `linear_logits`, pass `logits.dense()`).
       ValueError: an axis or a mask that does not fit.
 
     Example:
@@ -136,7 +137,7 @@ def softmax_n(
 
     Args:
       scores: `[*rows, columns]`, floating.
-      n: the mass of nothing, 0 or more: a number, or an array that broadcasts to `[*rows]`.
+      n: the mass of attending to nothing, 0 or more: a number, or an array that broadcasts to `[*rows]`.
       axis: the axis that holds a row.
       where: booleans that broadcast to the scores, True = counts.
 
@@ -201,12 +202,12 @@ def sink_softmax(
     axis: int = -1,
     where: Bool[Array, ...] | None = None,
 ) -> Scores:
-    """`exp(x_i) / (exp(sink) + sum_j exp(x_j))`: softmax with a learned sink, an entry without a value.
+    """`exp(x_i) / (exp(sink) + sum_j exp(x_j))`: softmax with a learned sink, a logit without a value.
 
     Args:
       scores: `[*rows, columns]`, floating.
-      sink: the logit of the sink: a number, or an array that broadcasts to `[*rows]` (one number a head, in
-        attention); differentiable. It is not scaled or capped with the scores.
+      sink: the logit of the sink: a number, or an array that broadcasts to `[*rows]` (one number per
+        head, in attention); differentiable. It is not scaled or capped with the scores.
       axis: the axis that holds a row.
       where: booleans that broadcast to the scores, True = counts.
 
@@ -236,15 +237,15 @@ def masked_logit_softmax(
     axis: int = -1,
     where: Bool[Array, ...] | None = None,
 ) -> Scores:
-    """Softmax with the scores outside `mask` replaced by a constant, which gets no gradient.
+    """`softmax(where(mask, x, masked_logit))`: scores outside `mask` become a constant, without gradient.
 
     For continual learning: a finite constant keeps some mass on the classes of other tasks, and so some gradient on
-    the scores inside; `-inf` is softmax over the scores inside. Not for inference, nor for distillation terms.
+    the scores inside; `-inf` is softmax over the scores inside. Neither for inference nor for distillation terms.
 
     Args:
       scores: `[*rows, columns]`, floating.
-      mask: booleans that broadcast to the scores, True = the score is used as it is.
-      masked_logit: the constant for the others. The default is ours; the paper tunes it.
+      mask: booleans that broadcast to the scores, True = the score is used unchanged.
+      masked_logit: the constant for the other scores. The default is ours; the paper tunes it.
       axis: the axis that holds a row.
       where: booleans that broadcast to the scores, True = counts.
 
@@ -269,7 +270,7 @@ def masked_logit_softmax(
     _checks.floating("scores", scores)
     _checks.boolean("mask", mask)
     _checks.broadcastable("mask", mask, scores.shape, "the shape of the scores")
-    # Not -inf alone: entries replaced by a finite constant count.
+    # Not a `where`: entries replaced by a finite constant count.
     return softmax(jnp.where(mask, scores, masked_logit), axis=axis, where=where)
 
 
@@ -289,13 +290,13 @@ def scalable_softmax(
 ) -> Scores:
     """Scalable-Softmax, `softmax((scale log n + bias) x)` with n the number of present entries of the row.
 
-    Attention that does not fade as the context grows.
+    Keeps attention from fading as the context grows.
 
     Args:
       scores: `[*rows, columns]`, floating.
-      scale: the factor s of `log n`, learnable, one for each head and layer: a number, or an array that broadcasts
-        to `[*rows]`. The default is the slope that the authors fitted.
-      bias: the constant of the variant with bias, likewise.
+      scale: the factor of `log n`, learnable, one for each head and layer: a number, or an array that broadcasts to
+        `[*rows]`. The default is the slope that the authors fitted.
+      bias: the constant of the variant with bias, of the same kind.
       axis: the axis that holds a row.
       where: booleans that broadcast to the scores, True = counts.
 
@@ -343,13 +344,13 @@ def adaptive_temperature_softmax(
     """`softmax(beta x)` with `beta = max(1, P(H))` a polynomial of the row's own entropy: sharper where it is flat.
 
     Meant for inference. With the authors' coefficients beta exceeds 1 for entropies from 0.849 to 5.945 nats only
-    (5.945 is uniform over 381 entries: flatter rows than that are left alone).
+    (5.945 is uniform over 381 entries: flatter rows are left unchanged).
 
     Args:
       scores: `[*rows, columns]`, floating.
-      coefficients: of P, highest power first; the defaults were fitted to one small model.
-      threshold: entropy in nats below which rows are left alone.
-      stop_gradient: whether beta is a constant to the gradient.
+      coefficients: the coefficients of P, highest power first; the defaults were fitted to one small model.
+      threshold: entropy in nats below which rows are left unchanged.
+      stop_gradient: whether to stop the gradient through beta.
       axis: the axis that holds a row.
       where: booleans that broadcast to the scores, True = counts.
 
@@ -382,7 +383,7 @@ def adaptive_temperature_softmax(
 
 
 def _centred_moments(scale, top):
-    """The moments of `scale * (x - top)`, so that large scores lose nothing."""
+    """The moments of `scale * (x - top)`, which are accurate for large scores."""
     reduction = after(_MOMENTS, (_minus_top, times_scale))
     return reduction._replace(finalize=_MOMENTS.finalize, args=({"scale": scale, "top": top},))
 
@@ -394,8 +395,8 @@ def _minus_top(tile, params):
 _MOMENTS = reductions.softmax_moments()
 
 
-# Entropy is decreasing in log(beta), with slope -variance(beta x). The range of beta, relative to the spread of the
-# row, is ours: from a row that is uniform to seven digits to one that is one-hot unless two scores are equal.
+# Entropy decreases in log(beta), with slope -variance(beta x). The range of beta, relative to the spread of the row, is
+# ours: at its lower end a row is uniform to seven digits, at its upper end one-hot unless two scores are equal.
 _LOG_BETA_RANGE = (-9.0, 18.0)
 _NEWTON_STEPS = 60
 
@@ -429,7 +430,7 @@ def _entropy_target_softmax(rows, *, entropy):
     start = (jnp.int32(0), lo, hi, (2 * lo + hi) / 3, jnp.max(hi - lo, initial=0))
     log_beta = lax.while_loop(unfinished, search, start)[3]
     log_beta = lax.stop_gradient(log_beta)
-    # Two steps of Newton's method that are differentiated: the derivatives of the root, to third order.
+    # Two differentiated Newton steps give the root its derivatives, to third order.
     found = log_beta
     for _ in range(2):
         found, _ = newton(rows, found, target)
@@ -460,15 +461,15 @@ def entropy_target_softmax(
     axis: int = -1,
     where: Bool[Array, ...] | None = None,
 ) -> Scores:
-    """`softmax(x / tau)` with the temperature at which its entropy is `entropy`.
+    """`softmax(x / tau)` with the temperature tau at which its entropy is `entropy`.
 
-    The temperature that a robust (DRO) softmax loss chooses by itself: its radius is `log(columns) - entropy`. The
-    gradient includes that of the temperature.
+    A robust (DRO) softmax loss of radius `log(columns) - entropy` chooses this temperature by itself. The gradient
+    includes that of the temperature.
 
     Args:
       scores: `[*rows, columns]`, floating.
-      entropy: in nats, more than 0 and less than `log(columns)`: a number, or an array that broadcasts to `[*rows]`.
-        Where no temperature reaches it (ties at the top, or too few entries) the closest one is used.
+      entropy: the target in nats, strictly between 0 and `log(columns)`: a number, or an array that broadcasts to
+        `[*rows]`. Where no temperature reaches it (ties at the top, or too few entries), the closest one is used.
       axis: the axis that holds a row.
       where: booleans that broadcast to the scores, True = counts.
 
@@ -539,14 +540,14 @@ def _self_adjust_softmax(rows, *, normalized=True):
 def self_adjust_softmax(
     scores: Scores, *, normalized: bool = True, axis: int = -1, where: Bool[Array, ...] | None = None
 ) -> Scores:
-    """Self-Adjust Softmax, `w_i p_i` with `w` the scores brought to [0, 1]: gradients that do not vanish.
+    """Self-Adjust Softmax, `w_i p_i` with `w` the scores rescaled to [0, 1]: gradients that do not vanish.
 
-    `w = (x - a) / (b - a)` with `a = min(0, min x)`, `b = max(0, max x)`; plain, `w = x`.
+    `w = (x - a) / (b - a)` with `a = min(0, min x)`, `b = max(0, max x)`; not normalized, `w = x`.
 
     Args:
       scores: `[*rows, columns]`, floating.
-      normalized: whether the scores are brought to [0, 1] (weights in [0, 1], rows that sum to at most 1), or taken
-        as they are (weights of any sign and size).
+      normalized: whether the scores are rescaled to [0, 1] (weights in [0, 1], rows that sum to at most 1) or used
+        unchanged (weights of any sign and size).
       axis: the axis that holds a row.
       where: booleans that broadcast to the scores, True = counts.
 
@@ -575,7 +576,7 @@ def self_adjust_softmax(
     )
 
 
-# Functions of the probabilities themselves: one pass for the log-sum-exp, one for the weights.
+# Functions of the probabilities: one pass for the log-sum-exp, one for the weights.
 
 
 def _partition_params(rows) -> dict[str, Any]:
@@ -595,7 +596,7 @@ def _clipped_terms(tile, state, params):
 
 
 def one(state, params):
-    """The coefficient of terms that are weights already."""
+    """The coefficient of terms that already are weights."""
     return (jnp.ones_like(params["log_sum"]),)
 
 
@@ -618,8 +619,8 @@ def clipped_softmax(
 
     Args:
       scores: `[*rows, columns]`, floating.
-      zeta: the stretched upper end, 1 or more: a number, or an array that broadcasts to `[*rows]`.
-      gamma: the stretched lower end, 0 or less, likewise. Attention uses zeta = 1 and gamma = -alpha / length.
+      zeta: the upper end of the stretched range, 1 or more: a number, or an array that broadcasts to `[*rows]`.
+      gamma: its lower end, 0 or less, of the same kind. Attention uses zeta = 1 and gamma = -alpha / length.
       axis: the axis that holds a row.
       where: booleans that broadcast to the scores, True = counts.
 
@@ -667,16 +668,16 @@ def quantized_softmax(
     axis: int = -1,
     where: Bool[Array, ...] | None = None,
 ) -> Scores:
-    """Softmax rounded to `2^bits - 1` steps of [0, 1], plus a bias that gives back what rounding loses on average.
+    """`round(s p_i) / s + bias` with `s = 2^bits - 1`: softmax, quantized, and a bias that makes up for the rounding.
 
     Entries below half a step round to 0, so that long rows lose most of their mass; the bias, the mean of
-    `softmax - rounded` over calibration data (`quantized_softmax_bias_correction`), restores it. The gradient goes
+    `softmax - rounded` over calibration data (`quantized_softmax_bias_correction`), restores it. The gradient passes
     straight through the rounding. Reconstructed from the abstract: the scale is ours.
 
     Args:
       scores: `[*rows, columns]`, floating.
-      bits: of the unsigned quantizer, a static integer from 1 to 16.
-      bias: a number, or an array that broadcasts to `[*rows]` (one number a head, in attention).
+      bits: the bits of the unsigned quantizer, a static integer from 1 to 16.
+      bias: a number, or an array that broadcasts to `[*rows]` (one number per head, in attention).
       axis: the axis that holds a row.
       where: booleans that broadcast to the scores, True = counts.
 

@@ -1,4 +1,17 @@
-"""Gates of mixtures of experts: from a row of router scores to the weights of the experts."""
+"""Gates and routing: the weights of the experts in a mixture of experts.
+
+Gates take a row of router scores and return weights of the same shape, 0 for experts that are not chosen. Noise needs
+an explicit `key`; where a function takes `key=None`, that is evaluation, without noise. The regularizers of routers
+(`load_balance_loss`, `importance_loss`, `modality_routing_kl`, `router_z_loss`) are in `jaxsoft.losses`.
+
+Example:
+  >>> import jax
+  >>> from jaxsoft import losses, normalizers
+  >>> scores = jax.random.normal(jax.random.key(0), (16, 8))  # [tokens, experts]
+  >>> gates = normalizers.top_k_gate(scores, 2, noise_std=1.0, key=jax.random.key(1))
+  >>> balance = losses.load_balance_loss(jax.nn.softmax(scores), k=2)
+  >>> penalty = losses.router_z_loss(scores).mean()
+"""
 
 from __future__ import annotations
 
@@ -28,17 +41,17 @@ def top_k_gate(
     noise_std: float | None = None,
     key: Array | None = None,
 ) -> Float[Array, "*rows experts"]:
-    """Softmax gating that keeps the k experts with the largest scores of each row.
+    """`softmax(TopK(h, k))`: softmax gating that keeps the k experts with the largest scores of each row.
 
-    With `renormalize`, softmax over the k alone, `softmax(TopK(h, k))`, the same numbers as softmax over all
-    of them divided by its sum; without, softmax over all experts, then 0 for those not chosen. The choice is
-    constant to the gradient. Noise spreads the load in training, in one of two forms (the first is
-    *reconstructed*): `h + n softplus(noise_logits)` (Shazeer et al., where it is learned) or
-    `h + n noise_std / experts` (V-MoE), n standard normal.
+    With `renormalize`, softmax is taken over the k experts alone, which equals softmax over all experts divided
+    by its sum over the k; without it, over all experts, and those not chosen are set to 0. The choice gets no
+    gradient. Noise spreads the load in training, in one of two forms (the first is *reconstructed*):
+    `h + n softplus(noise_logits)` (Shazeer et al., where it is learned) or `h + n noise_std / experts` (V-MoE),
+    n standard normal.
 
     Args:
       scores: `[*rows, experts]`, floating: the router's outputs h.
-      k: how many experts a row keeps, a static integer of 1 or more (all, where a row has fewer).
+      k: the number of experts that a row keeps, a static integer of 1 or more (all, where a row has fewer).
       axis: the axis of the experts.
       where: booleans that broadcast to the scores, True = counts.
       renormalize: whether the weights of the k experts sum to 1.
@@ -71,7 +84,7 @@ def top_k_gate(
     noisy = noise_logits is not None or noise_std is not None
     if noisy != (key is not None):
         raise ValueError(
-            "key goes with noise_logits or noise_std, got "
+            "key must be given if and only if noise_logits or noise_std is, got "
             + ("noise without a key" if noisy else "a key without noise")
         )
     if noise_logits is not None:
@@ -90,7 +103,7 @@ def top_k_gate(
 
 def dense_to_sparse_gate(
     inputs: Float[Array, "*rows d"],
-    kernel: Float[Array, "d experts"],
+    weight: Float[Array, "d experts"],
     bias: Float[Array, " experts"] | None = None,
     *,
     temperature: float | Float[Array, ...] = 1.0,
@@ -98,7 +111,7 @@ def dense_to_sparse_gate(
     input_transform: Callable[[Array], Array] | None = None,
     where: Bool[Array, ...] | None = None,
 ) -> Float[Array, "*rows experts"]:
-    """Softmax gating with a temperature: `softmax((activation(M(x) @ kernel) + bias) / temperature)`.
+    """Softmax gating with a temperature: `softmax((activation(M(x) @ weight) + bias) / temperature)`.
 
     Dense gating at a high temperature, sparse in the limit 0. Plain softmax gating is the default; `activation`
     gives the activation dense-to-sparse gate and `input_transform` the modified gate (M bounded), both
@@ -106,16 +119,16 @@ def dense_to_sparse_gate(
 
     Args:
       inputs: `[*rows, d]`, floating.
-      kernel: `[d, experts]`, floating.
+      weight: `[d, experts]`, floating.
       bias: `[experts]`, added after the activation.
       temperature: a positive scalar or `[*rows]`; learned or annealed.
       activation: a function such as `jax.nn.sigmoid`, `jnp.tanh`, `jax.nn.gelu`, applied to the linear outputs.
       input_transform: a bounded function such as `jnp.tanh` or `jax.nn.sigmoid`, applied to the inputs.
-      where: booleans that broadcast to `[*rows, experts]`, True = counts. (A NaN inside `kernel` or `inputs`
+      where: booleans that broadcast to `[*rows, experts]`, True = counts. (A NaN inside `weight` or `inputs`
         is kept away if its expert, or its row, is masked altogether.)
 
     Returns:
-      Weights `[*rows, experts]` in the promoted dtype of inputs and kernel; 0 for absent experts.
+      Weights `[*rows, experts]` in the promoted dtype of inputs and weight; 0 for absent experts.
 
     Raises:
       TypeError: an argument of a wrong type or dtype.
@@ -128,17 +141,17 @@ def dense_to_sparse_gate(
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxsoft.normalizers import dense_to_sparse_gate
-      >>> x, kernel = jnp.array([1.0, 0.5]), jnp.array([[1.0, -0.5, 0.6, 0.0], [0.4, 0.4, 0.4, 0.2]])
-      >>> print(dense_to_sparse_gate(x, kernel, temperature=0.25).round(6))
+      >>> x, weight = jnp.array([1.0, 0.5]), jnp.array([[1.0, -0.5, 0.6, 0.0], [0.4, 0.4, 0.4, 0.2]])
+      >>> print(dense_to_sparse_gate(x, weight, temperature=0.25).round(6))
       [0.821927 0.002037 0.165944 0.010091]
     """
-    _check_matmul("inputs", inputs, "kernel", kernel)
+    _check_matmul("inputs", inputs, "weight", weight)
     for name, function in (("activation", activation), ("input_transform", input_transform)):
         if function is not None and not callable(function):
-            raise TypeError(f"{name} must be a function of an array, got {_checks.describe(function)}")
-    dtype = accumulation_dtype(inputs.dtype, kernel.dtype)
-    shape = (*inputs.shape[:-1], kernel.shape[1])
-    x, w = jnp.asarray(inputs).astype(dtype), jnp.asarray(kernel).astype(dtype)
+            raise TypeError(f"{name} must be a function of one array, got {_checks.describe(function)}")
+    dtype = accumulation_dtype(inputs.dtype, weight.dtype)
+    shape = (*inputs.shape[:-1], weight.shape[1])
+    x, w = jnp.asarray(inputs).astype(dtype), jnp.asarray(weight).astype(dtype)
     if where is not None:
         _checks.boolean("where", where)
         _checks.broadcastable("where", where, shape, "[*rows, experts]")
@@ -149,11 +162,11 @@ def dense_to_sparse_gate(
     h = h if activation is None else activation(h)
     if bias is not None:
         _checks.floating("bias", bias)
-        _checks.shape("bias", bias, shape[-1:], "one number an expert")
+        _checks.shape("bias", bias, shape[-1:], "one number per expert")
         h = h + bias
     h, present, axis = present_scores(h, -1, where, "dense_to_sparse_gate")
     y = _tempered_softmax(h, temperature, axis, present)
-    return y.astype(jnp.promote_types(inputs.dtype, kernel.dtype))
+    return y.astype(jnp.promote_types(inputs.dtype, weight.dtype))
 
 
 def gumbel_softmax_gate(
@@ -165,7 +178,7 @@ def gumbel_softmax_gate(
     axis: int = -1,
     where: Bool[Array, ...] | None = None,
 ) -> Float[Array, "*rows experts"]:
-    """Gating with Gumbel noise: `softmax((scores + gumbel) / temperature)` in training, without noise after it.
+    """Gating with Gumbel noise: `softmax((scores + gumbel) / temperature)` in training, without noise in evaluation.
 
     The details are *reconstructed*.
 
@@ -173,7 +186,7 @@ def gumbel_softmax_gate(
       scores: `[*rows, experts]`, floating.
       key: a PRNG key; None for evaluation, `softmax(scores / temperature)`.
       temperature: a positive scalar or `[*rows]`; differentiable.
-      num_samples: how many draws to average, 1 or more: the other way to evaluate.
+      num_samples: the number of draws to average, 1 or more; averaging is the other way to evaluate.
       axis: the axis of the experts.
       where: booleans that broadcast to the scores, True = counts.
 
@@ -214,8 +227,8 @@ class SoftMoE(NamedTuple):
     """The two weights of a soft mixture of experts, each `[*batch, tokens, *slots]`.
 
     Attributes:
-      dispatch: softmax over the tokens: what each slot is made of.
-      combine: softmax over all slots: what each token takes from them.
+      dispatch: softmax over the tokens: the weights of the tokens in each slot.
+      combine: softmax over all slots: the weights of the slots in each token's output.
     """
 
     dispatch: Array
@@ -269,12 +282,14 @@ def soft_moe_dispatch_combine(
     scale = row_scalar("scale", scale, (), accumulation_dtype(tokens.dtype))
     _checks.number("noise_std", noise_std, at_least=0)
     if (key is None) != (noise_std == 0):
-        raise ValueError(f"noise_std and key go together, got noise_std={noise_std} and key={key}")
+        raise ValueError(
+            f"key must be given if and only if noise_std > 0, got noise_std={noise_std} and key={key}"
+        )
     dtype = accumulation_dtype(tokens.dtype, slots.dtype)
     x, phi = jnp.asarray(tokens).astype(dtype), jnp.asarray(slots).astype(dtype).reshape(slots.shape[0], -1)
     if where is not None:
         _checks.boolean("where", where)
-        _checks.shape("where", where, tokens.shape[:-1], "one boolean a token")
+        _checks.shape("where", where, tokens.shape[:-1], "one boolean per token")
         where = where[..., None]
         x = jnp.where(where, x, 0)
     logits = _unit(x, -1) @ (scale * _unit(phi, 0)).astype(dtype)
@@ -287,10 +302,10 @@ def soft_moe_dispatch_combine(
 
 
 def merge_experts(experts: Any, weights: Float[Array, "*rows experts"]) -> Any:
-    """Merges the parameters of experts: `sum_i w_i theta_i`, one network a row instead of several.
+    """Merges the parameters of experts: `sum_i w_i theta_i`, one network per row instead of several.
 
-    In SMEAR the weights are `softmax(router(mean of the hidden states))`, one row an example; a mean over a
-    sequence leaves padding out.
+    In SMEAR the weights are `softmax(router(mean of the hidden states))`, one row per example; the mean over a
+    sequence should leave out padding.
 
     Args:
       experts: a pytree of floating arrays `[experts, ...]`, the parameters stacked.
@@ -309,8 +324,8 @@ def merge_experts(experts: Any, weights: Float[Array, "*rows experts"]) -> Any:
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from jaxsoft.normalizers import merge_experts
-      >>> experts = {"kernel": jnp.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])}
-      >>> print(merge_experts(experts, jax.nn.softmax(jnp.array([0.5, 1.0, 0.0])))["kernel"].round(6))
+      >>> experts = {"weight": jnp.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])}
+      >>> print(merge_experts(experts, jax.nn.softmax(jnp.array([0.5, 1.0, 0.0])))["weight"].round(6))
       [2.758256 3.758256]
     """
     _checks.floating("weights", weights)
@@ -321,7 +336,7 @@ def merge_experts(experts: Any, weights: Float[Array, "*rows experts"]) -> Any:
     def merge(path, leaf):
         name = "experts" + jax.tree_util.keystr(path)
         _checks.floating(name, leaf)
-        _checks.shape(name, leaf, (n, *leaf.shape[1:]), "one slice an expert, as many as the weights have")
+        _checks.shape(name, leaf, (n, *leaf.shape[1:]), "one slice per expert, as many as in weights")
         dtype = accumulation_dtype(leaf.dtype, weights.dtype)
         out = jnp.tensordot(jnp.asarray(weights), jnp.asarray(leaf), 1, preferred_element_type=dtype)
         return out.astype(leaf.dtype)
@@ -336,7 +351,7 @@ def drop_weak_experts(
     axis: int = -1,
     where: Bool[Array, ...] | None = None,
 ) -> Float[Array, "*rows experts"]:
-    """Drops the experts whose weight is below `threshold` times the row's largest, and renormalizes.
+    """Drops the experts whose weight is below `threshold * max_j gates_j`, and renormalizes the others.
 
     For inference after a top-k gate: tokens that one expert dominates need no second one. The rule is
     *reconstructed*.
@@ -349,10 +364,10 @@ def drop_weak_experts(
 
     Returns:
       Weights of the gates' shape and dtype that sum to 1; 0 for dropped and absent experts, and in a row whose
-      weights are all 0. Which experts are dropped is constant to the gradient.
+      weights are all 0. The choice of experts gets no gradient.
 
     Raises:
-      TypeError: gates that are not a floating array, a threshold that is no number.
+      TypeError: gates that are not a floating array, a threshold that is not a number.
       ValueError: a threshold out of range, an axis or a mask that does not fit.
 
     Reference:
@@ -368,7 +383,7 @@ def drop_weak_experts(
     _checks.number("threshold", threshold, at_least=0, at_most=1)
     x, present, axis = present_scores(gates, axis, where, "drop_weak_experts")
     best = jnp.max(lax.stop_gradient(x), axis=axis, keepdims=True, where=present, initial=0)
-    kept = jnp.where(present & ~(x < threshold * best), x, 0)  # a NaN is kept, and seen
+    kept = jnp.where(present & ~(x < threshold * best), x, 0)  # keeps a NaN, so that it shows
     return safe_divide(kept, jnp.sum(kept, axis=axis, keepdims=True)).astype(gates.dtype)
 
 
@@ -380,15 +395,15 @@ def wina_mask(
     axis: int = -1,
     where: Bool[Array, ...] | None = None,
 ) -> Bool[Array, "*rows columns"]:
-    """The k inputs of a linear layer that matter most: the largest `|x_i| |W_i|`, W_i the weights input i meets.
+    """The k inputs of a linear layer that matter most: the largest `|x_i| |W_i|`, W_i the weights of input i.
 
-    `jnp.where(mask, activations, 0) @ weight` then reads k rows of the weight only.
+    `jnp.where(mask, activations, 0) @ weight` then reads only k rows of the weight.
 
     Args:
       activations: `[*rows, columns]`, floating: the inputs of the layer.
       input_norms: `[columns]`, the L2 norms, known ahead of time: `jnp.linalg.norm(weight, axis=1)` for a
         weight `[columns, outputs]` as in `activations @ weight`.
-      k: how many inputs to keep, a static integer of 1 or more.
+      k: the number of inputs to keep, a static integer of 1 or more.
       axis: the axis of the columns.
       where: booleans that broadcast to the activations, True = counts.
 
@@ -417,10 +432,10 @@ def wina_mask(
 def feature_selection_gate(
     features: Float[Array, "*rows d"], gate_logits: Float[Array, " d"], *, axis: int = -1
 ) -> Float[Array, "*rows d"]:
-    """`features * sigmoid(gate_logits)`, one learned gate a feature, as in `x + gate(branch(x), w)`.
+    """`features * sigmoid(gate_logits)`, one learned gate per feature, as in `x + gate(branch(x), w)`.
 
-    The paper calls the gates hard because training drives them to 0 or 1, with a step of their own:
-    `route_gradients` separates it.
+    The paper calls the gates hard because training drives them to 0 or 1. It trains them in a step of their own,
+    for which `route_gradients` selects the parameters.
 
     Args:
       features: `[*rows, d]`, floating.
@@ -452,14 +467,14 @@ def feature_selection_gate(
 
 
 def route_gradients(params: Any, mask: Any) -> Any:
-    """`params`, with gradients for the leaves that `mask` names only: the others are constants.
+    """Returns `params`, with gradients only for the leaves that `mask` selects: the others are constants.
 
     Args:
       params: a pytree of arrays.
       mask: a pytree of Python booleans with the structure of `params`, or a prefix of it; True = trained.
 
     Returns:
-      `params` in value.
+      `params`, with unchanged values.
 
     Raises:
       TypeError: a mask of anything but booleans.
@@ -496,23 +511,23 @@ def _unit(x: Array, axis: int) -> Array:
 
 
 def _along(axis: int, x: Any, name: str, vector: Any) -> Array:
-    """A vector over `axis`, checked and given the axes to broadcast."""
+    """Checks a vector over `axis` and gives it the axes to broadcast."""
     _checks.floating(name, vector)
-    _checks.shape(name, vector, (x.shape[axis],), "one number an entry of the axis")
+    _checks.shape(name, vector, (x.shape[axis],), "one number per entry of the axis")
     return jnp.asarray(vector).reshape([-1 if i == axis else 1 for i in range(x.ndim)])
 
 
-def _check_matmul(left: str, x: Any, right: str, kernel: Any, rows: int = 1) -> None:
-    """Checks the operands of `x @ kernel`: dtypes, axes and the size they share."""
+def _check_matmul(left: str, x: Any, right: str, weight: Any, rows: int = 1) -> None:
+    """Checks the operands of `x @ weight`: dtypes, axes and their common size."""
     _checks.floating(left, x)
-    _checks.floating(right, kernel)
+    _checks.floating(right, weight)
     if x.ndim < rows:
         raise ValueError(f"{left} must have {rows} axes or more, got shape {tuple(x.shape)}")
-    if kernel.ndim < 2 or (rows == 1 and kernel.ndim > 2):
+    if weight.ndim < 2 or (rows == 1 and weight.ndim > 2):
         raise ValueError(
             f"{right} must have {'two axes or more' if rows == 2 else 'two axes'}, got shape "
-            f"{tuple(kernel.shape)}"
+            f"{tuple(weight.shape)}"
         )
     _checks.shape(
-        right, kernel, (x.shape[-1], *kernel.shape[1:]), f"its first axis is the last one of {left}"
+        right, weight, (x.shape[-1], *weight.shape[1:]), f"its first axis is the last one of {left}"
     )

@@ -1,4 +1,7 @@
-"""Relaxed and hard selections: Gumbel masks, straight-through one-hot vectors, their temperature schedule."""
+"""Relaxations of discrete choices.
+
+Gumbel masks, straight-through one-hot vectors, a path to a vertex of the simplex, and a schedule of their temperature.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from jaxsoft.rows.inner import check_axis, check_dense, check_range, row_scalar,
 
 
 def present_scores(scores: Any, axis: int, where: Any, name: str) -> tuple[Array, Array, int]:
-    """Checked dense scores: in the accumulation dtype with 0 for absent entries; which are present; the axis."""
+    """Checks dense scores; returns them in the accumulation dtype (0 if absent), the mask of present ones, the axis."""
     check_dense(scores, name)
     axis = check_axis(scores, axis)
     x = jnp.asarray(scores)
@@ -31,7 +34,7 @@ def present_scores(scores: Any, axis: int, where: Any, name: str) -> tuple[Array
 
 
 def top_k_mask(x: Array, present: Array, k: int, axis: int) -> Array:
-    """True at the k largest present entries of each row; ties go to the smaller index, as in every top-k."""
+    """True at the k largest present entries of each row; ties go to the smaller index, as in `top_k`."""
     x = jnp.moveaxis(jnp.where(present, lax.stop_gradient(x), -jnp.inf), axis, -1)
     _, best = lax.top_k(x, min(k, x.shape[-1]))
     chosen = jnp.put_along_axis(jnp.zeros(x.shape, bool), best, True, axis=-1, inplace=False)
@@ -53,9 +56,9 @@ def gumbel_sigmoid(
 ) -> Float[Array, "*shape"]:
     """Random keep-or-drop masks with a gradient: `sigmoid((logits + log u - log(1 - u)) / temperature)`.
 
-    The two-class Gumbel-softmax of each entry by itself. Multiplied with the weights of a network it searches
-    for a subnetwork, whose kept entries are those with `logits > 0` at the end. *Reconstructed*: the paper's
-    use of it in every step with `hard=True`, and the temperature 1.
+    The two-class Gumbel-softmax of each entry alone. Multiplied by the weights of a network it searches for a
+    subnetwork, which at the end keeps the entries with `logits > 0`. *Reconstructed*: the paper's use of it in
+    every step with `hard=True`, and the temperature 1.
 
     Args:
       logits: any shape, floating: the log-odds of keeping each entry.
@@ -69,7 +72,7 @@ def gumbel_sigmoid(
       Masks of the logits' shape and dtype, in [0, 1].
 
     Raises:
-      TypeError: logits that are not a floating array, a temperature that is no number.
+      TypeError: logits that are not a floating array, a temperature that is not a number.
       ValueError: a temperature that is not positive, a mask that does not fit.
 
     Reference:
@@ -98,7 +101,8 @@ def straight_through_one_hot(
 ) -> Float[Array, "*rows columns"]:
     """One-hot vectors of the rows' largest entries, with the gradient of `softmax(logits)`.
 
-    A classifier at the one-hot vector, differentiated through it, guides a sampler of discrete sequences.
+    To guide a sampler of discrete sequences, a classifier is evaluated at the one-hot vector and differentiated
+    through it.
 
     Args:
       logits: `[*rows, columns]`, floating.
@@ -110,7 +114,7 @@ def straight_through_one_hot(
       without entries.
 
     Raises:
-      TypeError: logits that are not a floating array (for `linear_logits`, say `logits.dense()`).
+      TypeError: logits that are not a floating array (for `linear_logits`, pass `logits.dense()`).
       ValueError: an axis or a mask that does not fit.
 
     Reference:
@@ -130,7 +134,7 @@ def straight_through_one_hot(
 
 
 class Interpolant(NamedTuple):
-    """A point of the simplex on its way to a vertex, and how fast it moves.
+    """A point of the simplex on its way to a vertex, and its velocity.
 
     Attributes:
       point: `[*rows, columns]`, sums to 1.
@@ -159,12 +163,12 @@ def gumbel_softmax_interpolant(
     Args:
       ids: `[*rows]` integers, the vertices. An id out of range gives NaN (an error under `checkify`).
       time: in [0, 1], a scalar or `[*rows]`.
-      noise: `[*rows, columns]` floats, `jax.random.gumbel(key, (*rows, columns))`; zeros for a path without.
-      beta: how little the noise counts, positive.
+      noise: `[*rows, columns]` floats, `jax.random.gumbel(key, (*rows, columns))`; zeros for a path without noise.
+      beta: the divisor of the noise, positive.
       max_temperature: tau(0), positive.
       decay: the rate at which tau falls, 0 or more.
       velocity: `"noise_free"`, `(decay / tau) x_k (e_k - x)`, the regression target; or `"exact"`, the
-        derivative of `point` by time for this noise. They agree where the noise is 0.
+        derivative of `point` with respect to time for this noise. They agree where the noise is 0.
 
     Returns:
       `Interpolant(point, velocity)`, in the dtype of the noise.
@@ -193,12 +197,12 @@ def gumbel_softmax_interpolant(
     if noise.ndim == 0:
         raise ValueError("noise must have shape [*rows, columns], got a scalar")
     columns = noise.shape[-1]
-    _checks.shape("ids", ids, noise.shape[:-1], "one id a row of the noise")
+    _checks.shape("ids", ids, noise.shape[:-1], "one id per row of the noise")
     check_range("ids", ids, columns, None)
     ids = as_ids(ids)
     g = jnp.asarray(noise).astype(accumulation_dtype(noise.dtype))
     time = jnp.asarray(row_scalar("time", time, noise.shape[:-1], g.dtype))[..., None]
-    # A factor at the end, since the maximum inside softmax may lose a NaN (XLA on CPUs).
+    # Multiplied in at the end, since the maximum inside softmax may lose a NaN (XLA on CPUs).
     valid = jnp.where((ids >= 0) & (ids < columns), 1, jnp.nan)[..., None].astype(g.dtype)
     vertex = jax.nn.one_hot(ids, columns, dtype=g.dtype)
     rate = decay / max_temperature * jnp.exp(decay * time)  # decay / tau
@@ -212,20 +216,20 @@ def gumbel_softmax_interpolant(
 
 
 def exponential_temperature_schedule(initial: float, final: float, steps: int) -> Callable[[Any], Any]:
-    """The schedule `initial (final / initial)^(step / steps)`, `final` from then on.
+    """The schedule `initial (final / initial)^(step / steps)`, and then `final`.
 
-    `optax.exponential_decay` said by its two ends. The paper's entropy-adaptive schedule is not this one.
+    `optax.exponential_decay`, given by its two ends. This is not the paper's entropy-adaptive schedule.
 
     Args:
       initial: the temperature at step 0, positive.
       final: the temperature at `steps`, positive.
-      steps: how many steps to take from one to the other, 1 or more.
+      steps: the number of steps from one to the other, 1 or more.
 
     Returns:
       A function of the step, as optax schedules are.
 
     Raises:
-      TypeError: an argument that is no number.
+      TypeError: an argument that is not a number.
       ValueError: an argument out of range.
 
     Reference:

@@ -1,4 +1,4 @@
-"""Pooling by softmax weights."""
+"""Pooling with softmax weights."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ def soft_pool(
     axes: int | Sequence[int],
     stride: int | Sequence[int] | None = None,
     clamp_min: float | None = None,
-    detach_weights: bool = False,
+    stop_weight_gradient: bool = False,
     where: Bool[Array, ...] | None = None,
 ) -> Float[Array, "*pooled"]:
-    """SoftPool: each window of activations becomes their mean weighted by softmax of themselves.
+    """SoftPool, `y = sum_i softmax(a)_i a_i`: the mean of each window, weighted by the softmax of its activations.
 
-    `y = sum_i softmax(a)_i a_i` over a window, by channel, between mean and max pooling. Unlike the published
-    code, it subtracts each window's maximum, clamps nothing and differentiates through the weights, `dy/da_i =
-    p_i (1 + a_i - y)`; options give its clamp and its gradient. No array of patches is stored: the windows are
-    read as shifted slices (one is compiled for each entry of the window), again in the backward pass.
+    Lies between mean and max pooling; each channel has its own weights. Unlike the published code, it subtracts
+    each window's maximum, clamps nothing and differentiates through the weights, `dy/da_i = p_i (1 + a_i - y)`;
+    options restore its clamp and its gradient. No array of patches is stored: the windows are read as shifted
+    slices (one is compiled for each entry of the window), and again in the backward pass.
 
     Args:
       x: an array of any shape, floating.
-      window: the sizes of the window along `axes`, one for each or one for all.
+      window: the window sizes along `axes`, one for each axis or one for all.
       axes: the axes to pool over: `(1, 2)` for `[batch, height, width, channels]`.
-      stride: steps along `axes`; the window's sizes by default.
-      clamp_min: the least result (the published code clamps at 0, and its partial sums, too).
-      detach_weights: whether the weights are constants to the gradient, as in the published code.
+      stride: steps along `axes`; the window sizes by default.
+      clamp_min: a lower bound of the result (the published code clamps it and its partial sums at 0).
+      stop_weight_gradient: whether to stop the gradient through the weights, as the published code does.
       where: booleans that broadcast to `x`, True = counts. An absent entry is in no window.
 
     Returns:
@@ -77,15 +77,15 @@ def soft_pool(
     if clamp_min is not None:
         _checks.number("clamp_min", clamp_min)
     a, present, _ = present_scores(x, -1, where, "soft_pool")
-    y = _pool(a, present, tuple(chosen), sizes, steps, detach_weights)
+    y = _pool(a, present, tuple(chosen), sizes, steps, stop_weight_gradient)
     if clamp_min is not None:
         y = jnp.maximum(y, clamp_min)
     return y.astype(x.dtype)
 
 
 @functools.partial(jax.checkpoint, static_argnums=(2, 3, 4, 5))
-def _pool(x, present, axes, sizes, steps, detach_weights):
-    """The pooled activations. Checkpointed: between the passes, only `x` is kept, not the windows' weights."""
+def _pool(x, present, axes, sizes, steps, stop_weight_gradient):
+    """The pooled activations. Checkpointed: the backward pass keeps only `x`, not the windows' weights."""
 
     def slices(a):
         for offset in itertools.product(*(range(w) for w in sizes)):
@@ -100,7 +100,7 @@ def _pool(x, present, axes, sizes, steps, detach_weights):
     total = weighted = jnp.zeros_like(m)
     for a, keep in zip(slices(x), slices(present)):
         e = jnp.where(keep, jnp.exp(jnp.where(keep, a - m, 0)), 0)
-        e = lax.stop_gradient(e) if detach_weights else e
+        e = lax.stop_gradient(e) if stop_weight_gradient else e
         total, weighted = total + e, weighted + e * a
     return safe_divide(weighted, total)
 

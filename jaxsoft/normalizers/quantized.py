@@ -1,4 +1,4 @@
-"""Softmax with weights of few bits, and the constant that repairs its sum."""
+"""Quantized softmax weights, and the bias that restores their sum."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ def quantized_softmax_bias_correction(
     """The bias of quantized softmax weights over calibration data, `mean(p - Q(p))`.
 
     Weights below half a step all become 0, so long rows lose most of their sum; adding this constant to the
-    quantized weights (for free: in the zero point) gives it back on average. *Reconstructed* from the paper's
-    abstract, with `Q(p)` round(p (2^bits - 1)) / (2^bits - 1).
+    quantized weights (for free: in the zero point) restores it on average. *Reconstructed* from the paper's
+    abstract, with `Q(p) = round(p (2^bits - 1)) / (2^bits - 1)`.
 
     Args:
       probabilities: softmax weights of calibration data, any shape.
-      bits: of the unsigned quantizer on [0, 1], a static integer from 1 to 16.
+      bits: the bits of the unsigned quantizer on [0, 1], a static integer from 1 to 16.
       where: booleans that broadcast to the weights, True = counts.
-      axis: the axes to average over; all of them by default. Axes left out (heads, say) get a bias each.
+      axis: the axes to average over; all of them by default. The bias keeps the other axes (such as heads).
 
     Returns:
       The bias, float32 or wider, without gradient; 0 where nothing counts.
 
     Raises:
-      TypeError: weights that are not floating, bits that are no static integer.
+      TypeError: weights that are not floating, bits that are not a static integer.
       ValueError: bits out of range, a mask that does not fit.
 
     Reference:

@@ -1,6 +1,6 @@
-"""Normalizers with another function in place of the exponential: rectified, polynomial, elementwise.
+"""Rectified, polynomial and elementwise normalizers.
 
-Most of them are `f(x_i) / sum_j f(x_j)`, `ratio(f)`, with no exponential and so no reference exponent.
+They replace the exponential by another function. Most are `f(x_i) / sum_j f(x_j)`, which needs no reference exponent.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Scores = Float[Array, "*rows columns"]
 
 @functools.cache
 def ratio(f: Callable[[Array], Array]) -> Normalizer:
-    """`f(x_i) / (sum_j f(x_j) + eps)` for an elementwise f; eps is a parameter, 0 if absent."""
+    """`f(x_i) / (sum_j f(x_j) + eps)` for an elementwise f; the parameter eps is 0 if absent."""
 
     def init(like, params):
         return like
@@ -65,7 +65,7 @@ def _softpick_init(like, params):
 
 def _softpick_update(state, tile, params):
     m = running_max(state[0], tile)
-    # The magnitude of an absent entry, which stands at x = 0, is 0.
+    # An absent entry has x = 0, where the magnitude is 0.
     return m, state[1] * rescale(state, (m,), params) + jnp.sum(_magnitude(tile.x, m), axis=-1)
 
 
@@ -128,7 +128,7 @@ def softpick(
 
 
 def stable_exponential(x: Array) -> Array:
-    """`x + 1` from 0 on, `1 / (1 - x)` below: what stablemax has in place of the exponential."""
+    """`x + 1` for x >= 0, `1 / (1 - x)` below: stablemax's replacement for the exponential."""
     below = x < 0
     return jnp.where(below, 1 / (1 - jnp.where(below, x, 0)), 1 + jnp.where(below, 0, x))
 
@@ -146,7 +146,7 @@ def _stablemax(rows):
 
 @defined_by(_stablemax)
 def stablemax(scores: Scores, *, axis: int = -1, where: Bool[Array, ...] | None = None) -> Scores:
-    """`s(x_i) / sum_j s(x_j)` with `s(x) = x + 1` for x >= 0 and `1 / (1 - x)` below: nothing to overflow or absorb.
+    """`s(x_i) / sum_j s(x_j)` with `s(x) = x + 1` for x >= 0 and `1 / (1 - x)` below: no overflow or absorption.
 
     Args:
       scores: `[*rows, columns]`, floating.
@@ -193,13 +193,13 @@ def _taylor_softmax(rows, *, order=2):
 def taylor_softmax(
     scores: Scores, *, order: int = 2, axis: int = -1, where: Bool[Array, ...] | None = None
 ) -> Scores:
-    """`t(x_i) / sum_j t(x_j)` with t the Taylor polynomial of exp of an even order (positive everywhere).
+    """`t(x_i) / sum_j t(x_j)` with t a Taylor polynomial of exp of even order (positive everywhere).
 
     Not monotone for scores below -1 (order 2).
 
     Args:
       scores: `[*rows, columns]`, floating.
-      order: of the polynomial, an even static integer of 2 or more.
+      order: the order of the polynomial, an even static integer of 2 or more.
       axis: the axis that holds a row.
       where: booleans that broadcast to the scores, True = counts.
 
@@ -224,7 +224,7 @@ def taylor_softmax(
     return normalize(_taylor_softmax, scores, axis=axis, where=where, name="taylor_softmax", order=order)
 
 
-# Weights of each score by itself.
+# Elementwise weights: each depends on its own score.
 
 
 def _unit(state, params):
@@ -248,7 +248,7 @@ def sigmoid_weights(
     axis: int = -1,
     where: Bool[Array, ...] | None = None,
 ) -> Scores:
-    """`sigmoid(x_i + bias)`: each weight by itself, no normalization (sigmoid attention).
+    """`sigmoid(x_i + bias)`: elementwise, without normalization (sigmoid attention).
 
     Args:
       scores: `[*rows, columns]`, floating.
@@ -388,10 +388,10 @@ def softplus_attention_weights(
 
 
 def _log_excess(tile: Tile, params) -> Tile:
-    """`power * log(relu(n a / (sum a + eps) - offset))`, absent where that is 0: softmax makes the powers of it."""
+    """`power * log(relu(n a / (sum a + eps) - offset))`, absent where relu is 0: its softmax has the powers."""
     a = jax.nn.softplus(tile.x)
     excess = a * params["per_mass"][..., None] - params["offset"][..., None]
-    inside = tile.keep & (excess > 8 * jnp.finfo(a.dtype).eps)  # less is rounding
+    inside = tile.keep & (excess > 8 * jnp.finfo(a.dtype).eps)  # less is rounding error
     log = jnp.log(jnp.where(inside, excess, 1))
     return tile.with_scores(jnp.where(inside, params["power"][..., None] * log, -jnp.inf))
 
@@ -405,7 +405,7 @@ def _reweighted_attention_weights(rows, *, scale, power=15.0, offset=None, eps=1
         "offset": jnp.where(n <= 3, 0.0, 1.0) if offset is None else rows.per_row("offset", offset),
         "power": rows.per_row("power", power),
     }
-    # Powers of small excesses are far below eps: it is not added to their sum, which is taken relative to the largest.
+    # eps is not added to the sum of powers, as small ones are far below it; the sum is relative to the largest power.
     weights = SOFTMAX.preceded_by(_log_excess, **params)
     return weights.preceded_by(_times_factor, factor=first.params["factor"])
 
@@ -423,8 +423,8 @@ def reweighted_attention_weights(
 ) -> Scores:
     """LSSAR weights: `relu(n A - offset)^power`, normalized, with A the `softplus_attention_weights`.
 
-    Entries below the average get 0. A row whose weights are all equal gets zeros. Computed through logarithms, so
-    that no power overflows.
+    Entries below the average get 0. A row whose weights are all equal gets zeros. Computed by logarithms, so that
+    no power overflows.
 
     Args:
       scores: `[*rows, columns]`, floating: the cosines between queries and keys (both normalized, no other scale).

@@ -1,8 +1,18 @@
-"""Normalizers of retrieval scores by banks of queries, against hubs: items that are near everything.
+"""Retrieval scores normalized against hubs.
 
-`s` are the similarities of queries and a gallery, `B` those of a bank (of queries, say from training) and the
-gallery. An item that is similar to the whole bank is a hub, and the sum over the bank takes that out:
-`IS = exp(beta s_qg) / sum_b exp(beta B_bg)`, or in logarithms `beta s_qg - logsumexp_b(beta B_bg)`.
+`s` are the similarities between queries and a gallery, `B` those between a bank (of queries, for example from
+training) and the gallery. An item that is similar to the whole bank is a hub; dividing by its sum over the bank
+corrects for that: `IS = exp(beta s_qg) / sum_b exp(beta B_bg)`, or in logarithms
+`beta s_qg - logsumexp_b(beta B_bg)`. The bank may be an expression that is never stored: its sums stream.
+
+Example:
+  >>> import jax, jaxsoft
+  >>> from jaxsoft import normalizers
+  >>> keys = jax.random.split(jax.random.key(0), 3)
+  >>> queries, gallery, bank = (jax.random.normal(k, (n, 8)) for k, n in zip(keys, (4, 100, 1000)))
+  >>> streamed = jaxsoft.linear_logits(gallery, bank, transpose_weight=True)  # [gallery, bank]
+  >>> normalizers.inverted_softmax(queries @ gallery.T, streamed, bank_axis=1).shape
+  (4, 100)
 """
 
 from __future__ import annotations
@@ -31,7 +41,7 @@ def inverted_softmax(
     bank_where: Bool[Array, ...] | None = None,
     log: bool = True,
 ) -> Float[Array, "*queries gallery"]:
-    """Inverted softmax: similarities normalized by each gallery item's sum over a bank.
+    """Inverted softmax, `beta s_qg - logsumexp_b(beta B_bg)`: similarities normalized by each item's sum over a bank.
 
     Args:
       similarities: `[*queries, gallery]`, floating.
@@ -79,17 +89,16 @@ def dynamic_inverted_softmax(
     bank_where: Bool[Array, ...] | None = None,
     log: bool = True,
 ) -> Float[Array, "*queries gallery"]:
-    """Inverted softmax for the queries whose best item is a hub; the others' similarities stay as they are.
+    """Inverted softmax for the queries whose best item is a hub; the similarities of the others stay unchanged.
 
     An item is active if it is among the k best of any bank item; a query is normalized if its best item is
     active. The two kinds of rows are on different scales: compare scores within a row only.
 
     Args:
       similarities: `[*queries, gallery]`, floating.
-      bank: as in `inverted_softmax`. (A streamed one must not have a scale or a temperature of its own for each
-        row.)
+      bank: as in `inverted_softmax`. (If it is streamed, its scale and temperature must be scalars.)
       beta: the inverse temperature, positive.
-      k: how many items each bank item makes active, 1 or more.
+      k: the number of items that each bank item makes active, 1 or more.
       bank_axis: the axis of the bank's items, 0 or 1.
       where: booleans that broadcast to the similarities, True = counts.
       bank_where: booleans that broadcast to the bank, True = counts.
@@ -139,22 +148,22 @@ def dual_inverted_softmax(
     gallery_bank_where: Bool[Array, ...] | None = None,
     log: bool = True,
 ) -> Float[Array, "*queries gallery"]:
-    """The product of two inverted softmaxes, by a bank of queries and by a bank of gallery items.
+    """The product of two inverted softmaxes, `IS(s, query_bank) IS(s, gallery_bank)`.
 
-    The published code takes the gallery bank for the similarities of both factors, an apparent slip; here they
-    are the similarities, as the paper means.
+    The published code uses the gallery bank in place of the similarities of both factors, apparently by mistake;
+    here both factors are of the similarities, as the paper means.
 
     Args:
       similarities: `[*queries, gallery]`, floating.
-      query_bank: similarities of a bank of queries and the gallery, as `bank` in `inverted_softmax`.
-      gallery_bank: similarities of a bank of gallery-like items and the gallery, in the same way.
+      query_bank: similarities between a bank of queries and the gallery, as `bank` in `inverted_softmax`.
+      gallery_bank: similarities between a bank of gallery-like items and the gallery, of the same form.
       query_beta: the inverse temperature of the first factor, positive.
-      gallery_beta: that of the second.
+      gallery_beta: the inverse temperature of the second factor, positive.
       dynamic: whether each factor is that of `dynamic_inverted_softmax`: in rows where it is not active, the
-        similarity itself. Ranking within a row then means something for positive similarities only, so
-        shift them, or keep `log=True`.
-      k: how many items each bank item makes active, with `dynamic`.
-      floor: the least similarity whose logarithm is taken, positive, with `dynamic` and `log`.
+        similarity itself. The ranking within a row is then meaningful for positive similarities only: shift
+        them, or keep `log=True`.
+      k: the number of items that each bank item makes active, with `dynamic`.
+      floor: the lower bound of similarities before their logarithm is taken, positive, with `dynamic` and `log`.
       bank_axis: the axis of the banks' items, 0 or 1.
       where: booleans that broadcast to the similarities, True = counts.
       query_bank_where: booleans that broadcast to the query bank, True = counts.
@@ -251,7 +260,7 @@ def _transposed(bank: LinearLogits) -> LinearLogits:
     for name in ("scale", "temperature"):
         value = getattr(bank, name)
         if value is not None and jnp.ndim(value):
-            raise ValueError(f"the bank's {name} must be a scalar for dynamic normalization, got one a row")
+            raise ValueError(f"the bank's {name} must be a scalar for dynamic normalization, got one per row")
     items = bank.weight if bank.transpose_weight else bank.weight.T
     # A bias shifts a bank item's whole row: it changes no ranking.
     return dataclasses.replace(

@@ -1,4 +1,7 @@
-"""Similarity-distance-magnitude: softmax whose base and exponent say how near the training data an input is."""
+"""Similarity-distance-magnitude (SDM) activations.
+
+Softmax whose base and exponent tell how close an input is to the training data.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ def sdm_activation(
       Weights of the logits' shape and dtype; 0 for absent entries and rows without entries.
 
     Raises:
-      TypeError: an argument of a wrong type or dtype (for `linear_logits`, say `logits.dense()`).
+      TypeError: an argument of a wrong type or dtype (for `linear_logits`, pass `logits.dense()`).
       ValueError: an argument of a wrong shape or out of range.
 
     Reference:
@@ -66,7 +69,7 @@ def sdm_log_softmax(
 ) -> Float[Array, "*rows columns"]:
     """The logarithm of `sdm_activation` in its own base 2 + q: `d x_i - log_(2+q) sum_j (2 + q)^(d x_j)`.
 
-    Minus its entry at the label is the training loss. Exact where the published code adds an epsilon inside.
+    The training loss is minus its entry at the label. Exact, while the published code adds an epsilon inside.
 
     Args:
       logits: `[*rows, columns]`, floating.
@@ -79,7 +82,7 @@ def sdm_log_softmax(
       Log-weights of the logits' shape and dtype; -inf, with gradient 0, for absent entries.
 
     Raises:
-      TypeError: an argument of a wrong type or dtype (for `linear_logits`, say `logits.dense()`).
+      TypeError: an argument of a wrong type or dtype (for `linear_logits`, pass `logits.dense()`).
       ValueError: an argument of a wrong shape or out of range.
 
     Reference:
@@ -96,7 +99,7 @@ def sdm_log_softmax(
 
 
 def _scaled(logits, similarity, distance, axis, where, name) -> tuple[Array, Array, Array, int]:
-    """`d log(2 + q) x`, its mask, and log(2 + q) to broadcast with it."""
+    """`d log(2 + q) x`, its mask, `log(2 + q)` that broadcasts with it, and the axis."""
     for argument, value, most in (("similarity", similarity, None), ("distance", distance, 1)):
         if _checks.is_concrete_number(value):
             _checks.number(argument, value, at_least=0, at_most=most)
@@ -120,16 +123,16 @@ def similarity_count(
     *,
     where: Bool[Array, ...] | None = None,
 ) -> Int[Array, "*rows"]:
-    """The similarity q: how many nearest training neighbours in a row agree with the prediction.
+    """The similarity q: the number of consecutive nearest training neighbours that agree with the prediction.
 
-    Counts from the nearest on and stops at the first whose true or predicted class is another one.
+    Counts from the nearest on and stops at the first whose true or predicted class differs.
 
     Args:
       neighbour_labels: `[*rows, neighbours]` integers, the true classes, nearest first.
       neighbour_predictions: `[*rows, neighbours]` integers, the classes the model predicts for them.
       predictions: `[*rows]` integers, the predicted classes of the inputs.
-      where: booleans that broadcast to `[*rows, neighbours]`, True = counts. An absent neighbour (a training
-        example's match with itself, say) is skipped.
+      where: booleans that broadcast to `[*rows, neighbours]`, True = counts. An absent neighbour (such as a
+        training example's match with itself) is skipped.
 
     Returns:
       `[*rows]` int32.
@@ -157,7 +160,7 @@ def similarity_count(
         raise ValueError("neighbour_labels must have shape [*rows, neighbours], got a scalar")
     shape = neighbour_labels.shape
     _checks.shape("neighbour_predictions", neighbour_predictions, shape, "the shape of neighbour_labels")
-    _checks.shape("predictions", predictions, shape[:-1], "one class a row of neighbours")
+    _checks.shape("predictions", predictions, shape[:-1], "one class per row of neighbours")
     expected = jnp.asarray(predictions)[..., None]
     agrees = (neighbour_labels == expected) & (neighbour_predictions == expected)
     present = jnp.ones(shape, bool)
@@ -175,17 +178,18 @@ def distance_quantile(
     *,
     where: Bool[Array, ...] | None = None,
 ) -> Float[Array, "*rows"]:
-    """The distance quantile d: the share of calibration distances that are not smaller, least over the classes.
+    """The distance quantile d, `min_c (1 - #{calibration_c < distance} / n_c)`.
 
-    `min_c (1 - #{calibration_c < distance} / n_c)`. The same for every class, so that it moves no argmax.
+    The share of a class's calibration distances that are not smaller, minimized over the classes c. One number for
+    all classes, so that it changes no argmax.
 
     Args:
       distances: `[*rows]` floats, each input's distance to its nearest training example.
-      calibration: `[classes, examples]` floats, these distances for a calibration set, by class.
+      calibration: `[classes, examples]` floats, the same distances for a calibration set, by class.
       where: booleans that broadcast to `calibration`, True = counts: for classes of different sizes.
 
     Returns:
-      `[*rows]` in [0, 1], float32 or wider, without gradient; 0 if a class has no example at all.
+      `[*rows]` in [0, 1], float32 or wider, without gradient; 0 if a class has no example.
 
     Raises:
       TypeError: an argument of a wrong dtype.

@@ -1,7 +1,7 @@
-"""Normalizers with exact zeros: the k largest scores, sparsemax and entmax.
+"""Sparse normalizers: the k largest scores, sparsemax and entmax.
 
 Entmax weights are `relu((alpha - 1) x - tau)^(1 / (alpha - 1))` with the threshold tau at which they sum to 1. No row
-is sorted: Newton's method finds tau in a few passes, each of them two sums over the row.
+is sorted: Newton's method finds tau in a few passes, each with two sums over the row.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _selected(tile, params):
 
 def _sparse_softmax(rows, *, k=10):
     best = rows.detached().reduce(reductions.top_k(k))
-    # Rows with fewer than k entries have -inf there: everything is above.
+    # The bound of a row with fewer than k entries is -inf: all its entries are selected.
     return SOFTMAX.preceded_by(_selected, bound=best.values[..., -1], last=best.indices[..., -1])
 
 
@@ -40,12 +40,12 @@ def _sparse_softmax(rows, *, k=10):
 def sparse_softmax(
     scores: Scores, *, k: int = 10, axis: int = -1, where: Bool[Array, ...] | None = None
 ) -> Scores:
-    """Softmax over the k largest scores of each row, 0 elsewhere; of equal scores the earlier one is larger.
+    """`softmax(TopK(x, k))`: softmax over the k largest scores of each row, 0 elsewhere; ties go to the earlier score.
 
     Args:
       scores: `[*rows, columns]`, floating.
       k: how many, a static integer of 1 or more, at most the number of columns (in attention, a query that sees
-        fewer keys takes all). The default is ours.
+        fewer keys attends to all of them). The default is ours.
       axis: the axis that holds a row.
       where: booleans that broadcast to the scores, True = counts.
 
@@ -73,9 +73,9 @@ def sparse_softmax(
     return normalize(_sparse_softmax, scores, axis=axis, where=where, name="sparse_softmax", k=k)
 
 
-# Threshold sums. With u = relu((alpha - 1) (x - top) - tau), the powers of u summed here are those of Newton's method
-# for sum u^r = 1, r = 1 / (alpha - 1): from tau = -1, where the largest entry alone gives 1, it rises to the root
-# without overshooting, as the sum is convex and falling in tau (alpha <= 2).
+# Threshold sums. With u = relu((alpha - 1) (x - top) - tau) and r = 1 / (alpha - 1), these are the two sums of powers
+# that Newton's method needs to solve sum u^r = 1. It starts at tau = -1, where the largest entry alone gives 1, and
+# rises to the root without overshooting, since the sum is convex and decreasing in tau (alpha <= 2).
 
 
 def excess(tile, params) -> Array:
@@ -86,7 +86,7 @@ def excess(tile, params) -> Array:
 
 @functools.cache
 def _entmax_functions(exponent: float | None):
-    """The two sums and the normalizer; `exponent` None means it is a parameter."""
+    """The two sums and the normalizer; with `exponent=None` it is read from the parameters."""
 
     def power(params):
         return params["exponent"][..., None] if exponent is None else exponent
@@ -97,7 +97,7 @@ def _entmax_functions(exponent: float | None):
     def update(state, tile, params):
         u, r = excess(tile, params), power(params)
         lower = (u > 0).astype(u.dtype) if exponent == 1 else positive_power(u, r - 1)
-        # u^r as u^(r - 1) u, lest two logarithms are taken.
+        # u^r as u^(r - 1) u: one power instead of two.
         return state[0] + jnp.sum(lower * jnp.maximum(u, 0), axis=-1), state[1] + jnp.sum(lower, axis=-1)
 
     def sum_init(like, params):
@@ -138,11 +138,11 @@ def define_entmax(rows, *, alpha: Any = 1.5):
         return tau + safe_divide((total - 1) * slope, lower), total
 
     still = lax.stop_gradient(slope)
-    # A step so small leaves an error of the order of its square, and two steps follow.
+    # After a step this small, the error is of the order of its square; two more steps follow.
     eps = float(jnp.finfo(rows.dtype).eps)
     tolerance = jnp.where(still > 1, 2 * eps, 0.1 * eps**0.5)
 
-    # Where Newton's method would leave what is known of the root (alpha > 2), the interval is halved.
+    # Where a Newton step would leave the interval that holds the root (alpha > 2), the interval is halved.
     def search(carry):
         step, lo, hi, tau, _ = carry
         proposal, total = newton(fixed, tau, still)
@@ -155,9 +155,9 @@ def define_entmax(rows, *, alpha: Any = 1.5):
 
     lo = -jnp.ones_like(top)
     hi = -(safe_divide(jnp.ones_like(n), n) ** still)
-    far = jnp.max(jnp.full_like(top, jnp.inf), initial=0)  # over the mesh axes of the rows
+    far = jnp.max(jnp.full_like(top, jnp.inf), initial=0)  # varies over the rows' mesh axes
     _, _, _, tau, _ = lax.while_loop(unfinished, search, (jnp.int32(0), lo, hi, lo, far))
-    # Two steps that are differentiated give tau its derivatives, to third order.
+    # Two differentiated steps give tau its derivatives, to third order.
     tau = lax.stop_gradient(tau)
     for _ in range(2):
         tau, _ = newton(rows, tau, slope)
@@ -177,8 +177,8 @@ def entmax(
 
     Args:
       scores: `[*rows, columns]`, floating.
-      alpha: 1 is softmax, 2 is sparsemax: a number of 1 or more, or an array that broadcasts to `[*rows]` of numbers
-        above 1 (not closer than 1e-3 in float32); differentiable.
+      alpha: a number of 1 or more, or an array that broadcasts to `[*rows]`, of numbers above 1 (by at least 1e-3 in
+        float32); differentiable. 1 is softmax, 2 is sparsemax.
       axis: the axis that holds a row.
       where: booleans that broadcast to the scores, True = counts.
 
@@ -240,7 +240,7 @@ def _sparsemax(rows):
 
 @defined_by(_sparsemax)
 def sparsemax(scores: Scores, *, axis: int = -1, where: Bool[Array, ...] | None = None) -> Scores:
-    """The projection of the scores to the probability simplex, `relu(x_i - tau)`.
+    """The projection of the scores onto the probability simplex, `relu(x_i - tau)`.
 
     Args:
       scores: `[*rows, columns]`, floating.

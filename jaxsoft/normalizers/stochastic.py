@@ -1,7 +1,6 @@
-"""Normalizers of randomly perturbed scores.
+"""Stochastic normalizers: weights of randomly perturbed scores.
 
-The noise of an entry depends on the key, its row and its column, and on nothing else: streamed in blocks of any size,
-it is the same.
+The noise of an entry depends on the key, its row and its column only: it is the same for every block size.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ def random_bits(key_words: tuple[Array, Array], rows: Array, cols: Array) -> Arr
 
 
 def key_words(key: Array) -> tuple[Array, Array]:
-    """Two words of 32 bits that stand for a PRNG key of any implementation."""
+    """Two 32-bit words drawn from a PRNG key of any implementation."""
     words = jax.random.bits(key, (2,), jnp.uint32)
     return words[0], words[1]
 
@@ -94,7 +93,7 @@ def gumbel_softmax(
     Args:
       scores: `[*rows, columns]`, floating: unnormalized log-probabilities.
       key: a PRNG key.
-      temperature: above 0; towards 0 the sample is one-hot: a number, or an array that broadcasts to `[*rows]`.
+      temperature: positive: a number, or an array that broadcasts to `[*rows]`. Towards 0 the sample becomes one-hot.
       hard: whether the weights are one-hot, with the gradient of the soft ones (straight-through).
       axis: the axis that holds a row.
       where: booleans that broadcast to the scores, True = counts.

@@ -1,4 +1,7 @@
-"""What training does to logits before a softmax: a temperature from a network, noise at the label."""
+"""Temperatures and noise in training.
+
+Applied to the logits before a softmax: a temperature from a network, noise at the label.
+"""
 
 from __future__ import annotations
 
@@ -21,21 +24,21 @@ class TemperatureParameters(NamedTuple):
     """The parameters of a `temperature_network`.
 
     Attributes:
-      kernel: `[features, hidden]`.
+      weight: `[features, hidden]`.
       bias: `[hidden]`.
       prototypes: `[hidden, hidden]`, the columns are the prototypes.
       prototype_bias: `[hidden]`; None in the form `"clip"`.
-      log_scale: scalar, the logarithm of the temperature among the prototypes.
-      output_kernel: `[hidden]`.
+      log_scale: scalar, the logarithm of the temperature of the softmax over prototypes.
+      output_weight: `[hidden]`.
       output_bias: scalar.
     """
 
-    kernel: Array
+    weight: Array
     bias: Array
     prototypes: Array
     prototype_bias: Array | None
     log_scale: Array
-    output_kernel: Array
+    output_weight: Array
     output_bias: Array
 
 
@@ -44,8 +47,8 @@ class TemperatureNetwork(NamedTuple):
 
     Attributes:
       init: `(key, features, dtype=jnp.float32) -> TemperatureParameters`.
-      apply: `(params, inputs, *, where=None, key=None) -> temperatures`, `[*rows, features] -> [*rows]`; with a
-        key in training, when units are dropped.
+      apply: `(params, inputs, *, where=None, key=None) -> temperatures`, `[*rows, features] -> [*rows]`; give a
+        key in training, where units are dropped.
     """
 
     init: Callable[..., TemperatureParameters]
@@ -65,21 +68,21 @@ def temperature_network(
 ) -> TemperatureNetwork:
     """TempNet: a small network that predicts each row's softmax temperature.
 
-    With `u = sigmoid(x / |x| @ kernel + bias) @ prototypes + prototype_bias` and `w = softmax(u / e^log_scale)`,
-    the temperature is `min + (max - min) sigmoid(output_kernel . ((w - 1 / hidden) u) + output_bias)`. That is the
-    form `"llm"`, which reads a row of logits; `"clip"` reads features as they are, has prototypes of unit norm
-    without a bias and `sigmoid(u)` for the last u.
+    With `u = sigmoid(x / |x| @ weight + bias) @ prototypes + prototype_bias` and `w = softmax(u / e^log_scale)`,
+    the temperature is `min + (max - min) sigmoid(output_weight . ((w - 1 / hidden) u) + output_bias)`. That is the
+    form `"llm"`, which reads a row of logits; `"clip"` reads features without normalizing them, has prototypes of unit
+    norm without bias and `sigmoid(u)` in place of the last u.
 
     Args:
       form: `"llm"` or `"clip"`.
-      hidden: the width, and the number of prototypes.
+      hidden: the hidden width, and the number of prototypes.
       min_temperature: the least temperature, positive: 0.5 for `"llm"`, 0.005 for `"clip"` by default.
-      max_temperature: the largest: 5 for `"llm"`, 0.05 for `"clip"`.
+      max_temperature: the largest temperature: 5 for `"llm"`, 0.05 for `"clip"`.
       dropout: the share of hidden units dropped in training, in [0, 1).
 
     Returns:
-      `TemperatureNetwork(init, apply)`. The initial kernels are uniform within `1 / sqrt(inputs)` (our choice),
-      the prototypes of `"clip"` standard normal; the initial output kernel is 1, its bias 0, the initial scale 1
+      `TemperatureNetwork(init, apply)`. The initial weights are uniform within `1 / sqrt(inputs)` (our choice),
+      the prototypes of `"clip"` standard normal; the initial output weight is 1, its bias 0, the initial scale 1
       for `"llm"` and 0.01 for `"clip"`. `apply` returns float32 or wider, strictly between the two temperatures
       up to rounding; an absent entry (masked, -inf) adds nothing; a row without entries has the temperature
       of a row of zeros.
@@ -122,34 +125,34 @@ def temperature_network(
 
         prototypes = (hidden, hidden)
         return TemperatureParameters(
-            kernel=uniform(keys[0], (features, hidden), features),
+            weight=uniform(keys[0], (features, hidden), features),
             bias=uniform(keys[1], (hidden,), features),
             prototypes=jax.random.normal(keys[2], prototypes, dtype)
             if clip
             else uniform(keys[2], prototypes, hidden),
             prototype_bias=None if clip else uniform(keys[3], (hidden,), hidden),
             log_scale=jnp.asarray(math.log(0.01) if clip else 0.0, dtype),
-            output_kernel=jnp.ones(hidden, dtype),
+            output_weight=jnp.ones(hidden, dtype),
             output_bias=jnp.zeros((), dtype),
         )
 
     def apply(params, inputs, *, where=None, key=None):
         x, _, _ = present_scores(inputs, -1, where, "temperature_network")
         p = jax.tree.map(lambda a: jnp.asarray(a).astype(accumulation_dtype(a.dtype, x.dtype)), params)
-        features = p.kernel.shape[0]
+        features = p.weight.shape[0]
         if x.shape[-1] != features:
             raise ValueError(
-                f"inputs must have shape [*rows, {features}] (the kernel's), got shape {x.shape}"
+                f"inputs must have shape [*rows, {features}] (features of params.weight), got shape {x.shape}"
             )
         h = x if clip else _normalized(x, -1)
-        h = jax.nn.sigmoid(h @ p.kernel + p.bias)
+        h = jax.nn.sigmoid(h @ p.weight + p.bias)
         if key is not None:
             h = jnp.where(jax.random.bernoulli(key, 1 - dropout, h.shape), h / (1 - dropout), 0)
         u = h @ (_normalized(p.prototypes, 0) if clip else p.prototypes)
         u = u if p.prototype_bias is None else u + p.prototype_bias
         w = softmax_with(u * jnp.exp(-p.log_scale))
         value = jax.nn.sigmoid(u) if clip else u
-        a = jnp.sum(p.output_kernel * (w - 1 / w.shape[-1]) * value, axis=-1) + p.output_bias
+        a = jnp.sum(p.output_weight * (w - 1 / w.shape[-1]) * value, axis=-1) + p.output_bias
         return low + (high - low) * jax.nn.sigmoid(a)
 
     return TemperatureNetwork(init, apply)
@@ -185,17 +188,17 @@ def noisy_logits(
       feature_norms: `[*rows]`, the L2 norms of the features x.
       weight_norms: `[columns]`, the L2 norms of the classes' weights W.
       key: a PRNG key; None for no noise, as in evaluation.
-      alpha: how much noise, 0 or more.
+      alpha: the strength of the noise, 0 or more.
       axis: the axis of the classes.
-      ignore_index: class id of rows to leave as they are; None: there is no such id.
-      stop_noise_gradient: whether the whole change is a constant to the gradient; else the gradient reaches the
-        logits and the norms through it, and only xi is a constant.
+      ignore_index: class id of rows to leave unchanged, or None.
+      stop_noise_gradient: whether to stop the gradient through the whole change; otherwise it reaches the logits and
+        the norms, and only xi is a constant.
 
     Returns:
       Logits of the same shape and dtype.
 
     Raises:
-      TypeError: an argument of a wrong type or dtype (for `linear_logits`, say `logits.dense()`).
+      TypeError: an argument of a wrong type or dtype (for `linear_logits`, pass `logits.dense()`).
       ValueError: an argument of a wrong shape or out of range.
 
     Reference:
@@ -217,9 +220,9 @@ def noisy_logits(
         ignore_index = _checks.integer("ignore_index", ignore_index)
     check_ids("labels", labels, logits, axis, ignore_index=ignore_index)
     _checks.floating("feature_norms", feature_norms)
-    _checks.shape("feature_norms", feature_norms, rows, "one number a row of logits")
+    _checks.shape("feature_norms", feature_norms, rows, "one number per row of logits")
     _checks.floating("weight_norms", weight_norms)
-    _checks.shape("weight_norms", weight_norms, (columns,), "one number a class")
+    _checks.shape("weight_norms", weight_norms, (columns,), "one number per class")
     _checks.number("alpha", alpha, at_least=0)
     labels = as_ids(labels)
     keep: Bool[Array, ...] = jnp.ones(rows, bool) if ignore_index is None else labels != ignore_index

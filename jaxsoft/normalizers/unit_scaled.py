@@ -1,4 +1,7 @@
-"""Softmax whose weights, and whose gradient, keep unit variance (u-muP)."""
+"""Unit-scaled softmax (u-muP).
+
+Softmax whose weights and whose gradient keep unit variance.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +24,13 @@ def unit_scaled_softmax(
 ) -> Float[Array, "*rows columns"]:
     """`s softmax(m x)`, with the constant `s` that gives the weights a variance near 1 for scores of variance 1.
 
-    For a row of `n` entries `ln s = a ln sqrt(n) + (1 - a) ln n` with `a = 1 / (1 + 4 / m^2)`: between the flat
-    softmax of a small multiplier `m` and the sharp one of a large.
+    For a row of `n` entries `ln s = a ln sqrt(n) + (1 - a) ln n` with `a = 1 / (1 + 4 / m^2)`, which interpolates
+    between the flat softmax of a small multiplier `m` and the sharp softmax of a large one.
 
     Args:
       scores: `[*rows, columns]`, floating; `n` is the number of columns, masked or not.
       multiplier: m, a positive number.
-      constraint: `"to_output_scale"`: the gradient is that of the function. None: it has a scale of its own,
+      constraint: `"to_output_scale"`: the gradient of the function. None: the gradient with a scale of its own,
         `ln s' = a ln sqrt(n / m) + (1 - a) ln(n / m)`, in place of s.
       axis: the axis that holds a row.
       where: booleans that broadcast to the scores, True = counts.
@@ -36,7 +39,7 @@ def unit_scaled_softmax(
       Weights of the scores' shape and dtype, `s` times those of softmax; 0 for absent entries.
 
     Raises:
-      TypeError: scores that are not a floating array, a multiplier that is no number.
+      TypeError: scores that are not a floating array, a multiplier that is not a number.
       ValueError: a multiplier that is not positive, an unknown constraint, an axis or a mask that does not fit.
 
     Reference:

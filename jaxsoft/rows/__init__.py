@@ -1,4 +1,10 @@
-"""The engine: rows of scores, reduced, whether they are stored or not."""
+"""The engine: reductions over rows of scores, stored or streamed.
+
+`reduce_rows` runs row reductions over a dense array or over `linear_logits`, whose scores are never stored. The
+reductions that come with the library are in `jaxsoft.rows.reductions`; a `RowReduction` of your own is a few pure
+functions, without a derivative (see the guide "Write a reduction"). `weighted_sum` computes the gradient of a loss in
+the forward pass.
+"""
 
 from jaxsoft.rows import reductions
 from jaxsoft.rows._logits import LinearLogits, Logits, linear_logits

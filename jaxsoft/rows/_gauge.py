@@ -1,7 +1,7 @@
-"""The gauge of the exponential family.
+"""The gauge (reference exponent) of the exponential family.
 
-A state (m, *sums) stands for sums of e^(x - m) f(x): m is a gauge, any value that avoids overflow is right, and
-changing it multiplies every sum by e^(m_old - m_new).
+A state `(m, *sums)` holds sums of `e^(x - m) f(x)`. The gauge m may be any value that avoids overflow; moving it
+multiplies every sum by `e^(m_old - m_new)`.
 """
 
 import jax
@@ -13,7 +13,7 @@ from jaxsoft.rows._reduction import Tile
 
 
 def running_max(m: jax.Array, tile: Tile) -> jax.Array:
-    """The gauge m, raised to the largest score of the tile."""
+    """The larger of the gauge m and the tile's largest score."""
     if tile.finished:
         return lax.stop_gradient(m)
     tile_max = jnp.max(tile.scores, axis=-1, initial=-jnp.inf)
@@ -21,12 +21,12 @@ def running_max(m: jax.Array, tile: Tile) -> jax.Array:
 
 
 def rescale(m_old: jax.Array, m_new: jax.Array) -> jax.Array:
-    """`e^(m_old - m_new)`, 0 for the gauge of an empty state."""
+    """`e^(m_old - m_new)`; 0 where the old state is empty."""
     return jnp.where(m_old == -jnp.inf, 0, jnp.exp(finite_gauge(m_old) - finite_gauge(m_new)))
 
 
 def exponentials(tile: Tile, m: jax.Array) -> jax.Array:
-    """`e^(x - m)`, 0 for absent entries."""
+    """`e^(x - m)`; 0 for absent entries."""
     return jnp.exp(tile.scores - finite_gauge(m)[..., None])
 
 

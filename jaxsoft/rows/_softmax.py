@@ -1,4 +1,8 @@
-"""Softmax in the evaluation orders of the literature; all of them give the same numbers."""
+"""Softmax in the evaluation orders of the literature.
+
+All of them give the same numbers. They return an array of the scores' shape, so they take dense scores;
+`softmax_top_k` takes `linear_logits` as well.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ from jaxsoft.rows.reductions import LogPartition, TopK
 
 
 def check_dense(logits: Logits, name: str) -> None:
-    """Raises for logits that are an expression, where the result would have their shape."""
+    """Raises a `TypeError` for `linear_logits`: results of the logits' shape need dense logits."""
     if isinstance(logits, LinearLogits):
         raise TypeError(
             f"{name} returns an array of the logits' shape {logits.shape}, which linear_logits never stores: "
@@ -36,7 +40,7 @@ def softmax_with(
     reference: Any = None,
     implementation: str | None = None,
 ) -> Float[Array, "*rows columns"]:
-    """Softmax through the `logsumexp` of the same options."""
+    """Softmax by way of `logsumexp` with the same options."""
     axis = check_axis(logits, axis)
     return _softmax(axis, method, implementation, logits, where, lax.stop_gradient(reference)).astype(
         logits.dtype
@@ -65,7 +69,7 @@ def _softmax_jvp(axis, method, implementation, primals, tangents):
 def online_softmax(
     scores: Float[Array, "*rows columns"], *, axis: int = -1, where: Bool[Array, ...] | None = None
 ) -> Float[Array, "*rows columns"]:
-    """Softmax with the log-sum-exp in one pass: a running maximum, and a sum rescaled when it grows.
+    """`exp(x_i) / sum_j exp(x_j)`, the sum in one pass: with a running maximum, rescaled when that grows.
 
     Args:
       scores: `[*rows, columns]`, floating.
@@ -95,7 +99,7 @@ def online_softmax(
 def two_pass_softmax(
     scores: Float[Array, "*rows columns"], *, axis: int = -1, where: Bool[Array, ...] | None = None
 ) -> Float[Array, "*rows columns"]:
-    """Softmax without a maximum: every exponential is a mantissa and an integer exponent, summed as such.
+    """`exp(x_i) / sum_j exp(x_j)` without a maximum: exponentials are summed as mantissa and integer exponent.
 
     Args:
       scores: `[*rows, columns]`, floating.
@@ -129,10 +133,10 @@ def unified_max_softmax(
     axis: int = -1,
     where: Bool[Array, ...] | None = None,
 ) -> Float[Array, "*rows columns"]:
-    """Softmax with a fixed reference exponent: parts of a row add up without any rescaling.
+    """`exp(x_i - phi) / sum_j exp(x_j - phi)` with a fixed reference phi: parts of a row add up without rescaling.
 
     Rows whose largest score is not within (-80, 66) of the reference (our choice, safe in float32 for a million
-    columns; the paper calibrates its own per model) are computed anew with a running maximum.
+    columns; the paper calibrates its own per model) are recomputed with a running maximum.
 
     Args:
       scores: `[*rows, columns]`, floating.
@@ -176,8 +180,8 @@ def softmax_top_k(
       k: how many, a static integer of 1 or more.
       axis: the axis that holds a row.
       where: booleans that broadcast to the logits, True = counts.
-      renormalize: whether the k probabilities are divided by their sum. Their gradient then reaches the k
-        logits alone, else all of them.
+      renormalize: whether the k probabilities are divided by their sum. Their gradient then reaches only the k
+        logits, otherwise all of them.
       implementation: what runs it: `"xla"`, `"pallas_tpu"`, `"mosaic_gpu"` or None, see `reduce_rows`.
 
     Returns:
@@ -185,7 +189,7 @@ def softmax_top_k(
       where a row has fewer than k entries.
 
     Raises:
-      TypeError: a k that is no static integer, logits that are not floating.
+      TypeError: a k that is not a static integer, logits that are not floating.
       ValueError: k < 1, an axis or a mask that does not fit.
 
     Reference:

@@ -1,4 +1,7 @@
-"""Functions of rows of scores, each for dense arrays and `linear_logits` alike."""
+"""Statistics of rows, temperature and softcap.
+
+Every function takes a dense array or `linear_logits`, and streams the latter.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ def logsumexp(
     """`log sum_j w_j exp(logits_j)` over each row.
 
     Accumulates in float32 at least; exact to a few units in the last place of that dtype (relative to the
-    largest of 1 and the result). Logits of +1e4 or -1e4 are as good as any.
+    largest of 1 and the result). Logits of +1e4 or -1e4 are no less accurate.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
@@ -40,7 +43,7 @@ def logsumexp(
       where: booleans that broadcast to the logits, True = counts.
       weights: non-negative, `[columns]` or the logits' shape; an entry of weight 0 adds nothing.
       method: `"online"` (running maximum), `"exponent"` (mantissa and integer exponent, no maximum) or
-        `"reference"` (a fixed reference, no rescaling; rows it does not suit are computed anew, `"online"`).
+        `"reference"` (a fixed reference, no rescaling; rows out of its range are recomputed by `"online"`).
       reference: for `method="reference"`: a scalar or `[*rows]`, near the rows' largest logits.
       implementation: what runs it: `"xla"`, `"pallas_tpu"`, `"mosaic_gpu"` or None, see `reduce_rows`.
 
@@ -65,7 +68,7 @@ def logsumexp(
             raise ValueError(f"weights need method='online', got method={method!r}")
         _checks.floating("weights", weights)
         if weights.ndim == 1:
-            _checks.shape("weights", weights, (logits.shape[axis],), "one number a column")
+            _checks.shape("weights", weights, (logits.shape[axis],), "one number per column")
         else:
             _checks.shape(
                 "weights", weights, logits.shape, "the shape of the logits, or one axis: the columns"
@@ -80,11 +83,11 @@ def logsumexp(
 def log_partition(
     logits: Logits, *, axis: int, where, method: str = "online", reference=None, implementation=None
 ) -> LogPartition:
-    """`logsumexp` in parts; with rows that a fixed reference does not suit computed anew."""
+    """`logsumexp` in parts. Rows out of the range of a fixed reference are recomputed with a running maximum."""
     reduce = functools.partial(reduce_rows, logits, axis=axis, where=where, implementation=implementation)
     if method != "reference":
         if reference is not None:
-            raise ValueError(f"reference goes with method='reference' only, got method={method!r}")
+            raise ValueError(f"reference needs method='reference', got method={method!r}")
         return reduce(reductions.log_partition(method=method))
     if reference is None:
         raise ValueError("reference must be a number or an array with method='reference', got None")
@@ -106,7 +109,7 @@ def temperature(logits: Logits, temperature: float | Float[Array, ...], *, axis:
 
     Args:
       logits: `[*rows, columns]`.
-      temperature: a positive scalar or one number a row (`[*rows]`); differentiable.
+      temperature: a positive scalar or one number per row (`[*rows]`); differentiable.
       axis: the axis that holds a row.
 
     Returns:
@@ -153,7 +156,7 @@ def softcap(logits: Logits, cap: float) -> Logits:
     if isinstance(logits, LinearLogits):
         if logits.softcap is not None or logits.temperature is not None:
             raise ValueError(
-                "softcap of linear_logits must come first and once: these have "
+                "softcap must be applied to linear_logits first and only once: these have "
                 f"softcap={logits.softcap} and {'a' if logits.temperature is not None else 'no'} temperature"
             )
         return dataclasses.replace(logits, softcap=float(cap))
@@ -182,7 +185,7 @@ def top_k(
       fewer than k entries: -inf and -1.
 
     Raises:
-      TypeError: a k that is no static integer, logits that are not floating.
+      TypeError: a k that is not a static integer, logits that are not floating.
       ValueError: k < 1, an axis or a mask that does not fit.
 
     Example:
@@ -202,7 +205,7 @@ def log_prob(
     where: Bool[Array, ...] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "*rows"]:
-    """`log softmax(logits)[ids]`, one id a row: the log-probability of tokens, without the logits in memory.
+    """`log softmax(logits)[ids]`, one id per row: the log-probability of tokens, without storing the logits.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
@@ -263,9 +266,9 @@ def entropy(
 def label_rank(
     logits: Logits, labels: Int[Array, "*rows"], *, axis: int = -1, where: Bool[Array, ...] | None = None
 ) -> Int[Array, "*rows"]:
-    """How many entries of its row rank ahead of the label: 0 where the label is the largest (two passes).
+    """The label's rank in its row: the number of entries ahead of it, 0 where it is the largest (two passes).
 
-    Ties rank by column. `(label_rank(...) < k).mean()` is the top-k accuracy.
+    Ties are ranked by column. `(label_rank(...) < k).mean()` is the top-k accuracy.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
@@ -294,19 +297,19 @@ def label_rank(
 
 
 def check_ids(name: str, ids, logits: Logits, axis: int, *, ignore_index: int | None = None) -> None:
-    """Checks one integer id a row: dtype, shape, and under `checkify` the range."""
+    """Checks one integer id per row: dtype, shape, and under `checkify` the range."""
     rows = rows_of(logits.shape, axis)
     if hasattr(ids, "dtype") and jnp.issubdtype(ids.dtype, jnp.floating):
         raise TypeError(
             f"{name} must be class ids of integer dtype and shape {rows}, got {_checks.describe(ids)}"
         )
     _checks.integers(name, ids)
-    _checks.shape(name, ids, rows, "one id a row: the logits' shape without the axis")
+    _checks.shape(name, ids, rows, "one id per row: the logits' shape without the axis")
     check_range(name, ids, logits.shape[axis], ignore_index)
 
 
 def check_range(name: str, ids: Array, columns: int, ignore_index: int | None) -> None:
-    """Under `checkify`, an error where an id is out of range; nothing at all otherwise."""
+    """Under `checkify`, raises an error where an id is out of range; does nothing otherwise."""
     ids = as_ids(ids)
     bad = (ids < 0) | (ids >= columns)
     if ignore_index is not None:

@@ -1,7 +1,20 @@
-"""The row reductions of the library: one short definition each, no derivative anywhere.
+"""Row reductions: the statistics of a row.
 
-Each factory returns a `RowReduction`; `reduce_rows` runs any mix of them in one pass. In the comments `x` is a
-row of scores, `p` its softmax, and sums run over the entries that are present.
+Each factory returns a `RowReduction`; `reduce_rows` runs any mix of them in one pass. A row without entries gives the
+value that each description names.
+
+For `linear_logits` without `softcap`, and with a mask that does not vary over rows and columns at once, `sum`, `mean`
+and `weighted_sum` of `[columns]` weights are computed without the logits, by one product with the summed columns of
+the weight; so is `moments`, if there are at least as many rows as features.
+
+Example:
+  >>> import jax.numpy as jnp
+  >>> from jaxsoft.rows import reduce_rows, reductions
+  >>> x = jnp.array([[1.0, 2.0, -1.0, 0.5]])
+  >>> wanted = {"moments": reductions.softmax_moments(), "best": reductions.top_k(2), "mean": reductions.mean()}
+  >>> out = reduce_rows(x, wanted)
+  >>> print(out["moments"].entropy.round(4), out["best"].indices, out["mean"])
+  [1.0144] [[1 0]] [0.625]
 """
 
 from __future__ import annotations
@@ -18,6 +31,9 @@ from jaxsoft import _checks
 from jaxsoft._numerics import as_ids, finite_gauge, log_or_neg_inf, safe_divide
 from jaxsoft.rows._gauge import exponentials, keep_gauge, rescale, running_max
 from jaxsoft.rows._reduction import RowReduction, Tile
+
+# In the comments x is a row of scores, p its softmax, and sums run over the entries that are present. No reduction
+# defines a derivative: it follows from `update` (see `RowReduction`).
 
 # ---------------------------------------------------------------------------------------------------------
 # The exponential family: states (m, *sums) as in `_gauge`.
@@ -43,8 +59,8 @@ def _lse_merge(a, b, *args):
 class LogPartition(NamedTuple):
     """A log-sum-exp in parts, each `[*rows]`: `(shift + correction) + log_sum`.
 
-    `((x - shift) - correction) - log_sum` is the log-softmax to the last place, whatever the size of the scores;
-    their sum, rounded, is not. The derivative is all in `log_sum`.
+    `((x - shift) - correction) - log_sum` is the log-softmax, accurate to the last place for scores of any size;
+    subtracting the rounded sum of the parts is not. Only `log_sum` has a derivative.
     """
 
     shift: jax.Array
@@ -79,8 +95,8 @@ def partition_of(state, *args) -> LogPartition:
 _lse_finalize = _value_of(partition_of)
 
 
-# logsumexp, mantissa and exponent (the two-pass softmax algorithm): e^x = a 2^e with e an integer kept as a
-# float; (E, A) stands for A 2^E. No maximum is needed, and rescaling by powers of two is exact.
+# logsumexp, mantissa and exponent (the two-pass softmax algorithm): e^x = a 2^e with an integer e, stored as a
+# float; the state (E, A) stands for A 2^E. No maximum is needed, and rescaling by powers of two is exact.
 
 _LN2_HI = 0.693359375  # ln 2 in 9 bits: e * _LN2_HI is exact for |e| < 2^15, also in float32
 _LN2_LO = -2.121944400546905827679e-4  # ln 2 - _LN2_HI
@@ -124,8 +140,8 @@ def _exponent_parts(state, *args):
 _exponent_finalize = _value_of(_exponent_parts)
 
 
-# logsumexp at a fixed reference phi (FlashDecoding++): (hi, s = sum e^(x-phi)); parts add up without any
-# rescaling. `hi` is the running maximum, read only to tell whether the result can be trusted.
+# logsumexp at a fixed reference phi (FlashDecoding++): (hi, s = sum e^(x-phi)); parts add up without
+# rescaling. `hi` is the running maximum, which only decides whether the result can be trusted.
 
 
 def _reference_init(like, reference):
@@ -134,7 +150,7 @@ def _reference_init(like, reference):
 
 def _reference_update(state, tile, reference):
     hi, s = state
-    # Clamped where the sum is thrown away anyway: an infinite term would make NaN of a zero cotangent.
+    # Clamps only where the sum is discarded anyway: an infinite term would turn a zero cotangent into NaN.
     terms = jnp.exp(jnp.minimum(tile.scores - lax.stop_gradient(reference)[..., None], 80))
     return running_max(hi, tile), s + jnp.sum(terms, axis=-1)
 
@@ -143,8 +159,8 @@ def _reference_merge(a, b, *args):
     return jnp.maximum(a[0], b[0]), a[1] + b[1]
 
 
-# The safe range of (row maximum - reference) in float32: e^80 times a million columns is still finite, and
-# a maximum of e^-80 is still far from underflow.
+# The safe range of (row maximum - reference) in float32: a million terms of e^66 add up to e^80, which is
+# finite, and a largest term of e^-80 is far from underflow.
 _REFERENCE_RANGE = (-80.0, 66.0)
 
 
@@ -165,12 +181,12 @@ def logsumexp(*, method: str = "online", reference: jax.Array | None = None) -> 
     """`log sum_j e^(x_j)`, -inf for an empty row.
 
     Args:
-      method: how the sum is kept from overflowing.
-        `"online"`: a running maximum, rescaling the sum when it grows (Milakov and Gimelshein, "Online
+      method: how overflow of the sum is avoided.
+        `"online"`: a running maximum; the sum is rescaled when it grows (Milakov and Gimelshein, "Online
         normalizer calculation for softmax").
         `"exponent"`: mantissa and integer exponent of every term, no maximum; rescaling is exact (Dukhan and
         Ablavatski, "The Two-Pass Softmax Algorithm").
-        `"reference"`: a fixed `reference`, no rescaling at all (Hong et al., "FlashDecoding++"); rows whose
+        `"reference"`: a fixed `reference`, no rescaling (Hong et al., "FlashDecoding++"); rows whose
         maximum is not within (-80, 66) of it give NaN, which `unified_max_softmax` replaces.
       reference: `[*rows]`, for `method="reference"`.
 
@@ -183,7 +199,7 @@ def logsumexp(*, method: str = "online", reference: jax.Array | None = None) -> 
 
 
 def log_partition(*, method: str = "online", reference: jax.Array | None = None) -> RowReduction:
-    """`logsumexp` in parts that lose nothing to rounding: see `LogPartition`. Same arguments."""
+    """`logsumexp` in parts, which avoid its rounding error: see `LogPartition`. Same arguments."""
     _checks.option("method", method, ("online", "exponent", "reference"))
     if (reference is not None) != (method == "reference"):
         raise ValueError(
@@ -198,8 +214,8 @@ def log_partition(*, method: str = "online", reference: jax.Array | None = None)
     )
 
 
-# weighted log-sum-exp: log sum_j b_j e^(x_j), b >= 0. The maximum runs over the entries with b > 0 only; the
-# others are there for the gradient of their b, e^(x - m), which is capped where it would overflow.
+# weighted log-sum-exp: log sum_j b_j e^(x_j), b >= 0. The maximum is taken over the entries with b > 0. The
+# others only matter for the gradient of their b, e^(x - m), which is capped where it would overflow.
 
 
 def _weighted_lse_update(state, tile, *args):
@@ -223,7 +239,7 @@ def weighted_log_partition(weights: jax.Array) -> RowReduction:
     return reduction._replace(entry_args=(weights,))
 
 
-# log-sum-exp over the columns that are not named.
+# log-sum-exp over the columns that are not excluded.
 
 
 def _excluding_update(state, tile, ids):
@@ -234,7 +250,7 @@ def _excluding_update(state, tile, ids):
 
 
 def log_partition_excluding(ids: jax.Array) -> RowReduction:
-    """`log sum e^(x_j)`, in parts, over the columns not among `ids` (`[*rows, k]`; out of range names nothing)."""
+    """`log sum e^(x_j)`, in parts, over the columns not among `ids` (`[*rows, k]`; one out of range has no effect)."""
     return RowReduction(
         _lse_init, _excluding_update, _lse_merge, partition_of, keep_gauge, args=(as_ids(ids),)
     )
@@ -278,7 +294,7 @@ def _moments_shift(state, m_new):
 def _moments_update(state, tile, *args):
     m_new = running_max(state[0], tile)
     w = exponentials(tile, m_new)
-    # Finite where w is 0, by a maximum rather than a select: XLA's reductions on the CPU fuse it.
+    # Finite where w is 0. A maximum rather than a select, because XLA's CPU reductions fuse it.
     y = jnp.maximum(tile.scores - finite_gauge(m_new)[..., None], -1e3)
     s, *higher = _moments_shift(state, m_new)
     powers = (y, y * y)
@@ -380,8 +396,8 @@ def sum_of_powered_probabilities(power: jax.Array) -> RowReduction:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Entries picked by index. The state is (value, status): 0 for a row nobody read, 1 for an id in range, 2 for one
-# out of range, which reads column 0 and is multiplied by NaN at the end, so that its gradient is NaN too.
+# Entries picked by index. The state is (value, status), with status 0 for a row not read, 1 for an id in range and 2
+# for an id out of range. The last reads column 0, and `finalize` multiplies it by NaN, so that its gradient is NaN too.
 
 
 def _take_init(like, ids):
@@ -396,7 +412,7 @@ def _in_range(tile, ids):
 
 
 def _picked(tile, ids):
-    """The scores at `ids`; for one id a row in a way whose gradient has no scatter."""
+    """The scores at `ids`; with one id per row, the gradient has no scatter."""
     return (tile.at_by_comparison if ids.ndim < tile.x.ndim else tile.at)(tile.x, ids)
 
 
@@ -424,7 +440,7 @@ def _take_finalize(state, ids):
 
 
 def take(ids: jax.Array) -> RowReduction:
-    """The scores at `ids`: `[*rows]` (one a row) or `[*rows, k]`.
+    """The scores at `ids`: `[*rows]` (one per row) or `[*rows, k]`.
 
     An absent entry gives -inf. An id outside the row gives NaN, in value and in gradient.
     """
@@ -434,7 +450,7 @@ def take(ids: jax.Array) -> RowReduction:
 
 
 class LabelStatistics(NamedTuple):
-    """What the softmax losses read of a row with a label, each `[*rows]`.
+    """The statistics of a labelled row that softmax losses need, each `[*rows]`.
 
     Attributes:
       nll: `-log softmax(x)[label]`, evaluated as `(m - x[label]) + log sum e^(x-m)`, which is exact for scores
@@ -486,7 +502,7 @@ def _label_share(state, tile, ids):
 
 
 def label_statistics(ids: jax.Array) -> RowReduction:
-    """The negative log-probability of one label a row, with the log-sum-exp: see `LabelStatistics`.
+    """The negative log-probability of one label per row, with the log-sum-exp: see `LabelStatistics`.
 
     A label outside the row gives NaN, in value and in gradient.
     """
@@ -553,9 +569,9 @@ class RelativeEntropy(NamedTuple):
 
     Attributes:
       divergence: `KL(p || q) = sum p log(p / q)`; 0 for an empty row.
-      entropy: of p.
+      entropy: the entropy of p.
       partition: the log-partition function of p's scores, in parts.
-      other_partition: that of q's scores.
+      other_partition: the same for q's scores.
     """
 
     divergence: jax.Array
@@ -628,16 +644,17 @@ def _pair_finalize(state):
 
 
 def relative_entropy(other: Any, *, reverse: bool = False) -> RowReduction:
-    """`KL(softmax(scores) || softmax(other))`, or with `reverse` that of `other` to the scores: `RelativeEntropy`.
+    """`KL(softmax(scores) || softmax(other))`, or `KL(softmax(other) || softmax(scores))` with `reverse`.
 
-    `other` is `[*rows, columns]`, an array or `linear_logits`. An entry that is absent in one row is left out of both.
+    See `RelativeEntropy`. `other` is `[*rows, columns]`, an array or `linear_logits`. An entry that is absent in one
+    row is left out of both.
     """
     update = _update_under_other if reverse else _update_under_scores
     return RowReduction(_pair_init, update, _pair_merge, _pair_finalize, _pair_neutral, entry_args=(other,))
 
 
-# Selections: the state is (value, column). Larger first, ties to the smaller column. Their derivative is that
-# of the entries they picked.
+# Selections. The state is (value, column), larger values first, ties to the smaller column. The derivative is that
+# of the selected entries.
 
 
 def _selection_share(state, tile, *args):
@@ -727,19 +744,19 @@ class TopK(NamedTuple):
 
 
 def _best_k(values, indices, k):
-    """The k best of candidates listed in column order (`lax.top_k` prefers the earlier of two equals)."""
+    """The k best of candidates in column order (`lax.top_k` prefers the earlier of two equals)."""
     best, at = lax.top_k(values, k)
     index = jnp.take_along_axis(indices, at, axis=-1)
     return best, jnp.where(best == -jnp.inf, -1, index)
 
 
 def _best_k_by_rounds(state, tile, k):
-    """The k best of a state and a tile by k rounds of a maximum; what is in the state has lower columns."""
+    """The k best of a state and a tile, by k rounds of a maximum; the state's columns are lower than the tile's."""
     none = jnp.iinfo(jnp.int32).max
     kept = [(state[0][..., i], state[1][..., i]) for i in range(k)]
     x, best = tile.scores, []
     for _ in range(k):
-        # The better of the first of the state that is left, and the best of the tile that is left.
+        # Compares the first remaining entry of the state with the best remaining entry of the tile.
         value, index = kept[0]
         top = jnp.max(x, axis=-1)
         is_top = (x == top[..., None]) | jnp.isnan(x)  # NaN is the largest, as in lax.top_k
@@ -863,7 +880,7 @@ def weighted_sum(weights: jax.Array) -> RowReduction:
 
 
 # Moments of the scores themselves: (n, c, D1 = sum (x - c), D2 = sum (x - c)^2). The centre c is a gauge: the
-# mean of the first block that has entries (NaN = not set yet), so that no large numbers cancel.
+# mean of the first block that has entries (NaN = not set yet), which prevents cancellation of large numbers.
 
 
 class Moments(NamedTuple):
@@ -871,7 +888,7 @@ class Moments(NamedTuple):
 
     Attributes:
       count: the number of present entries.
-      center: a number near the mean, without a derivative.
+      center: a number near the mean, without derivative.
       offset: the mean minus `center`.
       variance: the population variance (divisor `count`).
     """
@@ -938,7 +955,7 @@ def _centred_finalize(state):
 
 
 def _centred_closed_form(reduction, logits, col_keep, row_keep):
-    """From the `[d, d]` covariance of the weights, where there are at least d rows to pay for it."""
+    """Uses the `[d, d]` covariance of the weights; None with fewer than d rows, where that costs more."""
     del reduction
     if logits.hidden.shape[0] < logits.hidden.shape[1]:
         return None
@@ -969,7 +986,7 @@ def _count_above_update(state, tile, threshold):
 
 
 def count_above(threshold: jax.Array) -> RowReduction:
-    """How many scores lie strictly above `threshold` (`[*rows]`), as int32."""
+    """The number of scores strictly above `threshold` (`[*rows]`), as int32."""
     return RowReduction(_count_above_init, _count_above_update, args=(lax.stop_gradient(threshold),))
 
 
@@ -986,13 +1003,13 @@ def _rank_update(state, tile, ids, score):
 def rank(ids: jax.Array, score: jax.Array) -> RowReduction:
     """The rank (int32, 0 = largest) of column `ids` in its row, given its `score`, both `[*rows]`.
 
-    Equal scores rank by column. `label_rank` finds the score first.
+    Equal scores are ranked by column. `label_rank` finds the score first.
     """
     return RowReduction(_rank_init, _rank_update, args=(as_ids(ids), lax.stop_gradient(score)))
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The hook: any elementwise function of the scores, summed or log-sum-exp'ed.
+# Any elementwise function of the scores: its sum, and its log-sum-exp.
 
 
 def _mapped(tile: Tile, function: Callable, args) -> jax.Array:
@@ -1015,8 +1032,8 @@ def mapped_sum(function: Callable, *args, col_args: tuple = (), entry_args: tupl
     """`sum_j f(x_j)` for an elementwise `f(x, cols, *args, *col_args, *entry_args)`.
 
     `f` gets a block `[*rows, block]` of scores and the column index of each; per-row `args` come as
-    `[*rows, 1]`. It must be finite with a finite derivative at x = 0, which stands for absent entries, and be
-    a module-level or cached function (it is part of the key of the compiled program).
+    `[*rows, 1]`. It must be finite with a finite derivative at x = 0, the value of absent entries, and be a
+    module-level or cached function: compiled programs are cached by its identity.
     """
     return RowReduction(
         *_mapped_sum_functions(function), args=args, col_args=tuple(col_args), entry_args=tuple(entry_args)

@@ -14,7 +14,7 @@ from jaxsoft.attention.hyper import (
     scatterbrain_attention,
 )
 
-RNG = jax.random.key(0)
+RANDOM_KEY = jax.random.key(0)
 SIZES = dict(block_size=4, min_seq_len=3, bits=4)
 estimate = jax.jit(hyper_attention, static_argnames=("is_causal", "sample_size", *SIZES))
 
@@ -55,7 +55,7 @@ def test_neighbouring_buckets_differ_in_one_sign():
 
 
 def test_buckets_depend_on_the_angle_only_and_near_vectors_share_them():
-    x = jax.random.normal(RNG, (500, 8))
+    x = jax.random.normal(RANDOM_KEY, (500, 8))
     directions = jax.random.normal(jax.random.key(1), (8, 7))
     buckets = angular_lsh_buckets(x, directions)
     assert np.all(buckets == angular_lsh_buckets(3 * x, directions))
@@ -69,7 +69,7 @@ def test_buckets_depend_on_the_angle_only_and_near_vectors_share_them():
 @pytest.mark.parametrize("causal", [False, True])
 def test_short_attention_is_exact(causal, x64):
     q, k, v = arrays(13, 13)
-    out = estimate(q, k, v, rng=RNG, key_where=MASK, is_causal=causal, min_seq_len=13)
+    out = estimate(q, k, v, random_key=RANDOM_KEY, key_where=MASK, is_causal=causal, min_seq_len=13)
     close(out, dense(q, k, v, MASK, causal))
 
 
@@ -77,7 +77,7 @@ def test_short_attention_is_exact(causal, x64):
 def test_one_block_that_holds_all_keys_is_exact(queries, keys, x64):
     q, k, v = arrays(queries, keys)
     where = MASK[:, :keys]
-    options = dict(rng=RNG, key_where=where, block_size=13, sample_size=5, min_seq_len=1)
+    options = dict(random_key=RANDOM_KEY, key_where=where, block_size=13, sample_size=5, min_seq_len=1)
     close(estimate(q, k, v, **options), dense(q, k, v, where))
 
 
@@ -94,7 +94,7 @@ def error_of(out, exact):
 def test_the_estimate_converges_with_the_sample(queries, keys, causal, x64):
     q, k, v = arrays(queries, keys)
     exact = dense(q, k, v, MASK, causal)
-    options = dict(rng=RNG, key_where=MASK, is_causal=causal, **SIZES)
+    options = dict(random_key=RANDOM_KEY, key_where=MASK, is_causal=causal, **SIZES)
     few, many = (error_of(estimate(q, k, v, sample_size=m, **options), exact) for m in (8, 32768))
     assert few > 0.05  # otherwise nothing is estimated here
     assert many < 0.01 < few / 5
@@ -106,8 +106,8 @@ def test_the_mean_over_keys_is_the_exact_numerator_and_denominator(x64):
     # Attention of one query with value 1 at a single key and 0 elsewhere: its share of the mass.
     v = np.eye(12)[None, :, None].repeat(2, 2)
     out = jax.vmap(
-        lambda rng: estimate(q, k, v, rng=rng, sample_size=64, block_size=4, min_seq_len=1, bits=2)
-    )(jax.random.split(RNG, 4000))
+        lambda key: estimate(q, k, v, random_key=key, sample_size=64, block_size=4, min_seq_len=1, bits=2)
+    )(jax.random.split(RANDOM_KEY, 4000))
     exact = np.stack([_softmax(0.5 * q[0, :, h] @ k[0, :, h].T) for h in range(2)], 1)
     # The ratio of unbiased sums is biased by O(1 / sample_size) of the small spread.
     np.testing.assert_allclose(np.mean(out, axis=(0, 1)), exact, atol=4e-3)
@@ -122,19 +122,22 @@ def _softmax(x):
 def test_masked_keys_do_not_exist_and_the_key_decides(queries, keys, causal, x64):
     q, k, v = arrays(queries, keys)
     options = dict(key_where=MASK, is_causal=causal, sample_size=3, **SIZES)
-    out = estimate(q, k, v, rng=RNG, **options)
+    out = estimate(q, k, v, random_key=RANDOM_KEY, **options)
     hide = ~MASK[..., None, None]
-    close(estimate(q, np.where(hide, np.nan, k), np.where(hide, np.nan, v), rng=RNG, **options), out)
-    assert not np.allclose(out, estimate(q, k, v, rng=jax.random.key(1), **options))
+    close(
+        estimate(q, np.where(hide, np.nan, k), np.where(hide, np.nan, v), random_key=RANDOM_KEY, **options),
+        out,
+    )
+    assert not np.allclose(out, estimate(q, k, v, random_key=jax.random.key(1), **options))
     # The output is a mean of the values that are visible.
-    constant = estimate(q, k, np.where(hide, 7.0, np.ones_like(v)), rng=RNG, **options)
+    constant = estimate(q, k, np.where(hide, 7.0, np.ones_like(v)), random_key=RANDOM_KEY, **options)
     seen = MASK.any(-1)[:, None] if not causal else np.cumsum(MASK, -1) > 0
     close(constant, np.broadcast_to(seen[..., None, None], constant.shape))
 
 
 def test_later_keys_are_not_seen(x64):
     q, k, v = arrays(13, 13)
-    options = dict(rng=RNG, is_causal=True, sample_size=3, **SIZES)
+    options = dict(random_key=RANDOM_KEY, is_causal=True, sample_size=3, **SIZES)
     gradient = jax.jit(jax.grad(lambda k, v: jnp.sum(estimate(q, k, v, **options)[:, 6]), argnums=(0, 1)))
     for g in gradient(k, v):
         assert not np.any(g[:, 7:]) and np.any(g[:, :7])
@@ -150,7 +153,7 @@ causality = pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("window", [12, 13, 64])
 def test_a_window_over_everything_is_exact(window, causal, x64):
     q, k, v = arrays(13, 13)
-    options = dict(rng=RNG, key_where=MASK, window=window, is_causal=causal)
+    options = dict(random_key=RANDOM_KEY, key_where=MASK, window=window, is_causal=causal)
     close(scatter(q, k, v, **options), dense(q, k, v, MASK, causal))
 
 
@@ -159,7 +162,7 @@ def test_a_window_over_everything_is_exact(window, causal, x64):
 def test_the_weights_are_exact_inside_and_random_features_outside(window, causal, x64):
     q, k, v = arrays(13, 13)
     features = 6
-    directions = np.asarray(_orthogonal_directions(RNG, features // 2, 4, q.dtype))
+    directions = np.asarray(_orthogonal_directions(RANDOM_KEY, features // 2, 4, q.dtype))
 
     def phi(x):  # tau = 1 / 2
         u = np.sqrt(0.5) * x @ directions.T
@@ -174,7 +177,9 @@ def test_the_weights_are_exact_inside_and_random_features_outside(window, causal
         w = np.tril(w) * MASK[b] if causal else w * MASK[b]
         total = w.sum(-1, keepdims=True)
         exact[b, :, h] = w / np.where(total > 0, total, 1) @ v[b, :, h // 2]
-    out = scatter(q, k, v, rng=RNG, key_where=MASK, window=window, num_features=features, is_causal=causal)
+    out = scatter(
+        q, k, v, random_key=RANDOM_KEY, key_where=MASK, window=window, num_features=features, is_causal=causal
+    )
     close(out, exact)
 
 
@@ -182,7 +187,7 @@ def test_the_weights_are_exact_inside_and_random_features_outside(window, causal
 def test_the_estimate_converges_with_the_features(causal, x64):
     q, k, v = arrays(13, 13)
     q, k = q / 2, k / 2  # the features of large vectors have heavy tails
-    options = dict(rng=RNG, key_where=MASK, window=1, is_causal=causal)
+    options = dict(random_key=RANDOM_KEY, key_where=MASK, window=1, is_causal=causal)
     few, many = (
         error_of(scatter(q, k, v, num_features=r, **options), dense(q, k, v, MASK, causal))
         for r in (8, 32768)
@@ -192,7 +197,9 @@ def test_the_estimate_converges_with_the_features(causal, x64):
 
 def test_the_features_are_an_unbiased_estimate_of_the_exponential(x64):
     x, y = np.array([0.5, -0.3, 0.2, 0.1]), np.array([-0.4, 0.2, 0.6, 0.3])
-    rows = jax.vmap(lambda rng: _orthogonal_directions(rng, 6, 4, x.dtype))(jax.random.split(RNG, 20000))
+    rows = jax.vmap(lambda key: _orthogonal_directions(key, 6, 4, x.dtype))(
+        jax.random.split(RANDOM_KEY, 20000)
+    )
     groups = rows[:, :4] @ np.swapaxes(rows[:, :4], -1, -2)
     close(groups * (1 - np.eye(4)), np.zeros_like(groups))
     close(np.mean(rows**2), 1, 2e-2)
@@ -202,7 +209,7 @@ def test_the_features_are_an_unbiased_estimate_of_the_exponential(x64):
 
 def test_large_scores_do_not_overflow():
     q, k, v = (jnp.asarray(a, jnp.float32) for a in arrays(13, 13))
-    out = scatter(30 * q, 30 * k, v, rng=RNG, window=2)
+    out = scatter(30 * q, 30 * k, v, random_key=RANDOM_KEY, window=2)
     assert np.isfinite(out).all()
     assert np.abs(out).max() <= np.abs(v).max() + 1e-5
 
@@ -215,23 +222,23 @@ BAD = [
         TypeError,
         "x must be an array of floating",
     ),
-    (lambda: hyper_attention(X, X, X, rng=RNG, block_size=0), ValueError, "block_size"),
-    (lambda: hyper_attention(X, X, X, rng=RNG, sample_size=0), ValueError, "sample_size"),
-    (lambda: hyper_attention(X, X, X, rng=RNG, min_seq_len=2.0), TypeError, "min_seq_len"),
-    (lambda: hyper_attention(X, X, X, rng=RNG, bits=30), ValueError, "bits"),
+    (lambda: hyper_attention(X, X, X, random_key=RANDOM_KEY, block_size=0), ValueError, "block_size"),
+    (lambda: hyper_attention(X, X, X, random_key=RANDOM_KEY, sample_size=0), ValueError, "sample_size"),
+    (lambda: hyper_attention(X, X, X, random_key=RANDOM_KEY, min_seq_len=2.0), TypeError, "min_seq_len"),
+    (lambda: hyper_attention(X, X, X, random_key=RANDOM_KEY, bits=30), ValueError, "bits"),
     (
-        lambda: hyper_attention(X[:2], X, X, rng=RNG, is_causal=True),
+        lambda: hyper_attention(X[:2], X, X, random_key=RANDOM_KEY, is_causal=True),
         ValueError,
         "key must have the query's length",
     ),
-    (lambda: scatterbrain_attention(X[:2], X, X, rng=RNG), ValueError, "as many positions"),
-    (lambda: scatterbrain_attention(X, X, X, rng=RNG, window=0), ValueError, "window"),
+    (lambda: scatterbrain_attention(X[:2], X, X, random_key=RANDOM_KEY), ValueError, "as many positions"),
+    (lambda: scatterbrain_attention(X, X, X, random_key=RANDOM_KEY, window=0), ValueError, "window"),
     (
-        lambda: scatterbrain_attention(X, X, X, rng=RNG, num_features=3),
+        lambda: scatterbrain_attention(X, X, X, random_key=RANDOM_KEY, num_features=3),
         ValueError,
         "num_features must be even",
     ),
-    (lambda: scatterbrain_attention(X, X, X, rng=RNG, scale=-1.0), ValueError, "scale"),
+    (lambda: scatterbrain_attention(X, X, X, random_key=RANDOM_KEY, scale=-1.0), ValueError, "scale"),
 ]
 
 

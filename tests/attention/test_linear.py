@@ -11,7 +11,7 @@ from conftest import float64
 
 from jaxsoft.attention import hyper, linear, reuse, softmax_free
 
-RNG = jax.random.key(0)
+RANDOM_KEY = jax.random.key(0)
 B, T, N, K, H, V = 2, 7, 4, 2, 4, 3
 
 
@@ -35,7 +35,7 @@ def urpe(q, k, v, w, **options):
     )
 
 
-small = dict(rng=RNG, block_size=2, sample_size=3, min_seq_len=3, bits=3)
+small = dict(random_key=RANDOM_KEY, block_size=2, sample_size=3, min_seq_len=3, bits=3)
 CASES = {
     "linear": lambda q, k, v, w: linear.linear_attention(q, k, v, key_where=w),
     "linear causal": lambda q, k, v, w: linear.linear_attention(
@@ -61,10 +61,10 @@ CASES = {
     "hyper": lambda q, k, v, w: hyper.hyper_attention(q, k, v, key_where=w, **small),
     "hyper causal": lambda q, k, v, w: hyper.hyper_attention(q, k, v, key_where=w, is_causal=True, **small),
     "scatterbrain": lambda q, k, v, w: hyper.scatterbrain_attention(
-        q, k, v, rng=RNG, window=2, key_where=w, num_features=6
+        q, k, v, random_key=RANDOM_KEY, window=2, key_where=w, num_features=6
     ),
     "scatterbrain causal": lambda q, k, v, w: hyper.scatterbrain_attention(
-        q, k, v, rng=RNG, window=1, key_where=w, num_features=6, is_causal=True
+        q, k, v, random_key=RANDOM_KEY, window=1, key_where=w, num_features=6, is_causal=True
     ),
     "unified": lambda q, k, v, w: reuse.unified_softmax_attention(q, k, v, key_where=w)[0],
     "reused": follow,
@@ -209,7 +209,9 @@ def test_nothing_of_the_size_of_the_scores_is_stored(name):
     key = value = jax.ShapeDtypeStruct((length, 1, 4), jnp.float32)
     f = CASES[name]
     if name.startswith("hyper"):
-        options = dict(rng=RNG, min_seq_len=512, block_size=64, sample_size=64, is_causal="causal" in name)
+        options = dict(
+            random_key=RANDOM_KEY, min_seq_len=512, block_size=64, sample_size=64, is_causal="causal" in name
+        )
         f = lambda q, k, v, w: hyper.hyper_attention(q, k, v, key_where=w, **options)
     gradient = jax.grad(lambda *qkv: f(*qkv, None).sum(), argnums=(0, 1, 2))
     assert max(sizes_of(jax.make_jaxpr(gradient)(query, key, value).jaxpr)) < length * length // 4

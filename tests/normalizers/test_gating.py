@@ -347,8 +347,8 @@ BAD = [
         ValueError,
         "temperature must be a number > 0",
     ),
-    (lambda: dense_to_sparse_gate(H, jnp.ones((3, 2))), ValueError, r"kernel must have shape \(4, 2\)"),
-    (lambda: dense_to_sparse_gate(H, jnp.ones(4)), ValueError, "kernel must have two axes"),
+    (lambda: dense_to_sparse_gate(H, jnp.ones((3, 2))), ValueError, r"weight must have shape \(4, 2\)"),
+    (lambda: dense_to_sparse_gate(H, jnp.ones(4)), ValueError, "weight must have two axes"),
     (
         lambda: dense_to_sparse_gate(H, jnp.eye(4), activation="tanh"),
         TypeError,
@@ -360,7 +360,7 @@ BAD = [
     (
         lambda: soft_moe_dispatch_combine(TOKENS, jnp.eye(2), key=KEY),
         ValueError,
-        "noise_std and key go together",
+        "key must be given if and only if noise_std > 0",
     ),
     (
         lambda: soft_moe_dispatch_combine(TOKENS, jnp.eye(2), where=jnp.ones(2, bool)),

@@ -41,7 +41,7 @@ def test_worked_numbers(x64):
     y, g = jax.value_and_grad(lambda x: soft_pool(x, axes=(0, 1))[0, 0])(square)
     close(y, 2.492653)
     close(g, [[-0.042932, 0.120182], [0.970602, -0.047852]])
-    g = jax.grad(lambda x: soft_pool(x, axes=(0, 1), detach_weights=True)[0, 0])(square)
+    g = jax.grad(lambda x: soft_pool(x, axes=(0, 1), stop_weight_gradient=True)[0, 0])(square)
     close(g, [[0.087144, 0.236883], [0.643914, 0.032059]])
 
 

@@ -28,16 +28,16 @@ def network_by_hand(form, p, x):
     """The two published networks, line by line."""
     p = jax.tree.map(np.asarray, p)
     if form == "llm":
-        h = sigmoid(x / np.linalg.norm(x, axis=-1, keepdims=True) @ p.kernel + p.bias)
+        h = sigmoid(x / np.linalg.norm(x, axis=-1, keepdims=True) @ p.weight + p.bias)
         u = h @ p.prototypes + p.prototype_bias
         value, low, high = u, 0.5, 5.0
     else:
-        h = sigmoid(x @ p.kernel + p.bias)
+        h = sigmoid(x @ p.weight + p.bias)
         u = h @ (p.prototypes / np.linalg.norm(p.prototypes, axis=0))
         value, low, high = sigmoid(u), 0.005, 0.05
     w = np.exp(u / np.exp(p.log_scale))
     w /= w.sum(-1, keepdims=True)
-    a = ((w - 1 / w.shape[-1]) * value) @ p.output_kernel + p.output_bias
+    a = ((w - 1 / w.shape[-1]) * value) @ p.output_weight + p.output_bias
     return (high - low) * sigmoid(a) + low
 
 
@@ -67,8 +67,8 @@ def test_initial_parameters():
     assert float(llm.log_scale) == 0 and abs(float(clip.log_scale) - np.log(0.01)) < 1e-6
     assert clip.prototype_bias is None and llm.prototype_bias.shape == (64,)
     for p in (llm, clip):
-        assert np.all(p.output_kernel == 1) and p.output_bias == 0
-        assert 0.9 * 10**-0.5 < np.abs(p.kernel).max() <= 10**-0.5
+        assert np.all(p.output_weight == 1) and p.output_bias == 0
+        assert 0.9 * 10**-0.5 < np.abs(p.weight).max() <= 10**-0.5
     assert np.abs(llm.prototypes).max() <= 1 / 8 < 0.9 < np.std(clip.prototypes) < 1.1
 
 
