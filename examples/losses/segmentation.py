@@ -4,7 +4,7 @@ Two digits of scikit-learn lie on a canvas of 20 x 20 pixels under noise; every 
 to a digit. Three annotators labelled the training images, some of them a pixel off: soft labels are the mean of their
 votes, hard labels the majority. The test images have the true labels.
 
-  python examples/segmentation_losses.py --steps 150 --seeds 3
+  python examples/losses/segmentation.py --steps 150 --seeds 3
 """
 
 import argparse

@@ -10,7 +10,7 @@ trained on, where the judge is right:
   reward     how often the implicit reward, log pi - log ref, is larger for the true continuation
   nats       cross-entropy of the true continuation, in nats a character: lower is better
 
-  python examples/preference_losses.py --label-noise 0.3
+  python examples/losses/preference.py --label-noise 0.3
 """
 
 import argparse

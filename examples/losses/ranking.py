@@ -5,7 +5,7 @@ its digit. In training, a batch pairs each image with another one of its digit. 
 of that one alone, and so take the other images of the digit in the batch, about one in ten, for negatives; the losses
 of many positives, and of pairs and lists, are told the digits.
 
-  python examples/ranking_losses.py --steps 300 --seeds 3
+  python examples/losses/ranking.py --steps 300 --seeds 3
 """
 
 import functools

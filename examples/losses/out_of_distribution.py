@@ -5,7 +5,7 @@ none of the classes. The score is the free energy `-logsumexp(logits)`; AUROC is
 8 or 9 than for one of 0 to 5. The calibration error compares confidence and accuracy on 0 to 5, in ten bins. The seeds
 vary the initial network and the batches.
 
-  python examples/out_of_distribution_losses.py --steps 1000 --seeds 3
+  python examples/losses/out_of_distribution.py --steps 1000 --seeds 3
 """
 
 import functools

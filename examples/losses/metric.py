@@ -5,7 +5,7 @@ of the embeddings, among the other images of that set. Recall@1 is how often the
 for test images of the digits seen, once for test images of 7, 8 and 9, which no network has seen. Mean average
 precision (MAP@R) asks for all images of the digit, not only the nearest.
 
-  python examples/metric_losses.py --steps 400 --seeds 3
+  python examples/losses/metric.py --steps 400 --seeds 3
 """
 
 import jax

@@ -2,7 +2,7 @@
 
 All losses share the optimizer and its learning rate, which suits the first one.
 
-  python examples/alternative_losses.py --steps 600 --seeds 3
+  python examples/losses/alternative.py --steps 600 --seeds 3
 """
 
 import functools
