@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import near, softmax
 
 from jaxsoft.attention.hyper import (
     _orthogonal_directions,
@@ -17,10 +18,6 @@ from jaxsoft.attention.hyper import (
 RNG = jax.random.key(0)
 SIZES = dict(block_size=4, min_seq_len=3, bits=4)
 estimate = jax.jit(hyper_attention, static_argnames=("is_causal", "sample_size", *SIZES))
-
-
-def close(a, b, tolerance=1e-9):
-    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=tolerance, atol=tolerance)
 
 
 def arrays(queries, keys, batch=(2,), heads=4, seed=0):
@@ -70,7 +67,7 @@ def test_buckets_depend_on_the_angle_only_and_near_vectors_share_them():
 def test_short_attention_is_exact(causal, x64):
     q, k, v = arrays(13, 13)
     out = estimate(q, k, v, rng=RNG, key_where=MASK, is_causal=causal, min_seq_len=13)
-    close(out, dense(q, k, v, MASK, causal))
+    near(out, dense(q, k, v, MASK, causal))
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(13, 13), (4, 13), (11, 5)])
@@ -78,7 +75,7 @@ def test_one_block_that_holds_all_keys_is_exact(queries, keys, x64):
     q, k, v = arrays(queries, keys)
     where = MASK[:, :keys]
     options = dict(rng=RNG, key_where=where, block_size=13, sample_size=5, min_seq_len=1)
-    close(estimate(q, k, v, **options), dense(q, k, v, where))
+    near(estimate(q, k, v, **options), dense(q, k, v, where))
 
 
 hyper_cases = pytest.mark.parametrize(
@@ -108,14 +105,9 @@ def test_the_mean_over_keys_is_the_exact_numerator_and_denominator(x64):
     out = jax.vmap(
         lambda rng: estimate(q, k, v, rng=rng, sample_size=64, block_size=4, min_seq_len=1, bits=2)
     )(jax.random.split(RNG, 4000))
-    exact = np.stack([_softmax(0.5 * q[0, :, h] @ k[0, :, h].T) for h in range(2)], 1)
+    exact = np.stack([softmax(0.5 * q[0, :, h] @ k[0, :, h].T) for h in range(2)], 1)
     # The ratio of unbiased sums is biased by O(1 / sample_size) of the small spread.
     np.testing.assert_allclose(np.mean(out, axis=(0, 1)), exact, atol=4e-3)
-
-
-def _softmax(x):
-    w = np.exp(x)
-    return w / w.sum(-1, keepdims=True)
 
 
 @hyper_cases
@@ -124,12 +116,12 @@ def test_masked_keys_do_not_exist_and_the_key_decides(queries, keys, causal, x64
     options = dict(key_where=MASK, is_causal=causal, sample_size=3, **SIZES)
     out = estimate(q, k, v, rng=RNG, **options)
     hide = ~MASK[..., None, None]
-    close(estimate(q, np.where(hide, np.nan, k), np.where(hide, np.nan, v), rng=RNG, **options), out)
+    near(estimate(q, np.where(hide, np.nan, k), np.where(hide, np.nan, v), rng=RNG, **options), out)
     assert not np.allclose(out, estimate(q, k, v, rng=jax.random.key(1), **options))
     # The output is a mean of the values that are visible.
     constant = estimate(q, k, np.where(hide, 7.0, np.ones_like(v)), rng=RNG, **options)
     seen = MASK.any(-1)[:, None] if not causal else np.cumsum(MASK, -1) > 0
-    close(constant, np.broadcast_to(seen[..., None, None], constant.shape))
+    near(constant, np.broadcast_to(seen[..., None, None], constant.shape))
 
 
 def test_later_keys_are_not_seen(x64):
@@ -151,7 +143,7 @@ causality = pytest.mark.parametrize("causal", [False, True])
 def test_a_window_over_everything_is_exact(window, causal, x64):
     q, k, v = arrays(13, 13)
     options = dict(rng=RNG, key_where=MASK, window=window, is_causal=causal)
-    close(scatter(q, k, v, **options), dense(q, k, v, MASK, causal))
+    near(scatter(q, k, v, **options), dense(q, k, v, MASK, causal))
 
 
 @causality
@@ -175,7 +167,7 @@ def test_the_weights_are_exact_inside_and_random_features_outside(window, causal
         total = w.sum(-1, keepdims=True)
         exact[b, :, h] = w / np.where(total > 0, total, 1) @ v[b, :, h // 2]
     out = scatter(q, k, v, rng=RNG, key_where=MASK, window=window, num_features=features, is_causal=causal)
-    close(out, exact)
+    near(out, exact)
 
 
 @causality
@@ -194,10 +186,10 @@ def test_the_features_are_an_unbiased_estimate_of_the_exponential(x64):
     x, y = np.array([0.5, -0.3, 0.2, 0.1]), np.array([-0.4, 0.2, 0.6, 0.3])
     rows = jax.vmap(lambda rng: _orthogonal_directions(rng, 6, 4, x.dtype))(jax.random.split(RNG, 20000))
     groups = rows[:, :4] @ np.swapaxes(rows[:, :4], -1, -2)
-    close(groups * (1 - np.eye(4)), np.zeros_like(groups))
-    close(np.mean(rows**2), 1, 2e-2)
+    near(groups * (1 - np.eye(4)), np.zeros_like(groups))
+    near(np.mean(rows**2), 1, 2e-2)
     estimates = np.cosh(rows @ (x + y)) * np.exp(-(x @ x + y @ y) / 2)
-    close(np.mean(estimates), np.exp(x @ y), 1e-2)
+    near(np.mean(estimates), np.exp(x @ y), 1e-2)
 
 
 def test_large_scores_do_not_overflow():

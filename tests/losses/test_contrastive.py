@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import close
 
 import jaxsoft
 from jaxsoft import losses
@@ -22,10 +23,6 @@ def towers(seed=0, n=N, d=D):
 
 def expression(x, y, block_size=4):
     return jaxsoft.linear_logits(x, y, transpose_weight=True, scale=2.0, block_size=block_size)
-
-
-def close(a, b, tolerance=1e-6):
-    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=tolerance)
 
 
 def test_worked_numbers():

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import float64
+from helpers import close
 from jax.test_util import check_grads
 
 import jaxsoft
@@ -30,10 +31,6 @@ P, Q = RNG.normal(size=(2, 6, 3)), RNG.normal(size=(2, 5, 3))  # two pairs of sa
 KEEP_P, KEEP_Q = RNG.random((2, 6)) < 0.6, RNG.random((2, 5)) < 0.6
 W, V = RNG.normal(size=(2, 6)), RNG.normal(size=(2, 5))
 COTANGENT = np.array([0.7, -1.3])
-
-
-def close(a, b, tolerance=1e-6):
-    np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=0, atol=tolerance)
 
 
 def test_worked_numbers(x64):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import float64
+from helpers import close
 
 import jaxsoft
 from jaxsoft import losses
@@ -26,10 +27,6 @@ from jaxsoft.losses import (
 )
 
 RNG = np.random.default_rng(0)
-
-
-def close(a, b, tolerance=1e-6):
-    np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=0, atol=tolerance)
 
 
 # --- worked numbers --------------------------------------------------------------------------------------

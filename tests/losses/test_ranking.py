@@ -7,26 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import close, kinds, logits_of
 
 import jaxsoft
 from jaxsoft import losses
 
 SCORES = [[0.6, 0.5, -0.2, 0.1, 0.7]]
 POSITIVE = np.array([0])
-DIGITS = 1e-6
-
-kinds = pytest.mark.parametrize("kind", ["dense", "streamed"])
-
-
-def logits_of(scores, kind):
-    scores = jnp.asarray(scores)
-    if kind == "dense":
-        return scores
-    return jaxsoft.linear_logits(jnp.eye(scores.shape[0], dtype=scores.dtype), scores, block_size=2)
-
-
-def close(a, b, tolerance=DIGITS):
-    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=tolerance)
 
 
 # --- a positive against the negatives of its row ---------------------------------------------------------------

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import close, jacobian, streamed
 
 import jaxsoft
 from jaxsoft import losses
@@ -21,24 +22,9 @@ SMOOTH, TRADES, SCORE = (
 LOG_FLOOR = -np.log(1e-4)
 
 
-def close(a, b, tolerance=1e-6):
-    np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=0, atol=tolerance)
-
-
-def streamed(scores):
-    """Scores as an expression whose hidden states are the identity."""
-    return jaxsoft.linear_logits(jnp.eye(scores.shape[0], dtype=scores.dtype), scores, block_size=2)
-
-
 def example(rows=4, columns=6, seed=0):
     rng = np.random.default_rng(seed)
     return jnp.asarray(rng.normal(size=(rows, columns)) * 2), jnp.asarray(rng.integers(0, columns, rows))
-
-
-def jacobian(loss, x):
-    """The gradient of each row's loss with respect to its row."""
-    values, pullback = jax.vjp(loss, x)
-    return values, pullback(jnp.ones_like(values))[0]
 
 
 NUMBERS = [  # loss, options, value on A with label 0, value on B with label 3

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from conftest import float64
+from helpers import close
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
@@ -23,10 +24,6 @@ SOFT = RNG.dirichlet(np.full(6, 0.3), (3, 4, 5))
 KEEP = RNG.random((3, 4, 5)) < 0.7
 WEIGHTS = RNG.random((3, 4, 5))
 CLASS_WEIGHTS = 0.5 + RNG.random(6)
-
-
-def close(a, b, tolerance=1e-6):
-    np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=0, atol=tolerance)
 
 
 def oracle(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import close
 
 import jaxsoft
 from jaxsoft import normalizers
@@ -16,14 +17,9 @@ U = [1.0, 1.2, 0.5, -0.3]
 W = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 1.5]
 VALUES = np.array([[1.0, 0], [0, 1], [1, 1], [2, -1]])
 G = np.array([0.3, -1.0, 2.0, 0.7])  # a cotangent
-DIGITS = 1e-6  # the numbers are given to six digits
 KEY = jax.random.key(3)
 
 partial = functools.partial
-
-
-def close(a, b, tolerance=DIGITS):
-    np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=0, atol=tolerance)
 
 
 def name_of(value):

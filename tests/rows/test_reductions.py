@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import float64
+from helpers import trees_close
 
 import jaxsoft
 from jaxsoft import losses, rows
@@ -410,14 +411,6 @@ def with_gradient(f, point):
     return result, gradient
 
 
-def assert_close(a, b, tolerance=1e-12):
-    leaves_a, leaves_b = jax.tree.leaves(a), jax.tree.leaves(b)
-    assert len(leaves_a) == len(leaves_b)
-    for u, v in zip(leaves_a, leaves_b):
-        assert u.shape == v.shape
-        np.testing.assert_allclose(np.asarray(u, float), np.asarray(v, float), rtol=tolerance, atol=tolerance)
-
-
 # f64 with sums of tens of terms of size up to 100: 1e-12 leaves a factor of about a hundred to rounding.
 
 
@@ -436,9 +429,9 @@ def test_blocks_of_any_size_are_the_formula(case, x64):
     point = {"x": make_scores(), **given_of(case)}
     expected = with_gradient(lambda p: case.reference(p["x"], p), point)
     result, gradient = blockwise(case)(point)
-    assert_close((result, gradient), expected)
+    trees_close((result, gradient), expected)
     assert jnp.all(gradient["x"][3] == 0)  # the row of -inf
-    assert_close(case.view(reduce_rows(point["x"], case.make(point), block_size=V + 3)), expected[0])
+    trees_close(case.view(reduce_rows(point["x"], case.make(point), block_size=V + 3)), expected[0])
 
 
 AFFINE = (
@@ -488,7 +481,7 @@ def test_linear_logits_are_the_formula(case, softcap, x64):
     result, gradient = with_gradient(dense, point)
     if case.factory == "take":  # nobody reads an absent row: the score is that of an absent entry
         result = result.at[3].set(-INF)
-    assert_close(jax.jit(lambda p: with_gradient(streamed, p))(point), (result, gradient), 1e-11)
+    trees_close(jax.jit(lambda p: with_gradient(streamed, p))(point), (result, gradient), 1e-11)
 
 
 def test_moments_of_few_rows_are_streamed(x64):
@@ -504,7 +497,7 @@ def test_moments_of_few_rows_are_streamed(x64):
     got, expected = (
         jax.jit(jax.jacrev(lambda p, s=s: contract(f(p, s))))((hidden, weight)) for s in (True, False)
     )
-    assert_close(got, expected, 1e-11)
+    trees_close(got, expected, 1e-11)
 
 
 # --- merging ---------------------------------------------------------------------------------------------
@@ -554,16 +547,16 @@ def test_parts_merge_in_any_order(case, x64):
         merge(a, merge(b, c)),
         merge(merge(empty, a), merge(merge(b, empty), c)),
     ):
-        assert_close(finish(state), expected)
+        trees_close(finish(state), expected)
     without = case.reference(x.at[:, cuts[0] : cuts[1]].set(-INF), given)
-    assert_close(finish(merge(merge(a, absent), c)), without)
-    assert_close(finish(merge(a, merge(absent, c))), without)
+    trees_close(finish(merge(merge(a, absent), c)), without)
+    trees_close(finish(merge(a, merge(absent, c))), without)
     # Three parts, taken in by one state, are one part.
     state = empty
     for start, stop in ((0, cuts[0]), cuts, (cuts[1], V)):
         state = reduction.update(state, tile_of(x, start, stop, reduction), *args)
-    assert_close(finish(state), expected)
-    assert_close(finish(merge(empty, empty)), finish(empty))
+    trees_close(finish(state), expected)
+    trees_close(finish(merge(empty, empty)), finish(empty))
 
 
 # --- entries picked by index, ties, NaN ------------------------------------------------------------------
@@ -837,7 +830,7 @@ class TestAReductionOfAUser:
             return value, tangent, jax.grad(f)(p), curvature, both
 
         got, expected = (jax.jit(lambda k=k: everything(self.total(k)))() for k in (kind, "plain"))
-        assert_close(got, expected, 1e-11)
+        trees_close(got, expected, 1e-11)
         assert jnp.all(got[2]["margin"] != 0)
 
     def test_vmap(self, x64):
@@ -853,13 +846,13 @@ class TestAReductionOfAUser:
                 one = f(
                     {"hidden": p["hidden"][i], "weight": p["weight"], "margin": p["margin"][i]}, labels[i]
                 )
-                assert_close(jax.tree.map(lambda a, i=i: a[i], got), one, 1e-12)
+                trees_close(jax.tree.map(lambda a, i=i: a[i], got), one, 1e-12)
 
     def test_leading_axes(self, x64):
         p = self.operands((3, 4))
         labels = jnp.stack([self.labels, self.labels[::-1], self.labels])
         got = self.losses_of("streamed")(p, labels)
-        assert_close(got, plain_margin_loss(p["hidden"] @ p["weight"], labels, p["margin"]))
+        trees_close(got, plain_margin_loss(p["hidden"] @ p["weight"], labels, p["margin"]))
 
     @pytest.mark.parametrize("chunk", [None, 3])
     def test_weighted_sum(self, chunk, x64):
@@ -877,7 +870,7 @@ class TestAReductionOfAUser:
             )
 
         got, expected = (jax.jit(jax.value_and_grad(g))(p) for g in (f, self.total("plain")))
-        assert_close(got, expected, 1e-11)
+        trees_close(got, expected, 1e-11)
 
 
 def test_float64_of_the_tests_is_on():
