@@ -54,6 +54,12 @@ def logits_of(scores, kind, block_size=2):
     return jnp.asarray(scores) if kind == "dense" else streamed(scores, block_size)
 
 
+def example(n=6, columns=5, scale=2.0):
+    """Random scores `[n, columns]`, labels, and a cotangent of the losses."""
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(n, columns)) * scale, rng.integers(0, columns, n), rng.normal(size=n)
+
+
 # --- gradients -------------------------------------------------------------------------------------------
 
 
@@ -72,6 +78,39 @@ def jacobian(loss, x):
     """The loss of each row, and its gradient with respect to that row."""
     values, pullback = jax.vjp(loss, x)
     return values, pullback(jnp.ones_like(values))[0]
+
+
+def is_float(a):
+    """Whether an array has a floating dtype."""
+    return jnp.issubdtype(a.dtype, jnp.floating)
+
+
+def floats(result):
+    """The float leaves of a result."""
+    return [a for a in jax.tree.leaves(result) if is_float(a)]
+
+
+def contract(result, seed=0):
+    """A sum of the finite float results with random, non-uniform weights."""
+    total = 0.0
+    for i, a in enumerate(floats(result)):
+        w = jnp.asarray(np.random.default_rng(seed + i).normal(size=a.shape))
+        finite = jnp.isfinite(jax.lax.stop_gradient(a))
+        total = total + jnp.sum(jnp.where(finite, w * jnp.where(finite, a, 0), 0))
+    return jnp.asarray(total)
+
+
+def with_gradient(f, point):
+    """The results of `f(point)` and the gradients of their contraction to all float leaves of the point."""
+    inputs = {k: v for k, v in point.items() if is_float(v)}
+    others = {k: v for k, v in point.items() if not is_float(v)}
+
+    def scalar(inputs):
+        result = f({**inputs, **others})
+        return contract(result), result
+
+    gradient, result = jax.grad(scalar, has_aux=True)(inputs)
+    return result, gradient
 
 
 # --- dense formulas in numpy -----------------------------------------------------------------------------
@@ -93,6 +132,16 @@ def sigmoid(x):
 # --- optimizers ------------------------------------------------------------------------------------------
 
 
+def params_tree(dtype=jnp.float32):
+    """A tree with a matrix, a vector, a scalar, an empty leaf and no leaf."""
+    return {
+        "matrix": jnp.asarray([[1.0, -2.0], [0.5, 3.0], [-1.0, 0.25]], dtype),
+        "nested": (jnp.asarray([0.5, -1.5], dtype), None),
+        "scalar": jnp.asarray(2.0, dtype),
+        "empty": jnp.zeros((0, 3), dtype),
+    }
+
+
 def descend(tx, params, gradient, xs=None, steps=None):
     """Parameters and state after a step on `gradient(params, x)` for each x, or after `steps` steps with x None."""
 
@@ -104,16 +153,34 @@ def descend(tx, params, gradient, xs=None, steps=None):
     return jax.lax.scan(step, (params, tx.init(params)), xs, steps)[0]
 
 
-def trajectory(tx, params, grads):
-    """The parameters after each step, `[steps, *shape]`."""
+def steps_of(tx, params, grads, decay_after=0.0):
+    """The parameters after each step, `[steps, *shape]`, and the last state; each step ends by decaying them."""
 
     def step(carry, g):
         params, state = carry
         updates, state = tx.update(g, state, params)
-        params = optax.apply_updates(params, updates)
+        params = optax.apply_updates(params, updates) * (1 - decay_after)
         return (params, state), params
 
-    return jax.jit(lambda p, g: jax.lax.scan(step, (p, tx.init(p)), g)[1])(params, grads)
+    (_, state), out = jax.jit(lambda p, g: jax.lax.scan(step, (p, tx.init(p)), g))(params, grads)
+    return out, state
+
+
+def trajectory(tx, params, grads, decay_after=0.0):
+    """The parameters after each step, `[steps, *shape]`; `decay_after` is as in `steps_of`."""
+    return steps_of(tx, params, grads, decay_after)[0]
+
+
+def torch_trajectory(make, start, grads):
+    """The parameters after each step of `make(pytorch_optimizer, [params])`, in float64."""
+    torch, po = pytest.importorskip("torch"), pytest.importorskip("pytorch_optimizer")
+    theta = torch.nn.Parameter(torch.tensor(start))
+    optimizer, out = make(po, [theta]), []
+    for g in grads:
+        theta.grad = torch.tensor(g)
+        optimizer.step()
+        out.append(theta.detach().numpy().copy())
+    return np.stack(out)
 
 
 def temporary_bytes(tx, params):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import float64
-from helpers import trees_close
+from helpers import contract, floats, trees_close
 from jax.experimental import checkify
 from jax.sharding import PartitionSpec as P
 
@@ -37,20 +37,6 @@ def scores(entry, leading=LEADING, columns=V, dtype=np.float32, scale=2.0):
 def inputs_of(entry, leading=LEADING, columns=V, dtype=np.float32):
     given = make_inputs(seed_of(entry) + 1, leading, columns, dtype)
     return {k: given[k] for k in entry.inputs}
-
-
-def floats(result):
-    return [a for a in jax.tree.leaves(result) if jnp.issubdtype(a.dtype, jnp.floating)]
-
-
-def contract(result, seed=0):
-    """A sum of the float outputs with random, non-uniform weights; infinite ones left out."""
-    total = 0.0
-    for i, a in enumerate(floats(result)):
-        w = jnp.asarray(np.random.default_rng(seed + i).normal(size=a.shape), a.dtype)
-        finite = jnp.isfinite(jax.lax.stop_gradient(a))
-        total = total + jnp.sum(jnp.where(finite, w * jnp.where(finite, a, 0), 0))
-    return total
 
 
 class _Program:

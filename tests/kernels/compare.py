@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rows.test_reductions import with_gradient
+from helpers import with_gradient
 
 import jaxsoft
 

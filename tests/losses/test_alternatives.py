@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import kinds, logits_of, values_and_gradient
+from helpers import example, kinds, logits_of, values_and_gradient
 
 import jaxsoft
 from jaxsoft import losses
@@ -14,11 +14,6 @@ X = [1.0, 2.0, -1.0, 0.5]
 MSE, STABLE = losses.squared_error_loss, losses.stablemax_cross_entropy
 SPHERICAL, TAYLOR = losses.spherical_softmax_cross_entropy, losses.taylor_softmax_cross_entropy
 SPARSE = losses.sparse_softmax_cross_entropy
-
-
-def example(seed=0, n=6, columns=5):
-    rng = np.random.default_rng(seed)
-    return rng.normal(size=(n, columns)) * 2, rng.integers(0, columns, n), rng.normal(size=n)
 
 
 @kinds

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import kinds, logits_of, values_and_gradient
+from helpers import example, kinds, logits_of, values_and_gradient
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
@@ -14,11 +14,6 @@ from jaxsoft import losses
 
 A, B, C = [2.0, 1.0, 0.1, -1.0, 0.5], [0.2, 1.5, -0.3, 0.8, -1.2], [0.5, 0.2, 0.1]
 SPARSEMAX, ENTMAX15, ENTMAX = losses.sparsemax_loss, losses.entmax15_loss, losses.entmax_loss
-
-
-def example(seed=0, n=6, columns=5, scale=1.0):
-    rng = np.random.default_rng(seed)
-    return rng.normal(size=(n, columns)) * scale, rng.integers(0, columns, n), rng.normal(size=n)
 
 
 @kinds
@@ -38,7 +33,7 @@ def test_worked_numbers(kind, x64):
 @pytest.mark.parametrize("alpha", [1.25, 1.5, 2.0, 3.0])
 def test_the_entmax_package(alpha, kind, x64):
     torch, entmax = pytest.importorskip("torch"), pytest.importorskip("entmax")
-    x, y, g = example()
+    x, y, g = example(scale=1.0)
     values, gradient = values_and_gradient(ENTMAX, x, y, g, kind, alpha=alpha)
     t = torch.tensor(x, requires_grad=True)
     exact = {1.5: entmax.entmax15_loss, 2.0: entmax.sparsemax_loss}
@@ -49,7 +44,7 @@ def test_the_entmax_package(alpha, kind, x64):
 
 
 def test_optax(x64):
-    x, y, g = example()
+    x, y, g = example(scale=1.0)
     values, gradient = values_and_gradient(SPARSEMAX, x, y, g)
     expected, pullback = jax.vjp(
         lambda x: optax.losses.multiclass_sparsemax_loss(x, jnp.asarray(y)), jnp.asarray(x)
@@ -73,7 +68,7 @@ def negative_entropy(p, alpha):
 @pytest.mark.parametrize("alpha", [1.0, 1.3, 1.5, 2.0])
 def test_label_distributions(alpha, kind, x64):
     """By definition `Omega*(x) + Omega(q) - <q, x>`, with gradient p - q; 0 where q is the prediction itself."""
-    x, _, g = example()
+    x, _, g = example(scale=1.0)
     q = np.random.default_rng(1).dirichlet(np.ones(5), 6)
     q[0] = np.eye(5)[2]
     q[1] = [0.5, 0.5, 0, 0, 0]
@@ -106,7 +101,7 @@ def test_the_margin(alpha, kind):
 
 
 def test_towards_cross_entropy(x64):
-    x, y, g = example(scale=2.0)
+    x, y, g = example()
     exact = values_and_gradient(losses.cross_entropy, x, y, g)
     for alpha, tolerance in ((1.0, 1e-14), (1.0005, 1e-14), (1.002, 0.05), (1.02, 0.5)):
         for a, b in zip(values_and_gradient(ENTMAX, x, y, g, alpha=alpha), exact):
@@ -118,7 +113,7 @@ def test_towards_cross_entropy(x64):
 @kinds
 def test_second_derivatives_and_alpha(kind, x64):
     """The threshold is a constant to the program, yet the Hessian is that of entmax, and alpha has its derivative."""
-    x, y, g = (jnp.asarray(a) for a in example())
+    x, y, g = (jnp.asarray(a) for a in example(scale=1.0))
     direction = jnp.cos(17 * x)
     for alpha in (1.4, 2.0):
         gradient = jax.grad(lambda x, a=alpha: g @ ENTMAX(logits_of(x, kind), y, alpha=a))
@@ -134,7 +129,7 @@ def test_second_derivatives_and_alpha(kind, x64):
 
 def test_the_derivative_with_respect_to_the_labels(x64):
     """`Omega'(q) - x + Omega*(x)`, also at q = 0."""
-    x, _, _ = example()
+    x, _, _ = example(scale=1.0)
     q = jnp.asarray(np.random.default_rng(1).dirichlet(np.ones(5), 6)).at[0, 0].set(0)
     gradient = jax.grad(lambda q: ENTMAX(jnp.asarray(x), q, alpha=1.6).sum())(q)
     conjugate = ENTMAX(jnp.asarray(x), jnp.zeros(6, int), alpha=1.6) + x[:, 0]
@@ -186,7 +181,7 @@ def test_rows_over_two_devices(x64):
 @kinds
 @pytest.mark.parametrize(("soft", "alpha"), [(False, 2.0), (True, 2.0), (True, 1.0)])
 def test_absent_labels_and_scores_that_are_not_numbers(soft, alpha, kind):
-    x, y, g = example(n=4)
+    x, y, g = example(n=4, scale=1.0)
     x, g = x.astype(np.float32), np.ones(4, np.float32)
     where = np.ones((4, 5), bool)
     where[1, y[1]] = False  # the label

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import kinds, logits_of, values_and_gradient
+from helpers import example, kinds, logits_of, values_and_gradient
 from jax.test_util import check_grads
 
 from jaxsoft import losses
@@ -13,11 +13,6 @@ from jaxsoft import losses
 A, B = [2.0, 1.0, 0.1, -1.0, 0.5], [0.2, 1.5, -0.3, 0.8, -1.2]
 OVR, WW, CS = losses.one_vs_rest_hinge_loss, losses.weston_watkins_loss, losses.crammer_singer_loss
 PERCEPTRON = losses.perceptron_loss
-
-
-def example(seed=0, n=6, columns=5):
-    rng = np.random.default_rng(seed)
-    return rng.normal(size=(n, columns)) * 2, rng.integers(0, columns, n), rng.normal(size=n)
 
 
 @kinds

@@ -6,11 +6,11 @@ import numpy as np
 import optax
 import pytest
 import scipy.special
-from conftest import float64
 
 import jaxsoft
 from jaxsoft import losses, rows
 
+pytestmark = pytest.mark.usefixtures("x64")
 N, C, BLOCK = 6, 9, 4
 IGNORED = np.array([False, True, False, False, True, False])
 dtypes = pytest.mark.parametrize("dtype", [np.float64, np.float32], ids=["f64", "f32"])
@@ -25,12 +25,6 @@ few = pytest.mark.parametrize(
 both = pytest.mark.parametrize(
     ("kind", "dtype"), [("dense", np.float64), ("streamed", np.float32)], ids=["dense-f64", "streamed-f32"]
 )
-
-
-@pytest.fixture(autouse=True)
-def wide():
-    with float64():
-        yield
 
 
 def tolerance(dtype):

@@ -5,20 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import float64
 
 import jaxsoft
 from jaxsoft import normalizers
 
+pytestmark = pytest.mark.usefixtures("x64")
 TIGHT = dict(rtol=1e-12, atol=1e-13)
 SHAPES = [(1,), (5, 3), (2, 3, 16), (2, 2, 500)]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def wide():
-    with float64():
-        yield
 
 
 def example(shape, spread=2.0, seed=0):

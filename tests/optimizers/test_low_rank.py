@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from optimizers.trajectory import trajectory
+from helpers import torch_trajectory, trajectory
 
 from jaxsoft import optimizers as o
 
@@ -89,19 +89,12 @@ def test_fira_worked_example():
 
 @pytest.mark.parametrize("shape", [(7, 5), (4, 6)])
 def test_fira_equals_pytorch_optimizer(shape):
-    torch, po = pytest.importorskip("torch"), pytest.importorskip("pytorch_optimizer")
     start, grads = random_problem(shape=shape)
-    theta = torch.nn.Parameter(torch.tensor(start))
-    group = {"params": [theta], "rank": 3, "update_proj_gap": 1000, "scale": 1.0, "projection_type": "std"}
-    optimizer = po.Fira([group], lr=0.01)
-    theirs = []
-    for g in grads:
-        theta.grad = torch.tensor(g)
-        optimizer.step()
-        theirs.append(theta.detach().numpy().copy())
+    group = {"rank": 3, "update_proj_gap": 1000, "scale": 1.0, "projection_type": "std"}
+    theirs = torch_trajectory(lambda po, p: po.Fira([{"params": p, **group}], lr=0.01), start, grads)
     with jax.enable_x64(True):
         ours = trajectory(o.fira(0.01, 3), jnp.asarray(start), jnp.asarray(grads))
-    np.testing.assert_allclose(ours, np.stack(theirs), rtol=0, atol=3e-6)  # its decomposition is in float32
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=3e-6)  # its decomposition is in float32
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import torch_trajectory, trajectory
 
 from jaxsoft import optimizers as o
 
@@ -15,20 +16,9 @@ THETA = (1.0, -2.0)
 GRADS = ((0.5, 1.0), (-0.25, 4.0), (0.1, -0.2), (0.3, 0.3), (-0.2, 0.1), (1.0, -1.0))
 
 
-def trajectory(tx, params, grads, decay_after=0.0):
-    """The parameters after each step; `decay_after` is lr * weight decay, applied after the step."""
-    state, out, update = tx.init(params), [], jax.jit(tx.update)
-    for g in grads:
-        updates, state = update(g, state, params)
-        params = optax.apply_updates(params, updates) * (1 - decay_after)
-        out.append(params)
-    return jnp.stack(out)
-
-
 def worked(tx, steps=6, **kwargs):
     with jax.enable_x64(True):
-        grads = [jnp.array(g) for g in GRADS[:steps]]
-        return np.asarray(trajectory(tx, jnp.array(THETA), grads, **kwargs))
+        return np.asarray(trajectory(tx, jnp.array(THETA), jnp.array(GRADS[:steps]), **kwargs))
 
 
 def random_problem(steps=100, size=23, spikes=True):
@@ -37,19 +27,6 @@ def random_problem(steps=100, size=23, spikes=True):
     if spikes:
         grads[rng.random(grads.shape) < 0.01] *= 1e3
     return rng.standard_normal(size), grads
-
-
-def torch_trajectory(make, start, grads):
-    torch = pytest.importorskip("torch")
-    po = pytest.importorskip("pytorch_optimizer")
-    theta = torch.nn.Parameter(torch.tensor(start))
-    optimizer = make(po, [theta])
-    out = []
-    for g in grads:
-        theta.grad = torch.tensor(g)
-        optimizer.step()
-        out.append(theta.detach().numpy().copy())
-    return np.stack(out)
 
 
 # SPAM.

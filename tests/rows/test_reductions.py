@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import float64
-from helpers import trees_close
+from helpers import contract, trees_close, with_gradient
 
 import jaxsoft
 from jaxsoft import losses, rows
@@ -382,33 +382,6 @@ def test_every_public_factory_has_a_row():
 
 def given_of(case):
     return {k: v for k, v in make_inputs().items() if k in case.inputs}
-
-
-def is_float(a):
-    return jnp.issubdtype(a.dtype, jnp.floating)
-
-
-def contract(result):
-    """A sum of the finite float results with random, non-uniform weights."""
-    total = 0.0
-    for i, a in enumerate(leaf for leaf in jax.tree.leaves(result) if is_float(leaf)):
-        w = jnp.asarray(np.random.default_rng(i).normal(size=a.shape))
-        finite = jnp.isfinite(jax.lax.stop_gradient(a))
-        total = total + jnp.sum(jnp.where(finite, w * jnp.where(finite, a, 0), 0))
-    return jnp.asarray(total)
-
-
-def with_gradient(f, point):
-    """The results of `f(point)` and the gradients of their contraction to all float leaves of the point."""
-    floats = {k: v for k, v in point.items() if is_float(v)}
-    others = {k: v for k, v in point.items() if not is_float(v)}
-
-    def scalar(floats):
-        result = f({**floats, **others})
-        return contract(result), result
-
-    gradient, result = jax.grad(scalar, has_aux=True)(floats)
-    return result, gradient
 
 
 # f64 with sums of tens of terms of size up to 100: 1e-12 leaves a factor of about a hundred to rounding.
