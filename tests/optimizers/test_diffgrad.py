@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import torch_trajectory, trajectory
+from helpers import close, torch_trajectory, trajectory
 
 from jaxsoft import optimizers as o
 
@@ -24,7 +24,7 @@ def test_worked_example():
         [0.91966507207, -2.157349244613],
         [0.901172340606, -2.221571678463],
     ]
-    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-11)
+    close(out, expected, 1e-11)
 
 
 @pytest.mark.parametrize("decoupled", [False, True])
@@ -38,7 +38,7 @@ def test_equals_pytorch_optimizer(decoupled):
         tx = optax.chain(optax.add_decayed_weights(0.1), o.diffgrad(0.01))
     with jax.enable_x64(True):
         ours = trajectory(tx, jnp.asarray(start), jnp.asarray(grads))
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12)
+    close(ours, theirs, 1e-12)
 
 
 def test_is_adam_at_half_the_rate_for_tiny_gradients():

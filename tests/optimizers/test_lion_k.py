@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import steps_of, torch_trajectory, trajectory
+from helpers import close, steps_of, torch_trajectory, trajectory
 from jax.sharding import PartitionSpec as P
 
 from jaxsoft import optimizers as o
@@ -24,10 +24,8 @@ def worked(tx):
 
 def test_worked_example_of_lion():
     out, mu = worked(o.lion_k(0.1, weight_decay=0.1))
-    np.testing.assert_allclose(
-        out, [[0.89, -2.08], [0.9811, -2.1592], [0.871289, -2.237608]], rtol=0, atol=1e-12
-    )
-    np.testing.assert_allclose(mu, [0.0034255, 0.047401], rtol=0, atol=1e-12)
+    close(out, [[0.89, -2.08], [0.9811, -2.1592], [0.871289, -2.237608]], 1e-12)
+    close(mu, [0.0034255, 0.047401], 1e-12)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +44,7 @@ def test_worked_example_of_lion():
 )
 def test_worked_examples(kappa, expected):
     out, _ = worked(o.lion_k(0.1, kappa=kappa, weight_decay=0.1))
-    np.testing.assert_allclose(out, expected, rtol=0, atol=2e-11)
+    close(out, expected, 2e-11)
 
 
 @pytest.mark.parametrize(("b1", "b2"), [(0.9, 0.99), (0.95, 0.98), (0.0, 0.5), (0.9, 0.3)])
@@ -56,9 +54,7 @@ def test_equals_optax_lion(b1, b2):
         params = jax.random.normal(jax.random.key(1), (31,), jnp.float64)
         ours, state = steps_of(o.lion_k(0.01, b1, b2, weight_decay=0.1), params, grads)
         theirs, reference = steps_of(optax.lion(0.01, b1, b2, weight_decay=0.1), params, grads)
-        np.testing.assert_allclose(
-            ours, theirs, rtol=0, atol=1e-12
-        )  # one sign would make a difference of 0.02
+        close(ours, theirs, 1e-12)  # one sign would make a difference of 0.02
         assert jax.tree.structure(state) == jax.tree.structure(reference)  # a checkpoint of either fits both
         np.testing.assert_allclose(state[0].mu, reference[0].mu, rtol=1e-10)
 

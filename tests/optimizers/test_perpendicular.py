@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import descend, torch_trajectory, trajectory
+from helpers import close, descend, torch_trajectory, trajectory
 
 from jaxsoft import optimizers as o
 
@@ -26,8 +26,8 @@ def test_worked_example():
         for g, (direction, position) in zip(([0.5, 1.0], [-0.25, 4.0], [0.1, -0.2]), expected):
             u, _ = tx.update(jnp.array(g), tx.init(theta), theta)
             theta = theta - 0.1 * u
-            np.testing.assert_allclose(u, direction, rtol=0, atol=1e-11)
-            np.testing.assert_allclose(theta, position, rtol=0, atol=1e-10)
+            close(u, direction, 1e-11)
+            close(theta, position, 1e-10)
 
 
 def test_equals_pytorch_optimizer():

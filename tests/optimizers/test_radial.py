@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import descend, temporary_bytes, torch_trajectory, trajectory
+from helpers import close, descend, temporary_bytes, torch_trajectory, trajectory
 
 from jaxsoft import optimizers as o
 
@@ -35,7 +35,7 @@ def test_worked_example(tx, expected):
     with jax.enable_x64(True):
         grads = jnp.array([[[1.0, 0.5]], [[-0.25, 4.0]], [[0.1, -0.2]]])
         out = trajectory(tx, jnp.array([[1.0, -2.0]]), grads)
-    np.testing.assert_allclose(out[:, 0], expected, rtol=0, atol=1e-11)
+    close(out[:, 0], expected, 1e-11)
 
 
 def scale_invariant_problem(steps=100, shape=(5, 7)):
@@ -60,7 +60,7 @@ def test_equals_pytorch_optimizer(name, nesterov):
     with jax.enable_x64(True):
         ours = trajectory(tx, jnp.asarray(start), jnp.asarray(grads))
     # Its Adam adds eps to the uncorrected root.
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-6 if name == "AdamP" else 1e-12)
+    close(ours, theirs, 2e-6 if name == "AdamP" else 1e-12)
 
 
 def test_the_oracle_problem_visits_each_projection():

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import torch_trajectory
+from helpers import close, torch_trajectory
 
 from jaxsoft import optimizers as o
 from jaxsoft.optimizers import second_order
@@ -61,7 +61,7 @@ def test_shampoo_worked_example(x64, exponent, expected):
         # There the trace is that of L with the ridge on its diagonal or without: a difference of 1e-6.
         np.testing.assert_allclose(u, expected, rtol=2e-6)
     else:
-        np.testing.assert_allclose(u, expected, rtol=0, atol=1e-10)
+        close(u, expected, 1e-10)
 
 
 def test_shampoo_equals_pytorch_optimizer(x64):
@@ -298,7 +298,7 @@ def test_mfac_in_float32_is_accurate_for_small_damping():
     ours = directions(o.scale_by_mfac(4, 1e-5), jnp.asarray(grads, jnp.float32))[-1]
     window = grads[-4:]
     exact = np.linalg.solve(1e-5 * np.eye(50) + window.T @ window / 4, grads[-1])
-    np.testing.assert_allclose(ours, exact, rtol=0, atol=1e-4 * np.abs(exact).max())
+    close(ours, exact, 1e-4 * np.abs(exact).max())
 
 
 def test_mfac_stays_finite_without_effective_damping():

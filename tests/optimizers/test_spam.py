@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import torch_trajectory, trajectory
+from helpers import close, torch_trajectory, trajectory
 
 from jaxsoft import optimizers as o
 
@@ -39,7 +39,7 @@ def test_spam_worked_example_without_reset():
         [0.833447338762, -2.139023616184],
         [0.776079158632, -2.166819678944],
     ]
-    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-11)
+    close(out, expected, 1e-11)
 
 
 def test_spam_worked_example_with_resets():
@@ -53,7 +53,7 @@ def test_spam_worked_example_with_resets():
         [0.894028167006, -1.872130045168],
         [0.884571005037, -1.852891864417],
     ]
-    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-11)
+    close(out, expected, 1e-11)
 
 
 def test_spam_decays_like_adamw():
@@ -242,7 +242,7 @@ def test_stable_spam_worked_example():
         [0.831482828763, -2.159331626632],
         [0.754788840804, -2.178731441204],
     ]
-    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-11)
+    close(out, expected, 1e-11)
 
 
 def test_stable_spam_worked_parts():
@@ -271,7 +271,7 @@ def test_stable_spam_worked_example_with_resets():
         [0.593622260265, -1.993902432591],
         [0.487686039598, -1.87396341020],
     ]
-    np.testing.assert_allclose(out[2:], expected, rtol=0, atol=1e-10)
+    close(out[2:], expected, 1e-10)
 
 
 def test_stable_spam_worked_example_with_total_steps():
@@ -281,7 +281,7 @@ def test_stable_spam_worked_example_with_total_steps():
         [0.845605256207, -2.150681706127],
         [0.78283176878, -2.149329553602],
     ]
-    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-11)
+    close(out, expected, 1e-11)
 
 
 @pytest.mark.parametrize("gap", [1000, 13])
