@@ -84,7 +84,7 @@ def time_all(run: Run, case: str, contestants: list[Contestant]) -> dict[str, di
         c.name: {"case": case, "contestant": c.name, "ms": None} for c in contestants
     }
     run.rows += found.values()
-    for c in contestants[::-1]:  # peers first: our kernels might take the device down
+    for c in contestants[::-1]:  # peers first: our kernels might crash the device
         row, program = found[c.name], compiled[c.name]
         try:
             if isinstance(program, Exception):
@@ -123,7 +123,7 @@ def extra(
 
 
 def share(run: Run, row: dict, amount: float, ceiling: str) -> float | None:
-    """Which part of what the machine can do, for so many bytes or operations."""
+    """The share of the machine's speed, for a number of bytes or operations."""
     if row["ms"] is None or ceiling not in run.ceilings:
         return None
     return amount / (row["ms"] * 1e-3) / run.ceilings[ceiling]
@@ -137,7 +137,7 @@ def speed(row: dict, other: dict | None) -> float | None:
 
 
 def measure_ceilings(run: Run) -> None:
-    """What the machine can do: bytes a second of a copy (read and written), operations a second of a product."""
+    """The machine's speed: bytes per second of a copy (read and written), operations per second of a product."""
     x = run.normal(run.sizes.copy // 2)
     rows = time_all(
         run,
@@ -471,7 +471,7 @@ def isolated(run: Run, name: str, patience: float) -> None:
 
 
 def watched(command: list[str], record: pathlib.Path, end: float, patience: float) -> str | None:
-    """Runs a command until it ends, or is too late, or the record has not changed for long; returns what was wrong."""
+    """Runs a command until it ends, exceeds its time, or stops changing the record; returns what was wrong."""
     environment = {
         name: value for name, value in os.environ.items() if name != "XLA_PYTHON_CLIENT_PREALLOCATE"
     }

@@ -68,7 +68,7 @@ def measure(length: int, heads: int, dim: int, causal: bool, names: list[str], r
     times = {(name, kind): [] for name in compiled for kind in ("forward", "both")}
     for _ in range(repeats):  # interleaved, so that a busy moment hits all alike
         for name, kind in times:
-            # Untimed, lest it pays for the memory that the one before gave back.
+            # Untimed, so that no call pays for memory that the previous one freed.
             jax.block_until_ready(compiled[name][kind](*arrays))
             start = time.perf_counter()
             jax.block_until_ready(compiled[name][kind](*arrays))

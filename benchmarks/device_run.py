@@ -1,4 +1,4 @@
-"""What the parts of `accelerator.py` share: sizes, random data, the clock, compiling, and the record that is kept."""
+"""Shared by the parts of `accelerator.py`: sizes, random data, the clock, compiling, and the record."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def compile_all(functions: dict[Any, tuple[Callable, tuple]], alive: Callable[[]
 
 
 def kernels_in(compiled: Any) -> int | None:
-    """How many kernels of Pallas a compiled function calls; None if that cannot be read (interpreted ones, say)."""
+    """The number of Pallas kernels that a compiled function calls; None if unknown (e.g. interpreted kernels)."""
     if jax.default_backend() == "cpu":
         return None
     try:
@@ -182,7 +182,7 @@ def kernels_in(compiled: Any) -> int | None:
 
 
 def works() -> bool:
-    """Whether the device still does anything: after a bad access to memory it does not."""
+    """Whether the device still works: it does not after a bad memory access."""
     try:
         return float(jax.jit(jnp.sum)(jnp.ones(8))) == 8
     except Exception:

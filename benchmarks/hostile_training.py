@@ -41,7 +41,7 @@ SIZES = "--steps 200 --batch 8 --sequence 64 --width 64 --layers 2 --heads 4 --v
 
 
 def adamw_8bit(rate, **options):
-    """AdamW whose moments take a byte an element; the matrices of a model this small would be left in float32."""
+    """AdamW whose moments take one byte per element; by default the matrices of so small a model stay in float32."""
     return optimizers.quantize_state(optax.adamw(rate, **options), min_size=1024)
 
 

@@ -278,7 +278,7 @@ def attention_checks(run: Run) -> Iterator[Check]:
 
 
 CHECKS = {"rows": row_checks, "head": head_checks, "attention": attention_checks}
-SIDE_BY_SIDE = 8  # compiled at a time
+SIDE_BY_SIDE = 8  # compiled at the same time
 
 
 def run_checks(run: Run, group: str, first: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""What many tests need: comparisons, expected errors, logits of both kinds, dense formulas, steps of an optimizer."""
+"""Helpers of many tests: comparisons, expected errors, logits of both kinds, dense formulas, optimizer steps."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ def trees_close(a, b, tolerance=1e-12):
 
 
 def fails(words, kind, call):
-    """Asserts that `call()` raises exactly a `kind`, whose message has all the words."""
+    """Asserts that `call()` raises a `kind`, no subclass of it, whose message contains all words."""
     with pytest.raises(kind) as error:
         call()
     assert type(error.value) is kind, error.value
@@ -117,7 +117,7 @@ def with_gradient(f, point):
 
 
 def softmax(x):
-    """Over the last axis; -inf is absent, a row without entries gives 0."""
+    """Softmax over the last axis; -inf is absent, a row without entries gives 0."""
     top = np.max(x, axis=-1, keepdims=True)
     w = np.exp(x - np.where(np.isfinite(top), top, 0))
     total = w.sum(-1, keepdims=True)
@@ -125,7 +125,7 @@ def softmax(x):
 
 
 def sigmoid(x):
-    """Entry by entry."""
+    """Sigmoid of each entry."""
     return 1 / (1 + np.exp(-np.asarray(x)))
 
 
@@ -143,7 +143,7 @@ def params_tree(dtype=jnp.float32):
 
 
 def descend(tx, params, gradient, xs=None, steps=None):
-    """Parameters and state after a step on `gradient(params, x)` for each x, or after `steps` steps with x None."""
+    """Parameters and state after a step on `gradient(params, x)` for each x, or `steps` times with x = None."""
 
     def step(carry, x):
         params, state = carry
@@ -154,7 +154,7 @@ def descend(tx, params, gradient, xs=None, steps=None):
 
 
 def steps_of(tx, params, grads, decay_after=0.0):
-    """The parameters after each step, `[steps, *shape]`, and the last state; each step ends by decaying them."""
+    """The parameters after each step, `[steps, *shape]`, and the last state; each step multiplies them by 1 - decay_after."""
 
     def step(carry, g):
         params, state = carry
@@ -167,7 +167,7 @@ def steps_of(tx, params, grads, decay_after=0.0):
 
 
 def trajectory(tx, params, grads, decay_after=0.0):
-    """The parameters after each step, `[steps, *shape]`; `decay_after` is as in `steps_of`."""
+    """The parameters after each step, as `steps_of`."""
     return steps_of(tx, params, grads, decay_after)[0]
 
 
@@ -184,7 +184,7 @@ def torch_trajectory(make, start, grads):
 
 
 def temporary_bytes(tx, params):
-    """What one compiled step stores beside parameters, gradients and state, the first and last donated."""
+    """Temporary memory of one compiled step; parameters and state are donated."""
     grads, state = jnp.ones_like(params), tx.init(params)
 
     def step(grads, params, state):

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxsoft import losses
 
 IMAGES, LABELS, TEST_IMAGES, TEST_LABELS = load()
-BATCH, SCALE = 200, 10.0  # images a step; 1 / temperature
+BATCH, SCALE = 200, 10.0  # images per step; 1 / temperature
 
 
 class Towers(nnx.Module):

@@ -42,7 +42,7 @@ def sphereface2(net, x, labels):
 
 
 def circle(net, x, labels):
-    """Circle loss of class labels: one positive an example."""
+    """Circle loss of class labels: one positive per example."""
     cosines = losses.cosine_logits(net(x), net.classes)
     return losses.circle_loss(cosines, labels[:, None], scale=80.0, margin=0.4)
 

@@ -130,7 +130,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=150, help="steps of each network (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="networks a row of the table (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="networks per row of the table (%(default)s)")
     parser.add_argument("--width", type=int, default=8, help="channels (%(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-2, help="initial rate (%(default)s)")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Estimates of softmax attention: what is exact is exact, the rest converges to it, and the hashing."""
+"""Estimates of softmax attention: exact parts, convergence of the estimated parts, and the hashing."""
 
 import itertools
 
@@ -98,7 +98,7 @@ def test_the_estimate_converges_with_the_sample(queries, keys, causal, x64):
 
 
 def test_the_mean_over_keys_is_the_exact_numerator_and_denominator(x64):
-    """Unbiased: sampled keys of the query's own block count as nothing, and are not counted twice."""
+    """Unbiased: sampled keys of the query's own block have weight 0, so none is counted twice."""
     q, k, _ = arrays(1, 12, heads=2, batch=(1,))
     # Attention of one query with value 1 at a single key and 0 elsewhere: its share of the mass.
     v = np.eye(12)[None, :, None].repeat(2, 2)

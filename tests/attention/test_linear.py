@@ -159,7 +159,7 @@ def test_what_is_masked_does_not_exist(name, x64):
 
 
 @cases
-def test_without_anything_the_output_and_the_gradients_are_0(name, x64):
+def test_fully_masked_gives_zero_output_and_gradients(name, x64):
     x, d = arrays(), arrays(1)
     out, tangent, _, grads = program(name)(tuple(x), np.zeros((B, T), bool), tuple(d), 0.3)
     assert np.all(out == (-np.inf if name == "log mass" else 0))
@@ -224,7 +224,7 @@ def one_head(*xs):
 
 
 def weights_of(attend, q, k, **options):
-    """The weights, as the output for values that are an identity."""
+    """The weights, read off as the output for identity values."""
     q, k = one_head(q, k)
     return attend(q, k, jnp.eye(k.shape[0])[:, None], **options)[:, 0]
 

@@ -48,7 +48,7 @@ def test_the_iteration_is_the_inverse(x64):
     near(newton_pseudo_inverse(np.zeros((2, 2))), 0)
 
 
-def test_half_as_many_iterations_do_for_a_positive_definite_matrix(x64):
+def test_positive_definite_needs_half_the_iterations(x64):
     matrix = np.diag([1.0, 0.5, 1e-4])
     error = lambda **o: np.abs(newton_pseudo_inverse(matrix, **o) @ matrix - np.eye(3)).max()
     assert error(iterations=18, positive_definite=True) < 1e-9 < 0.9 < error(iterations=18)

@@ -28,7 +28,7 @@ CE = losses.cross_entropy
 
 
 def example(loss):
-    """A call `(logits, labels, **options)` of a loss with whatever else it needs, and labels that fit."""
+    """A call `(logits, labels, **options)` of a loss with its other required arguments, and valid labels."""
     entry = next(e for e in ENTRIES if e.function is loss)
     given = make_inputs(0, (N,), C)
     arrays = {option: given[source] for option, source in entry.arrays.items()}

@@ -1,4 +1,4 @@
-"""One binary problem a class: numbers, oracles, limits, masks."""
+"""One binary problem per class: numbers, oracles, limits, masks."""
 
 import jax
 import jax.numpy as jnp

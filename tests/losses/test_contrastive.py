@@ -93,7 +93,7 @@ def test_values_and_derivatives(name, masked, x64):
         return out
 
     expected, streamed, dense = everything(clean)
-    # (A NaN in a row of a stored product's operand reaches the product's gradient, whatever the loss does.)
+    # (A NaN in a row of a stored product's operand reaches the product's gradient with any loss.)
     for result in (streamed, dense, everything((x, y))[1]):
         for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(expected)):
             close(a, b, 1e-10)

@@ -155,7 +155,7 @@ def test_weights_of_mmd(x64):
     slope = jax.grad(lambda w: jnp.sum(weighted_mmd(P, Q, bandwidth=0.7, weights_x=w)))(best)
     close(slope, 0, 1e-10)
     close(solve(P, jnp.stack([kernel(p, p, 0.7) @ w for p, w in zip(P, W)])), W, 1e-8)
-    # Masked points have the weight 0, whatever they hold; a ridge for points that coincide.
+    # Masked points have weight 0, with any content; a ridge for points that coincide.
     spoiled = np.where(KEEP_P[..., None], P, np.nan), np.where(KEEP_P, mean, np.nan)
     run = jax.jit(lambda x, m: solve(x, m, where=KEEP_P))
     weights = run(*spoiled)

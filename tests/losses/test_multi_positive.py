@@ -125,7 +125,7 @@ def test_hard_top_k_is_the_limit():
     close(losses.soft_top_k(x, 4, alpha=100.0), hard)
 
 
-def test_a_number_a_row_and_rows_without_a_threshold():
+def test_one_number_per_row_and_rows_without_a_threshold():
     x, ids, _ = random_rows(dtype=np.float32)
     k = jnp.array([2.0, 7.0, 9.5, 0.0])
     s = losses.soft_top_k(x, k)
@@ -143,7 +143,7 @@ def test_a_number_a_row_and_rows_without_a_threshold():
 
 
 def test_derivatives_for_k_and_alpha(x64):
-    """Those for the scores are in the conformance suite. The sum of a row is k whatever happens."""
+    """The conformance suite tests those for the scores. The sum of a row is always k."""
     x, ids, _ = random_rows()
     weights = jnp.asarray(np.random.default_rng(2).normal(size=x.shape))
     k, alpha, step = jnp.array([2.0, 3.5, 1.0, 5.0]), jnp.float64(1.3), 1e-5

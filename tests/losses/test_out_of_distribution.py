@@ -102,7 +102,7 @@ def test_absent_classes_and_rows(kind):
         assert all(jnp.all(jnp.isfinite(a)) for a in g) and not jnp.any(g[0][:, 2]), name
         g, values = jax.jit(jax.grad(run, argnums=(0, 1), has_aux=True))(spoiled, t, where & False)
         assert not jnp.any(values) and not any(jnp.any(a) for a in g), name
-    # Ignored rows, whatever their logits and temperatures hold.
+    # Ignored rows, with any logits and temperatures.
     bad_x = x.at[1].set(jnp.nan) if kind == "dense" else x
     run = lambda x, t: jnp.sum(DRO(logits_of(x, kind), jnp.array([0, -100]), temperature=t))
     value, g = jax.value_and_grad(run, argnums=(0, 1))(bad_x, jnp.array([0.7, jnp.nan]))

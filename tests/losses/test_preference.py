@@ -29,7 +29,7 @@ def softplus(x):
 
 
 def reference(function):
-    """A formula of the two log-ratios and of whatever follows."""
+    """A formula of the two log-ratios and any further arguments."""
     return lambda w, l, rw, rl, *more: function(w - rw, l - rl, *more)
 
 

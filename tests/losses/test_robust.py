@@ -232,7 +232,7 @@ def test_absent_labels_single_classes_and_empty_rows(name):
     x = jnp.asarray(np.random.default_rng(5).normal(size=(4, 3)), jnp.float32)
     y = jnp.array([0, 1, 2, 0])
     where = jnp.array([[True, True, True], [True, False, True], [False, False, True], [False] * 3])
-    if name in ("smooth", "trades"):  # two rows of logits, of which each is the other's mirror
+    if name in ("smooth", "trades"):  # two rows of logits that mirror each other
         where = jnp.broadcast_to(where[1:2], (4, 3)).at[3].set(False)
         y = jnp.array([0, 1, 2, 0])
     spoiled = jnp.where(where | jnp.flip(where, 0), x, jnp.nan)

@@ -127,7 +127,7 @@ def test_options_of_rows(normalizer, name):
         normalizers.quantized_softmax,
     ):
         fails([name, "floating", "None"], TypeError, lambda: f(None))
-    # what is right: one number, one for each row, and one that is traced
+    # valid: one number, one number per row, and a traced number
     for value in (1.5, np.float32(1.5), 1.5 * ROWS, 1.5 * ROWS[:1]):
         assert f(value).shape == X.shape
     assert jax.jit(f)(1.5).shape == X.shape

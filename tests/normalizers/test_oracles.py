@@ -174,7 +174,7 @@ def test_exact_entmax(name, spread, shape):
 @shapes
 @pytest.mark.parametrize("alpha", [1.1, 1.5, 1.75, 2.5])
 def test_entmax_by_bisection(alpha, shape):
-    """Weights, and the gradients of scores and alpha (one for all rows, and one a row)."""
+    """Weights, and the gradients of scores and alpha (one for all rows, or one per row)."""
     entmax = pytest.importorskip("entmax")
     x, g = example(shape)
     bisect = lambda torch, x, a: entmax.entmax_bisect(x, a, dim=-1, n_iter=100)

@@ -597,7 +597,7 @@ EVERY = [
 
 @pytest.mark.parametrize("normalizer", [f for f in EVERY if name_of(f) != "log_softmax"], ids=name_of)
 def test_rows_of_one_entry(normalizer, x64):
-    """And rows in which one entry counts: the same number."""
+    """Rows with a single unmasked entry give the same number."""
     if "k" in getattr(normalizer, "keywords", {}):
         normalizer = partial(normalizer.func, k=1)
     for x in (1.5, -0.7, 0.0, -300.0):
@@ -613,7 +613,7 @@ def test_rows_of_one_entry(normalizer, x64):
 
 
 def test_scalable_softmax_of_one_key():
-    """log 1 = 0: weight 1 whatever the score and scale."""
+    """log 1 = 0: weight 1 for any score and scale."""
     for scale in (0.43, 1.0, -3.0):
         close(jaxsoft.scalable_softmax(jnp.array([[7.0], [-300.0]]), scale=scale), [[1], [1]], 0)
     gradient = jax.grad(lambda s: jnp.sum(jaxsoft.scalable_softmax(jnp.array([7.0]), scale=s)))(0.43)
@@ -740,7 +740,7 @@ def test_softpick_between_signs(x64):
 
 
 def test_self_adjust_of_rows_of_one_sign(x64):
-    """0 counts as an entry for the smallest and the largest score; a row of zeros gives zeros."""
+    """The smallest and the largest score include an entry of 0; a row of zeros gives zeros."""
     for row in ([1.0, 2.0, 0.5], [-1.0, -2.0, -0.5]):
         x = jnp.array(row)
         a, b = min(min(row), 0), max(max(row), 0)
@@ -766,7 +766,7 @@ def test_mpc_softmax_is_almost_softmax_and_cut_off(x64):
 
 
 def noise_of(x, key):
-    """The noise of each entry, up to a constant a row."""
+    """The noise of each entry, up to a constant per row."""
     return jnp.log(jaxsoft.gumbel_softmax(x, key)) - x
 
 

@@ -28,7 +28,7 @@ for _family in pkgutil.iter_modules(optimizers.families.__path__):
 
 
 def over(keep=lambda case: True):
-    """Runs a test for each case that `keep` says; on the newest versions, for the first of each family."""
+    """Runs a test for each case that `keep` selects; on the newest versions, only for the first of each family."""
     cases = FIRST if os.environ.get("JAXSOFT_LAWS") == "engine" else CASES
     return pytest.mark.parametrize("name", [name for name, case in cases.items() if keep(case)])
 
@@ -185,7 +185,7 @@ def test_apply_if_finite(name, dtype):
 
 @every
 def test_nan_is_not_hidden(name):
-    """A NaN in the gradient is seen in the updates, or leaves the state as if it had not come."""
+    """A NaN in the gradient shows in the updates, or leaves the state unchanged."""
     tx, params = CASES[name].make(), params_tree()
     state = tx.init(params)
     grads = gradients(0, params)

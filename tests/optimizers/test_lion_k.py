@@ -167,7 +167,7 @@ def test_accepts_any_callable():
     ],
 )
 def test_constraint_set_is_reached_exponentially_and_never_left(kappa, norm):
-    """The distance of `wd params` to the dual ball shrinks by `1 - lr wd` a step, whatever the gradients."""
+    """The distance of `wd params` to the dual ball shrinks by `1 - lr wd` per step for any gradients."""
     lr, wd, steps = 0.1, 0.5, 120
     tx = o.lion_k(lr, kappa=kappa, weight_decay=wd)
     params = 20 * jax.random.normal(jax.random.key(0), (8,))

@@ -39,7 +39,7 @@ def test_worked_example(tx, expected):
 
 
 def scale_invariant_problem(steps=100, shape=(5, 7)):
-    """Gradients of which some are perpendicular to the start row by row, some as a whole, and some not at all."""
+    """Gradients: some perpendicular to the start in each row, some only as a whole, some not at all."""
     rng = np.random.default_rng(0)
     start, grads = rng.standard_normal(shape), rng.standard_normal((steps, *shape))
     return start, grads

@@ -102,7 +102,7 @@ def test_division_and_multiplication_by_numbers_and_rows(x64):
 
 
 def test_scale_and_temperature_by_number_get_a_gradient(x64):
-    """Given as arrays: a scalar, or one number a row. A Python number is the same value."""
+    """As arrays: a scalar, or one number per row. A Python number gives the same value."""
     p = operands()
     bare = {k: p[k] for k in ("hidden", "weight")}
 
@@ -291,7 +291,7 @@ def test_no_columns():
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_a_bias_of_minus_infinity_takes_its_column_out(softcap, x64):
-    """In every gradient, too: that of a temperature was NaN."""
+    """In every gradient, too: the gradient of a temperature was NaN once."""
     given = operands()
     labels = jnp.array([0, 3, 9, 1])
     absent = jnp.arange(V) == 5
@@ -553,7 +553,7 @@ linear = jaxsoft.linear_logits
 _logits = functools.partial(linear, _H, _W)
 _int = np.arange(N)
 
-# what is done, the error, and what its message must say: the argument, what came, what was expected
+# the call, its error, and words of the message: the argument, what came, what was expected
 BAD_INPUT = [
     (bad(linear, [1.0], _W), TypeError, ["hidden", "[1.0] of type list", "array of floating dtype"]),
     (bad(linear, _H, 3.0), TypeError, ["weight", "3.0 of type float", "array of floating dtype"]),

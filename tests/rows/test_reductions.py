@@ -452,7 +452,7 @@ def test_linear_logits_are_the_formula(case, softcap, x64):
         return case.view(reduce_rows(logits, case.make(p), **options))
 
     result, gradient = with_gradient(dense, point)
-    if case.factory == "take":  # nobody reads an absent row: the score is that of an absent entry
+    if case.factory == "take":  # an absent row is not read: its score is that of an absent entry
         result = result.at[3].set(-INF)
     trees_close(jax.jit(lambda p: with_gradient(streamed, p))(point), (result, gradient), 1e-11)
 
