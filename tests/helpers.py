@@ -154,7 +154,7 @@ def descend(tx, params, gradient, xs=None, steps=None):
 
 
 def steps_of(tx, params, grads, decay_after=0.0):
-    """The parameters after each step, `[steps, *shape]`, and the last state; each step multiplies them by 1 - decay_after."""
+    """The parameters after each step, `[steps, *shape]`, and the last state; each step decays by `decay_after`."""
 
     def step(carry, g):
         params, state = carry

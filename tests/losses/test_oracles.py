@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.special
+from helpers import logits_of
 
 import jaxsoft
 from jaxsoft import losses, rows
@@ -47,10 +48,7 @@ def run(loss, x, g, kind="dense", **options):
     x = jnp.asarray(x)
 
     def f(x):
-        logits = (
-            x if kind == "dense" else jaxsoft.linear_logits(jnp.eye(N, dtype=x.dtype), x, block_size=BLOCK)
-        )
-        values = loss(logits, **options)
+        values = loss(logits_of(x, kind, BLOCK), **options)
         return jnp.vdot(values, g) if np.ndim(g) else values * g, values
 
     gradient, values = jax.jit(jax.grad(f, has_aux=True))(x)
