@@ -35,7 +35,7 @@ OPTIMIZERS = {  # name: (learning rate -> optimizer, its default learning rate)
 
 
 def takes_class_ids(loss) -> bool:
-    """Whether `loss(logits, labels)` gives one value a row for integer labels."""
+    """Whether `loss(logits, labels)` gives one value per row for integer labels."""
     logits, labels = jax.ShapeDtypeStruct((8, CLASSES), jnp.float32), jax.ShapeDtypeStruct((8,), jnp.int32)
     try:
         return jax.eval_shape(loss, logits, labels).shape == labels.shape

@@ -6,8 +6,8 @@ import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# The tests spend their time compiling, three times less of it where XLA optimizes little. The newest versions no
-# longer know one of the flags: there the tests run the code that users run.
+# Compiling dominates the tests; with few XLA optimizations it takes a third of the time. The newest versions lack
+# one of the flags; there the tests run with the default optimizations, as users do.
 os.environ["XLA_FLAGS"] = " ".join(
     ["--xla_force_host_platform_device_count=2"]
     + (
@@ -50,13 +50,13 @@ def x64():
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_compiled_programs():
-    """Gives back the memory of a file's compiled programs, gigabytes over all tests."""
+    """Frees the memory of a file's compiled programs, gigabytes over all tests."""
     yield
     jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)
 def new_random_numbers(request, monkeypatch):
-    """A file's `RNG` begins anew with each test, which so gets the same numbers whatever ran before it."""
+    """Resets a file's `RNG` for each test, so that its numbers do not depend on the tests that ran before."""
     if isinstance(getattr(request.module, "RNG", None), np.random.Generator):
         monkeypatch.setattr(request.module, "RNG", np.random.default_rng(0))

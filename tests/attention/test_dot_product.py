@@ -274,7 +274,7 @@ def test_forward_mode_and_second_order(name, x64):
 
 @pytest.mark.parametrize("name", NORMALIZERS)
 def test_queries_that_see_nothing(name):
-    """Zero output, zero gradient, and NaN in what nobody reads reaches nothing."""
+    """Zero output and zero gradient; NaN in masked entries reaches neither."""
     q, k, v = make(dtype=np.float32)
     q, k, v = q.at[1, 6:].set(jnp.nan), k.at[0, 4:].set(jnp.nan), v.at[0, 4:].set(jnp.nan)
     lengths = dict(query_seq_lengths=jnp.asarray([13, 6]), key_value_seq_lengths=jnp.asarray([4, 11]))

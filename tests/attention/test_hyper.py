@@ -1,4 +1,4 @@
-"""Estimates of softmax attention: what is exact is exact, the rest converges to it, and the hashing."""
+"""Estimates of softmax attention: exact parts, convergence of the estimated parts, and the hashing."""
 
 import itertools
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import near, softmax
 
 from jaxsoft.attention.hyper import (
     _orthogonal_directions,
@@ -17,10 +18,6 @@ from jaxsoft.attention.hyper import (
 RANDOM_KEY = jax.random.key(0)
 SIZES = dict(block_size=4, min_seq_len=3, bits=4)
 estimate = jax.jit(hyper_attention, static_argnames=("is_causal", "sample_size", *SIZES))
-
-
-def close(a, b, tolerance=1e-9):
-    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=tolerance, atol=tolerance)
 
 
 def arrays(queries, keys, batch=(2,), heads=4, seed=0):
@@ -70,7 +67,7 @@ def test_buckets_depend_on_the_angle_only_and_near_vectors_share_them():
 def test_short_attention_is_exact(causal, x64):
     q, k, v = arrays(13, 13)
     out = estimate(q, k, v, random_key=RANDOM_KEY, key_where=MASK, is_causal=causal, min_seq_len=13)
-    close(out, dense(q, k, v, MASK, causal))
+    near(out, dense(q, k, v, MASK, causal))
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(13, 13), (4, 13), (11, 5)])
@@ -78,7 +75,7 @@ def test_one_block_that_holds_all_keys_is_exact(queries, keys, x64):
     q, k, v = arrays(queries, keys)
     where = MASK[:, :keys]
     options = dict(random_key=RANDOM_KEY, key_where=where, block_size=13, sample_size=5, min_seq_len=1)
-    close(estimate(q, k, v, **options), dense(q, k, v, where))
+    near(estimate(q, k, v, **options), dense(q, k, v, where))
 
 
 hyper_cases = pytest.mark.parametrize(
@@ -101,21 +98,16 @@ def test_the_estimate_converges_with_the_sample(queries, keys, causal, x64):
 
 
 def test_the_mean_over_keys_is_the_exact_numerator_and_denominator(x64):
-    """Unbiased: sampled keys of the query's own block count as nothing, and are not counted twice."""
+    """Unbiased: sampled keys of the query's own block have weight 0, so none is counted twice."""
     q, k, _ = arrays(1, 12, heads=2, batch=(1,))
     # Attention of one query with value 1 at a single key and 0 elsewhere: its share of the mass.
     v = np.eye(12)[None, :, None].repeat(2, 2)
     out = jax.vmap(
         lambda key: estimate(q, k, v, random_key=key, sample_size=64, block_size=4, min_seq_len=1, bits=2)
     )(jax.random.split(RANDOM_KEY, 4000))
-    exact = np.stack([_softmax(0.5 * q[0, :, h] @ k[0, :, h].T) for h in range(2)], 1)
+    exact = np.stack([softmax(0.5 * q[0, :, h] @ k[0, :, h].T) for h in range(2)], 1)
     # The ratio of unbiased sums is biased by O(1 / sample_size) of the small spread.
     np.testing.assert_allclose(np.mean(out, axis=(0, 1)), exact, atol=4e-3)
-
-
-def _softmax(x):
-    w = np.exp(x)
-    return w / w.sum(-1, keepdims=True)
 
 
 @hyper_cases
@@ -124,15 +116,15 @@ def test_masked_keys_do_not_exist_and_the_key_decides(queries, keys, causal, x64
     options = dict(key_where=MASK, is_causal=causal, sample_size=3, **SIZES)
     out = estimate(q, k, v, random_key=RANDOM_KEY, **options)
     hide = ~MASK[..., None, None]
-    close(
+    near(
         estimate(q, np.where(hide, np.nan, k), np.where(hide, np.nan, v), random_key=RANDOM_KEY, **options),
         out,
     )
-    assert not np.allclose(out, estimate(q, k, v, random_key=jax.random.key(1), **options))
+    assert not np.allclose(out, estimate(q, k, v, rng=jax.random.key(1), **options))
     # The output is a mean of the values that are visible.
     constant = estimate(q, k, np.where(hide, 7.0, np.ones_like(v)), random_key=RANDOM_KEY, **options)
     seen = MASK.any(-1)[:, None] if not causal else np.cumsum(MASK, -1) > 0
-    close(constant, np.broadcast_to(seen[..., None, None], constant.shape))
+    near(constant, np.broadcast_to(seen[..., None, None], constant.shape))
 
 
 def test_later_keys_are_not_seen(x64):
@@ -154,7 +146,7 @@ causality = pytest.mark.parametrize("causal", [False, True])
 def test_a_window_over_everything_is_exact(window, causal, x64):
     q, k, v = arrays(13, 13)
     options = dict(random_key=RANDOM_KEY, key_where=MASK, window=window, is_causal=causal)
-    close(scatter(q, k, v, **options), dense(q, k, v, MASK, causal))
+    near(scatter(q, k, v, **options), dense(q, k, v, MASK, causal))
 
 
 @causality
@@ -180,7 +172,7 @@ def test_the_weights_are_exact_inside_and_random_features_outside(window, causal
     out = scatter(
         q, k, v, random_key=RANDOM_KEY, key_where=MASK, window=window, num_features=features, is_causal=causal
     )
-    close(out, exact)
+    near(out, exact)
 
 
 @causality
@@ -201,10 +193,10 @@ def test_the_features_are_an_unbiased_estimate_of_the_exponential(x64):
         jax.random.split(RANDOM_KEY, 20000)
     )
     groups = rows[:, :4] @ np.swapaxes(rows[:, :4], -1, -2)
-    close(groups * (1 - np.eye(4)), np.zeros_like(groups))
-    close(np.mean(rows**2), 1, 2e-2)
+    near(groups * (1 - np.eye(4)), np.zeros_like(groups))
+    near(np.mean(rows**2), 1, 2e-2)
     estimates = np.cosh(rows @ (x + y)) * np.exp(-(x @ x + y @ y) / 2)
-    close(np.mean(estimates), np.exp(x @ y), 1e-2)
+    near(np.mean(estimates), np.exp(x @ y), 1e-2)
 
 
 def test_large_scores_do_not_overflow():

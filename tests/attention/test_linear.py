@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import float64
+from helpers import near
 
 from jaxsoft.attention import hyper, linear, reuse, softmax_free
 
@@ -117,10 +118,6 @@ def mapped(name):
     return jax.jit(jax.vmap(CASES[name]))
 
 
-def close(a, b, tolerance=1e-9):
-    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=tolerance, atol=tolerance)
-
-
 ALL = np.ones((B, T), bool)
 SOME = np.array([[True] * 5 + [False] * 2, [True, False, True, True, False, True, True]])
 
@@ -132,8 +129,8 @@ def test_derivatives_are_those_of_finite_differences(name, x64):
         out, tangent, cotangent, grads = program(name)(tuple(x), mask, tuple(d), 0.3)
         plus, minus = ([a + sign * step * b for a, b in zip(x, d)] for sign in (1, -1))
         difference = (value(name)(*plus, mask) - value(name)(*minus, mask)) / (2 * step)
-        close(tangent, difference, 1e-6)
-        close(sum(np.vdot(g, b) for g, b in zip(grads, d)), np.vdot(cotangent, tangent), 1e-8)
+        near(tangent, difference, 1e-6)
+        near(sum(np.vdot(g, b) for g, b in zip(grads, d)), np.vdot(cotangent, tangent), 1e-8)
         assert np.isfinite(out).all()
 
 
@@ -150,19 +147,19 @@ def test_what_is_masked_does_not_exist(name, x64):
     else:
         poisoned[0] = q
     dirty = program(name)(tuple(poisoned), SOME, d, 0.3)
-    close(dirty[0], clean[0])
+    near(dirty[0], clean[0])
     for g, h in zip(dirty[3], clean[3]):
-        close(g, h)
+        near(g, h)
     for g in dirty[3][1:]:
         assert not np.any(np.where(hide, g, 0))
     if name not in ("hyper", "hyper causal"):  # which draw by length
         short = [a[:1, :5] for a in x]
-        close(value(name)(*short, np.ones((1, 5), bool)), clean[0][:1, :5])
+        near(value(name)(*short, np.ones((1, 5), bool)), clean[0][:1, :5])
         assert not np.allclose(clean[0], value(name)(*x, ALL))
 
 
 @cases
-def test_without_anything_the_output_and_the_gradients_are_0(name, x64):
+def test_fully_masked_gives_zero_output_and_gradients(name, x64):
     x, d = arrays(), arrays(1)
     out, tangent, _, grads = program(name)(tuple(x), np.zeros((B, T), bool), tuple(d), 0.3)
     assert np.all(out == (-np.inf if name == "log mass" else 0))
@@ -174,12 +171,12 @@ def test_without_anything_the_output_and_the_gradients_are_0(name, x64):
 def test_vmap_is_a_loop(name, x64):
     x = arrays(batch=(B, 2))
     masks = np.stack([SOME, ALL])
-    close(mapped(name)(*x, masks), np.stack([value(name)(*(a[i] for a in x), masks[i]) for i in range(B)]))
+    near(mapped(name)(*x, masks), np.stack([value(name)(*(a[i] for a in x), masks[i]) for i in range(B)]))
 
 
 @pytest.mark.parametrize("name", ["gaussian", "reused", "top k", "unified"])
 def test_no_mask_is_a_mask_of_ones(name, x64):
-    close(jax.jit(lambda *x: CASES[name](*x, None))(*arrays()), value(name)(*arrays(), ALL))
+    near(jax.jit(lambda *x: CASES[name](*x, None))(*arrays()), value(name)(*arrays(), ALL))
 
 
 @cases
@@ -188,11 +185,11 @@ def test_half_precision_is_summed_in_single(name):
     out = value(name)(*half, SOME)
     single = value(name)(*(a.astype(jnp.float32) for a in half), SOME)
     assert out.dtype == (jnp.float32 if name == "log mass" else jnp.bfloat16) and single.dtype == jnp.float32
-    close(out.astype(jnp.float32), single, 2.0**-8)
+    near(out.astype(jnp.float32), single, 2.0**-8)
     if name not in RANDOM:
         with float64():
             exact = value(name)(*(np.asarray(a.astype(jnp.float32), np.float64) for a in half), SOME)
-        close(single, exact, 2e-5)
+        near(single, exact, 2e-5)
 
 
 def sizes_of(jaxpr):
@@ -229,20 +226,20 @@ def one_head(*xs):
 
 
 def weights_of(attend, q, k, **options):
-    """The weights, as the output for values that are an identity."""
+    """The weights, read off as the output for identity values."""
     q, k = one_head(q, k)
     return attend(q, k, jnp.eye(k.shape[0])[:, None], **options)[:, 0]
 
 
 def test_worked_numbers_of_linear_attention(x64):
     mala = linear.magnitude_aware_linear_attention
-    close(weights_of(linear.linear_attention, Q2, K3)[0], [0.523123, 0.204435, 0.272442], 1e-6)
+    near(weights_of(linear.linear_attention, Q2, K3)[0], [0.523123, 0.204435, 0.272442], 1e-6)
     paper = [[1.811727, -0.670741, -0.140986], [3.757103, -1.088217, -1.668886]]
-    close(weights_of(mala, Q2, K3, form="paper"), paper, 1e-6)
+    near(weights_of(mala, Q2, K3, form="paper"), paper, 1e-6)
     released = [[0.826849, -0.001846, 0.174996], [1.283393, -0.061132, -0.222261]]
-    close(weights_of(mala, Q2, K3), released, 1e-6)
+    near(weights_of(mala, Q2, K3), released, 1e-6)
     out = mala(*one_head(Q2, K3, V3), form="paper")[:, 0]
-    close(out, [[1.529755, -0.952713], [0.419331, -4.425989]], 1e-6)
+    near(out, [[1.529755, -0.952713], [0.419331, -4.425989]], 1e-6)
 
 
 def phi(x):
@@ -286,26 +283,26 @@ def test_linear_attention_is_its_formula(form, causal, x64):
     for size in (1, 4, 100) if causal else (256,):
         options = dict(is_causal=causal, block_size=size)
         if form == "plain":
-            close(
+            near(
                 linear.linear_attention(q, k, v, **options),
                 dense_linear(q, k, v, form=form, causal=causal, rotate=False),
             )
             continue
         for rotate in (None, rotation):
             out = linear.magnitude_aware_linear_attention(q, k, v, form=form, rotate=rotate, **options)
-            close(out, dense_linear(q, k, v, form=form, causal=causal, rotate=rotate is not None))
+            near(out, dense_linear(q, k, v, form=form, causal=causal, rotate=rotate is not None))
 
 
 def test_only_the_magnitude_aware_weights_depend_on_the_magnitude(x64):
     q, k = np.array(Q2), np.array(K3)
     features = lambda x: jnp.exp(x)  # so that q + log 3 has three times the features
     plain = functools.partial(weights_of, linear.linear_attention, feature_map=features)
-    close(plain(q + np.log(3), k), plain(q, k))
+    near(plain(q + np.log(3), k), plain(q, k))
     aware = functools.partial(
         weights_of, linear.magnitude_aware_linear_attention, feature_map=features, form="paper"
     )
     assert np.all(np.std(aware(q + np.log(3), k), axis=-1) > np.std(aware(q, k), axis=-1))
-    close(aware(q, k).sum(-1), 1)
+    near(aware(q, k).sum(-1), 1)
 
 
 def test_features_keep_their_precision_far_below_0():
@@ -325,7 +322,7 @@ def dense_lightning(q, k, v, slopes):
 def test_worked_numbers_of_lightning_attention(x64):
     q, k, v = one_head([[1, 0], [0, 1], [1, 1]], [[1, 1], [0, 1], [1, 0]], [[1, 0], [0, 1], [2, 1]])
     out = linear.lightning_attention(q, k, v, slopes=jnp.array([0.5]))
-    close(out[:, 0], [[1, 0], [0.606531, 1], [2.735759, 1.606531]], 1e-6)
+    near(out[:, 0], [[1, 0], [0.606531, 1], [2.735759, 1.606531]], 1e-6)
     np.testing.assert_allclose(linear.lightning_slopes(8), 1.00001 * 2.0 ** -np.arange(1, 9), rtol=1e-6)
     last = linear.lightning_slopes(4, layer=7, num_layers=8)
     np.testing.assert_allclose(last, (1 - 7 / 7.00001 + 1e-5) * 4.0 ** -np.arange(1, 5), rtol=1e-6)
@@ -338,9 +335,9 @@ def test_lightning_attention_is_its_formula_for_every_block_size_and_split(x64):
     exact = dense_lightning(q, k, v, slopes)
     for size in (1, 3, 7, 256):
         out, state = linear.lightning_attention(q, k, v, slopes=slopes, block_size=size, return_state=True)
-        close(out, exact)
+        near(out, exact)
         age = np.exp(-slopes[:, None] * (T - 1 - np.arange(T)))
-        close(state, np.einsum("ht,bthd,bthv->bhdv", age, k, v))
+        near(state, np.einsum("ht,bthd,bthv->bhdv", age, k, v))
     state, parts = None, []
     for cut in (slice(0, 4), slice(4, 5), slice(5, 7)):
         out, state = linear.lightning_attention(
@@ -353,7 +350,7 @@ def test_lightning_attention_is_its_formula_for_every_block_size_and_split(x64):
             block_size=2,
         )
         parts.append(out)
-    close(np.concatenate(parts, 1), exact)
+    near(np.concatenate(parts, 1), exact)
 
 
 def test_time_passes_over_padding(x64):
@@ -361,7 +358,7 @@ def test_time_passes_over_padding(x64):
     k, v, slopes = np.asarray(twice(k)), np.asarray(twice(v)), np.array([0.5, 0.1, 0.0, 2.0])
     keep = SOME[..., None, None]
     out = linear.lightning_attention(q, k, v, slopes=slopes, where=SOME, block_size=3)
-    close(out, np.where(keep, dense_lightning(q, k * keep, v * keep, slopes), 0))
+    near(out, np.where(keep, dense_lightning(q, k * keep, v * keep, slopes), 0))
 
 
 def test_slopes_and_initial_state_have_gradients(x64):
@@ -377,11 +374,9 @@ def test_slopes_and_initial_state_have_gradients(x64):
     f = jax.jit(f)
     for h in range(N):
         d = step * np.eye(N)[h]
-        close(grads[0][h], (f(slopes + d, state) - f(slopes - d, state)) / (2 * step), 1e-6)
+        near(grads[0][h], (f(slopes + d, state) - f(slopes - d, state)) / (2 * step), 1e-6)
     d = np.sin(np.arange(state.size)).reshape(state.shape)
-    close(
-        np.vdot(grads[1], d), (f(slopes, state + step * d) - f(slopes, state - step * d)) / (2 * step), 1e-6
-    )
+    near(np.vdot(grads[1], d), (f(slopes, state + step * d) - f(slopes, state - step * d)) / (2 * step), 1e-6)
 
 
 def test_lightning_attention_is_that_of_transformers(x64):
@@ -406,7 +401,7 @@ def test_lightning_attention_is_that_of_transformers(x64):
     ours = linear.lightning_attention(
         *jnp.split(qkv, 3, axis=-1), slopes=layer.slope_rate.flatten().numpy(), where=mask, block_size=4
     )
-    close(ours.reshape(2, 11, 8), theirs, 1e-6)  # their decay is in float32
+    near(ours.reshape(2, 11, 8), theirs, 1e-6)  # their decay is in float32
 
 
 # --- bad input -----------------------------------------------------------------------------------------------------

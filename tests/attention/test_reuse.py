@@ -6,13 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import near, softmax
 
 import jaxsoft
 from jaxsoft.attention import reuse
-
-
-def close(a, b, tolerance=1e-9):
-    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=tolerance, atol=tolerance)
 
 
 def arrays(queries=5, keys=6, seed=0):
@@ -22,14 +19,6 @@ def arrays(queries=5, keys=6, seed=0):
 
 
 MASK = np.array([[True, True, False, True, True, False], [True, False, True, True, True, True]])
-
-
-def softmax(x):
-    """Over the last axis; -inf is absent, a row without entries gives 0."""
-    top = np.max(x, axis=-1, keepdims=True)
-    w = np.exp(x - np.where(np.isfinite(top), top, 0))
-    total = w.sum(-1, keepdims=True)
-    return w / np.where(total > 0, total, 1)
 
 
 def scores_of(q, k, b, h, causal, scale):
@@ -55,11 +44,11 @@ def test_leader_and_follower_share_the_weights(causal, x64):
     for b, h in np.ndindex(2, 4):
         x = scores_of(q, k, b, h, causal, 0.8)
         weights = softmax(x)
-        close(out[b, :, h], weights @ v[b, :, h // 2])
-        close(shared.logsumexp[b, :, h], np.log(np.exp(x).sum(-1)))
-        close(again[b, :, h], weights @ other[b, :, h // 2])
-        close(with_term[b, :, h], weights @ other[b, :, h // 2] + hidden[b] @ compensation[:, h])
-    close(reuse.reuse_softmax_attention(shared, v), out)
+        near(out[b, :, h], weights @ v[b, :, h // 2])
+        near(shared.logsumexp[b, :, h], np.log(np.exp(x).sum(-1)))
+        near(again[b, :, h], weights @ other[b, :, h // 2])
+        near(with_term[b, :, h], weights @ other[b, :, h // 2] + hidden[b] @ compensation[:, h])
+    near(reuse.reuse_softmax_attention(shared, v), out)
 
 
 def test_what_is_shared_is_small_and_passes_through_transformations(x64):
@@ -70,7 +59,7 @@ def test_what_is_shared_is_small_and_passes_through_transformations(x64):
     sizes = [np.size(leaf) for leaf in jax.tree.leaves(shared)]
     assert sum(sizes) == q.size + k.size + q[..., 0].size + 1
     follow = jax.jit(reuse.reuse_softmax_attention)
-    close(follow(shared, v), reuse.reuse_softmax_attention(lead(q, k, v)[1], v))
+    near(follow(shared, v), reuse.reuse_softmax_attention(lead(q, k, v)[1], v))
     half = lead(*(jnp.asarray(a, jnp.bfloat16) for a in (q, k, v)))[1]
     assert half.query.dtype == jnp.bfloat16 and half.logsumexp.dtype == jnp.float32
 
@@ -91,7 +80,7 @@ def test_the_gradient_of_the_follower_reaches_the_leader(x64):
 
     for a, b in zip(*(jax.jit(jax.grad(g, argnums=(0, 1)))(q, k) for g in (f, direct))):
         assert np.abs(b).max() > 0.1
-        close(a, b)
+        near(a, b)
 
 
 # --- URPE ----------------------------------------------------------------------------------------------------------
@@ -112,15 +101,15 @@ def test_worked_numbers_of_urpe(x64):
         [0.302383, 0.280013, -0.102603],
         [0.237113, 0.139567, 0.351316],
     ]
-    close(urpe_of_scores(SCORES, FACTORS, jnp.eye(3)), weights, 1e-6)
+    near(urpe_of_scores(SCORES, FACTORS, jnp.eye(3)), weights, 1e-6)
     out = [[0.295347, -0.152694], [0.199780, 0.177410], [0.588429, 0.490882]]
-    close(urpe_of_scores(SCORES, FACTORS, values), out, 1e-6)
+    near(urpe_of_scores(SCORES, FACTORS, values), out, 1e-6)
     causal = [[1, 0], [0.459554, 0.425557], [0.588429, 0.490882]]
-    close(urpe_of_scores(SCORES, FACTORS, values, is_causal=True), causal, 1e-6)
+    near(urpe_of_scores(SCORES, FACTORS, values, is_causal=True), causal, 1e-6)
     pullback = jax.vjp(lambda x, c: urpe_of_scores(x, c, values), SCORES, FACTORS)[1]
     dx, dc = pullback(jnp.array([[1, -1], [0.5, 0.2], [0, 1]]))
-    close(dx[0], [0.148292, -0.088516, -0.059775], 1e-6)
-    close(dc[0], [0, 0.363447, 0.675982, -0.358516, 0], 1e-6)
+    near(dx[0], [0.148292, -0.088516, -0.059775], 1e-6)
+    near(dc[0], [0, 0.363447, 0.675982, -0.358516, 0], 1e-6)
 
 
 @causality
@@ -135,17 +124,17 @@ def test_urpe_is_its_formula_for_every_block_size(causal, x64):
         exact[b, i, h] = (softmax(x) * factors[h, np.clip(offset, -2, 2) + 2]) @ v[b, :, h // 2]
     options = dict(bias=bias, key_where=MASK, is_causal=causal, scale=0.6)
     for size in (1, 2, 128):
-        close(reuse.urpe_attention(q, k, v, factors, block_size=size, **options), exact)
+        near(reuse.urpe_attention(q, k, v, factors, block_size=size, **options), exact)
 
 
 def test_urpe_with_factors_of_one_is_softmax_attention_and_its_tables_have_gradients(x64):
     q, k, v = arrays()
-    close(
+    near(
         reuse.urpe_attention(q, k, k, np.ones((4, 1))), jax.nn.dot_product_attention(q, k, k), 1e-5
     )  # float32
     d = np.random.default_rng(4).standard_normal((4, 3))
     f = jax.jit(lambda t: jnp.sum(jnp.sin(reuse.urpe_attention(q, k, v, 1 + t, bias=2 * t, key_where=MASK))))
-    close(np.vdot(jax.grad(f)(d), d), (f((1 + 1e-6) * d) - f((1 - 1e-6) * d)) / 2e-6, 1e-6)
+    near(np.vdot(jax.grad(f)(d), d), (f((1 + 1e-6) * d) - f((1 - 1e-6) * d)) / 2e-6, 1e-6)
 
 
 # --- the k largest -------------------------------------------------------------------------------------------------
@@ -154,10 +143,10 @@ def test_urpe_with_factors_of_one_is_softmax_attention_and_its_tables_have_gradi
 def test_worked_numbers_of_top_k(x64):
     q, k, v = jnp.ones((1, 1, 1)), jnp.array([1, 2, -1, 0.5])[:, None, None], jnp.eye(4)[:, None]
     weights = lambda count: reuse.top_k_attention(q, k, v, k=count)[0, 0]
-    close(weights(2), [0.268941, 0.731059, 0, 0], 1e-6)
-    close(weights(3), [0.231224, 0.628532, 0, 0.140244], 1e-6)
+    near(weights(2), [0.268941, 0.731059, 0, 0], 1e-6)
+    near(weights(3), [0.231224, 0.628532, 0, 0.140244], 1e-6)
     tied = reuse.top_k_attention(q, jnp.ones((4, 1, 1)), v, k=2)[0, 0]
-    close(tied, [0.5, 0.5, 0, 0])
+    near(tied, [0.5, 0.5, 0, 0])
 
 
 @causality
@@ -168,10 +157,10 @@ def test_top_k_keeps_the_largest(count, causal, x64):
     for b, h in np.ndindex(2, 4):
         x = scores_of(q, k, b, h, causal, 1 / np.sqrt(3))
         bound = np.sort(x, -1)[:, -min(count, 6), None]
-        close(out[b, :, h], softmax(np.where(x >= bound, x, -np.inf)) @ v[b, :, h // 2])
+        near(out[b, :, h], softmax(np.where(x >= bound, x, -np.inf)) @ v[b, :, h // 2])
     if count >= 6 and not causal:
         full = jax.nn.dot_product_attention(q, k, k, mask=MASK[:, None, None])
-        close(reuse.top_k_attention(q, k, k, k=count, key_where=MASK), full, 1e-5)  # which is in float32
+        near(reuse.top_k_attention(q, k, k, k=count, key_where=MASK), full, 1e-5)  # which is in float32
 
 
 # --- n-grams -------------------------------------------------------------------------------------------------------
@@ -180,7 +169,7 @@ def test_top_k_keeps_the_largest(count, causal, x64):
 def test_worked_numbers_of_ngrams():
     tokens = jnp.array([1, 2, 3, 1, 2, 4, 1, 2])
     out = reuse.ngram_attention(tokens, jax.nn.one_hot(tokens, 5), n=3)
-    close(out.output[-1], [0, 0, 0, 0.5, 0.5])
+    near(out.output[-1], [0, 0, 0, 0.5, 0.5])
     assert out.matched.tolist() == [False] * 4 + [True, False, False, True]
 
 
@@ -200,7 +189,7 @@ def test_ngrams_are_counted(n, size, x64):
             if present and (tokens[b, here] == tokens[b, there]).all():
                 found.append(values[b, t])
         assert out.matched[b, i] == bool(found)
-        close(out.output[b, i], np.mean(found, axis=0) if found else [0, 0])
+        near(out.output[b, i], np.mean(found, axis=0) if found else [0, 0])
 
 
 # --- statistics ----------------------------------------------------------------------------------------------------
@@ -209,17 +198,17 @@ def test_ngrams_are_counted(n, size, x64):
 def test_log_mass_from_two_moments(x64):
     key = jnp.array([[0.3, 0.1], [0.2, -0.4], [-0.1, 0.5], [0.4, 0.2]])[:, None]
     query = jnp.array([[[0.7, 0.3]]])
-    close(reuse.long_context_log_mass(query, key, scale=1.0), [[1.564344]], 1e-6)
+    near(reuse.long_context_log_mass(query, key, scale=1.0), [[1.564344]], 1e-6)
     q, k, _ = arrays()
     out = reuse.long_context_log_mass(q, k, key_where=MASK)
     for b, i, h in np.ndindex(2, 5, 4):
         keys = k[b, MASK[b], h // 2]
         direction = q[b, i, h] / np.sqrt(3)
         square = direction @ np.cov(keys.T, bias=True) @ direction
-        close(out[b, i, h], np.log(len(keys)) + direction @ keys.mean(0) + square / 2)
+        near(out[b, i, h], np.log(len(keys)) + direction @ keys.mean(0) + square / 2)
     # Exact for one key; otherwise the error is of third order in the scores.
     product = np.einsum("btkgh,bskh->btkg", q.reshape(2, 5, 2, 2, 3), k[:, :1]).reshape(2, 5, 4)
-    close(reuse.long_context_log_mass(q, k[:, :1], scale=1.0), product)
+    near(reuse.long_context_log_mass(q, k[:, :1], scale=1.0), product)
     error = lambda size: np.abs(
         reuse.long_context_log_mass(size * q, k)
         - reuse.unified_softmax_attention(size * q, k, k)[1].logsumexp
@@ -237,14 +226,14 @@ def penalty(scores, **options):
 def test_worked_numbers_of_the_entropy_regularizer(x64):
     with np.errstate(divide="ignore"):
         scores = jnp.asarray(np.log(WEIGHTS))
-    close(penalty(scores), [0.480453, 0, 0.156620, 0.480453], 1e-6)
+    near(penalty(scores), [0.480453, 0, 0.156620, 0.480453], 1e-6)
     h, margin = np.array([0, 0.693147, 1.088900, 1.386294]), 0.2 * np.log(4)
     excess = np.maximum(np.abs(h - 0.5 * np.log(4)) - margin, 0)
-    close(penalty(scores, continuous=True), excess**2, 1e-5)
+    near(penalty(scores, continuous=True), excess**2, 1e-5)
     dh = np.array([-0.069044, 0.034522, 0.034522, 0])
-    close(jax.grad(lambda x: penalty(x)[2])(scores)[2], 2 * (1.088900 - 0.693147) * dh, 1e-5)
+    near(jax.grad(lambda x: penalty(x)[2])(scores)[2], 2 * (1.088900 - 0.693147) * dh, 1e-5)
     slope = jax.grad(lambda t: penalty(scores, threshold=t).sum())(0.5)
-    close(slope, -2 * np.log(4) * (-0.693147 + 0.395753 + 0.693147), 1e-5)
+    near(slope, -2 * np.log(4) * (-0.693147 + 0.395753 + 0.693147), 1e-5)
 
 
 def test_the_context_of_the_entropy_regularizer(x64):
@@ -257,9 +246,9 @@ def test_the_context_of_the_entropy_regularizer(x64):
         h = -np.sum(p * np.log(np.where(p > 0, p, 1)), -1)
         d = h - threshold * np.log(size)
         exact = np.where((np.abs(d) > 0.1 * np.log(size)) & where.any(-1), d**2, 0)
-        close(penalty(scores, threshold=threshold, margin=0.1, context=context, where=where), exact)
+        near(penalty(scores, threshold=threshold, margin=0.1, context=context, where=where), exact)
     q, k = rng.standard_normal((4, 3)), rng.standard_normal((5, 3))
-    close(penalty(jaxsoft.linear_logits(q, k.T, block_size=2)), penalty(jnp.asarray(q @ k.T)))
+    near(penalty(jaxsoft.linear_logits(q, k.T, block_size=2)), penalty(jnp.asarray(q @ k.T)))
 
 
 X = jnp.zeros((3, 2, 4))

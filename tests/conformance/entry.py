@@ -157,7 +157,7 @@ def statistic_entry(function, module="jaxsoft", variant="", inputs=(), **options
 
 
 def normalizer_entry(function, variant="", per_row=(), **options):
-    """An entry of a normalizer; `per_row` are options that come from the inputs, one number a row."""
+    """An entry of a normalizer; `per_row` are options that come from the inputs, one number per row."""
     entry_options = {k: options.pop(k) for k in list(options) if k in Entry.__dataclass_fields__}
     module = "jaxsoft" if function.__name__ in jaxsoft.__all__ else "jaxsoft.normalizers"
 

@@ -1,4 +1,4 @@
-"""Tests that share compiled programs, or one run of an example, are kept in one process."""
+"""Tests that share compiled programs, or one run of an example, run in one process."""
 
 import os
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import float64
+from helpers import contract, floats, trees_close
 from jax.experimental import checkify
 from jax.sharding import PartitionSpec as P
 
@@ -36,20 +37,6 @@ def scores(entry, leading=LEADING, columns=V, dtype=np.float32, scale=2.0):
 def inputs_of(entry, leading=LEADING, columns=V, dtype=np.float32):
     given = make_inputs(seed_of(entry) + 1, leading, columns, dtype)
     return {k: given[k] for k in entry.inputs}
-
-
-def floats(result):
-    return [a for a in jax.tree.leaves(result) if jnp.issubdtype(a.dtype, jnp.floating)]
-
-
-def contract(result, seed=0):
-    """A sum of the float outputs with random, non-uniform weights; infinite ones left out."""
-    total = 0.0
-    for i, a in enumerate(floats(result)):
-        w = jnp.asarray(np.random.default_rng(seed + i).normal(size=a.shape), a.dtype)
-        finite = jnp.isfinite(jax.lax.stop_gradient(a))
-        total = total + jnp.sum(jnp.where(finite, w * jnp.where(finite, a, 0), 0))
-    return total
 
 
 class _Program:
@@ -90,16 +77,6 @@ def value_and_gradient(entry):
     return both
 
 
-def assert_close(a, b, tolerance):
-    leaves_a, leaves_b = jax.tree.leaves(a), jax.tree.leaves(b)
-    assert len(leaves_a) == len(leaves_b)
-    for x, y in zip(leaves_a, leaves_b):
-        assert x.shape == y.shape
-        np.testing.assert_allclose(
-            np.asarray(x, np.float64), np.asarray(y, np.float64), rtol=tolerance, atol=tolerance
-        )
-
-
 def row_mask(entry, given, leading=LEADING, columns=V):
     """A mask that differs by row and keeps at least two columns, the labels among them."""
     mask = np.array(np.random.default_rng(seed_of(entry) + 2).random((*leading, columns)) < 0.6)
@@ -118,21 +95,21 @@ def row_mask(entry, given, leading=LEADING, columns=V):
 def test_jit_vmap_axis_and_leading_axes_change_nothing(entry):
     x, given = scores(entry), inputs_of(entry)
     expected = entry.call(x, given)
-    assert_close(value(entry)(x, given, {}), expected, 1e-6)
+    trees_close(value(entry)(x, given, {}), expected, 1e-6)
 
     shared = {k: v for k, v in given.items() if k in PER_COLUMN}
     by_row = {k: v for k, v in given.items() if k not in PER_COLUMN}
     mapped = jax.jit(jax.vmap(lambda x, by_row: entry.call(x, {**by_row, **shared})))(x, by_row)
-    assert_close(mapped, expected, 1e-6)
+    trees_close(mapped, expected, 1e-6)
 
     moved = jax.jit(lambda x: entry.call(x, given, axis=1))(jnp.moveaxis(x, -1, 1))
     if entry.dense_only:
         moved = jnp.moveaxis(moved, 1, -1)
-    assert_close(moved, expected, 1e-6)
+    trees_close(moved, expected, 1e-6)
 
     flat = {k: v if k in PER_COLUMN else v.reshape(6, *v.shape[2:]) for k, v in given.items()}
     flattened = value(entry)(x.reshape(6, V), flat, {})
-    assert_close(jax.tree.map(lambda a: a.reshape(*LEADING, *a.shape[1:]), flattened), expected, 1e-6)
+    trees_close(jax.tree.map(lambda a: a.reshape(*LEADING, *a.shape[1:]), flattened), expected, 1e-6)
 
 
 @pytest.mark.parametrize("entry", [e for e in ENTRIES if e.differentiable], ids=lambda e: e.id)
@@ -166,10 +143,10 @@ def test_derivatives_are_those_of_finite_differences(entry, x64):
     if entry.second_order:
         _, curvature = jax.jvp(jax.jit(jax.grad(f)), (point,), (direction,))
         numeric = jax.tree.map(lambda h, lo: (h - lo) / (2 * step), g_high, g_low)
-        assert_close(curvature, numeric, 1e-5)
+        trees_close(curvature, numeric, 1e-5)
         if entry.thorough:
             reverse = jax.jit(jax.grad(lambda p: dot(jax.grad(f)(p), direction)))(point)
-            assert_close(reverse, curvature, 1e-9)
+            trees_close(reverse, curvature, 1e-9)
 
 
 @pytest.mark.parametrize("entry", [e for e in ENTRIES if e.where], ids=lambda e: e.id)
@@ -180,10 +157,10 @@ def test_masked_is_absent_whatever_it_holds(entry, x64):
     absent, expected = program(jnp.where(mask, x, -jnp.inf), given, {})
     for junk in (jnp.nan, jnp.inf, 1e30):
         result, gradient = program(jnp.where(mask, x, junk), given, {"where": mask})
-        assert_close(result, absent, 1e-12)
+        trees_close(result, absent, 1e-12)
         if entry.differentiable:
             assert jnp.all(jnp.where(mask, 0, gradient) == 0)
-            assert_close(gradient, expected, 1e-12)
+            trees_close(gradient, expected, 1e-12)
 
     # Columns masked for all rows are as good as cut away; labels lie in the first half.
     cut = 4
@@ -192,7 +169,7 @@ def test_masked_is_absent_whatever_it_holds(entry, x64):
     if entry.dense_only:
         removed = jnp.pad(removed, [(0, 0)] * 2 + [(0, V - cut)], constant_values=entry.empty)
     columns = jnp.broadcast_to(jnp.arange(V) < cut, x.shape)
-    assert_close(program(x.at[..., cut:].set(jnp.nan), given, {"where": columns})[0], removed, 1e-12)
+    trees_close(program(x.at[..., cut:].set(jnp.nan), given, {"where": columns})[0], removed, 1e-12)
 
 
 @every
@@ -340,7 +317,7 @@ def test_streamed_is_dense(entry, x64):
     for options, blocks in tries if entry.thorough else [(dict(softcap=cap), [dict(block_size=3)])]:
         expected = both(dense=True, **options)
         for block in blocks:
-            assert_close(both(dense=False, **options, **block), expected, 1e-10)
+            trees_close(both(dense=False, **options, **block), expected, 1e-10)
     if not entry.thorough:
         return
     expected = both(dense=True, mask=columns)
@@ -351,7 +328,7 @@ def test_streamed_is_dense(entry, x64):
     if entry.differentiable:
         options["filter_eps"] = 0.0
     value, gradient = both(transposed, **options)
-    assert_close((value, {**gradient, "weight": gradient["weight"].T}), expected, 1e-10)
+    trees_close((value, {**gradient, "weight": gradient["weight"].T}), expected, 1e-10)
 
     if entry.differentiable:
         direction = jax.tree.map(jnp.cos, operands)
@@ -361,7 +338,7 @@ def test_streamed_is_dense(entry, x64):
             ]
             for dense in (False, True)
         ]
-        assert_close(*tangents, 1e-10)
+        trees_close(*tangents, 1e-10)
 
 
 @pytest.mark.parametrize("entry", [e for e in ENTRIES if e.thorough and not e.dense_only], ids=lambda e: e.id)
@@ -391,9 +368,9 @@ def test_sharded_rows_are_a_single_device(entry, x64):
         else:
             value, gradient = f(*on_mesh), None
     single = lambda o: contract(local(o, given))
-    assert_close(value, single(operands), 1e-10)
+    trees_close(value, single(operands), 1e-10)
     if entry.differentiable:
-        assert_close(jax.device_get(gradient), jax.device_get(jax.grad(single)(operands)), 1e-10)
+        trees_close(jax.device_get(gradient), jax.device_get(jax.grad(single)(operands)), 1e-10)
 
 
 @every_loss
@@ -428,9 +405,9 @@ def test_weighted_sum_is_the_sum_of_weighted_losses(entry, x64):
         expected = jax.jit(jax.value_and_grad(functools.partial(run, how="plain", **options)))(operands)
         for how, more in ways:
             f = functools.partial(run, how=how, **options, **more)
-            assert_close(jax.jit(jax.value_and_grad(f))(operands), expected, 1e-10)
+            trees_close(jax.jit(jax.value_and_grad(f))(operands), expected, 1e-10)
     if entry.thorough:
-        assert_close(jax.jit(f)(operands), expected[0], 1e-10)  # the value alone
+        trees_close(jax.jit(f)(operands), expected[0], 1e-10)  # the value alone
 
 
 @every_loss

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rows.test_reductions import with_gradient
+from helpers import with_gradient
 
 import jaxsoft
 
@@ -18,14 +18,14 @@ def run(f, point, implementation, **blocks):
 
 
 def same(f, point, ulps=8, **blocks):
-    """Holds the TPU's kernels, interpreted in blocks of the given sizes, against XLA; returns their results."""
+    """Compares the interpreted TPU kernels, with the given block sizes, with XLA; returns the kernels' results."""
     got = run(f, point, "pallas_tpu", **blocks)
     close(got, run(f, point, "xla"), ulps)
     return got
 
 
 def close(got, expected, ulps=8):
-    """Shapes, dtypes, NaN and infinities are equal, and numbers to so many units of the largest in their array."""
+    """Asserts equal shapes, dtypes, NaN and infinities, and numbers within `ulps` units of their array's largest."""
     leaves, treedef = jax.tree.flatten_with_path(got)
     assert treedef == jax.tree.structure(expected)
     for (path, a), b in zip(leaves, jax.tree.leaves(expected)):

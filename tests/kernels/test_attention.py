@@ -110,7 +110,7 @@ def test_options(name):
     """With the gradients of bias, slopes, sinks and scale; queries that see nothing; dropout of the same weights."""
     arrays, options = OPTIONS[name](np.random.default_rng(3))
     point = make(3)
-    if name == "masks":  # nobody reads what is beyond the lengths
+    if name == "masks":  # entries beyond the lengths are not read
         point = dict(
             q=point["q"].at[0, 9:].set(jnp.nan),
             k=point["k"].at[1, 4:].set(jnp.nan),
@@ -188,7 +188,7 @@ MASKED_AT_RUN_TIME = {
 
 
 @pytest.mark.parametrize("name", MASKED_AT_RUN_TIME)
-def test_what_masks_known_at_run_time_hide_is_skipped(name):
+def test_tiles_hidden_by_runtime_masks_are_skipped(name):
     """The tables of tiles to be visited have those in which a query of the sequence sees a key, and no others."""
     options = dict(MASKED_AT_RUN_TIME[name])
     query, key = jnp.ones((2, 48, 4, 16)), jnp.ones((2, 57, 2, 16))

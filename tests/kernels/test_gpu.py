@@ -191,7 +191,7 @@ def test_reductions_of_products():
 
 
 @interpreter
-def test_no_number_beyond_the_last_row_is_divided_by():
+def test_rows_of_padding_are_not_divided_by():
     """Per-row numbers of 0 in the padding of a block made NaN of the gradients of column operands."""
     h = normal(0, (13, 64), jnp.bfloat16)
     w = (normal(1, (64, 200)) / 8).astype(jnp.bfloat16)

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 from attention.test_dot_product import NORMALIZERS
+from helpers import is_float
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
-from rows.test_reductions import CASES, is_float, make_inputs
+from rows.test_reductions import CASES, make_inputs
 
 import jaxsoft
 from jaxsoft import kernels, losses

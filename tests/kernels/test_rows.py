@@ -36,7 +36,7 @@ def every_reduction():
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
 def test_every_reduction(case):
-    """Scores with ties, absent entries and a row without any; the gradients of every array that it is given."""
+    """Scores with ties, absent entries and a row without any; the gradients of every input array."""
     (got, got_gradient), (expected, gradient) = every_reduction()
     close(got[case.id], expected[case.id])
     names = [f"{case.id}.{name}" for name in case.inputs if f"{case.id}.{name}" in gradient]
@@ -132,7 +132,7 @@ def test_dense_rows(n, columns, mask, dtype, names):
     ],
 )
 def test_linear_logits(transposed, mask, dtype):
-    """Both layouts of the weight; bias, softcap; scale and temperature, one number or one a row; NaN nobody reads."""
+    """Both layouts of the weight; bias, softcap; scale and temperature, one number or one per row; masked NaN."""
     n, columns, d = 9, 130, 5
     rng = np.random.default_rng(3)
     options, keep = masks_for(mask, rng, n, columns)
@@ -212,7 +212,7 @@ def hinge_update(state, tile, theta):
 
 
 def ratio_update(state, tile, theta):
-    """A function that has no derivative, and no value, where what it is given is 0."""
+    """A function with neither derivative nor value where its argument is 0."""
     (by_column,), (by_entry,) = tile.col_args, tile.entry_args
     return state + tile.sum(jnp.log(by_column) * tile.x / theta[..., None] + 0 * by_entry)
 

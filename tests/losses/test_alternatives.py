@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import example, kinds, logits_of, values_and_gradient
 
 import jaxsoft
 from jaxsoft import losses
@@ -13,29 +14,6 @@ X = [1.0, 2.0, -1.0, 0.5]
 MSE, STABLE = losses.squared_error_loss, losses.stablemax_cross_entropy
 SPHERICAL, TAYLOR = losses.spherical_softmax_cross_entropy, losses.taylor_softmax_cross_entropy
 SPARSE = losses.sparse_softmax_cross_entropy
-kinds = pytest.mark.parametrize("kind", ["dense", "streamed"])
-
-
-def logits_of(scores, kind):
-    if kind == "dense":
-        return scores
-    return jaxsoft.linear_logits(jnp.eye(len(scores), dtype=scores.dtype), scores, block_size=2)
-
-
-def run(loss, x, labels, g, kind="dense", **options):
-    """Values, and the gradient of their sum weighted by g."""
-
-    def f(x):
-        values = loss(logits_of(x, kind), jnp.asarray(labels), **options)
-        return jnp.vdot(values, jnp.asarray(g)), values
-
-    gradient, values = jax.jit(jax.grad(f, has_aux=True))(jnp.asarray(x))
-    return np.asarray(values), np.asarray(gradient)
-
-
-def example(seed=0, n=6, columns=5):
-    rng = np.random.default_rng(seed)
-    return rng.normal(size=(n, columns)) * 2, rng.integers(0, columns, n), rng.normal(size=n)
 
 
 @kinds
@@ -75,7 +53,7 @@ def test_gradients_in_closed_form(kind, x64):
         (SPHERICAL, dict(eps=0.01), 2 * x / (squares + 0.05) - onehot * 2 * own / (own**2 + 0.01)),
         (TAYLOR, {}, (1 + x) / t - onehot * (1 + own) / (1 + own + own**2 / 2)),
     ):
-        _, gradient = run(loss, x, y, g, kind, **options)
+        _, gradient = values_and_gradient(loss, x, y, g, kind, **options)
         np.testing.assert_allclose(gradient, g[:, None] * expected, atol=1e-13)
 
 
@@ -90,7 +68,7 @@ def test_gradients_in_closed_form(kind, x64):
 )
 def test_they_are_the_cross_entropies_of_the_normalizers(loss, options, normalizer, kind, x64):
     x, y, g = example()
-    values, gradient = run(loss, x, y, g, kind, **options)
+    values, gradient = values_and_gradient(loss, x, y, g, kind, **options)
 
     def expected(x):
         return -jnp.log(normalizer(x, **options)[jnp.arange(len(y)), y])
@@ -103,7 +81,7 @@ def test_they_are_the_cross_entropies_of_the_normalizers(loss, options, normaliz
 @kinds
 def test_sparse_softmax(kind, x64):
     x, y, g = example()
-    values, gradient = run(SPARSE, x, y, g, kind, k=3)
+    values, gradient = values_and_gradient(SPARSE, x, y, g, kind, k=3)
     p = jaxsoft.sparse_softmax(jnp.asarray(x), k=3)
     np.testing.assert_allclose(gradient, g[:, None] * (p - np.eye(5)[y]), atol=1e-14)
     own = x[np.arange(6), y]
@@ -111,9 +89,9 @@ def test_sparse_softmax(kind, x64):
     outside = (x > own[:, None]).sum(-1) >= 3
     assert outside.any() and (values[outside] > np.log(3)).all()
     # As many as there are, or more: cross-entropy.
-    expected = run(losses.cross_entropy, x, y, g)
+    expected = values_and_gradient(losses.cross_entropy, x, y, g)
     for k in (5, 50):
-        for a, b in zip(run(SPARSE, x, y, g, kind, k=k), expected):
+        for a, b in zip(values_and_gradient(SPARSE, x, y, g, kind, k=k), expected):
             np.testing.assert_allclose(a, b, atol=1e-14)
 
 
@@ -139,9 +117,9 @@ def test_the_spherical_family_without_logits(x64):
 @kinds
 def test_a_label_without_a_share(kind):
     x = np.array([[0.0, 2.0, 1.0], [0.0, 0.0, 0.0]], np.float32)
-    values, gradient = run(SPHERICAL, x, [0, 1], np.ones(2, np.float32), kind, eps=0.0)
+    values, gradient = values_and_gradient(SPHERICAL, x, [0, 1], np.ones(2, np.float32), kind, eps=0.0)
     assert np.all(values == np.inf) and np.all(np.isfinite(gradient))
-    values, gradient = run(SPHERICAL, x, [0, 1], np.ones(2, np.float32), kind, eps=1e-6)
+    values, gradient = values_and_gradient(SPHERICAL, x, [0, 1], np.ones(2, np.float32), kind, eps=1e-6)
     np.testing.assert_allclose(values, [np.log(5e6 + 3), np.log(3)], rtol=1e-6)
     assert np.all(np.isfinite(gradient))
 
@@ -151,7 +129,7 @@ def test_labels_that_are_absent(loss):
     x, y, g = example(n=3)
     where = np.ones((3, 5), bool)
     where[1, y[1]] = False
-    values, gradient = run(loss, x.astype(np.float32), y, g.astype(np.float32), where=where)
+    values, gradient = values_and_gradient(loss, x.astype(np.float32), y, g.astype(np.float32), where=where)
     assert values[1] == np.inf and np.isfinite(values[[0, 2]]).all() and np.isfinite(gradient).all()
 
 

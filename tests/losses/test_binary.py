@@ -1,4 +1,4 @@
-"""One binary problem a class: numbers, oracles, limits, masks."""
+"""One binary problem per class: numbers, oracles, limits, masks."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 from conftest import float64
+from helpers import close, fails, kinds, logits_of
 from jax.test_util import check_grads
 
-import jaxsoft
 from jaxsoft import losses
 
 A = [2.0, 1.0, 0.1, -1.0, 0.5]
@@ -23,20 +23,7 @@ CE, REST, FOCAL, GUMBEL, EACH, QUALITY = (
 RNG = np.random.default_rng(0)
 X, T = 3 * RNG.normal(size=(4, 6)), RNG.random((4, 6))
 Y = np.array([0, 3, 5, 2])
-kinds = pytest.mark.parametrize("kind", ["dense", "streamed"])
 summed = pytest.mark.parametrize("loss", [REST, FOCAL, GUMBEL], ids=lambda f: f.__name__)
-
-
-def logits_of(scores, kind):
-    """Scores as an array, or as an expression whose hidden states are the identity."""
-    scores = jnp.asarray(scores)
-    if kind == "dense":
-        return scores
-    return jaxsoft.linear_logits(jnp.eye(scores.shape[0], dtype=scores.dtype), scores, block_size=2)
-
-
-def close(a, b, tolerance=1e-6):
-    np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=0, atol=tolerance)
 
 
 def value_and_gradient(f, x):
@@ -216,9 +203,7 @@ def test_quality_focal_loss_masks_and_precision():
     ],
 )
 def test_bad_quality_focal_loss(args, options, kind, words):
-    with pytest.raises(kind) as error:
-        QUALITY(*args, **options)
-    assert all(word in str(error.value) for word in words), error.value
+    fails(words, kind, lambda: QUALITY(*args, **options))
 
 
 @summed

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import example, kinds, logits_of, values_and_gradient
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
@@ -13,40 +14,17 @@ from jaxsoft import losses
 
 A, B, C = [2.0, 1.0, 0.1, -1.0, 0.5], [0.2, 1.5, -0.3, 0.8, -1.2], [0.5, 0.2, 0.1]
 SPARSEMAX, ENTMAX15, ENTMAX = losses.sparsemax_loss, losses.entmax15_loss, losses.entmax_loss
-kinds = pytest.mark.parametrize("kind", ["dense", "streamed"])
-
-
-def logits_of(scores, kind):
-    if kind == "dense":
-        return scores
-    return jaxsoft.linear_logits(jnp.eye(len(scores), dtype=scores.dtype), scores, block_size=2)
-
-
-def run(loss, x, labels, g, kind="dense", **options):
-    """Values, and the gradient of their sum weighted by g."""
-
-    def f(x):
-        values = loss(logits_of(x, kind), jnp.asarray(labels), **options)
-        return jnp.vdot(values, jnp.asarray(g)), values
-
-    gradient, values = jax.jit(jax.grad(f, has_aux=True))(jnp.asarray(x))
-    return np.asarray(values), np.asarray(gradient)
-
-
-def example(seed=0, n=6, columns=5, scale=1.0):
-    rng = np.random.default_rng(seed)
-    return rng.normal(size=(n, columns)) * scale, rng.integers(0, columns, n), rng.normal(size=n)
 
 
 @kinds
 def test_worked_numbers(kind, x64):
-    values, gradient = run(SPARSEMAX, [A, B], [0, 3], [1.0, 1.0], kind)
+    values, gradient = values_and_gradient(SPARSEMAX, [A, B], [0, 3], [1.0, 1.0], kind)
     np.testing.assert_allclose(values, [0, 0.7225], atol=1e-6)
     np.testing.assert_allclose(gradient, [[0] * 5, [0, 0.85, 0, -0.85, 0]], atol=1e-6)
-    values, gradient = run(SPARSEMAX, [C], [0], [1.0], kind)
+    values, gradient = values_and_gradient(SPARSEMAX, [C], [0], [1.0], kind)
     np.testing.assert_allclose(values, [0.143333], atol=1e-6)
     np.testing.assert_allclose(gradient, [[0.566667 - 1, 0.266667, 0.166667]], atol=1e-6)
-    values, gradient = run(ENTMAX15, [A, B], [0, 3], [1.0, 1.0], kind)
+    values, gradient = values_and_gradient(ENTMAX15, [A, B], [0, 3], [1.0, 1.0], kind)
     np.testing.assert_allclose(values, [0.064231, 0.831366], atol=1e-6)
     np.testing.assert_allclose(gradient[0], [0.814649 - 1, 0.162070, 0, 0, 0.023280], atol=1e-6)
 
@@ -55,8 +33,8 @@ def test_worked_numbers(kind, x64):
 @pytest.mark.parametrize("alpha", [1.25, 1.5, 2.0, 3.0])
 def test_the_entmax_package(alpha, kind, x64):
     torch, entmax = pytest.importorskip("torch"), pytest.importorskip("entmax")
-    x, y, g = example()
-    values, gradient = run(ENTMAX, x, y, g, kind, alpha=alpha)
+    x, y, g = example(scale=1.0)
+    values, gradient = values_and_gradient(ENTMAX, x, y, g, kind, alpha=alpha)
     t = torch.tensor(x, requires_grad=True)
     exact = {1.5: entmax.entmax15_loss, 2.0: entmax.sparsemax_loss}
     expected = exact.get(alpha, lambda x, y: entmax.entmax_bisect_loss(x, y, alpha))(t, torch.tensor(y))
@@ -66,8 +44,8 @@ def test_the_entmax_package(alpha, kind, x64):
 
 
 def test_optax(x64):
-    x, y, g = example()
-    values, gradient = run(SPARSEMAX, x, y, g)
+    x, y, g = example(scale=1.0)
+    values, gradient = values_and_gradient(SPARSEMAX, x, y, g)
     expected, pullback = jax.vjp(
         lambda x: optax.losses.multiclass_sparsemax_loss(x, jnp.asarray(y)), jnp.asarray(x)
     )
@@ -77,7 +55,7 @@ def test_optax(x64):
     q = np.random.default_rng(1).dirichlet(np.ones(5), 6)
     general = optax.losses.make_fenchel_young_loss(jax.nn.logsumexp)
     expected = jax.vmap(general)(jnp.asarray(x), jnp.asarray(q)) + np.sum(q * np.log(q), -1)
-    np.testing.assert_allclose(run(ENTMAX, x, q, g, alpha=1.0)[0], expected, atol=1e-13)
+    np.testing.assert_allclose(values_and_gradient(ENTMAX, x, q, g, alpha=1.0)[0], expected, atol=1e-13)
 
 
 def negative_entropy(p, alpha):
@@ -90,18 +68,20 @@ def negative_entropy(p, alpha):
 @pytest.mark.parametrize("alpha", [1.0, 1.3, 1.5, 2.0])
 def test_label_distributions(alpha, kind, x64):
     """By definition `Omega*(x) + Omega(q) - <q, x>`, with gradient p - q; 0 where q is the prediction itself."""
-    x, _, g = example()
+    x, _, g = example(scale=1.0)
     q = np.random.default_rng(1).dirichlet(np.ones(5), 6)
     q[0] = np.eye(5)[2]
     q[1] = [0.5, 0.5, 0, 0, 0]
     p = np.asarray(jaxsoft.entmax(jnp.asarray(x), alpha=alpha))
-    values, gradient = run(ENTMAX, x, q, g, kind, alpha=alpha)
+    values, gradient = values_and_gradient(ENTMAX, x, q, g, kind, alpha=alpha)
     expected = np.sum((p - q) * x, -1) - negative_entropy(p, alpha) + negative_entropy(q, alpha)
     np.testing.assert_allclose(values, expected, atol=1e-12)
     np.testing.assert_allclose(gradient, g[:, None] * (p - q), atol=1e-12)
     assert np.all(values > 0)
-    np.testing.assert_allclose(values[0], run(ENTMAX, x, [2] * 6, g, kind, alpha=alpha)[0][0], atol=1e-12)
-    values, gradient = run(ENTMAX, x, p, g, kind, alpha=alpha)
+    np.testing.assert_allclose(
+        values[0], values_and_gradient(ENTMAX, x, [2] * 6, g, kind, alpha=alpha)[0][0], atol=1e-12
+    )
+    values, gradient = values_and_gradient(ENTMAX, x, p, g, kind, alpha=alpha)
     np.testing.assert_allclose(values, np.zeros(6), atol=1e-12)
     np.testing.assert_allclose(gradient, np.zeros((6, 5)), atol=1e-12)
 
@@ -113,25 +93,27 @@ def test_the_margin(alpha, kind):
     lead = 1 / (alpha - 1)
     for offset in (0.0, 4096.0):
         x = np.array([[lead, 0, -1, 0], [lead - 0.125, 0, -1, 0], [9, 1, 2, 0]], np.float32) + offset
-        values, gradient = run(ENTMAX, x, [0, 0, 0], np.ones(3, np.float32), kind, alpha=alpha)
+        values, gradient = values_and_gradient(
+            ENTMAX, x, [0, 0, 0], np.ones(3, np.float32), kind, alpha=alpha
+        )
         assert np.all(values[[0, 2]] == 0) and np.all(gradient[[0, 2]] == 0)
         assert 0 < values[1] < 0.01 and gradient[1, 0] < 0 < gradient[1, 1]
 
 
 def test_towards_cross_entropy(x64):
-    x, y, g = example(scale=2.0)
-    exact = run(losses.cross_entropy, x, y, g)
+    x, y, g = example()
+    exact = values_and_gradient(losses.cross_entropy, x, y, g)
     for alpha, tolerance in ((1.0, 1e-14), (1.0005, 1e-14), (1.002, 0.05), (1.02, 0.5)):
-        for a, b in zip(run(ENTMAX, x, y, g, alpha=alpha), exact):
+        for a, b in zip(values_and_gradient(ENTMAX, x, y, g, alpha=alpha), exact):
             np.testing.assert_allclose(a, b, atol=tolerance)
-    near, far = (run(ENTMAX, x, y, g, alpha=a)[0] - exact[0] for a in (1.002, 1.004))
+    near, far = (values_and_gradient(ENTMAX, x, y, g, alpha=a)[0] - exact[0] for a in (1.002, 1.004))
     np.testing.assert_allclose(2 * near, far, rtol=0.05)  # linear in alpha - 1
 
 
 @kinds
 def test_second_derivatives_and_alpha(kind, x64):
     """The threshold is a constant to the program, yet the Hessian is that of entmax, and alpha has its derivative."""
-    x, y, g = (jnp.asarray(a) for a in example())
+    x, y, g = (jnp.asarray(a) for a in example(scale=1.0))
     direction = jnp.cos(17 * x)
     for alpha in (1.4, 2.0):
         gradient = jax.grad(lambda x, a=alpha: g @ ENTMAX(logits_of(x, kind), y, alpha=a))
@@ -147,7 +129,7 @@ def test_second_derivatives_and_alpha(kind, x64):
 
 def test_the_derivative_with_respect_to_the_labels(x64):
     """`Omega'(q) - x + Omega*(x)`, also at q = 0."""
-    x, _, _ = example()
+    x, _, _ = example(scale=1.0)
     q = jnp.asarray(np.random.default_rng(1).dirichlet(np.ones(5), 6)).at[0, 0].set(0)
     gradient = jax.grad(lambda q: ENTMAX(jnp.asarray(x), q, alpha=1.6).sum())(q)
     conjugate = ENTMAX(jnp.asarray(x), jnp.zeros(6, int), alpha=1.6) + x[:, 0]
@@ -199,7 +181,7 @@ def test_rows_over_two_devices(x64):
 @kinds
 @pytest.mark.parametrize(("soft", "alpha"), [(False, 2.0), (True, 2.0), (True, 1.0)])
 def test_absent_labels_and_scores_that_are_not_numbers(soft, alpha, kind):
-    x, y, g = example(n=4)
+    x, y, g = example(n=4, scale=1.0)
     x, g = x.astype(np.float32), np.ones(4, np.float32)
     where = np.ones((4, 5), bool)
     where[1, y[1]] = False  # the label
@@ -208,10 +190,10 @@ def test_absent_labels_and_scores_that_are_not_numbers(soft, alpha, kind):
     labels = np.eye(5, dtype=np.float32)[y] if soft else y
     if soft:
         labels[3] = 0.2
-    values, gradient = run(ENTMAX, x, labels, g, kind, where=where, alpha=alpha)
+    values, gradient = values_and_gradient(ENTMAX, x, labels, g, kind, where=where, alpha=alpha)
     assert values[1] == np.inf and values[2] == 0 and values[3] == 0
     assert np.isfinite(values[0]) and np.isfinite(gradient).all() and np.all(gradient[3] == 0)
     if kind == "dense":  # a NaN that counts is not hidden, and stays in its row
         x[0, (y[0] + 1) % 5] = np.nan
-        values, gradient = run(ENTMAX, x, labels, g, alpha=alpha)
+        values, gradient = values_and_gradient(ENTMAX, x, labels, g, alpha=alpha)
         assert np.isnan(values[0]) and np.isfinite(values[1:]).all() and np.isfinite(gradient[1:]).all()

@@ -5,37 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import example, kinds, logits_of, values_and_gradient
 from jax.test_util import check_grads
 
-import jaxsoft
 from jaxsoft import losses
 
 A, B = [2.0, 1.0, 0.1, -1.0, 0.5], [0.2, 1.5, -0.3, 0.8, -1.2]
 OVR, WW, CS = losses.one_vs_rest_hinge_loss, losses.weston_watkins_loss, losses.crammer_singer_loss
 PERCEPTRON = losses.perceptron_loss
-kinds = pytest.mark.parametrize("kind", ["dense", "streamed"])
-
-
-def logits_of(scores, kind):
-    if kind == "dense":
-        return scores
-    return jaxsoft.linear_logits(jnp.eye(len(scores), dtype=scores.dtype), scores, block_size=2)
-
-
-def run(loss, x, labels, g, kind="dense", **options):
-    """Values, and the gradient of their sum weighted by g."""
-
-    def f(x):
-        values = loss(logits_of(x, kind), jnp.asarray(labels), **options)
-        return jnp.vdot(values, jnp.asarray(g)), values
-
-    gradient, values = jax.jit(jax.grad(f, has_aux=True))(jnp.asarray(x))
-    return np.asarray(values), np.asarray(gradient)
-
-
-def example(seed=0, n=6, columns=5):
-    rng = np.random.default_rng(seed)
-    return rng.normal(size=(n, columns)) * 2, rng.integers(0, columns, n), rng.normal(size=n)
 
 
 @kinds
@@ -58,7 +35,7 @@ def test_worked_numbers(loss, options, expected, kind, x64):
 
 @kinds
 def test_the_gradient_of_the_svm(kind, x64):
-    _, gradient = run(OVR, [A, B], [0, 3], [1.0, -0.5], kind)
+    _, gradient = values_and_gradient(OVR, [A, B], [0, 3], [1.0, -0.5], kind)
     np.testing.assert_allclose(gradient[0], [0, 4, 2.2, 0, 3], atol=1e-14)
     t = np.where(np.arange(5) == 3, 1, -1)
     np.testing.assert_allclose(gradient[1], -0.5 * -2 * t * np.maximum(0, 1 - t * np.array(B)), atol=1e-14)
@@ -71,7 +48,7 @@ def test_optax(kind, x64):
         (CS, optax.losses.multiclass_hinge_loss),
         (PERCEPTRON, optax.losses.multiclass_perceptron_loss),
     ):
-        values, gradient = run(ours, x, y, g, kind)
+        values, gradient = values_and_gradient(ours, x, y, g, kind)
         expected, pullback = jax.vjp(lambda x, f=theirs: f(x, jnp.asarray(y)), jnp.asarray(x))
         np.testing.assert_allclose(values, expected, atol=1e-14)
         np.testing.assert_allclose(gradient, pullback(jnp.asarray(g))[0], atol=1e-14)
@@ -82,7 +59,7 @@ def test_optax(kind, x64):
 def test_torch(power, margin, kind, x64):
     torch = pytest.importorskip("torch")
     x, y, g = example()
-    values, gradient = run(WW, x, y, g, kind, power=power, margin=margin)
+    values, gradient = values_and_gradient(WW, x, y, g, kind, power=power, margin=margin)
     t = torch.tensor(x, requires_grad=True)
     expected = 5 * torch.nn.functional.multi_margin_loss(
         t, torch.tensor(y), p=power, margin=margin, reduction="none"
@@ -96,10 +73,10 @@ def test_torch(power, margin, kind, x64):
 def test_kinks_have_the_gradient_zero_and_ties_go_to_the_first(kind):
     x, y, g = np.array([[1.0, 0.0, -1.0, 0.0]], np.float32), [0], np.ones(1, np.float32)
     for loss, options in ((CS, {}), (WW, {}), (WW, dict(power=2)), (OVR, dict(where=x != 0))):
-        values, gradient = run(loss, x, y, g, kind, **options)
+        values, gradient = values_and_gradient(loss, x, y, g, kind, **options)
         assert values == 0 and np.all(gradient == 0), loss
     tied = np.array([[0.0, 2.0, 1.0, 2.0]], np.float32)
-    _, gradient = run(CS, tied, y, g, kind)
+    _, gradient = values_and_gradient(CS, tied, y, g, kind)
     np.testing.assert_array_equal(gradient, [[-1, 1, 0, 0]])
 
 
@@ -111,12 +88,12 @@ def test_labels_that_are_absent_and_scores_that_are_not_numbers(loss, kind):
     where = np.ones((4, 5), bool)
     where[1, y[1]] = False  # the label
     where[2, np.arange(5) != y[2]] = False  # all others
-    values, gradient = run(loss, x, y, g, kind, where=where)
+    values, gradient = values_and_gradient(loss, x, y, g, kind, where=where)
     assert values[1] == np.inf and np.isfinite(values[[0, 2, 3]]).all() and np.isfinite(gradient).all()
     assert loss is OVR or values[2] == 0
     if kind == "dense":  # a NaN that counts is not hidden by a maximum, and stays in its row
         x[0, (y[0] + 1) % 5] = np.nan
-        values, gradient = run(loss, x, y, g)
+        values, gradient = values_and_gradient(loss, x, y, g)
         assert np.isnan(values[0]) and np.isfinite(values[1:]).all() and np.isfinite(gradient[1:]).all()
 
 

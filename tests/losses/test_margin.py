@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import float64
+from helpers import close, kinds, logits_of
 
 import jaxsoft
 from jaxsoft import losses
@@ -26,16 +27,6 @@ from jaxsoft.losses import (
 COSINES = np.array([[0.7, 0.3, -0.1, 0.2]])
 Y = jnp.array([0])
 RNG = np.random.default_rng(0)
-kinds = pytest.mark.parametrize("kind", ["dense", "streamed"])
-
-
-def close(a, b, tolerance=1e-6):
-    np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=0, atol=tolerance)
-
-
-def logits_of(x, kind):
-    x = jnp.asarray(x)
-    return x if kind == "dense" else jaxsoft.linear_logits(jnp.eye(len(x), dtype=x.dtype), x, block_size=2)
 
 
 def both(loss, x, *args, kind="dense", **options):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import float64
+from helpers import close
 
 import jaxsoft
 from jaxsoft import losses
@@ -26,10 +27,6 @@ from jaxsoft.losses import (
 )
 
 RNG = np.random.default_rng(0)
-
-
-def close(a, b, tolerance=1e-6):
-    np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=0, atol=tolerance)
 
 
 # --- worked numbers --------------------------------------------------------------------------------------
@@ -60,7 +57,7 @@ def test_fixed_classifiers(x64):
 def test_nbc_softmax(x64):
     centres, y = jnp.array([[1, 0], [0.6, 0.8], [0, 1.0]]), jnp.array([0, 1, 3])
     close(nbc_softmax_loss(centres, y, 5), 0.232620)
-    # The mean of a class's vectors counts, whatever its length; absent classes do not.
+    # The mean of a class's vectors counts at any length; absent classes do not.
     h = jnp.concatenate([centres * 3 + 0.25, centres * 3 - 0.25])
     close(nbc_softmax_loss(h, jnp.tile(y, 2), 5), 0.232620)
     close(nbc_softmax_loss(h, jnp.tile(y, 2), 10), 0.232620 / 2)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import close, kinds, logits_of
 from jax.test_util import check_grads
 
 import jaxsoft
@@ -12,22 +13,9 @@ from jaxsoft import losses
 A = [[2.0, 1.0, 0.1, -1.0, 0.5]]
 P = jnp.array([[0, 4]])
 MASK = jnp.array([[True, False, False, False, True]])
-DIGITS = 1e-6
 
 SOFTMAX, TOP_K = losses.multi_positive_softmax_loss, losses.soft_top_k_loss
-kinds = pytest.mark.parametrize("kind", ["dense", "streamed"])
 labels_kinds = pytest.mark.parametrize("labels", [P, MASK], ids=["ids", "booleans"])
-
-
-def logits_of(scores, kind):
-    scores = jnp.asarray(scores)
-    if kind == "dense":
-        return scores
-    return jaxsoft.linear_logits(jnp.eye(scores.shape[0], dtype=scores.dtype), scores, block_size=2)
-
-
-def close(a, b, tolerance=DIGITS):
-    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=tolerance)
 
 
 def random_rows(n=4, columns=7, dtype=np.float64, seed=0):
@@ -137,7 +125,7 @@ def test_hard_top_k_is_the_limit():
     close(losses.soft_top_k(x, 4, alpha=100.0), hard)
 
 
-def test_a_number_a_row_and_rows_without_a_threshold():
+def test_one_number_per_row_and_rows_without_a_threshold():
     x, ids, _ = random_rows(dtype=np.float32)
     k = jnp.array([2.0, 7.0, 9.5, 0.0])
     s = losses.soft_top_k(x, k)
@@ -155,7 +143,7 @@ def test_a_number_a_row_and_rows_without_a_threshold():
 
 
 def test_derivatives_for_k_and_alpha(x64):
-    """Those for the scores are in the conformance suite. The sum of a row is k whatever happens."""
+    """The conformance suite tests those for the scores. The sum of a row is always k."""
     x, ids, _ = random_rows()
     weights = jnp.asarray(np.random.default_rng(2).normal(size=x.shape))
     k, alpha, step = jnp.array([2.0, 3.5, 1.0, 5.0]), jnp.float64(1.3), 1e-5

@@ -6,11 +6,12 @@ import numpy as np
 import optax
 import pytest
 import scipy.special
-from conftest import float64
+from helpers import logits_of
 
 import jaxsoft
 from jaxsoft import losses, rows
 
+pytestmark = pytest.mark.usefixtures("x64")
 N, C, BLOCK = 6, 9, 4
 IGNORED = np.array([False, True, False, False, True, False])
 dtypes = pytest.mark.parametrize("dtype", [np.float64, np.float32], ids=["f64", "f32"])
@@ -25,12 +26,6 @@ few = pytest.mark.parametrize(
 both = pytest.mark.parametrize(
     ("kind", "dtype"), [("dense", np.float64), ("streamed", np.float32)], ids=["dense-f64", "streamed-f32"]
 )
-
-
-@pytest.fixture(autouse=True)
-def wide():
-    with float64():
-        yield
 
 
 def tolerance(dtype):
@@ -53,10 +48,7 @@ def run(loss, x, g, kind="dense", **options):
     x = jnp.asarray(x)
 
     def f(x):
-        logits = (
-            x if kind == "dense" else jaxsoft.linear_logits(jnp.eye(N, dtype=x.dtype), x, block_size=BLOCK)
-        )
-        values = loss(logits, **options)
+        values = loss(logits_of(x, kind, BLOCK), **options)
         return jnp.vdot(values, g) if np.ndim(g) else values * g, values
 
     gradient, values = jax.jit(jax.grad(f, has_aux=True))(x)

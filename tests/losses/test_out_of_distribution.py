@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
+from helpers import close, fails, kinds, logits_of, softmax
 
 import jaxsoft
 from jaxsoft import losses
@@ -16,30 +16,12 @@ ENERGY, EXPOSURE, DRO, CE = (
     losses.dro_temperature_loss,
     losses.cross_entropy,
 )
-kinds = pytest.mark.parametrize("kind", ["dense", "streamed"])
-
-
-def logits_of(scores, kind):
-    """Scores as an array, or as an expression whose hidden states are the identity."""
-    scores = jnp.asarray(scores)
-    if kind == "dense":
-        return scores
-    return jaxsoft.linear_logits(jnp.eye(scores.shape[0], dtype=scores.dtype), scores, block_size=2)
-
-
-def close(a, b, tolerance=1e-6):
-    np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=0, atol=tolerance)
 
 
 def gradient(f, *args):
     """Of the sum with weights 0.5 and 1.5, jitted."""
     total = lambda *a: jnp.vdot(jnp.array([0.5, 1.5]), f(*a))
     return jax.jit(jax.grad(total, argnums=tuple(range(len(args)))))(*args)
-
-
-def softmax(x):
-    e = np.exp(x - x.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
 
 
 W = np.array([[0.5], [1.5]])
@@ -120,7 +102,7 @@ def test_absent_classes_and_rows(kind):
         assert all(jnp.all(jnp.isfinite(a)) for a in g) and not jnp.any(g[0][:, 2]), name
         g, values = jax.jit(jax.grad(run, argnums=(0, 1), has_aux=True))(spoiled, t, where & False)
         assert not jnp.any(values) and not any(jnp.any(a) for a in g), name
-    # Ignored rows, whatever their logits and temperatures hold.
+    # Ignored rows, with any logits and temperatures.
     bad_x = x.at[1].set(jnp.nan) if kind == "dense" else x
     run = lambda x, t: jnp.sum(DRO(logits_of(x, kind), jnp.array([0, -100]), temperature=t))
     value, g = jax.value_and_grad(run, argnums=(0, 1))(bad_x, jnp.array([0.7, jnp.nan]))
@@ -140,27 +122,20 @@ def test_weights_and_chunks(kind, x64):
     close(total, jnp.vdot(weights + 1, plain), 1e-12)
 
 
-def check(words, kind, call):
-    with pytest.raises(kind) as error:
-        call()
-    assert type(error.value) is kind, error.value
-    assert all(word in str(error.value) for word in words), error.value
-
-
 def test_bad_input():
     x = jnp.asarray(AB, jnp.float32)
     for logits in (x, jaxsoft.linear_logits(x, jnp.eye(5))):
         f = lambda o=IS_OUT, logits=logits, **k: ENERGY(logits, o, **k)
-        check(["is_out", "(2,)", "(1,)"], ValueError, lambda: f(IS_OUT[:1]))
-        check(["is_out", "boolean", "int32"], TypeError, lambda: f(LABELS))
-        check(["m_in", "number", "'a'"], TypeError, lambda: f(m_in="a"))
-        check(["m_out", "number", "None"], TypeError, lambda: f(m_out=None))
-        check(["temperature", "> 0", "0.0"], ValueError, lambda: f(temperature=0.0))
-        check(["temperature", "(2,)", "(3,)"], ValueError, lambda: f(temperature=jnp.ones(3)))
+        fails(["is_out", "(2,)", "(1,)"], ValueError, lambda: f(IS_OUT[:1]))
+        fails(["is_out", "boolean", "int32"], TypeError, lambda: f(LABELS))
+        fails(["m_in", "number", "'a'"], TypeError, lambda: f(m_in="a"))
+        fails(["m_out", "number", "None"], TypeError, lambda: f(m_out=None))
+        fails(["temperature", "> 0", "0.0"], ValueError, lambda: f(temperature=0.0))
+        fails(["temperature", "(2,)", "(3,)"], ValueError, lambda: f(temperature=jnp.ones(3)))
         for loss in (f, lambda logits=logits, **k: EXPOSURE(logits, **k)):
-            check(["weights", "(2,)", "(5,)"], ValueError, lambda: loss(weights=jnp.ones(5)))
-            check(["weights", "floating", "int32"], TypeError, lambda: loss(weights=LABELS))
-            check(["where", "boolean", "float32"], TypeError, lambda: loss(where=jnp.ones(5)))
-            check(["where", "(2, 5)", "(4,)"], ValueError, lambda: loss(where=jnp.ones(4, bool)))
-            check(["axis", "[-2, 2)", "2"], ValueError, lambda: loss(axis=2))
-    check(["logits", "floating", "int32"], TypeError, lambda: EXPOSURE(LABELS[None]))
+            fails(["weights", "(2,)", "(5,)"], ValueError, lambda: loss(weights=jnp.ones(5)))
+            fails(["weights", "floating", "int32"], TypeError, lambda: loss(weights=LABELS))
+            fails(["where", "boolean", "float32"], TypeError, lambda: loss(where=jnp.ones(5)))
+            fails(["where", "(2, 5)", "(4,)"], ValueError, lambda: loss(where=jnp.ones(4, bool)))
+            fails(["axis", "[-2, 2)", "2"], ValueError, lambda: loss(axis=2))
+    fails(["logits", "floating", "int32"], TypeError, lambda: EXPOSURE(LABELS[None]))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import close
 from jax.test_util import check_grads
 
 import jaxsoft
@@ -26,10 +27,6 @@ F = {
     "reverse_chi_squared": (lambda t: (t - 1) ** 2, lambda t: 2 * (t - 1)),
 }
 kinds = pytest.mark.parametrize("kind", F)
-
-
-def close(a, b, tolerance=1e-6):
-    np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=0, atol=tolerance)
 
 
 def log_softmax(x):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import float64
+from helpers import close, sigmoid
 from jax.test_util import check_grads
 
 import jaxsoft
@@ -24,15 +25,11 @@ def softplus(x):
     return np.logaddexp(x, 0)
 
 
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
-
-
 # Every loss over pairs: the function, its arguments, how many of them have a gradient, and its formula in NumPy.
 
 
 def reference(function):
-    """A formula of the two log-ratios and of whatever follows."""
+    """A formula of the two log-ratios and any further arguments."""
     return lambda w, l, rw, rl, *more: function(w - rw, l - rl, *more)
 
 
@@ -128,10 +125,6 @@ CASES = {
     "dno": (functools.partial(losses.direct_nash_loss, eta=1.5, beta=0.3), [*FOUR, *RATES], 2, soft(1.5)),
 }
 every = pytest.mark.parametrize("name", CASES)
-
-
-def close(a, b, tolerance=1e-6):
-    np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=0, atol=tolerance)
 
 
 def arrays(given, dtype=jnp.float32):

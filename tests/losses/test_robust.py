@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import close, jacobian, streamed
 
 import jaxsoft
 from jaxsoft import losses
@@ -21,24 +22,9 @@ SMOOTH, TRADES, SCORE = (
 LOG_FLOOR = -np.log(1e-4)
 
 
-def close(a, b, tolerance=1e-6):
-    np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=0, atol=tolerance)
-
-
-def streamed(scores):
-    """Scores as an expression whose hidden states are the identity."""
-    return jaxsoft.linear_logits(jnp.eye(scores.shape[0], dtype=scores.dtype), scores, block_size=2)
-
-
 def example(rows=4, columns=6, seed=0):
     rng = np.random.default_rng(seed)
     return jnp.asarray(rng.normal(size=(rows, columns)) * 2), jnp.asarray(rng.integers(0, columns, rows))
-
-
-def jacobian(loss, x):
-    """The gradient of each row's loss with respect to its row."""
-    values, pullback = jax.vjp(loss, x)
-    return values, pullback(jnp.ones_like(values))[0]
 
 
 NUMBERS = [  # loss, options, value on A with label 0, value on B with label 3
@@ -246,7 +232,7 @@ def test_absent_labels_single_classes_and_empty_rows(name):
     x = jnp.asarray(np.random.default_rng(5).normal(size=(4, 3)), jnp.float32)
     y = jnp.array([0, 1, 2, 0])
     where = jnp.array([[True, True, True], [True, False, True], [False, False, True], [False] * 3])
-    if name in ("smooth", "trades"):  # two rows of logits, of which each is the other's mirror
+    if name in ("smooth", "trades"):  # two rows of logits that mirror each other
         where = jnp.broadcast_to(where[1:2], (4, 3)).at[3].set(False)
         y = jnp.array([0, 1, 2, 0])
     spoiled = jnp.where(where | jnp.flip(where, 0), x, jnp.nan)

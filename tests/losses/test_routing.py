@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import float64
+from helpers import close, softmax
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
@@ -30,15 +31,6 @@ LOSSES = {
     "band_low": lambda p, m=IMAGE, **o: modality_routing_kl(p, jnp.asarray(m), low=5.0, high=9.0, **o),
 }
 every = pytest.mark.parametrize("name", LOSSES)
-
-
-def softmax(x):
-    e = np.exp(x - x.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
-
-
-def close(a, b, tolerance=1e-6):
-    np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=0, atol=tolerance)
 
 
 def test_worked_numbers(x64):

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from conftest import float64
+from helpers import close, jacobian, streamed
 from jax.test_util import check_grads
 
 import jaxsoft
@@ -17,25 +18,10 @@ PENALTY, EL2N = losses.confidence_penalty_loss, losses.el2n_score
 GRAND, GRAND_LINEAR = losses.grand_score, losses.grand_score_linear
 
 
-def close(a, b, tolerance=1e-6):
-    np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=0, atol=tolerance)
-
-
-def streamed(scores):
-    """Scores as an expression whose hidden states are the identity."""
-    return jaxsoft.linear_logits(jnp.eye(scores.shape[0], dtype=scores.dtype), scores, block_size=2)
-
-
 def example(rows=4, columns=6, seed=0):
     rng = np.random.default_rng(seed)
     x, q = rng.normal(size=(rows, columns)) * 2, rng.dirichlet(np.ones(columns), rows)
     return jnp.asarray(x), jnp.asarray(rng.integers(0, columns, rows)), jnp.asarray(q)
-
-
-def jacobian(loss, x):
-    """The gradient of each row's loss with respect to its row."""
-    values, pullback = jax.vjp(loss, x)
-    return values, pullback(jnp.ones_like(values))[0]
 
 
 @pytest.mark.parametrize("kind", [jnp.asarray, streamed])

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import close, fails, kinds, logits_of
 from jax.sharding import PartitionSpec as P
 
 import jaxsoft
@@ -16,26 +17,6 @@ WEIGHTS, LAGRANGIAN, DUAL = (
 )
 LLP, SHRINK, CE = losses.easy_llp_loss, losses.shrink_class_space_loss, losses.cross_entropy
 STRATEGIES = ["linupper", "mid", "upper", "extremes"]
-kinds = pytest.mark.parametrize("kind", ["dense", "streamed"])
-
-
-def logits_of(scores, kind):
-    """Scores as an array, or as an expression whose hidden states are the identity."""
-    scores = jnp.asarray(scores)
-    if kind == "dense":
-        return scores
-    return jaxsoft.linear_logits(jnp.eye(scores.shape[0], dtype=scores.dtype), scores, block_size=2)
-
-
-def close(a, b, tolerance=1e-6):
-    np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=0, atol=tolerance)
-
-
-def check(words, kind, call):
-    with pytest.raises(kind) as error:
-        call()
-    assert type(error.value) is kind, error.value
-    assert all(word in str(error.value) for word in words), error.value
 
 
 # --- weights from losses -----------------------------------------------------------------------------------
@@ -104,17 +85,17 @@ def test_loss_based_weights_of_a_sharded_batch(strategy):
 
 def test_bad_loss_based_weights():
     values = jnp.ones(3)
-    check(
+    fails(
         ["strategy", "'linupper', 'mid', 'upper', 'extremes'", "'low'"],
         ValueError,
         lambda: WEIGHTS(values, strategy="low"),
     )
-    check(["delta", "> 0", "0.0"], ValueError, lambda: WEIGHTS(values, delta=0.0))
-    check(["temperature", "> 0", "-1.0"], ValueError, lambda: WEIGHTS(values, temperature=-1.0))
-    check(["losses", "floating", "int32"], TypeError, lambda: WEIGHTS(jnp.arange(3)))
-    check(["losses", "floating", "of type list"], TypeError, lambda: WEIGHTS([1.0]))
-    check(["where", "boolean", "float32"], TypeError, lambda: WEIGHTS(values, where=values))
-    check(["where", "(3,)", "(4,)"], ValueError, lambda: WEIGHTS(values, where=jnp.ones(4, bool)))
+    fails(["delta", "> 0", "0.0"], ValueError, lambda: WEIGHTS(values, delta=0.0))
+    fails(["temperature", "> 0", "-1.0"], ValueError, lambda: WEIGHTS(values, temperature=-1.0))
+    fails(["losses", "floating", "int32"], TypeError, lambda: WEIGHTS(jnp.arange(3)))
+    fails(["losses", "floating", "of type list"], TypeError, lambda: WEIGHTS([1.0]))
+    fails(["where", "boolean", "float32"], TypeError, lambda: WEIGHTS(values, where=values))
+    fails(["where", "(3,)", "(4,)"], ValueError, lambda: WEIGHTS(values, where=jnp.ones(4, bool)))
 
 
 # --- feasible learning -------------------------------------------------------------------------------------
@@ -175,14 +156,14 @@ def test_feasible_learning_masks_and_precision():
 def test_bad_feasible_learning():
     l, m = jnp.asarray(L, jnp.float32), jnp.asarray(MULTIPLIERS, jnp.float32)
     step = dict(epsilon=0.8, learning_rate=0.1)
-    check(["multipliers", "(3,)", "(2,)"], ValueError, lambda: LAGRANGIAN(l, m[:2], epsilon=0.8))
-    check(["multipliers", "floating", "int32"], TypeError, lambda: LAGRANGIAN(l, jnp.arange(3), epsilon=0.8))
-    check(["losses", "floating", "int32"], TypeError, lambda: LAGRANGIAN(jnp.arange(3), m, epsilon=0.8))
-    check(["epsilon", "number", "'a'"], TypeError, lambda: LAGRANGIAN(l, m, epsilon="a"))
-    check(["epsilon", "(3,)", "(2,)"], ValueError, lambda: LAGRANGIAN(l, m, epsilon=l[:2]))
-    check(["where", "(3,)", "(2,)"], ValueError, lambda: LAGRANGIAN(l, m, epsilon=0.8, where=l[:2] > 0))
-    check(["learning_rate", ">= 0", "-1.0"], ValueError, lambda: DUAL(m, l, epsilon=0.8, learning_rate=-1.0))
-    check(["resilience", "> 0", "0.0"], ValueError, lambda: DUAL(m, l, resilience=0.0, **step))
+    fails(["multipliers", "(3,)", "(2,)"], ValueError, lambda: LAGRANGIAN(l, m[:2], epsilon=0.8))
+    fails(["multipliers", "floating", "int32"], TypeError, lambda: LAGRANGIAN(l, jnp.arange(3), epsilon=0.8))
+    fails(["losses", "floating", "int32"], TypeError, lambda: LAGRANGIAN(jnp.arange(3), m, epsilon=0.8))
+    fails(["epsilon", "number", "'a'"], TypeError, lambda: LAGRANGIAN(l, m, epsilon="a"))
+    fails(["epsilon", "(3,)", "(2,)"], ValueError, lambda: LAGRANGIAN(l, m, epsilon=l[:2]))
+    fails(["where", "(3,)", "(2,)"], ValueError, lambda: LAGRANGIAN(l, m, epsilon=0.8, where=l[:2] > 0))
+    fails(["learning_rate", ">= 0", "-1.0"], ValueError, lambda: DUAL(m, l, epsilon=0.8, learning_rate=-1.0))
+    fails(["resilience", "> 0", "0.0"], ValueError, lambda: DUAL(m, l, resilience=0.0, **step))
 
 
 # --- label proportions -------------------------------------------------------------------------------------
@@ -255,18 +236,18 @@ def test_bad_easy_llp():
     x, t, p = (jnp.asarray(a, jnp.float32) for a in (X, T, PRIORS))
     for logits in (x, jaxsoft.linear_logits(x, jnp.eye(3))):
         f = lambda t=t, logits=logits, **o: LLP(logits, t, **{"priors": p, "bag_size": 2, **o})
-        check(["proportions", "(4, 3)", "(3,)"], ValueError, lambda: f(t[0]))
-        check(["proportions", "floating", "int32"], TypeError, lambda: f(jnp.ones((4, 3), int)))
-        check(["priors", "(3,)", "(4, 3)"], ValueError, lambda: f(priors=t))
-        check(["priors", "floating", "of type list"], TypeError, lambda: f(priors=[0.5, 0.3, 0.2]))
-        check(["bag_size", "> 0", "0"], ValueError, lambda: f(bag_size=0))
-        check(["bag_size", "(4,)", "(3,)"], ValueError, lambda: f(bag_size=p))
-        check(["weights", "(4,)", "(3,)"], ValueError, lambda: f(weights=p))
-        check(["where", "boolean", "float32"], TypeError, lambda: f(where=x))
+        fails(["proportions", "(4, 3)", "(3,)"], ValueError, lambda: f(t[0]))
+        fails(["proportions", "floating", "int32"], TypeError, lambda: f(jnp.ones((4, 3), int)))
+        fails(["priors", "(3,)", "(4, 3)"], ValueError, lambda: f(priors=t))
+        fails(["priors", "floating", "of type list"], TypeError, lambda: f(priors=[0.5, 0.3, 0.2]))
+        fails(["bag_size", "> 0", "0"], ValueError, lambda: f(bag_size=0))
+        fails(["bag_size", "(4,)", "(3,)"], ValueError, lambda: f(bag_size=p))
+        fails(["weights", "(4,)", "(3,)"], ValueError, lambda: f(weights=p))
+        fails(["where", "boolean", "float32"], TypeError, lambda: f(where=x))
     weights = losses.easy_llp_weights
-    check(["bag_size", "> 0", "-1"], ValueError, lambda: weights(t, priors=p, bag_size=-1))
-    check(["proportions", "number", "None"], TypeError, lambda: weights(None, priors=p, bag_size=2))
-    check(["broadcast", "(4, 3)", "(4,)"], ValueError, lambda: weights(t, priors=t[:, 0], bag_size=2))
+    fails(["bag_size", "> 0", "-1"], ValueError, lambda: weights(t, priors=p, bag_size=-1))
+    fails(["proportions", "number", "None"], TypeError, lambda: weights(None, priors=p, bag_size=2))
+    fails(["broadcast", "(4, 3)", "(4,)"], ValueError, lambda: weights(t, priors=t[:, 0], bag_size=2))
 
 
 # --- shrinking the class space -----------------------------------------------------------------------------
@@ -325,13 +306,13 @@ def test_shrink_class_space_edges():
 def test_bad_shrink_class_space():
     x, p = jnp.ones((4, 3)), jnp.asarray(T, jnp.float32)
     for logits in (x, jaxsoft.linear_logits(x, jnp.eye(3))):
-        check(["threshold", "> 0 and <= 1", "0.0"], ValueError, lambda l=logits: SHRINK(l, p, threshold=0.0))
-        check(["weak_probabilities", "(4, 3)", "(3,)"], ValueError, lambda l=logits: SHRINK(l, p[0]))
-        check(
+        fails(["threshold", "> 0 and <= 1", "0.0"], ValueError, lambda l=logits: SHRINK(l, p, threshold=0.0))
+        fails(["weak_probabilities", "(4, 3)", "(3,)"], ValueError, lambda l=logits: SHRINK(l, p[0]))
+        fails(
             ["weak_probabilities", "floating", "int32"],
             TypeError,
             lambda l=logits: SHRINK(l, jnp.ones((4, 3), int)),
         )
-        check(["weights", "(4,)", "(3,)"], ValueError, lambda l=logits: SHRINK(l, p, weights=jnp.ones(3)))
-        check(["where", "boolean", "float32"], TypeError, lambda l=logits: SHRINK(l, p, where=p))
-        check(["axis", "[-2, 2)"], ValueError, lambda l=logits: SHRINK(l, p, axis=2))
+        fails(["weights", "(4,)", "(3,)"], ValueError, lambda l=logits: SHRINK(l, p, weights=jnp.ones(3)))
+        fails(["where", "boolean", "float32"], TypeError, lambda l=logits: SHRINK(l, p, where=p))
+        fails(["axis", "[-2, 2)"], ValueError, lambda l=logits: SHRINK(l, p, axis=2))

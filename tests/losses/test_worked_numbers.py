@@ -4,40 +4,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import close, jacobian, kinds, logits_of
 
 import jaxsoft
 from jaxsoft import losses, rows
 
 A, B = [2.0, 1.0, 0.1, -1.0, 0.5], [0.2, 1.5, -0.3, 0.8, -1.2]
 X = [1.0, 2.0, -1.0, 0.5]
-DIGITS = 1e-6  # the numbers are given to six digits
-
-kinds = pytest.mark.parametrize("kind", ["dense", "streamed"])
-
-
-def logits_of(scores, kind):
-    """Scores as an array, or as an expression whose hidden states are the identity."""
-    scores = jnp.asarray(scores)
-    if kind == "dense":
-        return scores
-    return jaxsoft.linear_logits(jnp.eye(scores.shape[0], dtype=scores.dtype), scores, block_size=2)
 
 
 def value_and_gradient(loss, scores, labels, kind, **options):
     """Losses of rows, and the gradient of each one's loss with respect to its row."""
 
-    def f(scores):
-        return loss(logits_of(scores, kind), jnp.asarray(labels), **options)
-
-    def both(scores):
-        values, pullback = jax.vjp(f, scores)
-        return values, pullback(jnp.ones_like(values))[0]
-
-    return jax.jit(both)(jnp.asarray(scores))
-
-
-def close(a, b, tolerance=DIGITS):
-    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=tolerance)
+    f = lambda scores: loss(logits_of(scores, kind), jnp.asarray(labels), **options)
+    return jax.jit(lambda scores: jacobian(f, scores))(jnp.asarray(scores))
 
 
 CE = losses.cross_entropy

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import float64
+from helpers import close
 from jax.test_util import check_grads
 
 import jaxsoft
@@ -35,10 +36,6 @@ SCORE_GATES = {  # functions of a row of scores
     "drop_weak": lambda h, **o: drop_weak_experts(h, threshold=0.5, **o),
 }
 every_gate = pytest.mark.parametrize("name", SCORE_GATES)
-
-
-def close(a, b, tolerance=1e-6):
-    np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=0, atol=tolerance)
 
 
 def scores_for(name, dtype=jnp.float32):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import float64
+from helpers import close
 from jax.test_util import check_grads
 
 from jaxsoft.normalizers.masks import (
@@ -17,10 +18,6 @@ from jaxsoft.normalizers.masks import (
 KEY = jax.random.key(3)
 X = jnp.array([1.0, 2.0, -1.0, 0.5])
 G = jnp.array([0.2, -0.4, 1.1, 0.3])
-
-
-def close(a, b, tolerance=1e-6):
-    np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=0, atol=tolerance)
 
 
 def test_gumbel_sigmoid_value():

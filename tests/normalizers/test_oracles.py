@@ -5,20 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import float64
 
 import jaxsoft
 from jaxsoft import normalizers
 
+pytestmark = pytest.mark.usefixtures("x64")
 TIGHT = dict(rtol=1e-12, atol=1e-13)
 SHAPES = [(1,), (5, 3), (2, 3, 16), (2, 2, 500)]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def wide():
-    with float64():
-        yield
 
 
 def example(shape, spread=2.0, seed=0):
@@ -180,7 +174,7 @@ def test_exact_entmax(name, spread, shape):
 @shapes
 @pytest.mark.parametrize("alpha", [1.1, 1.5, 1.75, 2.5])
 def test_entmax_by_bisection(alpha, shape):
-    """Weights, and the gradients of scores and alpha (one for all rows, and one a row)."""
+    """Weights, and the gradients of scores and alpha (one for all rows, or one per row)."""
     entmax = pytest.importorskip("entmax")
     x, g = example(shape)
     bisect = lambda torch, x, a: entmax.entmax_bisect(x, a, dim=-1, n_iter=100)

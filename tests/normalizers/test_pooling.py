@@ -4,16 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import close
 from jax.test_util import check_grads
 
 from jaxsoft.normalizers.pooling import soft_pool
 
 X = np.random.default_rng(0).normal(size=(2, 5, 6, 3))
 SHAPES = [((2, 2), None), ((3, 2), (1, 2)), ((5, 6), None), ((1, 3), (2, 2))]
-
-
-def close(a, b, tolerance=1e-6):
-    np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=0, atol=tolerance)
 
 
 def by_hand(x, window, stride, where=None):

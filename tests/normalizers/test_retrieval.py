@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import float64
+from helpers import close
 from jax.test_util import check_grads
 
 import jaxsoft
@@ -31,10 +32,6 @@ FORMS = {
 }
 every_form = pytest.mark.parametrize("form", FORMS)
 both_logs = pytest.mark.parametrize("log", [True, False])
-
-
-def close(a, b, tolerance=1e-6):
-    np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=0, atol=tolerance)
 
 
 def test_worked_numbers(x64):

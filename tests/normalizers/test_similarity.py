@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import float64
+from helpers import close
 from jax.test_util import check_grads
 
 import jaxsoft
@@ -19,10 +20,6 @@ X = [1.0, 2.0, -1.0, 0.5]
 RNG = np.random.default_rng(0)
 ROWS, Q, D = RNG.normal(size=(4, 5)), np.array([0.0, 1.0, 10.0, 3.0]), np.array([1.0, 0.3, 0.7, 0.0])
 both = pytest.mark.parametrize("function", [sdm_activation, sdm_log_softmax])
-
-
-def close(a, b, tolerance=1e-6):
-    np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=0, atol=tolerance)
 
 
 def test_worked_numbers(x64):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import float64
+from helpers import close, sigmoid
 from jax.test_util import check_grads
 
 import jaxsoft
@@ -14,14 +15,6 @@ from jaxsoft.normalizers.temperature import noisy_logits, temperature_network
 KEY = jax.random.key(11)
 X = np.random.default_rng(0).normal(size=(4, 5))
 forms = pytest.mark.parametrize("form", ["llm", "clip"])
-
-
-def close(a, b, tolerance=1e-6):
-    np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=0, atol=tolerance)
-
-
-def sigmoid(a):
-    return 1 / (1 + np.exp(-np.asarray(a)))
 
 
 def network_by_hand(form, p, x):

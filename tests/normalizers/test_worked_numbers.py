@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import close, softmax
 
 import jaxsoft
 from jaxsoft import normalizers
@@ -16,14 +17,9 @@ U = [1.0, 1.2, 0.5, -0.3]
 W = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 1.5]
 VALUES = np.array([[1.0, 0], [0, 1], [1, 1], [2, -1]])
 G = np.array([0.3, -1.0, 2.0, 0.7])  # a cotangent
-DIGITS = 1e-6  # the numbers are given to six digits
 KEY = jax.random.key(3)
 
 partial = functools.partial
-
-
-def close(a, b, tolerance=DIGITS):
-    np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=0, atol=tolerance)
 
 
 def name_of(value):
@@ -527,8 +523,7 @@ def test_low_rows(row):
     for sink in (row[0], row[1] - 1):
         f = lambda x, s: jaxsoft.sink_softmax(x, sink=s)
         y, pullback = jax.vjp(f, x, jnp.float32(sink))
-        wide = np.array([*row, sink], np.float64)
-        p = np.exp(wide - wide.max()) / np.exp(wide - wide.max()).sum()
+        p = softmax(np.array([*row, sink], np.float64))
         close(y, p[:2], 1e-6)
         dx, ds = pullback(jnp.array([1.0, -2.0]))
         delta = p[0] - 2 * p[1]
@@ -601,7 +596,7 @@ EVERY = [
 
 @pytest.mark.parametrize("normalizer", [f for f in EVERY if name_of(f) != "log_softmax"], ids=name_of)
 def test_rows_of_one_entry(normalizer, x64):
-    """And rows in which one entry counts: the same number."""
+    """Rows with a single unmasked entry give the same number."""
     if "k" in getattr(normalizer, "keywords", {}):
         normalizer = partial(normalizer.func, k=1)
     for x in (1.5, -0.7, 0.0, -300.0):
@@ -617,7 +612,7 @@ def test_rows_of_one_entry(normalizer, x64):
 
 
 def test_scalable_softmax_of_one_key():
-    """log 1 = 0: weight 1 whatever the score and scale."""
+    """log 1 = 0: weight 1 for any score and scale."""
     for scale in (0.43, 1.0, -3.0):
         close(jaxsoft.scalable_softmax(jnp.array([[7.0], [-300.0]]), scale=scale), [[1], [1]], 0)
     gradient = jax.grad(lambda s: jnp.sum(jaxsoft.scalable_softmax(jnp.array([7.0]), scale=s)))(0.43)
@@ -744,7 +739,7 @@ def test_softpick_between_signs(x64):
 
 
 def test_self_adjust_of_rows_of_one_sign(x64):
-    """0 counts as an entry for the smallest and the largest score; a row of zeros gives zeros."""
+    """The smallest and the largest score include an entry of 0; a row of zeros gives zeros."""
     for row in ([1.0, 2.0, 0.5], [-1.0, -2.0, -0.5]):
         x = jnp.array(row)
         a, b = min(min(row), 0), max(max(row), 0)
@@ -770,7 +765,7 @@ def test_mpc_softmax_is_almost_softmax_and_cut_off(x64):
 
 
 def noise_of(x, key):
-    """The noise of each entry, up to a constant a row."""
+    """The noise of each entry, up to a constant per row."""
     return jnp.log(jaxsoft.gumbel_softmax(x, key)) - x
 
 

@@ -12,7 +12,7 @@ class Case:
 
     Attributes:
       make: makes a fresh transformation; a function of the library or a `functools.partial` of one, so that
-        `optax.inject_hyperparams` can be tried on it. Intervals are short, so that what happens every so many steps
+        `optax.inject_hyperparams` can be tried on it. Intervals are short, so that periodic work
         happens within the tests.
       ready: whether it has a learning rate; else it is a direction or a part, and zero gradients give zero updates.
       converges: the same optimizer for a learning-rate schedule from 1e-2 to 0 over 4000 steps, which finds the

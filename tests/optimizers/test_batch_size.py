@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import descend
 
 from jaxsoft import optimizers as o
 
@@ -108,14 +109,7 @@ def test_scaled_adam_follows_the_same_path():
         h = o.scale_hyperparams(kappa, learning_rate=0.003, b1=0.9, b2=0.99, eps=1e-8, steps=1600)
         tx = optax.adam(h.learning_rate, h.b1, h.b2, h.eps)
         noise = jax.random.normal(jax.random.key(1), (int(h.steps), 500)) / kappa**0.5
-
-        def step(carry, z):
-            p, state = carry
-            updates, state = tx.update(0.05 * p + z, state, p)
-            return (optax.apply_updates(p, updates), state), None
-
-        start = jnp.ones(500)
-        p, _ = jax.lax.scan(step, (start, tx.init(start)), noise)[0]
+        p, _ = descend(tx, jnp.ones(500), lambda p, z: 0.05 * p + z, noise)
         return jnp.stack([p.mean(), p.std()])
 
     small, large = jax.jit(spread, static_argnums=0)(1), jax.jit(spread, static_argnums=0)(4)

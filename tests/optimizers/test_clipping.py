@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import close, temporary_bytes, torch_trajectory, trajectory
 
 from jaxsoft import optimizers as o
 
@@ -212,39 +213,25 @@ def test_cautious_adam_never_points_uphill_and_keeps_the_inner_state():
 
 @pytest.mark.parametrize("decay", [False, True])
 def test_cautious_equals_pytorch_optimizer(decay):
-    torch, po = pytest.importorskip("torch"), pytest.importorskip("pytorch_optimizer")
     rng = np.random.default_rng(0)
     start, grads = rng.standard_normal(13), rng.standard_normal((100, 13))
-    theta = torch.nn.Parameter(torch.tensor(start))
     weight_decay = 0.1 if decay else 0.0
-    optimizer = po.Lion([theta], lr=0.01, cautious=True, weight_decay=weight_decay)
+    make = lambda po, params: po.Lion(params, lr=0.01, cautious=True, weight_decay=weight_decay)
+    theirs = torch_trajectory(make, start, grads)
     tx = optax.chain(
         o.cautious(o.scale_by_lion_k(), normalization="count"),
         optax.add_decayed_weights(weight_decay),
         optax.scale(-0.01),
     )
     with jax.enable_x64(True):
-        params = jnp.asarray(start)
-        state, update = tx.init(params), jax.jit(tx.update)
-        for g in grads:
-            theta.grad = torch.tensor(g)
-            optimizer.step()
-            updates, state = update(jnp.asarray(g), state, params)
-            params = optax.apply_updates(params, updates)
-            np.testing.assert_allclose(params, theta.detach().numpy(), rtol=0, atol=1e-12)
+        ours = trajectory(tx, jnp.asarray(start), jnp.asarray(grads))
+    close(ours, theirs, 1e-12)
 
 
 def test_cautious_stores_nothing():
     tx = optax.chain(o.cautious(optax.trace(0.9)), optax.sgd(1e-2))
     params = jnp.ones(1_000_000)
-    grads, state = jnp.ones_like(params), tx.init(params)
-
-    def step(grads, params, state):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    compiled = jax.jit(step, donate_argnums=(1, 2)).lower(grads, params, state).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes <= 0.01 * params.nbytes
+    assert temporary_bytes(tx, params) <= 0.01 * params.nbytes
 
 
 # Sharpness.

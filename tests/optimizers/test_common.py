@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import optimizers.families
 import pytest
+from helpers import descend, params_tree, temporary_bytes
 
 from jaxsoft import optimizers as o
 
@@ -27,22 +28,12 @@ for _family in pkgutil.iter_modules(optimizers.families.__path__):
 
 
 def over(keep=lambda case: True):
-    """Runs a test for each case that `keep` says; on the newest versions, for the first of each family."""
+    """Runs a test for each case that `keep` selects; on the newest versions, only for the first of each family."""
     cases = FIRST if os.environ.get("JAXSOFT_LAWS") == "engine" else CASES
     return pytest.mark.parametrize("name", [name for name, case in cases.items() if keep(case)])
 
 
 every = over()
-
-
-def params_tree(dtype=jnp.float32):
-    """A tree with a matrix, a vector, a scalar, an empty leaf and no leaf."""
-    return {
-        "matrix": jnp.asarray([[1.0, -2.0], [0.5, 3.0], [-1.0, 0.25]], dtype),
-        "nested": (jnp.asarray([0.5, -1.5], dtype), None),
-        "scalar": jnp.asarray(2.0, dtype),
-        "empty": jnp.zeros((0, 3), dtype),
-    }
 
 
 def gradients(step, params):
@@ -80,12 +71,8 @@ def test_converges(name, objective):
         start, goal = jnp.array([0.0, 0.0]), jnp.array([1.0, 1.0])
         loss = lambda x: (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
 
-    def step(carry, _):
-        x, state = carry
-        updates, state = tx.update(jax.grad(loss)(x), state, x)
-        return (optax.apply_updates(x, updates), state), None
-
-    (x, _), _ = jax.jit(lambda x: jax.lax.scan(step, (x, tx.init(x)), None, steps))(start)
+    gradient = jax.grad(lambda x, _: loss(x))
+    x, _ = jax.jit(lambda x: descend(tx, x, gradient, steps=steps))(start)
     np.testing.assert_allclose(x, goal, atol=0.05)
 
 
@@ -198,7 +185,7 @@ def test_apply_if_finite(name, dtype):
 
 @every
 def test_nan_is_not_hidden(name):
-    """A NaN in the gradient is seen in the updates, or leaves the state as if it had not come."""
+    """A NaN in the gradient shows in the updates, or leaves the state unchanged."""
     tx, params = CASES[name].make(), params_tree()
     state = tx.init(params)
     grads = gradients(0, params)
@@ -325,14 +312,7 @@ def test_temporary_memory(name):
     """A donated step stores next to nothing beyond parameters, gradients and state."""
     tx = CASES[name].make() if CASES[name].ready else optax.chain(CASES[name].make(), optax.sgd(1e-2))
     params = jnp.ones(1_000_000)
-    grads, state = jnp.ones_like(params), tx.init(params)
-
-    def step(grads, params, state):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    compiled = jax.jit(step, donate_argnums=(1, 2)).lower(grads, params, state).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes <= (CASES[name].temporary + 0.01) * params.nbytes
+    assert temporary_bytes(tx, params) <= (CASES[name].temporary + 0.01) * params.nbytes
 
 
 @over(lambda case: case.spike is not None)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from optimizers.trajectory import trajectory
+from helpers import close, torch_trajectory, trajectory
 
 from jaxsoft import optimizers as o
 
@@ -24,27 +24,21 @@ def test_worked_example():
         [0.91966507207, -2.157349244613],
         [0.901172340606, -2.221571678463],
     ]
-    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-11)
+    close(out, expected, 1e-11)
 
 
 @pytest.mark.parametrize("decoupled", [False, True])
 def test_equals_pytorch_optimizer(decoupled):
-    torch, po = pytest.importorskip("torch"), pytest.importorskip("pytorch_optimizer")
     start, grads = random_problem()
-    theta = torch.nn.Parameter(torch.tensor(start))
-    optimizer = po.DiffGrad([theta], lr=0.01, weight_decay=0.1, weight_decouple=decoupled)
-    theirs = []
-    for g in grads:
-        theta.grad = torch.tensor(g)
-        optimizer.step()
-        theirs.append(theta.detach().numpy().copy())
+    make = lambda po, params: po.DiffGrad(params, lr=0.01, weight_decay=0.1, weight_decouple=decoupled)
+    theirs = torch_trajectory(make, start, grads)
     if decoupled:
         tx = o.diffgrad(0.01, weight_decay=0.1)
     else:
         tx = optax.chain(optax.add_decayed_weights(0.1), o.diffgrad(0.01))
     with jax.enable_x64(True):
         ours = trajectory(tx, jnp.asarray(start), jnp.asarray(grads))
-    np.testing.assert_allclose(ours, np.stack(theirs), rtol=0, atol=1e-12)
+    close(ours, theirs, 1e-12)
 
 
 def test_is_adam_at_half_the_rate_for_tiny_gradients():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from optimizers.trajectory import trajectory
+from helpers import close, torch_trajectory, trajectory
 
 from jaxsoft import optimizers as o
 
@@ -77,31 +77,22 @@ def test_fira_worked_example():
             [-0.241716549733, 0.879943772847, -0.952641472564],
         ],
     ]
-    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-11)
+    close(out, expected, 1e-11)
     np.testing.assert_allclose(
         jnp.abs(states[0].projector[:, 0]), [0.535818515764, 0.844333179595], atol=1e-11
     )
     residuals = [float(s.residual_norm) for s in states]
-    np.testing.assert_allclose(
-        residuals, [32.01437691961, 27.7465007363, 28.023965753763], rtol=0, atol=1e-10
-    )
+    close(residuals, [32.01437691961, 27.7465007363, 28.023965753763], 1e-10)
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (4, 6)])
 def test_fira_equals_pytorch_optimizer(shape):
-    torch, po = pytest.importorskip("torch"), pytest.importorskip("pytorch_optimizer")
     start, grads = random_problem(shape=shape)
-    theta = torch.nn.Parameter(torch.tensor(start))
-    group = {"params": [theta], "rank": 3, "update_proj_gap": 1000, "scale": 1.0, "projection_type": "std"}
-    optimizer = po.Fira([group], lr=0.01)
-    theirs = []
-    for g in grads:
-        theta.grad = torch.tensor(g)
-        optimizer.step()
-        theirs.append(theta.detach().numpy().copy())
+    group = {"rank": 3, "update_proj_gap": 1000, "scale": 1.0, "projection_type": "std"}
+    theirs = torch_trajectory(lambda po, p: po.Fira([{"params": p, **group}], lr=0.01), start, grads)
     with jax.enable_x64(True):
         ours = trajectory(o.fira(0.01, 3), jnp.asarray(start), jnp.asarray(grads))
-    np.testing.assert_allclose(ours, np.stack(theirs), rtol=0, atol=3e-6)  # its decomposition is in float32
+    close(ours, theirs, 3e-6)  # its decomposition is in float32
 
 
 @pytest.mark.parametrize(
@@ -121,7 +112,7 @@ def test_fira_equals_the_published_loop(shape, settings, reference):
         ours = trajectory(tx, jnp.asarray(start), jnp.asarray(grads))
     if not settings.get("align_signs", True):  # the first sign of a decomposition is arbitrary
         ours, grads = ours[:17], grads[:17]
-    np.testing.assert_allclose(ours, numpy_fira(start, grads, 0.01, 3, 17, **reference), rtol=0, atol=1e-9)
+    close(ours, numpy_fira(start, grads, 0.01, 3, 17, **reference), 1e-9)
 
 
 def test_projectors_turned_round_change_nothing():

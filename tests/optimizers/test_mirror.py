@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from optimizers.trajectory import trajectory
+from helpers import descend, trajectory
 
 from jaxsoft import optimizers as o
 
@@ -78,16 +78,11 @@ def test_schedule_is_used_one_step_ahead_for_the_hint(x64):
 
 def test_bilinear_game_converges_where_gradient_descent_diverges():
     """min over a, max over b of a b: the point (0, 0)."""
-    field = lambda p: {"a": p["b"], "b": -p["a"]}
+    field = lambda p, _: {"a": p["b"], "b": -p["a"]}
 
     def play(tx, steps=800):
-        def step(carry, _):
-            p, state = carry
-            updates, state = tx.update(field(p), state, p)
-            return (optax.apply_updates(p, updates), state), None
-
         p = {"a": jnp.array(1.0), "b": jnp.array(1.0)}
-        p = jax.jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), None, steps)[0][0])(p)
+        p, _ = jax.jit(lambda p: descend(tx, p, field, steps=steps))(p)
         return float(jnp.hypot(p["a"], p["b"]))
 
     assert play(o.optimistic_mirror_descent(0.2)) < 1e-3

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import close
 
 from jaxsoft import optimizers as o
 
@@ -47,7 +48,7 @@ def test_smb_worked_example(x64):
         [0.565914016964, -0.603112834537],
         [0.425721291644, -0.334033862759],
     ]
-    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-11)
+    close(out, expected, 1e-11)
     assert int(state.count) == int(state.model_count) == 3
 
 

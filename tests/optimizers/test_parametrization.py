@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import descend
 
 from jaxsoft import optimizers as o
 
@@ -94,15 +95,11 @@ def change_of_activations(width, rule):
     rate = 0.5 if rule == "u_mup" else 0.02
     tx = optax.chain(optax.scale_by_adam(), o.scale_by_multipliers(rates), optax.scale(-rate))
 
-    def step(carry, _):
-        p, state = carry
-        g = jax.grad(lambda p: jnp.mean((forward(p)[1] - y) ** 2))(p)
-        u, state = tx.update(g, state, p)
-        return (optax.apply_updates(p, u), state), None
+    gradient = jax.grad(lambda p, _: jnp.mean((forward(p)[1] - y) ** 2))
 
     @jax.jit
     def measure(p):
-        new = jax.lax.scan(step, (p, tx.init(p)), None, 5)[0][0]
+        new, _ = descend(tx, p, gradient, steps=5)
         return [jnp.mean(jnp.abs(a - b)) for a, b in zip(forward(p), forward(new))]
 
     return np.array(measure(params))

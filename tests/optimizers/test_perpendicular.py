@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import close, descend, torch_trajectory, trajectory
 
 from jaxsoft import optimizers as o
 
@@ -25,25 +26,19 @@ def test_worked_example():
         for g, (direction, position) in zip(([0.5, 1.0], [-0.25, 4.0], [0.1, -0.2]), expected):
             u, _ = tx.update(jnp.array(g), tx.init(theta), theta)
             theta = theta - 0.1 * u
-            np.testing.assert_allclose(u, direction, rtol=0, atol=1e-11)
-            np.testing.assert_allclose(theta, position, rtol=0, atol=1e-10)
+            close(u, direction, 1e-11)
+            close(theta, position, 1e-10)
 
 
 def test_equals_pytorch_optimizer():
-    torch, po = pytest.importorskip("torch"), pytest.importorskip("pytorch_optimizer")
+    torch = pytest.importorskip("torch")
     rng = np.random.default_rng(0)
     start, grads = rng.standard_normal(23), rng.standard_normal((100, 23))
-    theta = torch.nn.Parameter(torch.tensor(start))
-    optimizer = po.OrthoGrad(torch.optim.SGD([theta], lr=0.05))
+    theirs = torch_trajectory(lambda po, p: po.OrthoGrad(torch.optim.SGD(p, lr=0.05)), start, grads)
     with jax.enable_x64(True):
-        params, tx = jnp.asarray(start), optax.chain(o.perpendicular_gradient(), optax.sgd(0.05))
-        state = tx.init(params)
-        for g in grads:
-            theta.grad = torch.tensor(g)
-            optimizer.step()
-            updates, state = tx.update(jnp.asarray(g), state, params)
-            params = optax.apply_updates(params, updates)
-            np.testing.assert_allclose(params, theta.detach().numpy(), rtol=1e-5)
+        tx = optax.chain(o.perpendicular_gradient(), optax.sgd(0.05))
+        ours = trajectory(tx, jnp.asarray(start), jnp.asarray(grads))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
 @pytest.mark.parametrize("closeness", [0.0, 1.0, 30.0, 1e3, 1e4])
@@ -116,11 +111,8 @@ def test_converges_on_a_scale_invariant_loss():
         return 1 - jnp.vdot(p, target) / jnp.linalg.norm(p)
 
     tx = optax.chain(o.perpendicular_gradient(), optax.sgd(0.3))
-    params = jnp.array([1.0, -1.0, 0.5])
-    state = tx.init(params)
-    for _ in range(200):
-        updates, state = jax.jit(tx.update)(jax.grad(loss)(params), state, params)
-        params = optax.apply_updates(params, updates)
+    start = jnp.array([1.0, -1.0, 0.5])
+    params, _ = descend(tx, start, lambda p, _: jax.grad(loss)(p), steps=200)
     assert float(loss(params)) < 1e-3
 
 

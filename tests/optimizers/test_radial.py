@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from optimizers.trajectory import trajectory
+from helpers import close, descend, temporary_bytes, torch_trajectory, trajectory
 
 from jaxsoft import optimizers as o
 
@@ -35,11 +35,11 @@ def test_worked_example(tx, expected):
     with jax.enable_x64(True):
         grads = jnp.array([[[1.0, 0.5]], [[-0.25, 4.0]], [[0.1, -0.2]]])
         out = trajectory(tx, jnp.array([[1.0, -2.0]]), grads)
-    np.testing.assert_allclose(out[:, 0], expected, rtol=0, atol=1e-11)
+    close(out[:, 0], expected, 1e-11)
 
 
 def scale_invariant_problem(steps=100, shape=(5, 7)):
-    """Gradients of which some are perpendicular to the start row by row, some as a whole, and some not at all."""
+    """Gradients: some perpendicular to the start in each row, some only as a whole, some not at all."""
     rng = np.random.default_rng(0)
     start, grads = rng.standard_normal(shape), rng.standard_normal((steps, *shape))
     return start, grads
@@ -48,25 +48,19 @@ def scale_invariant_problem(steps=100, shape=(5, 7)):
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("name", ["AdamP", "SGDP"])
 def test_equals_pytorch_optimizer(name, nesterov):
-    torch, po = pytest.importorskip("torch"), pytest.importorskip("pytorch_optimizer")
     start, grads = scale_invariant_problem()
-    theta = torch.nn.Parameter(torch.tensor(start))
     shared = {"weight_decay": 0.1, "nesterov": nesterov, "delta": 1.0}
     if name == "AdamP":
-        optimizer = po.AdamP([theta], lr=0.01, **shared)
+        make = lambda po, params: po.AdamP(params, lr=0.01, **shared)
         tx = o.adamp(0.01, channel_axis=0, **shared)
     else:
-        optimizer = po.SGDP([theta], lr=0.01, momentum=0.9, dampening=0.3, **shared)
+        make = lambda po, params: po.SGDP(params, lr=0.01, momentum=0.9, dampening=0.3, **shared)
         tx = o.sgdp(0.01, 0.9, dampening=0.3, channel_axis=0, **shared)
-    theirs = []
-    for g in grads:
-        theta.grad = torch.tensor(g)
-        optimizer.step()
-        theirs.append(theta.detach().numpy().copy())
+    theirs = torch_trajectory(make, start, grads)
     with jax.enable_x64(True):
         ours = trajectory(tx, jnp.asarray(start), jnp.asarray(grads))
     # Its Adam adds eps to the uncorrected root.
-    np.testing.assert_allclose(ours, np.stack(theirs), rtol=0, atol=2e-6 if name == "AdamP" else 1e-12)
+    close(ours, theirs, 2e-6 if name == "AdamP" else 1e-12)
 
 
 def test_the_oracle_problem_visits_each_projection():
@@ -115,13 +109,8 @@ def test_weights_of_a_normalized_layer_grow_slower():
         return jnp.sum((unit(w) - unit(target)) ** 2)
 
     def train(tx):
-        def step(carry, _):
-            w, state = carry
-            updates, state = tx.update(jax.grad(loss)(w), state, w)
-            return (optax.apply_updates(w, updates), state), None
-
         start = jax.random.normal(jax.random.key(0), (16, 4))
-        (w, _), _ = jax.lax.scan(step, (start, tx.init(start)), None, 200)
+        w, _ = descend(tx, start, lambda w, _: jax.grad(loss)(w), steps=200)
         return jnp.linalg.norm(w) / jnp.linalg.norm(start), loss(w)
 
     growth, _ = jax.jit(lambda: train(optax.sgd(0.5, 0.9)))()
@@ -176,14 +165,7 @@ def test_first_moment_in_bfloat16():
 def test_temporary_memory_of_a_matrix(tx, limit):
     """No product is stored; the direction of Adam is, since its projection needs it twice."""
     params = jnp.ones((1000, 1000))
-    grads, state = jnp.ones_like(params), tx.init(params)
-
-    def step(grads, params, state):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    compiled = jax.jit(step, donate_argnums=(1, 2)).lower(grads, params, state).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes <= limit * params.nbytes
+    assert temporary_bytes(tx, params) <= limit * params.nbytes
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import close, descend
 
 from jaxsoft import optimizers as o
 
@@ -27,7 +28,7 @@ def values(schedule, steps):
 )
 def test_refined_worked_examples(x64, norms, power, expected):
     schedule = o.refined_schedule(norms, 2.0, power=power, filter_fraction=0.0)
-    np.testing.assert_allclose(values(schedule, len(norms)), 2 * np.array(expected), rtol=0, atol=1e-12)
+    close(values(schedule, len(norms)), 2 * np.array(expected), 1e-12)
 
 
 def test_refined_constant_norm_is_linear_decay():
@@ -82,14 +83,7 @@ def test_record_then_refine_and_train():
 
     def train(schedule):
         tx = optax.chain(o.record_gradient_norm(60), optax.sgd(schedule))
-
-        def step(carry, z):
-            p, state = carry
-            updates, state = tx.update(p - goal + z, state, p)
-            return (optax.apply_updates(p, updates), state), None
-
-        start = jnp.zeros(3)
-        return jax.lax.scan(step, (start, tx.init(start)), noise)[0]
+        return descend(tx, jnp.zeros(3), lambda p, z: p - goal + z, noise)
 
     p, state = jax.jit(functools.partial(train, 0.5))()
     schedule = o.refined_schedule(state[0].norms_by_count, 0.5)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import close, torch_trajectory
 
 from jaxsoft import optimizers as o
 from jaxsoft.optimizers import second_order
@@ -60,21 +61,13 @@ def test_shampoo_worked_example(x64, exponent, expected):
         # There the trace is that of L with the ridge on its diagonal or without: a difference of 1e-6.
         np.testing.assert_allclose(u, expected, rtol=2e-6)
     else:
-        np.testing.assert_allclose(u, expected, rtol=0, atol=1e-10)
+        close(u, expected, 1e-10)
 
 
 def test_shampoo_equals_pytorch_optimizer(x64):
-    torch = pytest.importorskip("torch")
-    po = pytest.importorskip("pytorch_optimizer")
     grads = np.random.default_rng(0).standard_normal((100, 4, 3))
-    theta = torch.nn.Parameter(torch.zeros(4, 3, dtype=torch.float64))
-    optimizer = po.Shampoo([theta], lr=1.0, matrix_eps=1e-12)
-    theirs, before = [], np.zeros((4, 3))
-    for g in grads:
-        theta.grad = torch.tensor(g)
-        optimizer.step()
-        theirs.append(before - theta.detach().numpy())
-        before = theta.detach().numpy().copy()
+    make = lambda po, params: po.Shampoo(params, lr=1.0, matrix_eps=1e-12)
+    theirs = -np.diff(torch_trajectory(make, np.zeros((4, 3)), grads), axis=0, prepend=0.0)
     ours = directions(o.scale_by_shampoo(eps=1e-13, precondition_every=1), jnp.asarray(grads))
     # The first three statistics are singular (a sum of fewer matrices than they have rows).
     np.testing.assert_allclose(ours[3:], theirs[3:], rtol=1e-7, atol=1e-9)
@@ -305,7 +298,7 @@ def test_mfac_in_float32_is_accurate_for_small_damping():
     ours = directions(o.scale_by_mfac(4, 1e-5), jnp.asarray(grads, jnp.float32))[-1]
     window = grads[-4:]
     exact = np.linalg.solve(1e-5 * np.eye(50) + window.T @ window / 4, grads[-1])
-    np.testing.assert_allclose(ours, exact, rtol=0, atol=1e-4 * np.abs(exact).max())
+    close(ours, exact, 1e-4 * np.abs(exact).max())
 
 
 def test_mfac_stays_finite_without_effective_damping():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import close, torch_trajectory, trajectory
 
 from jaxsoft import optimizers as o
 
@@ -15,20 +16,9 @@ THETA = (1.0, -2.0)
 GRADS = ((0.5, 1.0), (-0.25, 4.0), (0.1, -0.2), (0.3, 0.3), (-0.2, 0.1), (1.0, -1.0))
 
 
-def trajectory(tx, params, grads, decay_after=0.0):
-    """The parameters after each step; `decay_after` is lr * weight decay, applied after the step."""
-    state, out, update = tx.init(params), [], jax.jit(tx.update)
-    for g in grads:
-        updates, state = update(g, state, params)
-        params = optax.apply_updates(params, updates) * (1 - decay_after)
-        out.append(params)
-    return jnp.stack(out)
-
-
 def worked(tx, steps=6, **kwargs):
     with jax.enable_x64(True):
-        grads = [jnp.array(g) for g in GRADS[:steps]]
-        return np.asarray(trajectory(tx, jnp.array(THETA), grads, **kwargs))
+        return np.asarray(trajectory(tx, jnp.array(THETA), jnp.array(GRADS[:steps]), **kwargs))
 
 
 def random_problem(steps=100, size=23, spikes=True):
@@ -37,19 +27,6 @@ def random_problem(steps=100, size=23, spikes=True):
     if spikes:
         grads[rng.random(grads.shape) < 0.01] *= 1e3
     return rng.standard_normal(size), grads
-
-
-def torch_trajectory(make, start, grads):
-    torch = pytest.importorskip("torch")
-    po = pytest.importorskip("pytorch_optimizer")
-    theta = torch.nn.Parameter(torch.tensor(start))
-    optimizer = make(po, [theta])
-    out = []
-    for g in grads:
-        theta.grad = torch.tensor(g)
-        optimizer.step()
-        out.append(theta.detach().numpy().copy())
-    return np.stack(out)
 
 
 # SPAM.
@@ -62,7 +39,7 @@ def test_spam_worked_example_without_reset():
         [0.833447338762, -2.139023616184],
         [0.776079158632, -2.166819678944],
     ]
-    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-11)
+    close(out, expected, 1e-11)
 
 
 def test_spam_worked_example_with_resets():
@@ -76,7 +53,7 @@ def test_spam_worked_example_with_resets():
         [0.894028167006, -1.872130045168],
         [0.884571005037, -1.852891864417],
     ]
-    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-11)
+    close(out, expected, 1e-11)
 
 
 def test_spam_decays_like_adamw():
@@ -265,7 +242,7 @@ def test_stable_spam_worked_example():
         [0.831482828763, -2.159331626632],
         [0.754788840804, -2.178731441204],
     ]
-    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-11)
+    close(out, expected, 1e-11)
 
 
 def test_stable_spam_worked_parts():
@@ -294,7 +271,7 @@ def test_stable_spam_worked_example_with_resets():
         [0.593622260265, -1.993902432591],
         [0.487686039598, -1.87396341020],
     ]
-    np.testing.assert_allclose(out[2:], expected, rtol=0, atol=1e-10)
+    close(out[2:], expected, 1e-10)
 
 
 def test_stable_spam_worked_example_with_total_steps():
@@ -304,7 +281,7 @@ def test_stable_spam_worked_example_with_total_steps():
         [0.845605256207, -2.150681706127],
         [0.78283176878, -2.149329553602],
     ]
-    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-11)
+    close(out, expected, 1e-11)
 
 
 @pytest.mark.parametrize("gap", [1000, 13])

@@ -8,19 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import descend, params_tree
 
 from jaxsoft import optimizers as o
 
 KEY = jax.random.key(7)
-
-
-def tree(dtype=jnp.float32):
-    return {
-        "matrix": jnp.asarray([[1.0, -2.0], [0.5, 3.0], [-1.0, 0.25]], dtype),
-        "nested": (jnp.asarray([0.5, -1.5], dtype), None),
-        "scalar": jnp.asarray(2.0, dtype),
-        "empty": jnp.zeros((0, 3), dtype),
-    }
 
 
 def quadratic(p, weight=1.0):
@@ -66,7 +58,7 @@ def test_other_key_implementations_and_dtypes():
     z = o.random_direction(key, {"a": jnp.zeros(4, jnp.bfloat16), "b": None})
     assert z["a"].dtype == jnp.float32 and np.ptp(z["a"]) > 0
     optimizer = o.mezo(0.1)
-    params, _, _ = optimizer.step(quadratic, tree(), optimizer.init(key))
+    params, _, _ = optimizer.step(quadratic, params_tree(), optimizer.init(key))
     assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(params))
 
 
@@ -93,7 +85,7 @@ def test_worked_example(x64, eps=0.5):
 
 @pytest.mark.parametrize("differences", ["two_side", "one_side"])
 def test_estimate_is_the_projection_times_the_direction(x64, differences):
-    params, keys = {"matrix": tree(jnp.float64)["matrix"]}, jax.random.split(KEY, 3)
+    params, keys = {"matrix": params_tree(jnp.float64)["matrix"]}, jax.random.split(KEY, 3)
     loss = lambda p: jnp.sum(jnp.sin(p["matrix"])) + quadratic(p) * p["matrix"][0, 1]
     value, grads = jax.jit(o.zo_value_and_grad(loss, samples=3, eps=0.01, differences=differences))(
         params, KEY
@@ -124,7 +116,7 @@ def test_expectation_and_variance():
 
 
 def test_forward_gradient_is_exact(x64):
-    params = {"matrix": tree(jnp.float64)["matrix"]}
+    params = {"matrix": params_tree(jnp.float64)["matrix"]}
     loss = lambda p: jnp.sum(jnp.exp(p["matrix"])) + quadratic(p)
     true = jax.grad(loss)(params)
     value, estimate = jax.jit(o.forward_gradient(loss, samples=2))(params, KEY)
@@ -137,7 +129,7 @@ def test_forward_gradient_is_exact(x64):
 
 
 def test_sign_sparsity_and_blocks():
-    params = {"matrix": tree()["matrix"], "nested": tree()["nested"]}
+    params = {"matrix": params_tree()["matrix"], "nested": params_tree()["nested"]}
     estimate = lambda **kw: jax.jit(o.zo_value_and_grad(quadratic, eps=0.1, **kw))(params, KEY)[1]
     plain = estimate()
     key, true = jax.random.split(KEY, 1)[0], jax.grad(quadratic)(params)
@@ -185,25 +177,20 @@ def test_mezo_is_sgd_of_the_estimate(options, transform):
     def ours(params, state):
         return jax.lax.scan(lambda c, b: (optimizer.step(loss, *c, b)[:2], None), (params, state), batches)[0]
 
-    @jax.jit
-    def theirs(params, state):
-        def step(carry, t_and_batch):
-            params, state = carry
-            t, batch = t_and_batch
-            _, grads = estimate(params, jax.random.fold_in(KEY, t), batch)
-            updates, state = tx.update(grads, state, params)
-            return (optax.apply_updates(params, updates), state), None
+    def gradient(p, t_and_batch):
+        t, batch = t_and_batch
+        return estimate(p, jax.random.fold_in(KEY, t), batch)[1]
 
-        return jax.lax.scan(step, (params, state), (jnp.arange(3), batches))[0]
-
+    theirs = jax.jit(lambda p: descend(tx, p, gradient, (jnp.arange(3), batches))[0])
     batches = jnp.array([1.0, 0.5, 2.0])
-    params, state = ours(tree(), optimizer.init(KEY))
+    params, state = ours(params_tree(), optimizer.init(KEY))
     assert int(state.count) == 3
-    chex.assert_trees_all_close(params, theirs(tree(), tx.init(tree()))[0], rtol=2e-4, atol=2e-5)
+    chex.assert_trees_all_close(params, theirs(params_tree()), rtol=2e-4, atol=2e-5)
 
 
 def test_mezo_in_float64_is_exact(x64):
-    optimizer, start = o.mezo(1e-3, eps=1e-3, weight_decay=0.1), {"matrix": tree(jnp.float64)["matrix"]}
+    optimizer = o.mezo(1e-3, eps=1e-3, weight_decay=0.1)
+    start = {"matrix": params_tree(jnp.float64)["matrix"]}
     params, _, value = jax.jit(functools.partial(optimizer.step, quadratic))(start, optimizer.init(KEY))
     expected, grads = jax.jit(o.zo_value_and_grad(quadratic, eps=1e-3))(start, jax.random.fold_in(KEY, 0))
     np.testing.assert_allclose(value, expected, rtol=1e-12)
@@ -241,7 +228,7 @@ def test_mezo_leaves_out_a_step_that_overflows():
 
 def test_mezo_of_bfloat16_changes_parameters_once():
     """Not in place, a step of 0 changes nothing; the loss of perturbed copies is seen."""
-    params = tree(jnp.bfloat16)
+    params = params_tree(jnp.bfloat16)
     optimizer = o.mezo(0.0, in_place=False, eps=0.1)
     same, _, value = optimizer.step(quadratic, params, optimizer.init(KEY))
     chex.assert_trees_all_equal(same, params)
@@ -309,20 +296,13 @@ def test_adam_of_estimates_learns():
     loss = lambda p: jnp.mean((x @ (p - goal)) ** 2)
     estimate, tx = o.zo_value_and_grad(loss, samples=2), optax.adam(optax.cosine_decay_schedule(0.05, 600))
 
-    @jax.jit
-    def train(params, state):
-        def step(carry, key):
-            params, state = carry
-            updates, state = tx.update(estimate(params, key)[1], state, params)
-            return (optax.apply_updates(params, updates), state), None
-
-        return jax.lax.scan(step, (params, state), jax.random.split(KEY, 600))[0][0]
-
-    np.testing.assert_allclose(train(jnp.zeros(4), tx.init(jnp.zeros(4))), goal, atol=0.05)
+    gradient = lambda params, key: estimate(params, key)[1]
+    params, _ = jax.jit(lambda p: descend(tx, p, gradient, jax.random.split(KEY, 600)))(jnp.zeros(4))
+    np.testing.assert_allclose(params, goal, atol=0.05)
 
 
 def test_shared_randomness_update_is_the_mean_step():
-    params, keys, rhos = tree(), jax.random.split(KEY, 3), jnp.array([1.0, -0.5, 2.0])
+    params, keys, rhos = params_tree(), jax.random.split(KEY, 3), jnp.array([1.0, -0.5, 2.0])
     mask = {"matrix": True, "nested": False, "scalar": False, "empty": False}
     new = jax.jit(functools.partial(o.shared_randomness_update, weight_decay=0.2, mask=mask))(
         params, rhos, keys, 0.1
@@ -347,8 +327,8 @@ def test_codes_of_one_byte():
     assert codes.dtype == jnp.int8
     np.testing.assert_array_equal(codes, [0, 127, -127, 127, 0, 0, 1, 38])
     keys = jax.random.split(KEY, 8)
-    decoded = o.shared_randomness_update(tree(), codes, keys, 0.1, limit=1.0)
-    floats = o.shared_randomness_update(tree(), codes / 127.0, keys, 0.1)
+    decoded = o.shared_randomness_update(params_tree(), codes, keys, 0.1, limit=1.0)
+    floats = o.shared_randomness_update(params_tree(), codes / 127.0, keys, 0.1)
     chex.assert_trees_all_close(decoded, floats, rtol=1e-5, atol=1e-6)
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import float64
+from helpers import contract, trees_close, with_gradient
 
 import jaxsoft
 from jaxsoft import losses, rows
@@ -383,41 +384,6 @@ def given_of(case):
     return {k: v for k, v in make_inputs().items() if k in case.inputs}
 
 
-def is_float(a):
-    return jnp.issubdtype(a.dtype, jnp.floating)
-
-
-def contract(result):
-    """A sum of the finite float results with random, non-uniform weights."""
-    total = 0.0
-    for i, a in enumerate(leaf for leaf in jax.tree.leaves(result) if is_float(leaf)):
-        w = jnp.asarray(np.random.default_rng(i).normal(size=a.shape))
-        finite = jnp.isfinite(jax.lax.stop_gradient(a))
-        total = total + jnp.sum(jnp.where(finite, w * jnp.where(finite, a, 0), 0))
-    return jnp.asarray(total)
-
-
-def with_gradient(f, point):
-    """The results of `f(point)` and the gradients of their contraction to all float leaves of the point."""
-    floats = {k: v for k, v in point.items() if is_float(v)}
-    others = {k: v for k, v in point.items() if not is_float(v)}
-
-    def scalar(floats):
-        result = f({**floats, **others})
-        return contract(result), result
-
-    gradient, result = jax.grad(scalar, has_aux=True)(floats)
-    return result, gradient
-
-
-def assert_close(a, b, tolerance=1e-12):
-    leaves_a, leaves_b = jax.tree.leaves(a), jax.tree.leaves(b)
-    assert len(leaves_a) == len(leaves_b)
-    for u, v in zip(leaves_a, leaves_b):
-        assert u.shape == v.shape
-        np.testing.assert_allclose(np.asarray(u, float), np.asarray(v, float), rtol=tolerance, atol=tolerance)
-
-
 # f64 with sums of tens of terms of size up to 100: 1e-12 leaves a factor of about a hundred to rounding.
 
 
@@ -436,9 +402,9 @@ def test_blocks_of_any_size_are_the_formula(case, x64):
     point = {"x": make_scores(), **given_of(case)}
     expected = with_gradient(lambda p: case.reference(p["x"], p), point)
     result, gradient = blockwise(case)(point)
-    assert_close((result, gradient), expected)
+    trees_close((result, gradient), expected)
     assert jnp.all(gradient["x"][3] == 0)  # the row of -inf
-    assert_close(case.view(reduce_rows(point["x"], case.make(point), block_size=V + 3)), expected[0])
+    trees_close(case.view(reduce_rows(point["x"], case.make(point), block_size=V + 3)), expected[0])
 
 
 AFFINE = (
@@ -486,9 +452,9 @@ def test_linear_logits_are_the_formula(case, softcap, x64):
         return case.view(reduce_rows(logits, case.make(p), **options))
 
     result, gradient = with_gradient(dense, point)
-    if case.factory == "take":  # nobody reads an absent row: the score is that of an absent entry
+    if case.factory == "take":  # an absent row is not read: its score is that of an absent entry
         result = result.at[3].set(-INF)
-    assert_close(jax.jit(lambda p: with_gradient(streamed, p))(point), (result, gradient), 1e-11)
+    trees_close(jax.jit(lambda p: with_gradient(streamed, p))(point), (result, gradient), 1e-11)
 
 
 def test_moments_of_few_rows_are_streamed(x64):
@@ -504,7 +470,7 @@ def test_moments_of_few_rows_are_streamed(x64):
     got, expected = (
         jax.jit(jax.jacrev(lambda p, s=s: contract(f(p, s))))((hidden, weight)) for s in (True, False)
     )
-    assert_close(got, expected, 1e-11)
+    trees_close(got, expected, 1e-11)
 
 
 # --- merging ---------------------------------------------------------------------------------------------
@@ -554,16 +520,16 @@ def test_parts_merge_in_any_order(case, x64):
         merge(a, merge(b, c)),
         merge(merge(empty, a), merge(merge(b, empty), c)),
     ):
-        assert_close(finish(state), expected)
+        trees_close(finish(state), expected)
     without = case.reference(x.at[:, cuts[0] : cuts[1]].set(-INF), given)
-    assert_close(finish(merge(merge(a, absent), c)), without)
-    assert_close(finish(merge(a, merge(absent, c))), without)
+    trees_close(finish(merge(merge(a, absent), c)), without)
+    trees_close(finish(merge(a, merge(absent, c))), without)
     # Three parts, taken in by one state, are one part.
     state = empty
     for start, stop in ((0, cuts[0]), cuts, (cuts[1], V)):
         state = reduction.update(state, tile_of(x, start, stop, reduction), *args)
-    assert_close(finish(state), expected)
-    assert_close(finish(merge(empty, empty)), finish(empty))
+    trees_close(finish(state), expected)
+    trees_close(finish(merge(empty, empty)), finish(empty))
 
 
 # --- entries picked by index, ties, NaN ------------------------------------------------------------------
@@ -837,7 +803,7 @@ class TestAReductionOfAUser:
             return value, tangent, jax.grad(f)(p), curvature, both
 
         got, expected = (jax.jit(lambda k=k: everything(self.total(k)))() for k in (kind, "plain"))
-        assert_close(got, expected, 1e-11)
+        trees_close(got, expected, 1e-11)
         assert jnp.all(got[2]["margin"] != 0)
 
     def test_vmap(self, x64):
@@ -853,13 +819,13 @@ class TestAReductionOfAUser:
                 one = f(
                     {"hidden": p["hidden"][i], "weight": p["weight"], "margin": p["margin"][i]}, labels[i]
                 )
-                assert_close(jax.tree.map(lambda a, i=i: a[i], got), one, 1e-12)
+                trees_close(jax.tree.map(lambda a, i=i: a[i], got), one, 1e-12)
 
     def test_leading_axes(self, x64):
         p = self.operands((3, 4))
         labels = jnp.stack([self.labels, self.labels[::-1], self.labels])
         got = self.losses_of("streamed")(p, labels)
-        assert_close(got, plain_margin_loss(p["hidden"] @ p["weight"], labels, p["margin"]))
+        trees_close(got, plain_margin_loss(p["hidden"] @ p["weight"], labels, p["margin"]))
 
     @pytest.mark.parametrize("chunk", [None, 3])
     def test_weighted_sum(self, chunk, x64):
@@ -877,7 +843,7 @@ class TestAReductionOfAUser:
             )
 
         got, expected = (jax.jit(jax.value_and_grad(g))(p) for g in (f, self.total("plain")))
-        assert_close(got, expected, 1e-11)
+        trees_close(got, expected, 1e-11)
 
 
 def test_float64_of_the_tests_is_on():

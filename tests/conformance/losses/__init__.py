@@ -1,1 +1,1 @@
-"""What the tests of all losses need to know of each: one file a family."""
+"""The entries of the losses, one file per family."""

@@ -1,4 +1,4 @@
-"""One binary problem a class, and one against each other class."""
+"""One binary problem per class, or one against each other class."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Losses that compare a row with a teacher's."""
+"""Losses that compare a row with a teacher's row."""
 
 from conformance.entry import loss_entry
 from jaxsoft import losses

@@ -1,4 +1,4 @@
-"""Losses of embeddings: no functions of one row of logits."""
+"""Losses of embeddings, not of one row of logits."""
 
 TESTED_IN = {
     "tests/losses/test_metric.py": (

@@ -1,4 +1,4 @@
-"""Losses over many positives a row."""
+"""Losses over many positives per row."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Losses of reinforcement learning: functions of log-probabilities, no functions of rows of logits."""
+"""Losses of reinforcement learning: functions of log-probabilities, not of rows of logits."""
 
 TESTED_IN = {
     "tests/losses/test_policy.py": (

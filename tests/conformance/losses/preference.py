@@ -1,4 +1,4 @@
-"""Losses of preference optimization: functions of log-probabilities, no functions of rows of logits."""
+"""Losses of preference optimization: functions of log-probabilities, not of rows of logits."""
 
 TESTED_IN = {
     "tests/losses/test_preference.py": (

@@ -1,4 +1,4 @@
-"""Objectives on embeddings, codes, activations and weights: no functions of rows of logits with labels."""
+"""Objectives on embeddings, codes, activations and weights, not on rows of logits with labels."""
 
 TESTED_IN = {
     "tests/losses/test_regularizers.py": (

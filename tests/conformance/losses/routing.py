@@ -1,4 +1,4 @@
-"""Losses of routers: no functions of one row."""
+"""Losses of routers, not functions of one row."""
 
 TESTED_IN = {
     "tests/losses/test_routing.py": (

@@ -1,4 +1,4 @@
-"""Losses over alignments and ordered classes: no functions of one row."""
+"""Losses over alignments and ordered classes, not functions of one row."""
 
 TESTED_IN = {
     "tests/losses/test_structured.py": (

@@ -2,7 +2,7 @@
 
 All losses share the optimizer and its learning rate, which suits the first one.
 
-  python examples/alternative_losses.py --steps 600 --seeds 3
+  python examples/losses/alternative.py --steps 600 --seeds 3
 """
 
 import functools
@@ -29,7 +29,7 @@ LOSSES = {
     "stablemax_cross_entropy": losses.stablemax_cross_entropy,
     "sparse_softmax_cross_entropy, k=3": functools.partial(losses.sparse_softmax_cross_entropy, k=3),
 }
-# What a prediction is the largest of, if not the logits.
+# Where the prediction is not the largest logit: the scores to take the largest of.
 SCORES = {losses.spherical_softmax_cross_entropy: jnp.square}
 
 

@@ -1,4 +1,4 @@
-"""What the examples on handwritten digits share: the images, a small network, training by Adam, the table."""
+"""Shared by the examples on handwritten digits: the images, a small network, training by Adam, the table."""
 
 import argparse
 import functools
@@ -30,7 +30,7 @@ class Network(nnx.Module):
         self.layer, self.head = nnx.Linear(inputs, width, rngs=rngs), nnx.Linear(width, outputs, rngs=rngs)
 
     def features(self, x):
-        """What the last layer reads."""
+        """The inputs of the last layer."""
         return jax.nn.relu(self.layer(x))
 
     def __call__(self, x):
@@ -61,12 +61,12 @@ def arguments(description: str, steps: int) -> argparse.Namespace:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=steps, help="steps of training (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="networks a row (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="networks per row (%(default)s)")
     return parser.parse_args()
 
 
 def print_table(args: argparse.Namespace, contestants: dict[str, Callable], evaluate: Callable) -> None:
-    """Prints a row for each contestant: mean and deviation over the seeds of what `evaluate(loss, key)` measures."""
+    """Prints a row per contestant: mean and deviation, over the seeds, of the metrics of `evaluate(loss, key)`."""
     print(f"{args.steps} steps; mean +- deviation over {args.seeds} seeds")
     keys = jax.vmap(jax.random.key)(jnp.arange(args.seeds))
     names: list[str] = []

@@ -3,7 +3,7 @@
 The accuracy is the mean over the classes, so that all count alike; beside it stands that of the three rarest ones. The
 seeds vary the initial network and the batches.
 
-  python examples/imbalanced_losses.py --steps 1000 --seeds 3
+  python examples/losses/imbalanced.py --steps 1000 --seeds 3
 """
 
 import functools

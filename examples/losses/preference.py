@@ -1,16 +1,16 @@
 """Tunes a small character model on preferences with several losses, beside continued training on the chosen text.
 
-The text is the manual that comes with Python. A character model learns a little of it first: the reference. Then each
-loss tunes a copy of it on pairs of continuations of a prompt from the manual: chosen is the true one, rejected one
-that starts like it and goes on with a sample of the reference, which the reference mostly finds more likely. In a part
-of the training pairs (`--label-noise`) the judge is wrong. The table holds means over the seeds, for text that is not
-trained on, where the judge is right:
+The text is the manual that comes with Python. First a character model, the reference, learns a little of it. Then each
+loss tunes a copy of the reference on pairs of continuations of a prompt from the manual. Chosen is the true one;
+rejected starts like it and goes on with a sample of the reference, which the reference mostly finds more likely. The
+judge is wrong in a part of the training pairs (`--label-noise`). The table holds means over the seeds, for text outside
+the training set, where the judge is right:
 
   policy     how often the policy gives the true continuation the larger probability
   reward     how often the implicit reward, log pi - log ref, is larger for the true continuation
-  nats       cross-entropy of the true continuation, in nats a character: lower is better
+  nats       cross-entropy of the true continuation, in nats per character: lower is better
 
-  python examples/preference_losses.py --label-noise 0.3
+  python examples/losses/preference.py --label-noise 0.3
 """
 
 import argparse
@@ -211,7 +211,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, default=120, help="steps of tuning (%(default)s)")
     parser.add_argument("--pretraining-steps", type=int, default=300, help="(%(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="models a row of the table (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="models per row of the table (%(default)s)")
     parser.add_argument(
         "--label-noise", type=float, default=0.2, help="part of the wrong labels (%(default)s)"
     )

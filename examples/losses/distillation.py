@@ -2,7 +2,7 @@
 
 The baseline trains the small network on the labels of the 100 images; the others on the large one's logits for them.
 
-  python examples/distillation_losses.py --steps 400 --seeds 3
+  python examples/losses/distillation.py --steps 400 --seeds 3
 """
 
 import functools

@@ -1,11 +1,11 @@
 """Retrieval of handwritten digits: a small embedding trained with ranking losses, beside optax's cross-entropy.
 
-The items are the training images, the queries are held-out images, and what is relevant to a query is every item of
-its digit. In training, a batch pairs each image with another one of its digit. The losses of a single positive know
-of that one alone, and so take the other images of the digit in the batch, about one in ten, for negatives; the losses
-of many positives, and of pairs and lists, are told the digits.
+The items are the training images, the queries are held-out images, and every item of a query's digit is relevant to
+it. In training, a batch pairs each image with another one of its digit. The losses of a single positive use only that
+one, and so treat the other images of the digit in the batch, about one in ten, as negatives; the losses of many
+positives, of pairs and of lists use the digits.
 
-  python examples/ranking_losses.py --steps 300 --seeds 3
+  python examples/losses/ranking.py --steps 300 --seeds 3
 """
 
 import functools
@@ -31,7 +31,7 @@ def of_pairs(loss, scale=1.0, **options):
 
 
 def of_digits(loss, scale=1 / TEMPERATURE, **options):
-    """A loss of cosines `[batch, batch]` that is told all that is relevant, as booleans."""
+    """A loss of cosines `[batch, batch]` that gets all relevant items, as booleans."""
 
     def call(cosines, relevant):
         return loss(scale * cosines, relevant, **options).mean()
@@ -40,7 +40,7 @@ def of_digits(loss, scale=1 / TEMPERATURE, **options):
 
 
 def of_lists(loss, scale=1 / TEMPERATURE, **options):
-    """A loss of cosines `[batch, batch]` that is told the relevance, 0 or 1."""
+    """A loss of cosines `[batch, batch]` that gets the relevance, 0 or 1."""
 
     def call(cosines, relevant):
         return loss(scale * cosines, relevant.astype(jnp.int32), **options).mean()

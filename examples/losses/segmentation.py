@@ -4,7 +4,7 @@ Two digits of scikit-learn lie on a canvas of 20 x 20 pixels under noise; every 
 to a digit. Three annotators labelled the training images, some of them a pixel off: soft labels are the mean of their
 votes, hard labels the majority. The test images have the true labels.
 
-  python examples/segmentation_losses.py --steps 150 --seeds 3
+  python examples/losses/segmentation.py --steps 150 --seeds 3
 """
 
 import argparse
@@ -130,7 +130,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=150, help="steps of each network (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="networks a row of the table (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="networks per row of the table (%(default)s)")
     parser.add_argument("--width", type=int, default=8, help="channels (%(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-2, help="initial rate (%(default)s)")
     args = parser.parse_args()

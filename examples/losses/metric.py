@@ -5,7 +5,7 @@ of the embeddings, among the other images of that set. Recall@1 is how often the
 for test images of the digits seen, once for test images of 7, 8 and 9, which no network has seen. Mean average
 precision (MAP@R) asks for all images of the digit, not only the nearest.
 
-  python examples/metric_losses.py --steps 400 --seeds 3
+  python examples/losses/metric.py --steps 400 --seeds 3
 """
 
 import jax
@@ -42,7 +42,7 @@ def sphereface2(net, x, labels):
 
 
 def circle(net, x, labels):
-    """Circle loss of class labels: one positive an example."""
+    """Circle loss of class labels: one positive per example."""
     cosines = losses.cosine_logits(net(x), net.classes)
     return losses.circle_loss(cosines, labels[:, None], scale=80.0, margin=0.4)
 

@@ -3,7 +3,7 @@
 Two small networks embed the halves of the training images; in the end each left half of the test images looks for its
 own right half among all of them. The similarities of a batch are an expression: ours never store them.
 
-  python examples/contrastive_losses.py --steps 400 --seeds 3
+  python examples/losses/contrastive.py --steps 400 --seeds 3
 """
 
 import jax
@@ -15,7 +15,7 @@ from flax import nnx
 from jaxsoft import losses
 
 IMAGES, LABELS, TEST_IMAGES, TEST_LABELS = load()
-BATCH, SCALE = 200, 10.0  # images a step; 1 / temperature
+BATCH, SCALE = 200, 10.0  # images per step; 1 / temperature
 
 
 class Towers(nnx.Module):

@@ -2,9 +2,9 @@
 
 The labels of the training images are wrong with probability 0.4, each replaced by one of the other nine digits; those
 of the test images are right. The table shows the accuracy on the test images, and the agreement with the labels given
-to the training images, where they are right and where they are wrong: how much of the noise was learned by heart.
+to the training images, where they are right and where they are wrong: how much of the noise was memorized.
 
-  python examples/robust_losses.py --steps 1000 --seeds 3
+  python examples/losses/robust.py --steps 1000 --seeds 3
 """
 
 import functools

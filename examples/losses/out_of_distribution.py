@@ -1,11 +1,11 @@
-"""Compares losses that make a classifier know what it does not know: digits 8 and 9, which training never shows.
+"""Compares losses that help a classifier to detect unknown inputs: digits 8 and 9, which are never trained on.
 
-Trained on the digits 0 to 5. The losses named with "+ outliers" see images of 6 and 7 as well, as examples of what is
-none of the classes. The score is the free energy `-logsumexp(logits)`; AUROC is how often it is higher for an image of
+Trained on the digits 0 to 5. The losses named with "+ outliers" also see images of 6 and 7, as examples outside
+the classes. The score is the free energy `-logsumexp(logits)`; AUROC is how often it is higher for an image of
 8 or 9 than for one of 0 to 5. The calibration error compares confidence and accuracy on 0 to 5, in ten bins. The seeds
 vary the initial network and the batches.
 
-  python examples/out_of_distribution_losses.py --steps 1000 --seeds 3
+  python examples/losses/out_of_distribution.py --steps 1000 --seeds 3
 """
 
 import functools

@@ -1,0 +1,195 @@
+"""Helpers of many tests: comparisons, expected errors, logits of both kinds, dense formulas, optimizer steps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxsoft
+
+# --- comparisons -----------------------------------------------------------------------------------------
+
+
+def close(a, b, tolerance=1e-6):
+    """Asserts `|a - b| <= tolerance`."""
+    np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=0, atol=tolerance)
+
+
+def near(a, b, tolerance=1e-9):
+    """Asserts `|a - b| <= tolerance * (1 + |b|)`."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+def trees_close(a, b, tolerance=1e-12):
+    """Asserts that the leaves of two trees have equal shapes and are `near`."""
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.shape == y.shape
+        near(x, y, tolerance)
+
+
+def fails(words, kind, call):
+    """Asserts that `call()` raises a `kind`, no subclass of it, whose message contains all words."""
+    with pytest.raises(kind) as error:
+        call()
+    assert type(error.value) is kind, error.value
+    assert all(word in str(error.value) for word in words), error.value
+
+
+# --- logits ----------------------------------------------------------------------------------------------
+
+
+def streamed(scores, block_size=2):
+    """Scores as an expression whose hidden states are the identity."""
+    scores = jnp.asarray(scores)
+    return jaxsoft.linear_logits(jnp.eye(len(scores), dtype=scores.dtype), scores, block_size=block_size)
+
+
+kinds = pytest.mark.parametrize("kind", ["dense", "streamed"])
+
+
+def logits_of(scores, kind, block_size=2):
+    """Scores as an array or as an expression, by the kind."""
+    return jnp.asarray(scores) if kind == "dense" else streamed(scores, block_size)
+
+
+def example(n=6, columns=5, scale=2.0):
+    """Random scores `[n, columns]`, labels, and a cotangent of the losses."""
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(n, columns)) * scale, rng.integers(0, columns, n), rng.normal(size=n)
+
+
+# --- gradients -------------------------------------------------------------------------------------------
+
+
+def values_and_gradient(loss, x, labels, g, kind="dense", **options):
+    """Values, and the gradient of their sum weighted by g."""
+
+    def f(x):
+        values = loss(logits_of(x, kind), jnp.asarray(labels), **options)
+        return jnp.vdot(values, jnp.asarray(g)), values
+
+    gradient, values = jax.jit(jax.grad(f, has_aux=True))(jnp.asarray(x))
+    return np.asarray(values), np.asarray(gradient)
+
+
+def jacobian(loss, x):
+    """The loss of each row, and its gradient with respect to that row."""
+    values, pullback = jax.vjp(loss, x)
+    return values, pullback(jnp.ones_like(values))[0]
+
+
+def is_float(a):
+    """Whether an array has a floating dtype."""
+    return jnp.issubdtype(a.dtype, jnp.floating)
+
+
+def floats(result):
+    """The float leaves of a result."""
+    return [a for a in jax.tree.leaves(result) if is_float(a)]
+
+
+def contract(result, seed=0):
+    """A sum of the finite float results with random, non-uniform weights."""
+    total = 0.0
+    for i, a in enumerate(floats(result)):
+        w = jnp.asarray(np.random.default_rng(seed + i).normal(size=a.shape))
+        finite = jnp.isfinite(jax.lax.stop_gradient(a))
+        total = total + jnp.sum(jnp.where(finite, w * jnp.where(finite, a, 0), 0))
+    return jnp.asarray(total)
+
+
+def with_gradient(f, point):
+    """The results of `f(point)` and the gradients of their contraction to all float leaves of the point."""
+    inputs = {k: v for k, v in point.items() if is_float(v)}
+    others = {k: v for k, v in point.items() if not is_float(v)}
+
+    def scalar(inputs):
+        result = f({**inputs, **others})
+        return contract(result), result
+
+    gradient, result = jax.grad(scalar, has_aux=True)(inputs)
+    return result, gradient
+
+
+# --- dense formulas in numpy -----------------------------------------------------------------------------
+
+
+def softmax(x):
+    """Softmax over the last axis; -inf is absent, a row without entries gives 0."""
+    top = np.max(x, axis=-1, keepdims=True)
+    w = np.exp(x - np.where(np.isfinite(top), top, 0))
+    total = w.sum(-1, keepdims=True)
+    return w / np.where(total > 0, total, 1)
+
+
+def sigmoid(x):
+    """Sigmoid of each entry."""
+    return 1 / (1 + np.exp(-np.asarray(x)))
+
+
+# --- optimizers ------------------------------------------------------------------------------------------
+
+
+def params_tree(dtype=jnp.float32):
+    """A tree with a matrix, a vector, a scalar, an empty leaf and no leaf."""
+    return {
+        "matrix": jnp.asarray([[1.0, -2.0], [0.5, 3.0], [-1.0, 0.25]], dtype),
+        "nested": (jnp.asarray([0.5, -1.5], dtype), None),
+        "scalar": jnp.asarray(2.0, dtype),
+        "empty": jnp.zeros((0, 3), dtype),
+    }
+
+
+def descend(tx, params, gradient, xs=None, steps=None):
+    """Parameters and state after a step on `gradient(params, x)` for each x, or `steps` times with x = None."""
+
+    def step(carry, x):
+        params, state = carry
+        updates, state = tx.update(gradient(params, x), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    return jax.lax.scan(step, (params, tx.init(params)), xs, steps)[0]
+
+
+def steps_of(tx, params, grads, decay_after=0.0):
+    """The parameters after each step, `[steps, *shape]`, and the last state; each step decays by `decay_after`."""
+
+    def step(carry, g):
+        params, state = carry
+        updates, state = tx.update(g, state, params)
+        params = optax.apply_updates(params, updates) * (1 - decay_after)
+        return (params, state), params
+
+    (_, state), out = jax.jit(lambda p, g: jax.lax.scan(step, (p, tx.init(p)), g))(params, grads)
+    return out, state
+
+
+def trajectory(tx, params, grads, decay_after=0.0):
+    """The parameters after each step, as `steps_of`."""
+    return steps_of(tx, params, grads, decay_after)[0]
+
+
+def torch_trajectory(make, start, grads):
+    """The parameters after each step of `make(pytorch_optimizer, [params])`, in float64."""
+    torch, po = pytest.importorskip("torch"), pytest.importorskip("pytorch_optimizer")
+    theta = torch.nn.Parameter(torch.tensor(start))
+    optimizer, out = make(po, [theta]), []
+    for g in grads:
+        theta.grad = torch.tensor(g)
+        optimizer.step()
+        out.append(theta.detach().numpy().copy())
+    return np.stack(out)
+
+
+def temporary_bytes(tx, params):
+    """Temporary memory of one compiled step; parameters and state are donated."""
+    grads, state = jnp.ones_like(params), tx.init(params)
+
+    def step(grads, params, state):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    compiled = jax.jit(step, donate_argnums=(1, 2)).lower(grads, params, state).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
