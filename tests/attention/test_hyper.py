@@ -120,7 +120,7 @@ def test_masked_keys_do_not_exist_and_the_key_decides(queries, keys, causal, x64
         estimate(q, np.where(hide, np.nan, k), np.where(hide, np.nan, v), random_key=RANDOM_KEY, **options),
         out,
     )
-    assert not np.allclose(out, estimate(q, k, v, rng=jax.random.key(1), **options))
+    assert not np.allclose(out, estimate(q, k, v, **{**options, "random_key": jax.random.key(1)}))
     # The output is a mean of the values that are visible.
     constant = estimate(q, k, np.where(hide, 7.0, np.ones_like(v)), random_key=RANDOM_KEY, **options)
     seen = MASK.any(-1)[:, None] if not causal else np.cumsum(MASK, -1) > 0
@@ -160,11 +160,11 @@ def test_the_weights_are_exact_inside_and_random_features_outside(window, causal
         u = np.sqrt(0.5) * x @ directions.T
         return np.exp(np.concatenate([u, -u], -1) - 0.25 * (x**2).sum(-1, keepdims=True)) / np.sqrt(features)
 
-    near = np.abs(np.arange(13)[:, None] - np.arange(13)) <= window
+    inside = np.abs(np.arange(13)[:, None] - np.arange(13)) <= window
     exact = np.zeros((2, 13, 4, 3))
     for b, h in np.ndindex(2, 4):
         w = np.where(
-            near, np.exp(0.5 * q[b, :, h] @ k[b, :, h // 2].T), phi(q[b, :, h]) @ phi(k[b, :, h // 2]).T
+            inside, np.exp(0.5 * q[b, :, h] @ k[b, :, h // 2].T), phi(q[b, :, h]) @ phi(k[b, :, h // 2]).T
         )
         w = np.tril(w) * MASK[b] if causal else w * MASK[b]
         total = w.sum(-1, keepdims=True)
