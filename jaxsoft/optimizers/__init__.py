@@ -17,6 +17,14 @@ from jaxsoft.optimizers.batch_size import (
     step_law_batch_size,
     step_law_learning_rate,
 )
+from jaxsoft.optimizers.blockwise import (
+    CompressGradientsState,
+    QuantizedArray,
+    compress_gradients,
+    dequantize_blockwise,
+    dynamic_code_map,
+    quantize_blockwise,
+)
 from jaxsoft.optimizers.clipping import (
     ClipByPercentileState,
     SkipSpikesState,
@@ -92,13 +100,7 @@ from jaxsoft.optimizers.perpendicular import (
     perpendicular_gradient,
 )
 from jaxsoft.optimizers.quantized import (
-    CompressGradientsState,
-    QuantizedArray,
     QuantizedState,
-    compress_gradients,
-    dequantize_blockwise,
-    dynamic_code_map,
-    quantize_blockwise,
     quantize_state,
 )
 from jaxsoft.optimizers.radial import (

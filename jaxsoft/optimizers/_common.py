@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, TypeAlias
 
 import jax
@@ -81,6 +82,28 @@ def separate(scalars: Any) -> Any:
     an array of the size of the leaf. With a scalar in it passed through here, it is computed twice instead.
     """
     return jax.lax.optimization_barrier(scalars)
+
+
+def as_key(value: jax.Array | int) -> jax.Array:
+    """A PRNG key: the value itself, or that of an integer."""
+    return value if isinstance(value, jax.Array) else jax.random.key(value)
+
+
+def fold(key: jax.Array | None, *data: Any) -> jax.Array | None:
+    """The key with these integers folded in, one after the other. No key stays no key."""
+    return None if key is None else functools.reduce(jax.random.fold_in, data, key)
+
+
+def broadcast_mask(mask: Mask, params: Any) -> Any:
+    """One flag for each leaf of the parameters."""
+    chosen = True if mask is None else mask(params) if callable(mask) else mask
+    return jax.tree.map(lambda flag, part: jax.tree.map(lambda _: flag, part), chosen, params)
+
+
+def check_key(name: str, value: Any) -> None:
+    """Checks a PRNG key, or an integer in its place."""
+    if isinstance(value, bool) or not isinstance(value, (jax.Array, int, np.integer)):
+        raise TypeError(f"{name} must be a PRNG key or an integer, got {_checks.describe(value)}")
 
 
 def check_params(name: str, params: Any) -> None:

@@ -427,12 +427,6 @@ def forward_gradient(
 # Steps.
 
 
-def _decay_tree(mask: Mask, params: Any) -> Any:
-    """Whether each leaf decays."""
-    chosen = True if mask is None else mask(params) if callable(mask) else mask
-    return jax.tree.map(lambda flag, part: jax.tree.map(lambda _: flag, part), chosen, params)
-
-
 def _decay(params: Any, rate: Any, mask: Mask) -> Any:
     """`(1 - rate) params` for the leaves of the mask."""
 
@@ -440,7 +434,7 @@ def _decay(params: Any, rate: Any, mask: Mask) -> Any:
         w = jnp.asarray(p, _common.wide(p))
         return (w - rate * flag * w).astype(jnp.result_type(p))
 
-    return jax.tree.map(decay, params, _decay_tree(mask, params))
+    return jax.tree.map(decay, params, _common.broadcast_mask(mask, params))
 
 
 def _walk(params: Any, keys: jax.Array, distances: jax.Array, directions: _Directions) -> Any:
@@ -638,7 +632,7 @@ def mezo(
             return w.astype(p.dtype)
 
         drawn = directions.draw(key, params)
-        return jax.tree.map(finish, params, drawn, _decay_tree(mask, params)), new_state, value
+        return jax.tree.map(finish, params, drawn, _common.broadcast_mask(mask, params)), new_state, value
 
     return Mezo(init, step)
 
