@@ -45,11 +45,7 @@ from jaxsoft.optimizers.combination import (
     project_conflicting_gradients,
     winsorized_mean_gradient,
 )
-from jaxsoft.optimizers.diffgrad import (
-    ScaleByDiffgradState,
-    diffgrad,
-    scale_by_diffgrad,
-)
+from jaxsoft.optimizers.diffgrad import ScaleByDiffgradState, diffgrad, scale_by_diffgrad
 from jaxsoft.optimizers.lion import (
     kappa_entropic,
     kappa_group_l2,
@@ -67,10 +63,7 @@ from jaxsoft.optimizers.low_rank import (
     limit_norm_growth,
     scale_by_fira,
 )
-from jaxsoft.optimizers.mirror import (
-    OptimisticMirrorDescentState,
-    optimistic_mirror_descent,
-)
+from jaxsoft.optimizers.mirror import OptimisticMirrorDescentState, optimistic_mirror_descent
 from jaxsoft.optimizers.model_building import (
     StochasticModelBuildingState,
     scale_by_truncated_model,
@@ -96,25 +89,10 @@ from jaxsoft.optimizers.parametrization import (
     temp_balance_multipliers,
     u_mup_multipliers,
 )
-from jaxsoft.optimizers.perpendicular import (
-    perpendicular_gradient,
-)
-from jaxsoft.optimizers.quantized import (
-    QuantizedState,
-    quantize_state,
-)
-from jaxsoft.optimizers.radial import (
-    adamp,
-    project_out_radial,
-    scale_by_adamp,
-    scale_by_sgdp,
-    sgdp,
-)
-from jaxsoft.optimizers.reparametrization import (
-    soft_threshold_ste,
-    softhebb_update,
-    stable_recurrent_weight,
-)
+from jaxsoft.optimizers.perpendicular import perpendicular_gradient
+from jaxsoft.optimizers.quantized import QuantizedState, quantize_state
+from jaxsoft.optimizers.radial import adamp, project_out_radial, scale_by_adamp, scale_by_sgdp, sgdp
+from jaxsoft.optimizers.reparametrization import soft_threshold_ste, softhebb_update, stable_recurrent_weight
 from jaxsoft.optimizers.scaling_laws import (
     ChinchillaLaw,
     CriticalBatchSize,

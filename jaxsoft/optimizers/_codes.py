@@ -180,18 +180,18 @@ def encode(
     x: jax.Array,
     layout: Layout,
     code_map: CodeMap,
-    key: jax.Array | None = None,
-    keep_positive: bool = False,
-    again: jax.Array | None = None,
+    key: Any = None,
+    positive: bool = False,
+    again: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The codes and scales of an array.
+    """The codes and the scales of an array.
 
     Args:
       x: the array, in at least float32.
       layout: its blocks.
       code_map: the map between codes and numbers from -1 to 1.
       key: for stochastic rounding. None: the nearest codes.
-      keep_positive: gives a positive entry no code that stands for 0.
+      positive: whether a positive entry stays positive, even if 0 is nearer.
       again: a second computation of `x`, from which the scales are taken.
 
     Returns:
@@ -200,7 +200,7 @@ def encode(
     scales = _extremes(x if again is None else again, layout, code_map.signed)
     y = x * spread(jnp.where(scales == 0, 0, 1 / scales), x.shape, layout)
     codes = code_map.encode(y) if key is None else _round_stochastically(y, code_map, key)
-    if keep_positive:
+    if positive:
         codes = jnp.where(y > 0, jnp.maximum(codes, 1), codes)
     return codes, scales
 

@@ -94,10 +94,14 @@ def fold(key: jax.Array | None, *data: Any) -> jax.Array | None:
     return None if key is None else functools.reduce(jax.random.fold_in, data, key)
 
 
+def broadcast(prefix: Any, tree: Any) -> Any:
+    """A tree like `tree` with the entries of `prefix`, whose leaves stand for whole subtrees."""
+    return jax.tree.map(lambda x, part: jax.tree.map(lambda _: x, part), prefix, tree)
+
+
 def broadcast_mask(mask: Mask, params: Any) -> Any:
     """One flag for each leaf of the parameters."""
-    chosen = True if mask is None else mask(params) if callable(mask) else mask
-    return jax.tree.map(lambda flag, part: jax.tree.map(lambda _: flag, part), chosen, params)
+    return broadcast(True if mask is None else mask(params) if callable(mask) else mask, params)
 
 
 def check_key(name: str, value: Any) -> None:

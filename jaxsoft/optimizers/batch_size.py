@@ -30,7 +30,7 @@ class NormTest(NamedTuple):
     mean_square: jax.Array
 
 
-def batch_size_norm_test(gradients: Any, theta: Scalar = 0.5, *, micro_batch_size: int = 1) -> NormTest:
+def batch_size_norm_test(grads: Any, theta: Scalar = 0.5, *, micro_batch_size: int = 1) -> NormTest:
     """Whether the batch is large enough that its mean gradient is mostly signal (norm test).
 
     With the gradients `g_i` of the b examples of a batch and their mean `m`, the batch passes if
@@ -44,7 +44,7 @@ def batch_size_norm_test(gradients: Any, theta: Scalar = 0.5, *, micro_batch_siz
     training step acts on them: see `accumulation_steps`.
 
     Args:
-      gradients: A pytree whose leaves have a first axis of n >= 2 examples (`jax.vmap(jax.grad(loss),
+      grads: A pytree whose leaves have a first axis of n >= 2 examples (`jax.vmap(jax.grad(loss),
         (None, 0))`) or micro batches (the gradients that are accumulated, or those of the devices).
       theta: Tolerated ratio of noise to signal, positive; usual are 0.1 to 0.9.
       micro_batch_size: Examples in each micro batch; 1 for gradients of single examples.
@@ -68,11 +68,11 @@ def batch_size_norm_test(gradients: Any, theta: Scalar = 0.5, *, micro_batch_siz
     """
     _checks.number("theta", theta, above=0)
     size = _checks.integer("micro_batch_size", micro_batch_size, at_least=1)
-    leaves = [jnp.asarray(g) for g in jax.tree.leaves(gradients)]
+    leaves = [jnp.asarray(g) for g in jax.tree.leaves(grads)]
     shapes = sorted({g.shape[:1] for g in leaves})
     if len(shapes) != 1 or not shapes[0] or shapes[0][0] < 2:
         raise ValueError(
-            "gradients must have leaves with the same first axis, of at least 2 examples or micro batches, "
+            "grads must have leaves with the same first axis, of at least 2 examples or micro batches, "
             f"got first axes {shapes}"
         )
     n = shapes[0][0]

@@ -407,7 +407,7 @@ def cautious(
 
 
 def directional_sharpness(
-    loss: Callable[[Any], jax.Array], params: optax.Params, direction: optax.Updates
+    loss_fn: Callable[[Any], jax.Array], params: optax.Params, direction: optax.Updates
 ) -> jax.Array:
     """The curvature of a loss along a direction, `v^T H v / ||v||^2`, without forming the Hessian H.
 
@@ -416,7 +416,7 @@ def directional_sharpness(
     clipping by entry brings SGD's near them. It costs about two gradients.
 
     Args:
-      loss: A function from the parameters to a scalar that can be differentiated twice, once in forward mode.
+      loss_fn: A function from the parameters to a scalar that can be differentiated twice, once in forward mode.
       params: Where: a pytree of floating arrays.
       direction: v: a pytree like `params`, of any length. A direction of 0 gives 0.
 
@@ -424,7 +424,7 @@ def directional_sharpness(
       A scalar, float32 or wider.
 
     Raises:
-      TypeError: for a `loss` that is not callable.
+      TypeError: for a `loss_fn` that is not callable.
 
     References:
       "Toward Understanding Why Adam Converges Faster Than SGD for Transformers".
@@ -435,11 +435,13 @@ def directional_sharpness(
       >>> print(directional_sharpness(loss, jnp.zeros(2), jnp.array([1.0, 1.0])))
       3.0
     """
-    if not callable(loss):
-        raise TypeError(f"loss must be a function from params to a scalar, got {_checks.describe(loss)}")
+    if not callable(loss_fn):
+        raise TypeError(
+            f"loss_fn must be a function from params to a scalar, got {_checks.describe(loss_fn)}"
+        )
     params = jax.tree.map(jnp.asarray, params)
     v = jax.tree.map(lambda p, v: jnp.asarray(v, p.dtype), params, direction)
-    _, hv = jax.jvp(jax.grad(loss), (params,), (v,))
+    _, hv = jax.jvp(jax.grad(loss_fn), (params,), (v,))
     v, hv = _common.widen(v), _common.widen(hv)
     square = jnp.asarray(optax.tree.vdot(v, v))
     return safe_divide(jnp.asarray(optax.tree.vdot(v, hv)), square)

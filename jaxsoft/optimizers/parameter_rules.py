@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
-from jaxsoft import _checks, losses
+from jaxsoft import _checks
+from jaxsoft._numerics import safe_divide
 from jaxsoft.optimizers import _common
 from jaxsoft.optimizers._common import Mask, Scalar
 
@@ -31,6 +33,15 @@ def _with_params(
         return _common.cast_like(u, updates), state
 
     return _masked(optax.GradientTransformationExtraArgs(optax.init_empty_state, update), mask)
+
+
+def _unit_norms(p: jax.Array, axis: int) -> jax.Array:
+    """The norm of each unit along an axis; the other axes stay with length 1."""
+    if p.ndim and not -p.ndim <= axis < p.ndim:
+        raise ValueError(f"axis must be in [{-p.ndim}, {p.ndim}) for a leaf of shape {p.shape}, got {axis}")
+    others = tuple(i for i in range(p.ndim) if i != axis % p.ndim)
+    square = jnp.sum(p * p, axis=others, keepdims=True)
+    return jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))
 
 
 # Regularizers, as gradients.
@@ -74,21 +85,44 @@ def add_norm_loss_gradient(
     _checks.number("coefficient", coefficient, at_least=0)
     _checks.number("target", target, at_least=0)
     axis = -1 if axis is None else _checks.integer("axis", axis)
-    goal: Any = target
-    slope = jax.grad(lambda w: losses.norm_loss(w, axis=axis, target=goal))
 
-    def rule(g, p):
-        return jax.tree.map(lambda g, p: g + coefficient * slope(p) if p.ndim >= 2 else g, g, p)
+    def leaf(g, p):
+        if p.ndim < 2:
+            return g
+        norm = _unit_norms(p, axis)
+        return g + coefficient * (2 * safe_divide(norm - target, norm) * p)
 
-    return _with_params("add_norm_loss_gradient", rule, mask)
+    return _with_params("add_norm_loss_gradient", lambda g, p: jax.tree.map(leaf, g, p), mask)
+
+
+def _fitted_shape(params: Any) -> jax.Array:
+    """`generalized_gaussian_shape` of `jaxsoft.losses`: the shape s whose moments the weights have.
+
+    Solves `mean w^2 / (mean |w|)^2 = Gamma(1/s) Gamma(3/s) / Gamma(2/s)^2` by bisection.
+    """
+    leaves = jax.tree.leaves(lax.stop_gradient(params))
+    size = sum(w.size for w in leaves)
+    first = jnp.sum(jnp.stack([jnp.sum(jnp.abs(w)) for w in leaves])) / size
+    second = jnp.sum(jnp.stack([jnp.sum(w * w) for w in leaves])) / size
+    target = jnp.log(jnp.maximum(safe_divide(second, first * first), 1))
+    gammaln = jax.scipy.special.gammaln
+
+    def halve(_, bounds):
+        low, high = bounds
+        s = (low + high) / 2
+        log_ratio = gammaln(1 / s) + gammaln(3 / s) - 2 * gammaln(2 / s)  # falls as s grows
+        return jnp.where(log_ratio > target, s, low), jnp.where(log_ratio > target, high, s)
+
+    low, high = lax.fori_loop(0, 50, halve, (jnp.full_like(target, 0.1), jnp.full_like(target, 10.0)))
+    return (low + high) / 2
 
 
 def add_rate_gradient(
-    coefficient: Scalar, *, shape: Scalar | None = None, epsilon: Scalar = 1e-8, mask: Mask = None
+    coefficient: Scalar, *, shape: Scalar | None = None, eps: Scalar = 1e-8, mask: Mask = None
 ) -> optax.GradientTransformationExtraArgs:
     """Adds the gradient of `coefficient generalized_gaussian_rate(params)`: how long a code of the weights is.
 
-        g <- g + coefficient shape sign(w) (|w| + epsilon)^(shape - 1)
+        g <- g + coefficient shape sign(w) (|w| + eps)^(shape - 1)
 
     Before an optimizer it is the loss itself (`jaxsoft.losses.generalized_gaussian_rate`), after its direction it
     is decoupled. `shape=2` is a weight decay of twice the coefficient, `shape=1` draws all weights to 0 alike.
@@ -96,7 +130,7 @@ def add_rate_gradient(
     Args:
       coefficient: Weight of the rate, at least 0: 10 to 1000 over the number of weights.
       shape: The exponent, positive. None: at each step, that of all weights together.
-      epsilon: Positive; bounds the gradient at 0 where the shape is below 1.
+      eps: Positive; bounds the gradient at 0 where the shape is below 1.
       mask: Which leaves: a pytree of bools, or a function from the parameters to one. None: all.
 
     Returns:
@@ -118,14 +152,15 @@ def add_rate_gradient(
     _checks.number("coefficient", coefficient, at_least=0)
     if shape is not None:
         _checks.number("shape", shape, above=0)
-    _checks.number("epsilon", epsilon, above=0)
-    settings: Any = {"shape": shape, "epsilon": epsilon}
-    slope = jax.grad(lambda params: losses.generalized_gaussian_rate(params, **settings))
+    _checks.number("eps", eps, above=0)
 
     def rule(g, p):
         if not jax.tree.leaves(p):
             return g
-        return jax.tree.map(lambda g, s: g + coefficient * s, g, slope(p))
+        s = _fitted_shape(p) if shape is None else shape
+        return jax.tree.map(
+            lambda g, w: g + coefficient * (s * jnp.sign(w) * (jnp.abs(w) + eps) ** (s - 1)), g, p
+        )
 
     return _with_params("add_rate_gradient", rule, mask)
 
@@ -230,14 +265,7 @@ def scale_by_inverse_param_norm(
     axis = -1 if axis is None else _checks.integer("axis", axis)
 
     def leaf(g, p):
-        if p.ndim and not -p.ndim <= axis < p.ndim:
-            raise ValueError(
-                f"axis must be in [{-p.ndim}, {p.ndim}) for a leaf of shape {p.shape}, got {axis}"
-            )
-        others = tuple(i for i in range(p.ndim) if i != axis % p.ndim)
-        square = jnp.sum(p * p, axis=others, keepdims=True)
-        norm = jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))
-        return g / jnp.sqrt(norm + 1 / jnp.square(eta))
+        return g / jnp.sqrt(_unit_norms(p, axis) + 1 / jnp.square(eta))
 
     return _with_params("scale_by_inverse_param_norm", lambda g, p: jax.tree.map(leaf, g, p), mask)
 

@@ -169,7 +169,7 @@ def u_mup_multipliers(
 
 
 class ScaleByMultipliersState(NamedTuple):
-    """State of `scale_by_multipliers` with `every`: steps taken, and one multiplier for each leaf."""
+    """State of `scale_by_multipliers` with `update_every`: steps taken, and one multiplier for each leaf."""
 
     count: jax.Array
     multipliers: Any
@@ -179,12 +179,12 @@ def scale_by_multipliers(
     multipliers: Any,
     labels: Any = None,
     *,
-    every: Scalar | None = None,
+    update_every: Scalar | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Multiplies each leaf of the updates by its own number: one learning rate for each parameter.
 
-    The numbers come as a pytree, or by label, or from a function of the parameters that is called anew in each
-    step, or, since it may be costly, in step 1 and then after every `every` steps under `lax.cond`. Put it before
+    The numbers come as a pytree, or by label, or from a function of the parameters. The function is called in each
+    step or, if it is costly, in the first step and then every `update_every` steps, under `lax.cond`. Put it before
     weight decay to leave the decay alone:
 
         optax.chain(optax.scale_by_adam(), scale_by_multipliers(rates, labels), optax.add_decayed_weights(0.1),
@@ -195,15 +195,15 @@ def scale_by_multipliers(
         to numbers; or a function from the parameters to a pytree.
       labels: None; or a pytree of labels like the parameters or a prefix of it, or a function from the parameters
         to one, as for `optax.partition`.
-      every: Steps between two calls of the function `multipliers`, at least 1. None: it is called in each step.
+      update_every: Steps between two calls of the function `multipliers`, at least 1. None: it is called in each step.
 
     Returns:
-      A gradient transformation. With `every` it keeps one number for each leaf, else no state. With a function as
+      A gradient transformation. With `update_every` it keeps one number per leaf, else no state. With a function as
       `multipliers` its `update` needs the parameters. Updates keep the dtype of the gradients.
 
     Raises:
-      ValueError: for a label without a multiplier, `every` without a function, or if `update` is called without the
-        parameters where a function needs them.
+      ValueError: for a label without a multiplier, `update_every` without a function, or if `update` is called
+        without the parameters where a function needs them.
 
     References:
       "u-muP: The Unit-Scaled Maximal Update Parametrization" (rates by shape); "Model Balancing Helps Low-data
@@ -216,10 +216,10 @@ def scale_by_multipliers(
       >>> print(tx.update(g, tx.init(g))[0])
       {'b': Array([1., 1.], dtype=float32), 'w': Array([0.25, 0.25], dtype=float32)}
     """
-    if every is not None:
-        _common.check_steps("every", every, at_least=1)
+    if update_every is not None:
+        _common.check_steps("update_every", update_every, at_least=1)
         if not callable(multipliers):
-            raise ValueError("every needs multipliers to be a function of the parameters")
+            raise ValueError("update_every needs multipliers to be a function of the parameters")
     if labels is not None and not isinstance(multipliers, Mapping):
         raise ValueError(
             f"multipliers must be a dict from labels to numbers where labels are given, got {type(multipliers)}"
@@ -238,10 +238,10 @@ def scale_by_multipliers(
         tree = multipliers(params) if callable(multipliers) else multipliers
         if labels is not None:
             tree = jax.tree.map(of_label, labels(params) if callable(labels) else labels)
-        return jax.tree.map(lambda m, part: jax.tree.map(lambda _: m, part), tree, like)
+        return _common.broadcast(tree, like)
 
     def init(params: optax.Params) -> Any:
-        if every is None:
+        if update_every is None:
             return optax.EmptyState()
         return ScaleByMultipliersState(jnp.zeros([], jnp.int32), _common.scalars_like(params))
 
@@ -252,7 +252,7 @@ def scale_by_multipliers(
                 "scale_by_multipliers needs params for a function of them: call update(updates, state, params); "
                 "got params=None"
             )
-        if every is None:
+        if update_every is None:
             factors = compute(params, updates)
         else:
 
@@ -260,7 +260,7 @@ def scale_by_multipliers(
                 new = compute(params, updates)
                 return jax.tree.map(lambda m, old: jnp.asarray(m, old.dtype), new, state.multipliers)
 
-            factors = lax.cond(state.count % every == 0, fresh, lambda: state.multipliers)
+            factors = lax.cond(state.count % update_every == 0, fresh, lambda: state.multipliers)
             state = ScaleByMultipliersState(jnp.asarray(optax.safe_increment(state.count)), factors)
         u = jax.tree.map(lambda m, g: m * g, factors, _common.widen(updates))
         return _common.cast_like(u, updates), state
@@ -345,7 +345,7 @@ def temp_balance_multipliers(
     | `"log2"` | log2(alpha) over the mean of it |
 
     Other leaves get 1, and so do all where there is no difference. It takes singular values of every layer, so
-    refresh it about once an epoch: `scale_by_multipliers(temp_balance_multipliers, every=1000)`.
+    refresh it about once an epoch: `scale_by_multipliers(temp_balance_multipliers, update_every=1000)`.
 
     Args:
       params: A pytree of parameters.
@@ -378,9 +378,7 @@ def temp_balance_multipliers(
     _checks.number("high", high, at_least=0)
     _checks.option("mode", mode, ("linear", "sqrt", "log2", "step"))
     min_eigenvalues = _checks.integer("min_eigenvalues", min_eigenvalues, at_least=1)
-    chosen = mask(params) if callable(mask) else True if mask is None else mask
-    chosen = jax.tree.map(lambda m, part: jax.tree.map(lambda _: bool(m), part), chosen, params)
-
+    chosen = _common.broadcast_mask(mask, params)
     leaves, treedef = jax.tree.flatten(params)
     taking_part = [
         i

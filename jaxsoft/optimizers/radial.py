@@ -64,13 +64,6 @@ def _radial_part(
     return jnp.where(in_channels, by_channel, jnp.where(in_layer, of_layer, 0)), in_channels | in_layer
 
 
-def _decayed(mask: Mask, params: optax.Params) -> Any:
-    """One bool for each leaf of the parameters: whether it decays."""
-    mask = mask(params) if callable(mask) else mask
-    mask = True if mask is None else mask
-    return jax.tree.map(lambda decays, leaves: jax.tree.map(lambda _: decays, leaves), mask, params)
-
-
 def project_out_radial(
     inner: optax.GradientTransformation,
     *,
@@ -149,7 +142,7 @@ def project_out_radial(
             radial, projected = _radial_part(u, g, p, delta, eps, channel_axes)
             return u + (decay * jnp.where(projected, wd_ratio, 1) - radial) * p
 
-        u = jax.tree.map(leaf, directions, updates, params, _decayed(mask, params))
+        u = jax.tree.map(leaf, directions, updates, params, _common.broadcast_mask(mask, params))
         return _common.cast_like(u, updates), state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)

@@ -80,6 +80,11 @@ def _matrix_norm(x: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.where(square > 0, square, 1)) * (square > 0)
 
 
+def _by_entry(g: jax.Array, v: jax.Array) -> jax.Array:
+    """Adagrad's direction `g / sqrt(v)`, and 0 where `v` is 0."""
+    return jnp.where(v > 0, g / jnp.sqrt(jnp.where(v > 0, v, 1)), 0)
+
+
 class ScaleByShampooState(NamedTuple):
     """State of `scale_by_shampoo`: steps taken, momentum (or None), and statistics like the parameters.
 
@@ -94,6 +99,57 @@ class ScaleByShampooState(NamedTuple):
     right: Any
     left_root: Any
     right_root: Any
+
+
+class _ShampooLeaf(NamedTuple):
+    """Shampoo for one leaf. `correction` is the factor by which decaying statistics are too small."""
+
+    eps: Any
+    exponent: Any
+    trace_normalize: bool
+    grafting: str
+    max_dim: int
+
+    def _sides(self, p: Any) -> tuple[int, int]:
+        """The sides of a leaf's matrices; 0 for a side without a statistic."""
+        a, b = jnp.shape(p)[-2:] if jnp.ndim(p) >= 2 and jnp.size(p) else (0, 0)
+        return a * (a <= self.max_dim), b * (b <= self.max_dim)
+
+    def init_statistic(self, p: Any, side: int) -> jax.Array:
+        n = self._sides(p)[side]
+        return jnp.zeros((*jnp.shape(p)[:-2], n, n) if n else (0,), _common.wide(p))
+
+    def init_second_moment(self, p: Any) -> jax.Array:
+        needed = self.grafting == "diagonal" or not any(self._sides(p))
+        return jnp.zeros_like(p, dtype=_common.wide(p)) if needed else jnp.zeros((0,), _common.wide(p))
+
+    def root(self, s: jax.Array, other: jax.Array, correction: Any) -> jax.Array:
+        """The inverse power of the statistic of one side; alone it takes the power -1/2."""
+        if not _is_matrix(s):
+            return s
+        return _inverse_power(s / correction, self.exponent if _is_matrix(other) else 0.5, self.eps)
+
+    def left_root(self, s: jax.Array, other: jax.Array, correction: Any) -> jax.Array:
+        """The same with the factor of the trace."""
+        root = self.root(s, other, correction)
+        if not (_is_matrix(s) and _is_matrix(other) and self.trace_normalize):
+            return root
+        trace = jnp.trace(s, axis1=-2, axis2=-1)[..., None, None] / correction
+        return root * _power(trace, 0.5 - 2 * self.exponent)
+
+    def direction(
+        self, g: jax.Array, v: jax.Array, left: jax.Array, right: jax.Array, correction: Any
+    ) -> jax.Array:
+        """The whitened gradient, with the length that grafting gives it."""
+        if not (_is_matrix(left) or _is_matrix(right)):
+            return _by_entry(g, v / correction)
+        u = _matmul(left, g) if _is_matrix(left) else g
+        u = _matmul(u, right) if _is_matrix(right) else u
+        if self.grafting == "none":
+            return u
+        norm = _matrix_norm(u)
+        target = _matrix_norm(g if self.grafting == "sgd" else _by_entry(g, v / correction))
+        return u * (target / jnp.where(norm > 0, norm, 1))
 
 
 def scale_by_shampoo(
@@ -169,29 +225,16 @@ def scale_by_shampoo(
     _checks.option("grafting", grafting, ("none", "sgd", "diagonal"))
     max_dim = _checks.integer("max_dim", max_dim, at_least=1)
 
-    def sides(p: Any) -> tuple[int, int]:
-        """The sides of a leaf's matrices which get a statistic, 0 for those which do not."""
-        shape = jnp.shape(p)
-        if len(shape) < 2 or 0 in shape:
-            return 0, 0
-        return shape[-2] * (shape[-2] <= max_dim), shape[-1] * (shape[-1] <= max_dim)
+    leafwise = _ShampooLeaf(eps, exponent, trace_normalize, grafting, max_dim)
 
     def init(params: optax.Params) -> ScaleByShampooState:
         def statistics(side):
-            def zeros(p):
-                n = sides(p)[side]
-                return jnp.zeros((*jnp.shape(p)[:-2], n, n) if n else (0,), _common.wide(p))
-
-            return jax.tree.map(zeros, params)
-
-        def second_moment(p):
-            needed = grafting == "diagonal" or not any(sides(p))
-            return jnp.zeros_like(p, dtype=_common.wide(p)) if needed else jnp.zeros((0,), _common.wide(p))
+            return jax.tree.map(lambda p: leafwise.init_statistic(p, side), params)
 
         return ScaleByShampooState(
             count=jnp.zeros([], jnp.int32),
             mu=None if b1 is None else _common.moments_like(params),
-            nu=jax.tree.map(second_moment, params),
+            nu=jax.tree.map(leafwise.init_second_moment, params),
             left=statistics(0),
             right=statistics(1),
             left_root=statistics(0),
@@ -214,44 +257,19 @@ def scale_by_shampoo(
         )
         nu = jax.tree.map(lambda g, v: accumulate(v, g * g) if v.shape == g.shape else v, g, state.nu)
 
-        def root(s, other):
-            return _inverse_power(s / correction, exponent if _is_matrix(other) else 0.5, eps)
-
-        def left_root(s, other):
-            if not _is_matrix(s):
-                return s
-            if not (_is_matrix(other) and trace_normalize):
-                return root(s, other)
-            trace = jnp.trace(s, axis1=-2, axis2=-1)[..., None, None] / correction
-            return root(s, other) * _power(trace, 0.5 - 2 * exponent)
-
-        def right_root(s, other):
-            return root(s, other) if _is_matrix(s) else s
-
         def roots():
-            return jax.tree.map(left_root, left, right), jax.tree.map(right_root, right, left)
+            return (
+                jax.tree.map(lambda s, other: leafwise.left_root(s, other, correction), left, right),
+                jax.tree.map(lambda s, other: leafwise.root(s, other, correction), right, left),
+            )
 
         left_roots, right_roots = state.left_root, state.right_root
         if any(_is_matrix(s) for s in jax.tree.leaves((left, right))):
             due = (count <= precondition_every) | (count % precondition_every == 0)
             left_roots, right_roots = lax.cond(due, roots, lambda: (left_roots, right_roots))
-
-        def by_entry(g, v):
-            v = v / correction
-            return jnp.where(v > 0, g / jnp.sqrt(jnp.where(v > 0, v, 1)), 0)
-
-        def direction(g, v, left, right):
-            if not (_is_matrix(left) or _is_matrix(right)):
-                return by_entry(g, v)
-            u = _matmul(left, g) if _is_matrix(left) else g
-            u = _matmul(u, right) if _is_matrix(right) else u
-            if grafting == "none":
-                return u
-            norm = _matrix_norm(u)
-            target = _matrix_norm(g if grafting == "sgd" else by_entry(g, v))
-            return u * (target / jnp.where(norm > 0, norm, 1))
-
-        u = jax.tree.map(direction, g, nu, left_roots, right_roots)
+        u = jax.tree.map(
+            lambda g, v, *roots: leafwise.direction(g, v, *roots, correction), g, nu, left_roots, right_roots
+        )
         mu = state.mu
         if b1 is not None:
             mu = _common.moving_average(b1, mu, u)

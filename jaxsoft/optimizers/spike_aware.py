@@ -25,9 +25,11 @@ def _cosine_decay(step: jax.Array, steps: Scalar, high: Scalar, low: Scalar) -> 
     return jnp.where(step < steps, low + (jnp.asarray(high) - low) * (1 + cosine) / 2, low)
 
 
-def _warmup_factor(count: jax.Array, every: Scalar, warmup_steps: Scalar) -> jax.Array:
-    """1 before the first reset; 0.01 at a reset (a multiple of `every`), 1 again `warmup_steps` later."""
-    return jnp.where(count < every, 1.0, 1 - _cosine_decay(count % every, warmup_steps, 0.99, 0.0))
+def _warmup_factor(count: jax.Array, reset_every: Scalar, warmup_steps: Scalar) -> jax.Array:
+    """1 before the first reset; 0.01 at a reset (a multiple of `reset_every`), 1 again `warmup_steps` later."""
+    return jnp.where(
+        count < reset_every, 1.0, 1 - _cosine_decay(count % reset_every, warmup_steps, 0.99, 0.0)
+    )
 
 
 def _zero_if(condition: jax.Array, tree: Any) -> Any:
@@ -321,14 +323,14 @@ class MomentumResetState(NamedTuple):
 
 def momentum_reset(
     inner: optax.GradientTransformation,
-    every: Scalar = 500,
+    reset_every: Scalar = 500,
     warmup_steps: Scalar = 0,
     *,
     reset_counts: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Forgets the moments of any transformation at regular steps, and warms its updates up again.
 
-    At each step t (from 1) that is a multiple of `every`, before the inner update, every floating array
+    At each step t (from 1) that is a multiple of `reset_every`, before the inner update, every floating array
     that the inner state holds for the parameters (what `optax.tree_map_params` visits) becomes 0. The updates
     are multiplied by 1 before the first reset, and j steps after a reset by
 
@@ -336,7 +338,7 @@ def momentum_reset(
 
     Args:
       inner: The transformation whose moments are reset; its moments must start at 0.
-      every: Steps between resets, at least 1.
+      reset_every: Steps between resets, at least 1.
       warmup_steps: Length of the warm-up after a reset, at least 0.
       reset_counts: Also set the scalar integers of the inner state to 0, such as the `count` with which Adam
         corrects its bias (Stable-SPAM does, SPAM does not). Schedules inside start again too.
@@ -345,7 +347,7 @@ def momentum_reset(
       A gradient transformation.
 
     Raises:
-      ValueError: for `every` below 1 or a negative `warmup_steps`.
+      ValueError: for `reset_every` below 1 or a negative `warmup_steps`.
 
     References:
       "SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training"; as a wrapper of any transformation
@@ -353,7 +355,7 @@ def momentum_reset(
 
     Examples:
       >>> import jax.numpy as jnp
-      >>> tx = momentum_reset(optax.trace(0.9), every=3)
+      >>> tx = momentum_reset(optax.trace(0.9), reset_every=3)
       >>> state = tx.init(jnp.zeros(1))
       >>> for _ in range(4):
       ...     u, state = tx.update(jnp.ones(1), state)
@@ -363,7 +365,7 @@ def momentum_reset(
       [1.]
       [1.9]
     """
-    _common.check_steps("every", every, at_least=1)
+    _common.check_steps("reset_every", reset_every, at_least=1)
     _common.check_steps("warmup_steps", warmup_steps, at_least=0)
     inner = optax.with_extra_args_support(inner)
 
@@ -372,7 +374,7 @@ def momentum_reset(
 
     def update(updates: optax.Updates, state: Any, params: Any = None, **extra: Any):
         count = jnp.asarray(optax.safe_increment(state.count))
-        reset = count % every == 0
+        reset = count % reset_every == 0
 
         def forget(x):
             return _zero_if(reset, x) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x
@@ -383,7 +385,7 @@ def momentum_reset(
 
         inner_state = optax.tree_map_params(inner, forget, state.inner_state, transform_non_params=recount)
         u, inner_state = inner.update(updates, inner_state, params, **extra)
-        factor = _warmup_factor(count, every, warmup_steps)
+        factor = _warmup_factor(count, reset_every, warmup_steps)
         u = jax.tree.map(lambda u: (factor * u).astype(jnp.result_type(u)), u)
         return u, MomentumResetState(count, inner_state)
 

@@ -173,22 +173,27 @@ def _scalar_loss(loss_fn: Callable[..., Any], args: Any, kwargs: Any) -> Callabl
     return loss
 
 
-def _check_sampling(eps: Scalar, samples: int, differences: str) -> int:
+class _Difference(NamedTuple):
+    """The slope of the loss along a direction, from two of its values."""
+
+    eps: Scalar
+    differences: Differences
+
+    def places(self) -> list[Any]:
+        """Where, along the direction, the two values are taken."""
+        return [self.eps, -self.eps if self.differences == "two_side" else 0.0]
+
+    def project(self, losses: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The value of the loss and its slope."""
+        if self.differences == "two_side":
+            return (losses[0] + losses[1]) / 2, (losses[0] - losses[1]) / (2 * self.eps)
+        return losses[1], (losses[0] - losses[1]) / self.eps
+
+
+def _difference(eps: Scalar, differences: Differences) -> _Difference:
     _checks.number("eps", eps, above=0)
     _checks.option("differences", differences, ("two_side", "one_side"))
-    return _checks.integer("samples", samples, at_least=1)
-
-
-def _second_place(differences: str, eps: Scalar) -> Scalar:
-    """Where, along the direction, the second value of the loss is taken; the first is at eps."""
-    return -eps if differences == "two_side" else 0.0
-
-
-def _projected(losses: jax.Array, differences: str, eps: Scalar) -> tuple[jax.Array, jax.Array]:
-    """The value of the loss and its slope along the direction."""
-    if differences == "two_side":
-        return (losses[0] + losses[1]) / 2, (losses[0] - losses[1]) / (2 * eps)
-    return losses[1], (losses[0] - losses[1]) / eps
+    return _Difference(eps, differences)
 
 
 def _mean_over_samples(
@@ -211,11 +216,11 @@ def _block_ids(blocks: Any, params: Any) -> tuple[Any, int]:
     """The number of each leaf's block, and how many blocks there are."""
     labels = blocks(params) if callable(blocks) else blocks
     try:
-        broadcast = jax.tree.map(lambda label, part: jax.tree.map(lambda _: label, part), labels, params)
+        labels = _common.broadcast(labels, params)
     except ValueError as error:
         raise ValueError(f"blocks must be a pytree of labels, a prefix of params: {error}") from error
     order: dict[Any, int] = {}
-    return jax.tree.map(lambda label: order.setdefault(label, len(order)), broadcast), len(order)
+    return jax.tree.map(lambda label: order.setdefault(label, len(order)), labels), len(order)
 
 
 def zo_value_and_grad(
@@ -280,13 +285,14 @@ def zo_value_and_grad(
       >>> print(value.round(1), jnp.sign(gradient))
       5.0 [ 1. -1.]
     """
-    samples = _check_sampling(eps, samples, differences)
+    difference = _difference(eps, differences)
+    samples = _checks.integer("samples", samples, at_least=1)
     _checks.option("sign", sign, (None, "scalar", "elementwise"))
     directions = _directions(distribution, sparsity)
 
     def value_and_grad(params: Any, key: jax.Array, *args: Any, **kwargs: Any) -> tuple[jax.Array, Any]:
         loss = _scalar_loss(loss_fn, args, kwargs)
-        places = jnp.asarray([eps, _second_place(differences, eps)], jnp.result_type(float))
+        places = jnp.asarray(difference.places(), jnp.result_type(float))
         if blocks is None:
             ids, count = jax.tree.map(lambda p: 0, params), 1
         else:
@@ -303,7 +309,7 @@ def zo_value_and_grad(
 
             grid = jnp.tile(places, count), jnp.repeat(jnp.arange(count), 2)
             losses = lax.map(value_at, grid).reshape(count, 2)
-            values, rhos = jax.vmap(lambda pair: _projected(pair, differences, eps))(losses)
+            values, rhos = jax.vmap(difference.project)(losses)
             if sign == "scalar":
                 rhos = jnp.sign(rhos)
             grads = jax.tree.map(lambda i, z: rhos[i].astype(z.dtype) * z, ids, directions.draw(key, params))
@@ -357,18 +363,18 @@ def zo_projection(
       >>> print(jnp.allclose(rho, 2 * p @ random_direction(key, p), atol=1e-4))
       True
     """
-    _check_sampling(eps, 1, differences)
+    difference = _difference(eps, differences)
     directions = _directions(distribution, sparsity)
 
     def projection(params: Any, key: jax.Array, *args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array]:
         loss = _scalar_loss(loss_fn, args, kwargs)
-        places = jnp.asarray([eps, _second_place(differences, eps)], jnp.result_type(float))
+        places = jnp.asarray(difference.places(), jnp.result_type(float))
 
         def value_at(place):
             here, place = _common.separate((key, place))  # a new draw: the direction is not stored
             return loss(directions.move(params, here, place))
 
-        return _projected(lax.map(value_at, places), differences, eps)
+        return difference.project(lax.map(value_at, places))
 
     return projection
 
@@ -467,6 +473,49 @@ class Mezo(NamedTuple):
     step: Callable[..., tuple[Any, MezoState, jax.Array]]
 
 
+class _Search(NamedTuple):
+    """How `mezo` evaluates the loss along a direction z."""
+
+    directions: _Directions
+    difference: _Difference
+    sign: Sign
+    conservative: bool
+    in_place: bool
+
+    def coefficient(self, losses: jax.Array) -> jax.Array:
+        """The factor of z in the estimate."""
+        _, rho = self.difference.project(losses)
+        rho = jnp.where(jnp.isfinite(rho), rho, 0)
+        return rho if self.sign is None else jnp.sign(rho)
+
+    def explore(self, loss: Callable[[Any], jax.Array], params: Any, key: jax.Array, rate: Any) -> Any:
+        """The parameters at the place of the last value, this place, and the values of the loss."""
+        count = 5 if self.conservative else 2
+
+        def visit(carry, index):
+            moved, place, losses = carry
+            step = rate * self.coefficient(losses)  # known from the third value on
+            ahead = [*self.difference.places(), 0.0, -step, step][:count]
+            target = jnp.stack([jnp.asarray(a, place.dtype) for a in ahead])[index]
+            here, place = _common.separate((key, place))  # a new draw: the direction is not stored
+            if self.in_place:
+                moved = self.directions.move(moved, here, target - place)
+                value = loss(moved)
+            else:
+                target, value = place, loss(self.directions.move(moved, here, target))
+            return (moved, target, losses.at[index].set(value)), None
+
+        dtype = jax.eval_shape(loss, params).dtype
+        start = params, jnp.zeros([], dtype), jnp.zeros(count, dtype)
+        return lax.scan(visit, start, jnp.arange(count))[0]
+
+
+def _lowest(losses: jax.Array, step: jax.Array) -> jax.Array:
+    """The step to the lowest of the values at p, p - step z and p + step z (the last three)."""
+    stay, forth, back = jnp.where(jnp.isnan(losses[2:]), jnp.inf, losses[2:])
+    return jnp.where(forth > stay, jnp.where(stay < back, 0, step), jnp.where(forth < back, -step, step))
+
+
 def mezo(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -546,7 +595,8 @@ def mezo(
     """
     if not callable(learning_rate):
         _checks.number("learning_rate", learning_rate, at_least=0)
-    samples = _check_sampling(eps, samples, differences)
+    difference = _difference(eps, differences)
+    samples = _checks.integer("samples", samples, at_least=1)
     _checks.option("sign", sign, (None, "scalar", "elementwise"))
     _checks.number("weight_decay", weight_decay, at_least=0)
     directions = _directions(distribution, sparsity)
@@ -558,39 +608,39 @@ def mezo(
     if conservative and sign == "elementwise":
         raise ValueError("sign must be None or 'scalar' with conservative=True, got 'elementwise'")
 
-    def coefficient(losses: jax.Array) -> jax.Array:
-        """Of z in the estimate."""
-        _, rho = _projected(losses, differences, eps)
-        rho = jnp.where(jnp.isfinite(rho), rho, 0)
-        return rho if sign is None else jnp.sign(rho)
+    search = _Search(directions, difference, sign, conservative, in_place)
 
-    def explore(loss, params, key, rate):
-        """Values of the loss along the direction; returns the parameters where the last one was taken."""
-        places = [eps, _second_place(differences, eps)]
-        count = 5 if conservative else 2
+    def several(loss: Callable[[Any], jax.Array], params: Any, keys: jax.Array, rate: Any):
+        """The step of the mean over several directions, and the mean value of the loss."""
 
-        def visit(carry, index):
-            moved, place, losses = carry
-            step = rate * coefficient(losses)  # known once two values are there
-            ahead = [*places, 0.0, -step, step][:count]
-            target = jnp.stack([jnp.asarray(a, place.dtype) for a in ahead])[index]
-            here, place = _common.separate((key, place))  # a new draw: the direction is not stored
+        def sample(params, key):
+            params, place, losses = search.explore(loss, params, key, rate)
+            key, place = _common.separate((key, place))
             if in_place:
-                moved = directions.move(moved, here, target - place)
-                value = loss(moved)
-            else:
-                target, value = place, loss(directions.move(moved, here, target))
-            return (moved, target, losses.at[index].set(value)), None
+                params = directions.move(params, key, -place)
+            return params, (difference.project(losses)[0], search.coefficient(losses))
 
-        dtype = jax.eval_shape(loss, params).dtype
-        start = params, jnp.zeros([], dtype), jnp.zeros(count, dtype)
-        (params, place, losses), _ = lax.scan(visit, start, jnp.arange(count))
-        return params, place, losses
+        params, (values, coefficients) = lax.scan(sample, params, keys)
+        params = _decay(params, rate * weight_decay, mask)
+        return _walk(params, keys, -rate / samples * coefficients, directions), jnp.mean(values)
 
-    def lowest(losses: jax.Array, step: jax.Array) -> jax.Array:
-        """The step to the lowest of the values at p, p - step z and p + step z (the last three)."""
-        stay, forth, back = jnp.where(jnp.isnan(losses[2:]), jnp.inf, losses[2:])
-        return jnp.where(forth > stay, jnp.where(stay < back, 0, step), jnp.where(forth < back, -step, step))
+    def single(loss: Callable[[Any], jax.Array], params: Any, key: jax.Array, rate: Any):
+        """The step along one direction, and the value of the loss."""
+        params, place, losses = search.explore(loss, params, key, rate)
+        value = losses[2] if conservative else difference.project(losses)[0]
+        distance = -rate * search.coefficient(losses)
+        if conservative:
+            distance = _lowest(losses, -distance)
+        key, place, distance = _common.separate((key, place, distance))
+
+        def finish(p, z, flag):
+            w = jnp.asarray(p, z.dtype) - place.astype(z.dtype) * z
+            u = jnp.sign(z) if sign == "elementwise" else z
+            w = w - rate * weight_decay * flag * w + distance.astype(z.dtype) * u
+            return w.astype(p.dtype)
+
+        drawn = directions.draw(key, params)
+        return jax.tree.map(finish, params, drawn, _common.broadcast_mask(mask, params)), value
 
     def init(key: jax.Array) -> MezoState:
         return MezoState(jnp.zeros([], jnp.int32), key)
@@ -603,36 +653,8 @@ def mezo(
         rate: Any = learning_rate(state.count) if callable(learning_rate) else learning_rate
         keys = jax.random.split(jax.random.fold_in(state.key, state.count), samples)
         new_state = MezoState(jnp.asarray(optax.safe_increment(state.count)), state.key)
-
-        if samples > 1:
-
-            def sample(params, key):
-                params, place, losses = explore(loss, params, key, rate)
-                key, place = _common.separate((key, place))
-                if in_place:
-                    params = directions.move(params, key, -place)
-                return params, (_projected(losses, differences, eps)[0], coefficient(losses))
-
-            params, (values, coefficients) = lax.scan(sample, params, keys)
-            params = _decay(params, rate * weight_decay, mask)
-            params = _walk(params, keys, -rate / samples * coefficients, directions)
-            return params, new_state, jnp.mean(values)
-
-        params, place, losses = explore(loss, params, keys[0], rate)
-        value = losses[2] if conservative else _projected(losses, differences, eps)[0]
-        distance = -rate * coefficient(losses)
-        if conservative:
-            distance = lowest(losses, -distance)
-        key, place, distance = _common.separate((keys[0], place, distance))
-
-        def finish(p, z, flag):
-            w = jnp.asarray(p, z.dtype) - place.astype(z.dtype) * z
-            u = jnp.sign(z) if sign == "elementwise" else z
-            w = w - rate * weight_decay * flag * w + distance.astype(z.dtype) * u
-            return w.astype(p.dtype)
-
-        drawn = directions.draw(key, params)
-        return jax.tree.map(finish, params, drawn, _common.broadcast_mask(mask, params)), new_state, value
+        move = several(loss, params, keys, rate) if samples > 1 else single(loss, params, keys[0], rate)
+        return move[0], new_state, move[1]
 
     return Mezo(init, step)
 
