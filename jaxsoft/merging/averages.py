@@ -1,4 +1,7 @@
-"""Averages of models, weighted by Fisher information or pulled towards their common base, and how alike models are."""
+"""Averages of models.
+
+Averages weighted by Fisher information or pulled towards the common base, and a measure of how alike models are.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Deltas of fine-tuned models made sparse, coarse or low in rank, before they are added up."""
+"""Sparse and coarse deltas.
+
+The deltas of fine-tuned models are made sparse, coarse or low in rank before they are averaged.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,27 @@
-"""The embedding that low-precision optimizers can train: normalized right after the lookup."""
+"""Stable embedding.
+
+Layer norm right after the lookup, and a table with evenly drawn entries, so that optimizers with 8-bit states can train
+it. The states of the table itself stay in 32 bits:
+
+```python
+import jax, jax.numpy as jnp, optax
+from jaxsoft.norms import stable_embedding, stable_embedding_init
+from jaxsoft.optimizers import quantize_state
+
+params = {
+    "embed": {
+        "table": stable_embedding_init(jax.random.key(0), 256, 64),
+        "scale": jnp.ones(64),
+        "bias": jnp.zeros(64),
+    },
+    "kernel": jnp.ones((64, 64)),
+}
+x = stable_embedding(
+    params["embed"]["table"], jnp.array([[1, 2, 3]]), params["embed"]["scale"], params["embed"]["bias"]
+)
+tx = quantize_state(optax.adamw(1e-3), mask={"embed": False, "kernel": True})
+```
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,13 @@
 """Optimizers as optax gradient transformations.
 
-`scale_by_*` and the parts give a direction (no learning rate, no sign) and go into `optax.chain`; those without the
-prefix (`lion_k`, `spam`, `stable_spam`, `adamp`, `sgdp`, `diffgrad`, `fira`, `shampoo`) are ready optimizers with
-decoupled weight decay. Others wrap a transformation, combine several gradients into one, do without a backward pass,
-or give the numbers of a run.
+- Ready optimizers with decoupled weight decay have plain names: `lion_k`, `spam`, `stable_spam`, `adamp`, `sgdp`,
+  `diffgrad`, `fira`, `shampoo`. Each is `optax.chain` of its direction, `optax.add_decayed_weights` and
+  `optax.scale_by_learning_rate`.
+- Directions, `scale_by_*`, have no learning rate and no sign: put `optax.scale_by_learning_rate` after them.
+- The others go before or around any optimizer, combine several gradients into one, do without a backward pass, or
+  compute the numbers of a run.
+
+The guide "Optimizers" shows how they combine with the rest of optax.
 """
 
 from __future__ import annotations

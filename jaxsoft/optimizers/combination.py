@@ -1,7 +1,30 @@
-"""Several gradients made into one: of tasks, modalities, domains or micro-batches.
+"""Several gradients combined into one.
 
-Gradients come stacked: a pytree whose leaves have a leading axis over the objectives, as `jax.jacrev` of a vector of
-losses or `jax.vmap(jax.grad(...))` gives them. Inner products are taken over the whole tree, in at least float32.
+Pure functions of the gradients of several tasks, domains, modalities, examples or micro-batches. Their result is one
+gradient, for any optimizer. Gradients come stacked: a pytree whose leaves have a leading axis over the objectives, as
+from `jax.jacrev` of a vector of losses or from `jax.vmap(jax.grad(...))`. Inner products are taken over the whole
+tree, in at least float32.
+
+```python
+import jax
+import jax.numpy as jnp
+import optax
+
+import jaxsoft
+
+params, task_batches = {"w": jnp.ones(3)}, jnp.eye(3)[:2]
+tx = optax.adam(1e-3)
+state = tx.init(params)
+
+
+def task_loss(params, target):
+    return jnp.sum((params["w"] - 2 * target) ** 2)
+
+
+grads = jax.vmap(jax.grad(task_loss), in_axes=(None, 0))(params, task_batches)
+gradient, weights = jaxsoft.optimizers.min_norm_gradient(grads)
+updates, state = tx.update(gradient, state, params)
+```
 """
 
 from __future__ import annotations

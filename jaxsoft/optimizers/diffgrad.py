@@ -1,4 +1,8 @@
-"""diffGrad: Adam that slows down where the gradient stops changing."""
+"""diffGrad.
+
+Adam with smaller steps, down to half, where the gradient stops changing. The change is measured on an absolute scale,
+so the scale of the loss matters.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Lion-K: Lion with the sign replaced by the gradient of any convex function, alone or by majority vote."""
+"""Lion-K.
+
+Lion with the sign replaced by the gradient of any convex function `kappa`, on one worker or with a vote of several.
+"""
 
 from __future__ import annotations
 

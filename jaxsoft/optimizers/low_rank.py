@@ -1,4 +1,9 @@
-"""Fira: Adam with low-rank moments and updates of full rank, and its limiter of growing norms."""
+"""Fira.
+
+Adam with moments of low rank and updates of full rank. Matrices only; the other leaves get Adam. Each new projector
+costs a singular value decomposition, which is slow on accelerators: keep `update_every` in the hundreds.
+`optax.contrib.galore` is the method without the residual.
+"""
 
 from __future__ import annotations
 

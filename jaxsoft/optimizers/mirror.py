@@ -1,4 +1,8 @@
-"""Optimistic mirror descent, for games and online learning, on the whole space or on a convex set."""
+"""Optimistic mirror descent.
+
+For games and for online learning: each step expects the last gradient to come again. On the simplex use
+`mirror="entropy"`; on other convex sets, a projection of `optax.projections`.
+"""
 
 from __future__ import annotations
 

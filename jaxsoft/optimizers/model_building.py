@@ -1,4 +1,9 @@
-"""Steps from a model of the loss: quadratic along the trial step, or linear with a lower bound."""
+"""Steps from a model of the loss.
+
+Both methods need the loss itself, not only its gradient, as extra arguments of `update`, like the line searches of
+optax. `stochastic_model_building` replaces the search for a step length by one quadratic model;
+`scale_by_truncated_model` shortens steps for which a linear model predicts a loss below its lower bound.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Gradient rules that read the parameters: regularizers, low-rank adapters, protected subspaces; AdaGrad-Norm."""
+"""Rules that read the parameters.
+
+Gradient transformations to put before an optimizer, as part of the loss, or after its direction, decoupled from it.
+Most take a `mask`. The regularizers are those of `jaxsoft.losses`, as gradients, and a decay towards the start of
+fine-tuning.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,28 @@
-"""Learning rates for each parameter: from its shape (muP, u-muP) or from its spectrum (TempBalance)."""
+"""Learning rates by parameter.
+
+These rules give each parameter its own learning rate: by its shape, so that hyper-parameters tuned on a small model
+hold for a large one (muP, u-muP), or by its spectrum, so that layers that lag behind learn faster (TempBalance).
+`scale_by_multipliers` applies them in any optax chain. For u-muP see also `jaxsoft.normalizers.unit_scaled_softmax`
+and `jaxsoft.losses.unit_scaled_cross_entropy`.
+
+```python
+import jax
+import optax
+
+from jaxsoft.optimizers import mup_multipliers, scale_by_multipliers
+
+
+def rate(param):
+    return mup_multipliers("hidden", param.shape[0], 256).learning_rate if param.ndim == 2 else 1.0
+
+
+def rates(params):
+    return jax.tree.map(rate, params)
+
+
+tx = optax.chain(optax.scale_by_adam(), scale_by_multipliers(rates), optax.scale_by_learning_rate(1e-3))
+```
+"""
 
 from __future__ import annotations
 

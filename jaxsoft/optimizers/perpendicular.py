@@ -1,4 +1,7 @@
-"""The perpendicular gradient: no step along the parameters themselves."""
+"""The perpendicular gradient.
+
+The gradient without its component along the parameters themselves.
+"""
 
 from __future__ import annotations
 

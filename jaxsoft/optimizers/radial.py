@@ -1,4 +1,10 @@
-"""AdamP and SGDP: momentum without its radial part, on weights whose scale does not matter."""
+"""AdamP and SGDP.
+
+For weights that a normalization follows, such as convolutions before a batch norm: their scale does not matter, yet
+momentum makes it grow, which shrinks the effective learning rate. These optimizers find such weights by their gradient
+and remove the growth. Kernels are `[..., inputs, outputs]` unless `channel_axis` says otherwise. On a matrix a step of
+SGDP stores nothing beside its inputs and outputs, and a step of AdamP one array of the size of the leaf.
+"""
 
 from __future__ import annotations
 

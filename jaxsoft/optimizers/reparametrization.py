@@ -1,4 +1,8 @@
-"""Weights as functions of what is trained, and one rule that trains without a gradient."""
+"""Reparametrizations.
+
+Pure functions from the trained parameters to the weights that are used; call them in the loss. `softhebb_update` is a
+local learning rule, which needs no loss.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,28 @@
-"""Schedules: a learning rate refined from measured gradient norms, and the momentum cycle of 1cycle."""
+"""Schedules.
+
+Functions from the step to a hyper-parameter, like optax's schedules. Refinement takes two runs. The first, with any
+schedule, records its gradient norms; the second uses the schedule made from them:
+
+```python
+import jax
+import jax.numpy as jnp
+import optax
+
+import jaxsoft
+
+steps, params = 20, {"w": jnp.ones(3)}
+tx = optax.chain(jaxsoft.optimizers.record_gradient_norm(steps, ord=1), optax.adam(1e-3))
+state = tx.init(params)
+for _ in range(steps):
+    updates, state = tx.update(jax.grad(lambda p: jnp.sum(p["w"] ** 2))(params), state, params)
+    params = optax.apply_updates(params, updates)
+
+schedule = jaxsoft.optimizers.refined_schedule(state[0].norms_by_count, 1e-3, power=1)
+tx = optax.adam(schedule)
+```
+
+The schedule of domain-adversarial training is `jaxsoft.losses.domain_adversarial_schedule`.
+"""
 
 from __future__ import annotations
 

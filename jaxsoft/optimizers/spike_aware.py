@@ -1,6 +1,6 @@
-"""SPAM, Stable-SPAM and their parts: Adam that survives spikes of the gradient.
+"""SPAM and Stable-SPAM.
 
-Each formula is one function at the top; the parts and both optimizers are made of them.
+Versions of Adam that survive spikes of the gradient, and their parts, which go before or around any other optimizer.
 """
 
 from __future__ import annotations

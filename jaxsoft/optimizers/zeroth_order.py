@@ -1,4 +1,44 @@
-"""Gradients from values of the loss alone (zeroth order), and training that needs no more memory than inference."""
+"""Zeroth-order optimization.
+
+Training from values of the loss alone: there is no backward pass, and no activations are kept. Slow in steps and cheap
+in memory, for fine-tuning a model where only inference fits, and for losses that have no gradient.
+
+| | stores | use |
+| --- | --- | --- |
+| `mezo` | nothing beside what inference needs | SGD, its sign and conservative variants |
+| `zo_value_and_grad` | the estimate and one perturbed copy | any optax optimizer: momentum, Adam; several blocks |
+| `forward_gradient` | the estimate and its direction | the same, with exact slopes, if the loss has a forward mode |
+| `zo_projection`, `shared_randomness_update` | one perturbed copy | workers that exchange one byte per step |
+
+```python
+import functools
+
+import jax
+import jax.numpy as jnp
+
+import jaxsoft
+
+params, batch = {"w": jnp.ones(3)}, jnp.arange(3.0)
+
+
+def loss_fn(params, batch):
+    return jnp.sum((params["w"] - batch) ** 2)
+
+
+optimizer = jaxsoft.optimizers.mezo(1e-6)
+state = optimizer.init(jax.random.key(0))
+step = jax.jit(functools.partial(optimizer.step, loss_fn), donate_argnums=0)
+params, state, value = step(params, state, batch)
+```
+
+Why `mezo` needs no more memory than inference: the direction is a function of its key, written as one elementwise
+expression, so the compiler computes it inside the loop that adds it to the parameters. The parameters are moved in
+place, which donation allows. And the program contains the loss once, in a loop over the places where it is evaluated.
+`python benchmarks/zeroth_order.py` measures it.
+
+Keep parameters in float32, or pass `in_place=False` for lower precision. In place, replicas of a model round alike only
+if they see the same data.
+"""
 
 from __future__ import annotations
 
