@@ -136,7 +136,7 @@ def clip_by_percentile(percentile: Scalar = 10.0, window: int = 100) -> optax.Gr
       window: Length of the history, at least 1; static.
 
     Returns:
-      A gradient transformation. It keeps `window` scalars. With `optax.inject_hyperparams` name `window` in
+      A gradient transformation. It keeps `window` scalars. With `optax.inject_hyperparams` list `window` in
       `static_args`.
 
     Raises:

@@ -41,14 +41,14 @@ from jaxsoft.optimizers._common import Mask, Scalar
 
 
 class MupMultipliers(NamedTuple):
-    """What to multiply for one parameter, by a Python float each.
+    """Factors for one parameter, Python floats.
 
     Attributes:
       learning_rate: the global learning rate.
-      weight_decay: a weight decay that is multiplied by the learning rate of the parameter, as in AdamW.
+      weight_decay: a weight decay that is multiplied by the parameter's learning rate, as in AdamW.
       init_std: the standard deviation of the initial values.
       forward: the output of the parameter's layer.
-      branch: the output of the residual branch that it is in, once for each branch.
+      branch: the output of the parameter's residual branch, once per branch.
     """
 
     learning_rate: float = 1.0
@@ -75,7 +75,7 @@ def mup_multipliers(
     depth: int | None = None,
     base_depth: int | None = None,
 ) -> MupMultipliers:
-    """muP: multipliers that keep hyper-parameters tuned at a base width (and depth) good at another one.
+    """muP: multipliers with which hyper-parameters tuned at a base width (and depth) hold at another one.
 
     With `r = fan_in / base_fan_in` and `q = fan_out / base_fan_out`:
 
@@ -86,20 +86,21 @@ def mup_multipliers(
     | output, router | 1 | r | 1 | 1 / r | 1 (SGD: 1 / r) |
     | attention (logits; `fan_in` is the head's size) | | | | `sqrt(base_fan_in) / fan_in` | |
 
-    In optax a decay after `scale_by_multipliers` is not touched by it, and needs no multiplier: see there. The
-    initial std is relative to that of the base model. For parameters inside residual branches give `depth`: the
-    branches are multiplied by `(depth / base_depth)^(-1/2)`, and so are the rates of Adam.
+    In optax a decay after `scale_by_multipliers` is independent of it and needs no multiplier: see there. The initial
+    std is relative to that of the base model. For parameters inside residual branches pass `depth`: the branches are
+    multiplied by `(depth / base_depth)^(-1/2)`, and so are the rates of Adam.
 
     *Reconstructed*: the kinds `"router"` (as an output, for a fixed number of experts) and `"expert"` (as hidden,
     with the expert's own sizes), and the decay with depth.
 
     Args:
-      kind: What the parameter is. `"input"` includes embeddings.
+      kind: The kind of the parameter. `"input"` includes embeddings.
       fan_in: Its number of inputs, in this model.
       base_fan_in: The same in the base model.
       fan_out: Its number of outputs; needed for `optimizer="sgd"` with kinds other than output and router.
       base_fan_out: The same in the base model.
-      optimizer: `"adam"`, or any other with steps of fixed size (Lion, Muon-like normalization); or `"sgd"`.
+      optimizer: `"adam"`, also for other optimizers with steps of fixed size (Lion, Muon-like normalization); or
+        `"sgd"`.
       depth: Number of residual branches, for a parameter inside one.
       base_depth: The same in the base model.
 
@@ -108,7 +109,7 @@ def mup_multipliers(
 
     Raises:
       TypeError: for sizes that are not static integers.
-      ValueError: for an unknown `kind` or `optimizer`, sizes below 1, or a size that is missing.
+      ValueError: for an unknown `kind` or `optimizer`, sizes below 1, or a missing size.
 
     References:
       "Research without Re-search: Maximal Update Parametrization Yields Accurate Loss Prediction across Scales";
@@ -165,7 +166,7 @@ def u_mup_multipliers(
     learning rate: its multiplier is 1 / rate. (The backward pass of the output layer has `fan_in^(-1/2)`.)
 
     Args:
-      kind: What the parameter is.
+      kind: The kind of the parameter.
       fan_in: Its number of inputs; for embeddings the width of the model.
       branches: Number of residual branches of the model, for a parameter inside one.
 
@@ -193,7 +194,7 @@ def u_mup_multipliers(
 
 
 class ScaleByMultipliersState(NamedTuple):
-    """State of `scale_by_multipliers` with `update_every`: steps taken, and one multiplier for each leaf."""
+    """State of `scale_by_multipliers` with `update_every`: steps taken, and one multiplier per leaf."""
 
     count: jax.Array
     multipliers: Any
@@ -205,7 +206,7 @@ def scale_by_multipliers(
     *,
     update_every: Scalar | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Multiplies each leaf of the updates by its own number: one learning rate for each parameter.
+    """Multiplies each leaf of the updates by its own number: one learning rate per parameter.
 
     The numbers come as a pytree, or by label, or from a function of the parameters. The function is called in each
     step or, if it is costly, in the first step and then every `update_every` steps, under `lax.cond`. Put it before
@@ -258,7 +259,7 @@ def scale_by_multipliers(
         return by_label[label]
 
     def compute(params: Any, like: Any) -> Any:
-        """One multiplier for each leaf of `like`."""
+        """One multiplier per leaf of `like`."""
         tree = multipliers(params) if callable(multipliers) else multipliers
         if labels is not None:
             tree = jax.tree.map(of_label, labels(params) if callable(labels) else labels)
@@ -299,16 +300,16 @@ def hill_alpha(weight: jax.Array, *, tile: tuple[int, int] | None = None, floor:
 
         alpha = 1 + n / sum over j >= i of log(e_j / e_i)
 
-    A small exponent, a heavy tail, marks a layer that is trained well; a large one, a layer that lags behind.
+    A small exponent, a heavy tail, marks a well-trained layer; a large one a layer that lags behind.
 
     Args:
       weight: [..., a, b]. Leading axes, as those of a convolution's kernel, are pooled.
-      tile: None, or the sides of tiles into which the matrix is cut (what is left over is dropped), whose
-        eigenvalues are pooled: the estimate then does not depend on the shape of the matrix. *Reconstructed*.
-      floor: Eigenvalues up to it are left out, at least 0.
+      tile: None, or the sides of tiles into which the matrix is cut (remainders are dropped). The eigenvalues of all
+        tiles are pooled, so the estimate does not depend on the shape of the matrix. *Reconstructed*.
+      floor: Eigenvalues up to this number are ignored, at least 0.
 
     Returns:
-      A scalar in at least float32; infinite where all eigenvalues above the median are equal.
+      A scalar in at least float32; infinite if all eigenvalues above the median are equal.
 
     Raises:
       TypeError: for a weight that is not floating.
@@ -368,8 +369,8 @@ def temp_balance_multipliers(
     | `"sqrt"` | sqrt(alpha) over the mean of it |
     | `"log2"` | log2(alpha) over the mean of it |
 
-    Other leaves get 1, and so do all where there is no difference. It takes singular values of every layer, so
-    refresh it about once an epoch: `scale_by_multipliers(temp_balance_multipliers, update_every=1000)`.
+    Other leaves get 1, and so do all layers if their exponents are equal. It needs the singular values of every layer,
+    so call it about once per epoch: `scale_by_multipliers(temp_balance_multipliers, update_every=1000)`.
 
     Args:
       params: A pytree of parameters.
@@ -412,7 +413,7 @@ def temp_balance_multipliers(
     out: list[Any] = [jnp.ones([]) for _ in leaves]
     if taking_part:
         alphas = jnp.stack([hill_alpha(leaves[i], tile=tile) for i in taking_part])
-        # A spectrum without any tail counts as the lightest that there is.
+        # A spectrum without a tail counts as the lightest.
         alphas = jnp.where(
             jnp.isinf(alphas), 2 * jnp.max(alphas, where=~jnp.isinf(alphas), initial=1.0), alphas
         )
