@@ -39,9 +39,8 @@ class QuantizedArray(NamedTuple):
 def dynamic_code_map(signed: bool = True) -> jax.Array:
     """The 256 values of the dynamic map: seven decades below 1, each with twice as many values as the one below.
 
-    Decade `i = 0 ... 6` is cut into `2^i` equal parts between `10^(i-7)` and `10^(i-6)` (unsigned:
-    `2^(i+1)`), and their midpoints are values; so are 0 and 1. Large entries are held to 1 percent and small ones
-    are not lost.
+    Decade `i = 0 ... 6` is cut into `2^i` equal parts between `10^(i-7)` and `10^(i-6)` (unsigned: `2^(i+1)`). Their
+    midpoints, 0 and 1 are the values. Large entries are exact to 1 percent, and small ones are not lost.
 
     Args:
       signed: True for values from -0.993 to 1 (there is no -1; 0 has code 127), False for values from 0 to 1.
@@ -66,30 +65,30 @@ def dynamic_code_map(signed: bool = True) -> jax.Array:
 
 
 def quantize_blockwise(x: jax.Array, *, block_size: int = 256, signed: bool = True) -> QuantizedArray:
-    """An array in 8 bits: `codes` of the nearest value of the dynamic map, of `x / scale` in each block.
+    """An array in 8 bits: the `codes` of the values of the dynamic map nearest to `x / scale` in each block.
 
-    A block is `block_size` neighbours along the last axis (the last block of a row may be shorter), or over as
-    many last axes as it takes to have so many. The scale is the entry largest in size with its sign, so that
-    this entry, a block of zeros and a block of one repeated value come back exactly. Another entry is off by at
-    most 0.0071 of the size of the scale (unsigned: 0.0036). An entry that is not finite spoils its block and
-    shows there as NaN. A block whose largest entry is below the smallest normal number is taken as 0.
+    A block has `block_size` neighbours along the last axis (the last block of a row may be shorter), or over as many
+    last axes as one block needs. The scale is the entry with the largest absolute value, with its sign, so this entry,
+    a block of zeros and a block of one repeated value come back exactly. Other entries are off by at most 0.0071 of
+    the absolute value of the scale (unsigned: 0.0036). An entry that is not finite shows as NaN and spoils its block.
+    A block whose largest entry is below the smallest normal number becomes 0.
 
     Args:
       x: real array of any shape; computed in at least float32.
-      block_size: entries of a block, a static integer.
-      signed: whether `x` has negative entries; False has twice as many values for the positive ones and takes
-        negative ones as 0.
+      block_size: entries per block, a static integer.
+      signed: whether `x` has negative entries. False: the map has twice as many positive values, and negative entries
+        become 0.
 
     Returns:
       A `QuantizedArray`.
 
     Raises:
-      TypeError: `x` is not a floating array, `signed` is not a bool, or `block_size` is no integer.
+      TypeError: `x` is not a floating array, `signed` is not a bool, or `block_size` is not an integer.
       ValueError: `block_size` is less than 1.
 
     Reference:
-      "8-bit Optimizers via Block-wise Quantization". Scales with a sign are ours; the paper takes the size, for
-      which a block whose extreme is negative comes back 0.7 percent too small there.
+      "8-bit Optimizers via Block-wise Quantization". Scales with a sign are ours; the paper takes the absolute value,
+      with which a negative extreme comes back 0.7 percent too small.
 
     Example:
       >>> import jax.numpy as jnp
@@ -108,15 +107,15 @@ def quantize_blockwise(x: jax.Array, *, block_size: int = 256, signed: bool = Tr
 
 
 def dequantize_blockwise(q: QuantizedArray, *, block_size: int = 256, signed: bool = True) -> jax.Array:
-    """The array that `quantize_blockwise` has put in 8 bits: `map[codes] scale`.
+    """The array that `quantize_blockwise` encoded: `map[codes] scale`.
 
-    The map's entries are computed from the codes, which no gather slows down, and differ from the map's by less than
-    1e-6 of themselves.
+    The values are computed from the codes, which is faster than a gather from the map, and differ from those of the map
+    by a relative error of less than 1e-6.
 
     Args:
-      q: what `quantize_blockwise` returned.
-      block_size: as given there.
-      signed: as given there.
+      q: the result of `quantize_blockwise`.
+      block_size: as in `quantize_blockwise`.
+      signed: as in `quantize_blockwise`.
 
     Returns:
       An array of the shape of the codes and the dtype of the scales.
@@ -148,9 +147,8 @@ class CompressGradientsState(NamedTuple):
     """State of `compress_gradients`.
 
     Attributes:
-      rounding_count: number of updates, from which stochastic rounding draws.
-      residual: what rounding has withheld so far, shaped like the parameters; `optax.EmptyState()` without
-        error feedback.
+      rounding_count: number of updates, part of the key of stochastic rounding.
+      residual: the rounding errors so far, shaped like the parameters; `optax.EmptyState()` without error feedback.
     """
 
     rounding_count: jax.Array
@@ -167,17 +165,17 @@ def compress_gradients(
 ) -> optax.GradientTransformationExtraArgs:
     """Exchanges gradients between workers in 8 bits: `mean_i(decode(encode(g_i)))`, a quarter of the traffic.
 
-    Inside `shard_map` (or `vmap`) with `axis_name`, every worker encodes its own gradient, a byte an entry and
-    one scale a leaf, gathers those of the others and averages them in at least float32. Put it first in the
-    chain, with gradients that are not averaged yet. Without `axis_name` it only rounds, to try what the
-    rounding does. A gradient that is not finite makes its whole leaf NaN on every worker.
+    Inside `shard_map` (or `vmap`) with `axis_name`, every worker encodes its own gradient, with one byte per entry and
+    one scale per leaf, gathers those of the others and averages them in at least float32. Put it first in the chain,
+    with gradients that are not averaged yet. Without `axis_name` it only rounds, to test the effect of rounding. A
+    gradient that is not finite makes its whole leaf NaN on every worker.
 
     Args:
       codebook: `"dynamic"`, the map of `dynamic_code_map` (seven decades), or `"linear"`, 255 equal steps
         (unbiased within a step of 0.8 percent of the largest entry, small entries become 0).
-      axis_name: name (or names) of the mapped axis of the workers. None: no exchange.
-      error_feedback: adds what rounding withheld to the next gradient: `e <- g + e - decode(encode(g + e))`,
-        with `e = 0` at first; an array more of state, different on each worker.
+      axis_name: name (or names) of the workers' mapped axis. None: no exchange.
+      error_feedback: adds the rounding error to the next gradient: `e <- g + e - decode(encode(g + e))`, with `e = 0`
+        at first. It needs one more array of state, different on each worker.
       stochastic_rounding: rounds at random to one of the two neighbours, so that the mean is exact.
       key: a PRNG key, or an integer in its place, for stochastic rounding. Each worker draws its own numbers.
 

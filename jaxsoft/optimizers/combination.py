@@ -406,8 +406,9 @@ def gradient_coherence(grads: Any) -> jax.Array:
 def winsorized_mean_gradient(grads: Any, trim: int = 1) -> Any:
     """The mean of gradients, each coordinate clipped to its `trim`-th smallest and largest of the m values.
 
-    In each coordinate up to `trim` extreme values at each end count no more than the next one. `trim` 0 gives the mean; the largest `trim`
-    gives the median, e.g. 1 for three micro-batches. Coordinates are sorted, which takes m times the memory.
+    In each coordinate up to `trim` extreme values at each end count no more than the next one. `trim` 0 gives the mean;
+    the largest `trim` gives the median, e.g. 1 for three micro-batches. Coordinates are sorted, which takes m times the
+    memory.
 
     Args:
       grads: A pytree with a leading axis over the m gradients.

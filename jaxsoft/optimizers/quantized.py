@@ -51,8 +51,8 @@ class QuantizedState(NamedTuple):
     """State of `quantize_state`.
 
     Attributes:
-      rounding_count: number of updates, from which stochastic rounding draws.
-      inner_state: the state of the inner transformation with a `QuantizedArray` for each large moment.
+      rounding_count: number of updates, part of the key of stochastic rounding.
+      inner_state: the state of the inner transformation, with a `QuantizedArray` for each large moment.
     """
 
     rounding_count: jax.Array
@@ -70,54 +70,54 @@ def quantize_state(
     key: jax.Array | int = 0,
     chunk_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Keeps the moments of any optimizer in 8 bits: 1.016 bytes instead of 4 for an entry.
+    """Keeps the moments of any optimizer in 8 bits: 1.016 bytes instead of 4 per entry.
 
-    Each step turns the moments into float32, updates them with `inner`, takes the step from these, and rounds
-    them back. A leaf of the inner state is a moment if it has the place and the shape of a parameter in a copy
-    of the parameters' tree; everything else (counts, scalars, factors, hyper-parameters) stays as it is. See
+    Each step converts the moments to float32, updates them with `inner`, which also gives the step, and rounds them
+    back. A leaf of the inner state is a moment if it has the place and the shape of a parameter in a copy of the
+    parameters' tree. Everything else (counts, scalars, factors, hyper-parameters) stays unchanged. See
     `quantize_blockwise` for the format. `inner` computes in at least float32, also for parameters in bfloat16.
 
         optax.chain(quantize_state(optax.scale_by_adam()), optax.scale_by_learning_rate(1e-3))
-        quantize_state(optax.adamw(1e-3))                                 # the same, around the whole
+        quantize_state(optax.adamw(1e-3))                                 # the same, around the whole optimizer
         quantize_state(optax.adamw(1e-3), mask=lambda params: ...)        # embeddings stay in 32 bits
 
-    Second moments (see `unsigned`) use the map without signs, and a positive entry is never rounded to 0: the
+    Second moments (see `unsigned`) use the map without signs, and a positive entry is never rounded to 0, since the
     step divides by its root. Not for optimizers that subtract two moments under a root (centered RMSProp).
 
-    If `inner` treats each entry alone (Adam, Lion, RMSProp; nothing with a norm) and `block_size` is a multiple
-    of 64, the moments are computed from 8 bits wherever they are used and never stored in float32. Else they
-    exist in float32 within the step, on a CPU those of many leaves at once. With `chunk_size` a leaf is done in
-    pieces of about so many entries, which needs no such memory for any `block_size`, but is only for such an
-    inner transformation (others are refused) and, as the pieces are cut across shards, for parameters that are
-    not sharded (or inside `shard_map`). The updates are written over the gradients if these are computed in the
-    same jitted function; else they are stored, 4 bytes a parameter.
+    If `inner` treats each entry alone (Adam, Lion, RMSProp; nothing with a norm) and `block_size` is a multiple of 64,
+    the moments are computed from 8 bits at each use and never stored in float32. Otherwise they exist in float32
+    within the step, on a CPU for many leaves at once. With `chunk_size` each leaf is updated in pieces of about this
+    number of entries, which needs no such memory for any `block_size`. This requires an `inner` that treats each entry
+    alone (others raise an error) and, because the pieces cut across shards, parameters that are not sharded (or a
+    call inside `shard_map`). The updates overwrite the gradients if these are computed in the same jitted function;
+    otherwise they are stored, 4 bytes per parameter.
 
-    Sharding: codes are sharded as the parameter is, and scales have as many axes, so that one
-    `PartitionSpec` serves both unless it shards the last axis into pieces that are not whole blocks:
+    Sharding: codes are sharded like the parameter. Scales have as many axes, so the same `PartitionSpec` fits unless it
+    splits the last axis within a block:
 
         optax.tree_map_params(tx, lambda q, s: jax.tree.map(lambda x: jax.device_put(x, s), q), state,
                               shardings, is_leaf=lambda x: isinstance(x, QuantizedArray))
 
     Args:
       inner: any gradient transformation; extra arguments of `update` reach it.
-      block_size: entries that share a scale, a static integer.
+      block_size: entries per scale, a static integer.
       min_size: moments with fewer entries stay in float32.
-      unsigned: names of the fields of the inner state that hold second moments, numbers that are never
-        negative. All other moments are held with signs, which is right, if less precise, for any.
-      mask: which parameters have their moments in 8 bits: a pytree of bools (or a prefix of one), or a function
-        from the parameters to it. None: all.
+      unsigned: names of the inner state's fields that hold second moments, which are never negative. All other moments
+        use the map with signs, which is correct for all moments but less precise for these.
+      mask: parameters with moments in 8 bits: a pytree of bools (or a prefix of one), or a function from the
+        parameters to one. None: all.
       stochastic_rounding: rounds at random to one of the two neighbours, so that the mean is exact. Slower.
       key: a PRNG key, or an integer in its place, for stochastic rounding.
-      chunk_size: entries of a piece, say 262144; None does whole leaves.
+      chunk_size: entries per piece, e.g. 262144. None: whole leaves.
 
     Returns:
-      A gradient transformation with state `QuantizedState`. Call `init` under `jax.jit`, so that the float32
-      zeros of one leaf at a time exist instead of all.
+      A gradient transformation with state `QuantizedState`. Call `init` under `jax.jit`, so that float32 zeros exist
+      for one leaf at a time instead of for all.
 
     Raises:
       TypeError: for an argument of another type.
-      ValueError: for a size that is not positive, or `chunk_size` with an inner transformation that is
-        not entry by entry (in the first update).
+      ValueError: for a size that is not positive, or (in the first update) `chunk_size` with an inner transformation
+        that does not treat each entry alone.
 
     Reference:
       "8-bit Optimizers via Block-wise Quantization".
@@ -137,7 +137,7 @@ def quantize_state(
     block_size = _checks.integer("block_size", block_size, at_least=1)
     min_size = _checks.integer("min_size", min_size, at_least=0)
     if isinstance(unsigned, str) or not all(isinstance(name, str) for name in unsigned):
-        raise TypeError(f"unsigned must be several names of fields, got {_checks.describe(unsigned)}")
+        raise TypeError(f"unsigned must be a collection of field names, got {_checks.describe(unsigned)}")
     format = Format(block_size, frozenset(unsigned))
     _checks.flag("stochastic_rounding", stochastic_rounding)
     _common.check_key("key", key)
@@ -196,8 +196,8 @@ def _update_whole(format: Format, run: Run, g: Any, old: Any, params: Any, key: 
     if format.block_size % (8 * _codes.PARTS) == 0 and is_entrywise(
         jax.make_jaxpr(step)(jax.eval_shape(read, old)).jaxpr
     ):
-        # Computes the moments three times from 8 bits: for the update, the scales and the codes. That costs less than
-        # storing them in float32, which the compiler would do if it knew them to be equal.
+        # Computes the moments from 8 bits three times: for the update, the scales and the codes. This costs less than
+        # storing them in float32, which the compiler would do if it knew that they are equal.
         other = _separate_scales(old)
         again = step(read(other))[1]
         new = step(read(_separate_scales(other)))[1]

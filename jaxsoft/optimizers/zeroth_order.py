@@ -57,13 +57,13 @@ from jaxsoft.optimizers import _common
 from jaxsoft.optimizers._common import Mask, Scalar
 
 Distribution = Literal["normal", "rademacher"]
-"""Of the entries of a direction: standard normal, or -1 and 1 with equal chance."""
+"""Distribution of the entries of a direction: standard normal, or -1 and 1 with equal probability."""
 
 Differences = Literal["two_side", "one_side"]
 """`(L(p + eps z) - L(p - eps z)) / (2 eps)` or `(L(p + eps z) - L(p)) / eps`."""
 
 Sign = Literal["scalar", "elementwise"] | None
-"""Whether the sign is taken: of the projected gradient, of each entry of the estimate, or not at all."""
+"""Takes the sign of the projected gradient, of each entry of the estimate, or none."""
 
 Estimator: TypeAlias = Callable[..., tuple[jax.Array, Any]]
 """`(params, key, *args, **kwargs) -> (value, estimate)`."""
@@ -78,12 +78,11 @@ _PARITY = np.uint32(0x1BD11BDA)
 def _threefry_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The bits of `jax.random.bits(key, shape)` as one elementwise expression.
 
-    On a CPU the random numbers of JAX are made by a loop of array operations, which stores several arrays of
-    the given shape. Written out, all of it fuses into the operation that uses them and nothing is stored.
+    On a CPU JAX computes random numbers by a loop of array operations, which stores several arrays of the given shape.
+    Written out, all of it fuses into the operation that uses them, and nothing is stored.
     """
     k0, k1 = jax.random.key_data(key)
-    # The positions must not be known in advance either: the compiler would store them, as it takes what does
-    # not change out of a loop.
+    # The compiler must not know the positions: it moves constant values out of a loop and would store them.
     _, one = _common.separate((k0, jnp.uint32(1)))
     position, stride = jnp.zeros(shape, jnp.uint32), 1
     for axis in reversed(range(len(shape))):
@@ -118,7 +117,7 @@ def _leaf_direction(
     bits = _bits(key, shape)
     if distribution == "rademacher":
         z = jnp.where(bits >> np.uint32(31), jnp.float32(1), jnp.float32(-1))
-    else:  # as `jax.random.normal` does it
+    else:  # like `jax.random.normal`
         low = np.nextafter(np.float32(-1), np.float32(0))
         u = _unit_interval(bits) * (np.float32(1) - low) + low
         z = np.float32(np.sqrt(2)) * lax.erf_inv(jnp.maximum(low, u))
@@ -128,7 +127,7 @@ def _leaf_direction(
 
 
 class _Directions(NamedTuple):
-    """How directions are drawn."""
+    """Draws directions."""
 
     distribution: Distribution
     sparsity: Scalar
@@ -165,17 +164,16 @@ def _directions(distribution: str, sparsity: Scalar) -> _Directions:
 def random_direction(
     key: jax.Array, params: Any, *, distribution: Distribution = "normal", sparsity: Scalar = 0.0
 ) -> Any:
-    """The random direction z that the functions of this family derive from a key.
+    """The random direction z that this module's functions derive from a key.
 
     Leaf i, in the order of the flattened tree, is `jax.random.normal(jax.random.split(key, n)[i], shape)`,
-    bit for bit where JAX draws numbers by their position in the array (`jax_threefry_partitionable`, its
-    default). It is computed by one elementwise expression, which fuses into the operation that uses it:
-    a direction that is only added to parameters is never stored.
+    bit for bit if JAX draws numbers by their position in the array (`jax_threefry_partitionable`, its default). It is
+    computed by one elementwise expression, which fuses into the operation that uses it: a direction that is only
+    added to parameters is never stored.
 
     Args:
-      key: A key of `jax.random`. Those of an implementation other than Threefry work; their directions are
-        stored.
-      params: A pytree of real arrays; only shapes and dtypes are read.
+      key: A PRNG key. Keys of implementations other than Threefry work, but their directions are stored.
+      params: A pytree of real arrays; only their shapes and dtypes matter.
       distribution: "normal", or "rademacher" (-1 or 1).
       sparsity: Fraction of the entries set to 0, in [0, 1), drawn independently from the same key.
 
@@ -239,7 +237,7 @@ def _difference(eps: Scalar, differences: Differences) -> _Difference:
 def _mean_over_samples(
     estimate: Callable[[jax.Array], tuple[jax.Array, Any]], key: jax.Array, samples: int
 ) -> tuple[jax.Array, Any]:
-    """The mean of `estimate(key)` over the sample keys, one at a time."""
+    """The mean of `estimate(key)` over the keys of the samples, one at a time."""
     keys = jax.random.split(key, samples)
     if samples == 1:
         return estimate(keys[0])
@@ -253,7 +251,7 @@ def _mean_over_samples(
 
 
 def _block_ids(blocks: Any, params: Any) -> tuple[Any, int]:
-    """The number of each leaf's block, and how many blocks there are."""
+    """The block number of each leaf, and the number of blocks."""
     labels = blocks(params) if callable(blocks) else blocks
     try:
         labels = _common.broadcast(labels, params)
@@ -276,32 +274,32 @@ def zo_value_and_grad(
 ) -> Estimator:
     """A gradient from values of the loss alone, `mean_j rho_j z_j`, for any optax optimizer.
 
-    For each sample j a random direction `z` shaped like the parameters p is drawn, and
+    Each sample j draws a random direction `z` shaped like the parameters p and computes
 
         rho = (L(p + eps z) - L(p - eps z)) / (2 eps)        gradient = rho z
 
-    On a quadratic the two-sided difference is exact, `rho = <gradient, z>`, and the expectation of the
-    estimate is the gradient, its mean square `(d + 2) / samples` times (for large d) that of the gradient in
-    d dimensions. With `optax.sgd` it is ZO-SGD, with `optax.sgd(momentum=0.9)` ZO-SGD-MMT, with `optax.adam`
-    ZO-Adam. To store no estimate at all, use `mezo`.
+    On a quadratic the two-sided difference is exact, `rho = <gradient, z>`. The expectation of the estimate is then the
+    gradient; in d dimensions (for large d) its mean square is `(d + 2) / samples` times that of the gradient. With
+    `optax.sgd` it is ZO-SGD, with `optax.sgd(momentum=0.9)` ZO-SGD-MMT, with `optax.adam` ZO-Adam. `mezo` stores no
+    estimate at all.
 
-    The loss is compiled once and evaluated `2 samples` times (times the number of blocks), one evaluation after
-    the other. It must be the same function each time: no dropout, or a fixed key. Parameters in low precision
-    lose perturbations below their resolution (bfloat16: `|p| / 256`): raise `eps` then.
+    The loss is compiled once and evaluated `2 samples` times (times the number of blocks), one evaluation after the
+    other. It must be the same function each time: no dropout, or a fixed key. Parameters in low precision lose
+    perturbations below their resolution (bfloat16: `|p| / 256`): use a larger `eps` then.
 
     Args:
-      loss_fn: `(params, *args, **kwargs) -> scalar`. Differences of nearly equal numbers are taken, so it
-        should be computed in float32 at least.
-      eps: Length of the perturbation, positive. Usual: 1e-4 to 1e-2.
+      loss_fn: `(params, *args, **kwargs) -> scalar`. Compute it in at least float32, since the estimate subtracts
+        nearly equal values.
+      eps: Length of the perturbation, positive; usually 1e-4 to 1e-2.
       samples: Number of directions to average over, at least 1.
       differences: "two_side", or "one_side": `rho = (L(p + eps z) - L(p)) / eps`.
       sign: "scalar" gives `sign(rho) z` (ZO-SGD-Sign), "elementwise" the sign of each entry of the estimate.
-      distribution: Of the entries of z, "normal" or "rademacher".
+      distribution: Distribution of the entries of z, "normal" or "rademacher".
       sparsity: Fraction of the entries of z that are 0 (a new random mask for each sample). The expectation of
         the estimate is then `(1 - sparsity)` times the gradient.
-      blocks: Labels of the leaves, as a pytree that is a prefix of the parameters or a function from them to
-        one. The leaves of one label are perturbed together, one label after the other, each with its own
-        `rho`: more evaluations, less variance. None: all leaves together.
+      blocks: Labels of the leaves: a pytree that is a prefix of the parameters, or a function from them to one. Leaves
+        with the same label are perturbed together, one label after the other, each with its own `rho`: more
+        evaluations, less variance. None: all leaves together.
 
     Returns:
       A function `(params, key, *args, **kwargs) -> (value, gradients)`. The value is `(L(p + eps z) +
@@ -371,21 +369,21 @@ def zo_projection(
     distribution: Distribution = "normal",
     sparsity: Scalar = 0.0,
 ) -> Estimator:
-    """The one number a zeroth-order step needs: the slope of the loss along the direction of a key.
+    """The only number that a zeroth-order step needs: the slope of the loss along the direction of a key.
 
-    `rho = (L(p + eps z) - L(p - eps z)) / (2 eps)` with `z = random_direction(key, params)`. Workers that know
-    each other's keys need to exchange only this: see `shared_randomness_update`.
+    `rho = (L(p + eps z) - L(p - eps z)) / (2 eps)` with `z = random_direction(key, params)`. Workers that know each
+    other's keys exchange only this number: see `shared_randomness_update`.
 
     Args:
       loss_fn: `(params, *args, **kwargs) -> scalar`.
       eps: Length of the perturbation, positive.
       differences: "two_side" or "one_side".
-      distribution: Of the entries of z, "normal" or "rademacher".
+      distribution: Distribution of the entries of z, "normal" or "rademacher".
       sparsity: Fraction of the entries of z that are 0.
 
     Returns:
-      A function `(params, key, *args, **kwargs) -> (value, rho)`, two scalars. The parameters are not changed
-      by a rounding error, so they stay equal among workers.
+      A function `(params, key, *args, **kwargs) -> (value, rho)`, two scalars. The parameters get no rounding errors,
+      so they stay equal on all workers.
 
     Raises:
       ValueError: for an option out of range, or a loss that is not a real scalar.
@@ -424,13 +422,13 @@ def forward_gradient(
 ) -> Estimator:
     """A gradient by forward-mode differentiation along random directions, `mean_j <gradient, z_j> z_j`.
 
-    The slope along z is exact (one `jax.jvp`), where `zo_value_and_grad` takes a difference of two values. No
-    activations are kept for a backward pass; the cost is about that of two evaluations of the loss.
+    The slope along z is exact (one `jax.jvp`); `zo_value_and_grad` takes a difference of two values. No activations are
+    kept for a backward pass. It costs about two evaluations of the loss.
 
     Args:
       loss_fn: `(params, *args, **kwargs) -> scalar`.
       samples: Number of directions to average over, at least 1.
-      distribution: Of the entries of z, "normal" or "rademacher".
+      distribution: Distribution of the entries of z, "normal" or "rademacher".
 
     Returns:
       A function `(params, key, *args, **kwargs) -> (value, gradients)` with the exact value; gradients have
@@ -576,35 +574,35 @@ def mezo(
 
         rho = (L(p + eps z) - L(p - eps z)) / (2 eps)        p <- p - learning_rate (rho z + weight_decay p)
 
-    but neither z nor a second copy of the parameters ever exists. The direction is computed anew from its key
-    wherever it is used, and the parameters are moved in place: to `p + eps z`, to `p - eps z`, and from there
-    to the result. Jit the step with the parameters donated:
+    but neither z nor a second copy of the parameters ever exists. The direction is computed from its key at each use,
+    and the parameters are moved in place: to `p + eps z`, to `p - eps z`, and from there to the result. Jit the step
+    with the parameters donated:
 
         step = jax.jit(functools.partial(optimizer.step, loss_fn), donate_argnums=0)
         params, state, value = step(params, state, batch)
 
-    Moving in place rounds each parameter three times a step instead of once: in float32 the extra error is
-    about one unit in the last place a step, and random. Parameters in bfloat16 or float16 should not be moved in
-    place, since those errors are not small compared with the steps: use `in_place=False`, which evaluates at
-    perturbed copies and changes the parameters once. Under `shard_map`, replicas that see different data must
-    not use `mezo` but `zo_projection` and `shared_randomness_update`.
+    Moving in place rounds each parameter three times per step instead of once: in float32 the extra error is about one
+    unit in the last place per step, and random. Do not move parameters in bfloat16 or float16 in place, since these
+    errors are not small compared with the steps: use `in_place=False`, which evaluates the loss at perturbed copies and
+    changes the parameters once. Under `shard_map`, replicas that see different data must not use `mezo` but
+    `zo_projection` and `shared_randomness_update`.
 
-    A step whose `rho` is not finite (an overflow at a perturbed place) is left out: the parameters only decay.
+    A step whose `rho` is not finite (an overflow at a perturbed place) is skipped: the parameters only decay.
 
     Args:
       learning_rate: A number or a schedule of the steps taken.
-      eps: Length of the perturbation, positive. Usual: 1e-4 to 1e-2.
+      eps: Length of the perturbation, positive; usually 1e-4 to 1e-2.
       samples: Directions per step, at least 1, each with its own `rho`; their mean is the step.
       differences: "two_side" or "one_side", as in `zo_value_and_grad`.
       sign: "scalar" steps by `sign(rho) z` (ZO-SGD-Sign); "elementwise", for one sample, by `sign(rho z)`.
-      conservative: Whether to evaluate the loss also at p and after a step forth and back, and to stay at
-        the lowest of the three (ZO-SGD-Cons): five evaluations a step. For one sample.
-      distribution: Of the entries of z, "normal" or "rademacher".
-      sparsity: Fraction of the entries of z that are 0, drawn anew for each direction.
+      conservative: Whether to evaluate the loss at p and after a step forth and back, too, and to stay at the lowest of
+        the three (ZO-SGD-Cons): five evaluations per step. For one sample.
+      distribution: Distribution of the entries of z, "normal" or "rademacher".
+      sparsity: Fraction of the entries of z that are 0, drawn again for each direction.
       weight_decay: Decoupled weight decay (for this method the same as an l2 penalty).
       mask: Which parameters decay: a pytree of bools, or a function from the parameters to one. Usually not
         biases and normalization scales.
-      in_place: Whether the parameters themselves are perturbed, or a copy.
+      in_place: Whether to perturb the parameters themselves or a copy.
 
     Returns:
       A `Mezo` with `init(key)` and `step(loss_fn, params, state, *args)`. The direction of sample j of step t
@@ -700,11 +698,11 @@ def mezo(
 
 
 def quantize_projection(rho: jax.Array, limit: Scalar) -> jax.Array:
-    """One byte for a projected gradient: `round(127 clip(rho / limit, -1, 1))` as int8.
+    """A projected gradient in one byte: `round(127 clip(rho / limit, -1, 1))` as int8.
 
     Args:
       rho: Projected gradients of any shape, from `zo_projection`. One that is not finite becomes 0.
-      limit: The largest magnitude that is told apart, positive. All workers use the same.
+      limit: Magnitude of the largest code, positive, the same on all workers.
 
     Returns:
       Codes in -127..127, for `shared_randomness_update` with the same `limit`. The error is at most
@@ -742,18 +740,16 @@ def shared_randomness_update(
     distribution: Distribution = "normal",
     sparsity: Scalar = 0.0,
 ) -> Any:
-    """Data-parallel training by one number for each worker and step, `p <- p - learning_rate / N sum_i rho_i z_i`.
+    """Data-parallel training with one number per worker and step: `p <- p - learning_rate / N sum_i rho_i z_i`.
 
-    Every worker i derives the keys of all workers (`jax.random.fold_in(step_key, i)`), computes its own `rho_i`
-    on its own data with `zo_projection`, sends it to all others, as one byte if it is quantized, and applies
-    this update. All make the same operations in the same order, so that their parameters stay equal bit for
-    bit.
+    Every worker i derives the keys of all workers (`jax.random.fold_in(step_key, i)`), computes its own `rho_i` on its
+    own data with `zo_projection`, sends it to all others, as one byte if it is quantized, and applies this update. All
+    perform the same operations in the same order, so their parameters stay equal bit for bit.
 
     Args:
-      params: The parameters. Donate them and they are overwritten in place: directions are drawn one after the
-        other and not stored.
-      rhos: `[N]`, what the workers sent: floats, or the int8 codes of `quantize_projection`.
-      keys: `[N]` keys, one for each worker.
+      params: The parameters, overwritten in place if donated: directions are drawn one after the other and not stored.
+      rhos: `[N]`, the numbers from the workers: floats, or the int8 codes of `quantize_projection`.
+      keys: `[N]` keys, one per worker.
       learning_rate: A number at least 0.
       limit: The limit given to `quantize_projection`; only for codes.
       weight_decay: Decoupled weight decay, once for the step.
@@ -765,7 +761,7 @@ def shared_randomness_update(
       The new parameters.
 
     Raises:
-      ValueError: for a number out of range, keys and rhos of different number, or codes without a limit.
+      ValueError: for a number out of range, different numbers of keys and rhos, or codes without a limit.
       TypeError: for rhos that are neither floats nor int8.
 
     References:
@@ -792,7 +788,7 @@ def shared_randomness_update(
     directions = _directions(distribution, sparsity)
     rhos = jnp.asarray(rhos)
     workers = jax.eval_shape(jax.vmap(jax.random.key_data), keys).shape[0]
-    _checks.shape("rhos", rhos, (workers,), "one for each key")
+    _checks.shape("rhos", rhos, (workers,), "one per key")
     if rhos.dtype == jnp.int8:
         if limit is None:
             raise ValueError("limit must be a number for int8 rhos, got None")
