@@ -45,9 +45,9 @@ def diagonal_fisher(
 
         F = mean over the examples of  E_{y ~ p(. | x)} (d log p(y | x) / d params)^2
 
-    By default the expectation is exact, with one backward pass per class. With `key` one label per example is drawn from
-    the model. With `labels` these are used instead: the empirical Fisher, a different quantity. Examples are processed
-    one by one, in the memory of one.
+    By default the expectation is exact, with one backward pass per class. With `key` one label per example is drawn
+    from the model. With `labels` these are used instead: the empirical Fisher, a different quantity. Examples are
+    processed one by one, in the memory of one.
 
     Args:
       logits_fn: A function from the parameters and one example to its logits, [classes].
@@ -152,7 +152,7 @@ def fisher_merge(
     w = [1.0] * len(models) if weights is None else list(weights)
     if len(fishers) != len(models) or len(w) != len(models):
         raise ValueError(
-            f"fishers and weights must have one entry per model, got {len(fishers)} and {len(w)} for {len(models)} models"
+            f"fishers and weights must have one entry per model, got {len(fishers)} and {len(w)} for {len(models)}"
         )
     for i, value in enumerate(w):
         _checks.number(f"weights[{i}]", value, above=0)
