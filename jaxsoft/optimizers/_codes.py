@@ -177,12 +177,7 @@ def _extremes(x: jax.Array, layout: Layout, signed: bool) -> jax.Array:
 
 
 def encode(
-    x: jax.Array,
-    layout: Layout,
-    code_map: CodeMap,
-    key: Any = None,
-    positive: bool = False,
-    again: Any = None,
+    x: jax.Array, layout: Layout, code_map: CodeMap, key: Any = None, positive=False, again: Any = None
 ) -> tuple[jax.Array, jax.Array]:
     """The codes and the scales of an array.
 

@@ -452,9 +452,7 @@ def directional_sharpness(
       3.0
     """
     if not callable(loss_fn):
-        raise TypeError(
-            f"loss_fn must be a function from params to a scalar, got {_checks.describe(loss_fn)}"
-        )
+        raise TypeError(f"loss_fn must be a function of params, got {_checks.describe(loss_fn)}")
     params = jax.tree.map(jnp.asarray, params)
     v = jax.tree.map(lambda p, v: jnp.asarray(v, p.dtype), params, direction)
     _, hv = jax.jvp(jax.grad(loss_fn), (params,), (v,))
