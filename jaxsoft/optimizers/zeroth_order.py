@@ -691,8 +691,11 @@ def mezo(
         rate: Any = learning_rate(state.count) if callable(learning_rate) else learning_rate
         keys = jax.random.split(jax.random.fold_in(state.key, state.count), samples)
         new_state = MezoState(jnp.asarray(optax.safe_increment(state.count)), state.key)
-        move = several(loss, params, keys, rate) if samples > 1 else single(loss, params, keys[0], rate)
-        return move[0], new_state, move[1]
+        if samples > 1:
+            params, value = several(loss, params, keys, rate)
+        else:
+            params, value = single(loss, params, keys[0], rate)
+        return params, new_state, value
 
     return Mezo(init, step)
 
