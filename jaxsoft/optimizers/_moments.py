@@ -75,7 +75,8 @@ class Format(NamedTuple):
         """A leaf of the state, in float32 (or wider) if it was in 8 bits."""
         if not is_quantized(x):
             return x
-        return _codes.decode(*x, _codes.layout_of(x.codes.shape, self.block_size), DynamicMap(signed))
+        layout = _codes.layout_of(x.codes.shape, self.block_size)
+        return _codes.decode(x.codes, x.scales, layout, DynamicMap(signed))
 
 
 def is_entrywise(jaxpr: Any) -> bool:

@@ -12,6 +12,7 @@ gradients, grafting and a larger `eps`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -133,22 +134,22 @@ class _ShampooLeaf(NamedTuple):
         needed = self.grafting == "diagonal" or not any(self._sides(p))
         return jnp.zeros_like(p, dtype=_common.wide(p)) if needed else jnp.zeros((0,), _common.wide(p))
 
-    def root(self, s: jax.Array, other: jax.Array, correction: Any) -> jax.Array:
+    def root(self, correction: Any, s: jax.Array, other: jax.Array) -> jax.Array:
         """The inverse power of the statistic of one side; alone it takes the power -1/2."""
         if not _is_matrix(s):
             return s
         return _inverse_power(s / correction, self.exponent if _is_matrix(other) else 0.5, self.eps)
 
-    def left_root(self, s: jax.Array, other: jax.Array, correction: Any) -> jax.Array:
+    def left_root(self, correction: Any, s: jax.Array, other: jax.Array) -> jax.Array:
         """The same with the factor of the trace."""
-        root = self.root(s, other, correction)
+        root = self.root(correction, s, other)
         if not (_is_matrix(s) and _is_matrix(other) and self.trace_normalize):
             return root
         trace = jnp.trace(s, axis1=-2, axis2=-1)[..., None, None] / correction
         return root * _power(trace, 0.5 - 2 * self.exponent)
 
     def direction(
-        self, g: jax.Array, v: jax.Array, left: jax.Array, right: jax.Array, correction: Any
+        self, correction: Any, g: jax.Array, v: jax.Array, left: jax.Array, right: jax.Array
     ) -> jax.Array:
         """The whitened gradient, with the length that grafting gives it."""
         if not (_is_matrix(left) or _is_matrix(right)):
@@ -269,17 +270,16 @@ def scale_by_shampoo(
 
         def roots():
             return (
-                jax.tree.map(lambda s, other: leafwise.left_root(s, other, correction), left, right),
-                jax.tree.map(lambda s, other: leafwise.root(s, other, correction), right, left),
+                jax.tree.map(functools.partial(leafwise.left_root, correction), left, right),
+                jax.tree.map(functools.partial(leafwise.root, correction), right, left),
             )
 
         left_roots, right_roots = state.left_root, state.right_root
         if any(_is_matrix(s) for s in jax.tree.leaves((left, right))):
             due = (count <= precondition_every) | (count % precondition_every == 0)
             left_roots, right_roots = lax.cond(due, roots, lambda: (left_roots, right_roots))
-        u = jax.tree.map(
-            lambda g, v, *roots: leafwise.direction(g, v, *roots, correction), g, nu, left_roots, right_roots
-        )
+        direction = functools.partial(leafwise.direction, correction)
+        u = jax.tree.map(direction, g, nu, left_roots, right_roots)
         mu = state.mu
         if b1 is not None:
             mu = _common.moving_average(b1, mu, u)
