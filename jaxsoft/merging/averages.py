@@ -1,4 +1,7 @@
-"""Averages of models, weighted by Fisher information or pulled towards their common base, and how alike models are."""
+"""Averages of models.
+
+Averages weighted by Fisher information or pulled towards the common base, and a measure of how alike models are.
+"""
 
 from __future__ import annotations
 
@@ -38,13 +41,13 @@ def diagonal_fisher(
     labels: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> Any:
-    """The diagonal of the Fisher matrix of a classifier: how much each parameter matters for its predictions.
+    """The diagonal of the Fisher matrix of a classifier: the effect of each parameter on its predictions.
 
         F = mean over the examples of  E_{y ~ p(. | x)} (d log p(y | x) / d params)^2
 
-    By default the expectation is exact, by one backward pass for each class. With `key` one label is drawn from the
-    model for each example. With `labels` the given ones are taken instead: the empirical Fisher, which is another
-    quantity. Examples are gone through one by one, so memory is that of one.
+    By default the expectation is exact, with one backward pass per class. With `key` one label per example is drawn
+    from the model. With `labels` these are used instead: the empirical Fisher, a different quantity. Examples are
+    processed one by one, in the memory of one.
 
     Args:
       logits_fn: A function from the parameters and one example to its logits, [classes].
@@ -58,8 +61,8 @@ def diagonal_fisher(
 
     Raises:
       TypeError: for labels that are not integers.
-      ValueError: for both `labels` and `key`, inputs without a common leading axis, or logits with other than one
-        axis.
+      ValueError: for both `labels` and `key`, inputs without a common leading axis, or logits that do not have exactly
+        one axis.
 
     References:
       "Merging Models with Fisher-Weighted Averaging".
@@ -73,7 +76,7 @@ def diagonal_fisher(
        [1.   1.  ]]
     """
     if labels is not None and key is not None:
-        raise ValueError("labels and key must not both be given: the labels are either known or drawn")
+        raise ValueError("labels and key must not both be given: labels are either known or drawn")
     sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(inputs)}
     if len(sizes) != 1 or () in sizes or (0,) in sizes:
         raise ValueError(
@@ -83,7 +86,7 @@ def diagonal_fisher(
     n = sizes.pop()[0]
     if labels is not None:
         _checks.integers("labels", labels)
-        _checks.shape("labels", labels, (n,), "one for each example")
+        _checks.shape("labels", labels, (n,), "one per example")
 
     def log_prob(params: Any, x: Any) -> jax.Array:
         logits = logits_fn(params, x)
@@ -116,17 +119,17 @@ def diagonal_fisher(
 def fisher_merge(
     models: Sequence[Any], fishers: Sequence[Any], weights: Sequence[float] | None = None
 ) -> Any:
-    """The average of models in which each parameter counts by its Fisher information.
+    """The average of models, each parameter weighted by its Fisher information.
 
         merged = sum_i w_i F_i theta_i / sum_i w_i F_i
 
-    entry by entry: the mode of the product of their Gaussian (Laplace) posteriors. An entry for which no model has
-    information, all `F_i` = 0, becomes the plain weighted mean.
+    entry by entry: the mode of the product of their Gaussian (Laplace) posteriors. An entry without information in any
+    model, all `F_i` = 0, becomes the plain weighted mean.
 
     Args:
       models: Pytrees of parameters with the same shapes.
-      fishers: As many pytrees like them, at least 0: `diagonal_fisher` of each.
-      weights: One positive number for each model. None: equal.
+      fishers: One pytree per model, with entries of at least 0: the `diagonal_fisher` of each.
+      weights: One positive number per model. None: equal.
 
     Returns:
       A pytree like a model, in its dtypes; computed in at least float32.
@@ -149,7 +152,7 @@ def fisher_merge(
     w = [1.0] * len(models) if weights is None else list(weights)
     if len(fishers) != len(models) or len(w) != len(models):
         raise ValueError(
-            f"fishers and weights must be as many as models, got {len(fishers)} and {len(w)} for {len(models)}"
+            f"fishers and weights must have one entry per model, got {len(fishers)} and {len(w)} for {len(models)}"
         )
     for i, value in enumerate(w):
         _checks.number(f"weights[{i}]", value, above=0)
@@ -168,15 +171,15 @@ def fisher_merge(
 
 
 def model_stock_merge(base: Any, models: Sequence[Any]) -> Any:
-    """Model Stock: the mean of few fine-tuned models, pulled towards their base as far as they disagree.
+    """Model Stock: the mean of a few fine-tuned models, pulled towards their base the more they disagree.
 
     For each leaf, with the deltas d_i = models_i - base of the N models and c the mean of their pairwise cosines:
 
         t = N c / (1 + (N - 1) c)        merged = base + t (mean of the d_i)
 
-    For models scattered on a sphere around a centre this is the point of the plane of base and models that is
-    nearest to the centre: what the mean of many more models would give. Equal models give themselves (t = 1), and
-    orthogonal deltas the base (t = 0); so do, with c < 0, contrary ones, where t is taken as 0.
+    For models scattered on a sphere around a centre this is the point nearest to the centre in the plane of base and
+    models: it approximates the mean of many more models. Equal models give themselves (t = 1). Orthogonal deltas give
+    the base (t = 0), and so do opposed ones, with c < 0.
 
     Args:
       base: The parameters before fine-tuning.
@@ -215,18 +218,18 @@ def model_stock_merge(base: Any, models: Sequence[Any]) -> Any:
 
 
 def model_kinship(base: Any, models: Sequence[Any], *, measure: str = "pearson") -> jax.Array:
-    """How alike fine-tuned models are: the measure of each pair of deltas, over all parameters together.
+    """The similarity of fine-tuned models: the measure of each pair of deltas, over all parameters together.
 
-    A merge of two models gains little where they are too alike. The kinship of a group is the mean over its pairs.
+    Merging gains little from models that are too similar. The kinship of a group is the mean over its pairs.
 
     Args:
-      base: The parameters the models were tuned from, a pytree.
+      base: The parameters before fine-tuning, a pytree.
       models: At least two pytrees like `base`.
       measure: `"pearson"` (the correlation), `"cosine"`, or `"euclidean"` (a distance: 0 is equal).
 
     Returns:
-      `[models, models]`, symmetric, in at least float32. Correlation and cosine with a delta that is constant, or 0,
-      are 0, also on the diagonal.
+      `[models, models]`, symmetric, in at least float32. The correlation with a constant delta and the cosine with a
+      delta of 0 are 0, also on the diagonal.
 
     Raises:
       ValueError: for fewer than two models, for a tree unlike `base`, or for an unknown measure.

@@ -1,4 +1,7 @@
-"""Deltas of fine-tuned models made sparse, coarse or low in rank, before they are added up."""
+"""Sparse and coarse deltas.
+
+The deltas of fine-tuned models are made sparse, coarse or low in rank before they are averaged.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +28,12 @@ def _with_keys(function: Any, delta: Any, key: jax.Array) -> Any:
 
 
 def dare_delta(delta: Any, key: jax.Array, drop_rate: Scalar = 0.9, *, divisor: Scalar | None = None) -> Any:
-    """DARE: most entries of a delta dropped at random, the others scaled up.
+    """DARE: drops most entries of a delta at random and scales up the others.
 
         delta_j <- delta_j / divisor  with probability 1 - drop_rate,  else 0
 
-    With the divisor `1 - drop_rate` each entry keeps its expectation. Where nearly all is dropped, a larger one
-    (DAREx-q) gives up some of the expectation for less variance; choose it by the output on a few examples.
+    With the divisor `1 - drop_rate` each entry keeps its expectation. If nearly all entries are dropped, a larger
+    divisor (DAREx-q) trades some of the expectation for less variance; choose it by the output on a few examples.
 
     Args:
       delta: A pytree, fine-tuned minus base parameters.
@@ -66,16 +69,16 @@ def dare_delta(delta: Any, key: jax.Array, drop_rate: Scalar = 0.9, *, divisor: 
 
 
 def bit_delta(delta: Any, *, axis: int | tuple[int, ...] | None = None) -> Any:
-    """One bit for each entry of a delta: its sign, times the mean absolute value.
+    """One bit per entry of a delta: its sign, times the mean absolute value.
 
         sign(delta) mean |delta|
 
-    This is the nearest of all multiples of the signs, in least squares (for a delta without zeros). A sign of 0
-    stays 0.
+    This is the multiple of the signs nearest to the delta, in least squares (for a delta without zeros). The sign of 0
+    is 0.
 
     Args:
       delta: A pytree, fine-tuned minus base parameters.
-      axis: Axes of the mean, which every leaf must have. None: all, one scale for each leaf.
+      axis: Axes of the mean, which every leaf must have. None: all, one scale per leaf.
 
     Returns:
       A pytree like `delta`.
@@ -101,20 +104,20 @@ def bit_delta(delta: Any, *, axis: int | tuple[int, ...] | None = None) -> Any:
 
 
 def della_delta(delta: Any, key: jax.Array, density: Scalar = 0.6, eps: Scalar = 0.1) -> Any:
-    """DELLA: entries of a delta dropped at random, small ones more often, the others scaled up.
+    """DELLA: drops entries of a delta at random, small ones more often, and scales up the others.
 
     Along the last axis, with ranks 0 to n - 1 of the absolute values:
 
         keep_j = density - eps + 2 eps rank_j / (n - 1)
         delta_j <- delta_j / keep_j  with probability keep_j,  else 0
 
-    so each entry keeps its expectation, and `density` of them are kept on average. A row with one entry keeps it
+    Each entry keeps its expectation, and on average a fraction `density` of them is kept. A row with one entry keeps it
     with probability `density`; of equal entries the later has the higher rank.
 
     Args:
       delta: A pytree, fine-tuned minus base parameters.
       key: A PRNG key.
-      density: Share of the entries that are kept.
+      density: Fraction of the entries to keep.
       eps: Half the spread of the probabilities, at least 0, with `density - eps > 0` and `density + eps <= 1`.
 
     Returns:
@@ -150,15 +153,15 @@ def della_delta(delta: Any, key: jax.Array, density: Scalar = 0.6, eps: Scalar =
 
 
 def star_delta(delta: Any, share: Scalar = 0.4) -> Any:
-    """STAR: the leading singular directions of each matrix of a delta, with its nuclear norm kept.
+    """STAR: the leading singular directions of each matrix of a delta, rescaled to its nuclear norm.
 
     With singular values s_1 >= s_2 >= ..., the smallest r with `s_1 + ... + s_r >= share sum(s)` are kept, and
-    multiplied by `sum(s) / (s_1 + ... + s_r)`. What is left of several models interferes less when it is averaged.
+    multiplied by `sum(s) / (s_1 + ... + s_r)`. The truncated deltas of several models interfere less in an average.
 
     Args:
       delta: A pytree, fine-tuned minus base parameters. Leaves with fewer than two axes pass unchanged; of the
         others the last two axes are the matrix.
-      share: Of the sum of the singular values, in (0, 1]; 1 changes nothing.
+      share: Kept share of the sum of the singular values, in (0, 1]; 1 changes nothing.
 
     Returns:
       A pytree like `delta`.

@@ -1,4 +1,27 @@
-"""The embedding that low-precision optimizers can train: normalized right after the lookup."""
+"""Stable embedding.
+
+Layer norm right after the lookup, and a table with evenly drawn entries, so that optimizers with 8-bit states can train
+it. The states of the table itself stay in 32 bits:
+
+```python
+import jax, jax.numpy as jnp, optax
+from jaxsoft.norms import stable_embedding, stable_embedding_init
+from jaxsoft.optimizers import quantize_state
+
+params = {
+    "embed": {
+        "table": stable_embedding_init(jax.random.key(0), 256, 64),
+        "scale": jnp.ones(64),
+        "bias": jnp.zeros(64),
+    },
+    "kernel": jnp.ones((64, 64)),
+}
+x = stable_embedding(
+    params["embed"]["table"], jnp.array([[1, 2, 3]]), params["embed"]["scale"], params["embed"]["bias"]
+)
+tx = quantize_state(optax.adamw(1e-3), mask={"embed": False, "kernel": True})
+```
+"""
 
 from __future__ import annotations
 
@@ -28,15 +51,15 @@ def stable_embedding_init(
       key: a PRNG key.
       vocabulary: number of rows.
       features: length of a row.
-      padding_id: the row that is 0. None: none.
-      dtype: of the table, a floating dtype.
+      padding_id: a row of zeros. None: no such row.
+      dtype: floating dtype of the table.
 
     Returns:
       The table.
 
     Raises:
-      TypeError: a size that is no static integer, a dtype that is not floating.
-      ValueError: a size below 1, a `padding_id` that is no row.
+      TypeError: a size that is not a static integer, a dtype that is not floating.
+      ValueError: a size below 1, a `padding_id` that is not a row.
 
     Reference:
       "8-bit Optimizers via Block-wise Quantization".
@@ -70,24 +93,24 @@ def stable_embedding(
 ) -> Float[Array, "*shape features"]:
     """Lookup and layer norm in one: `scale (x - mean(x)) / sqrt(var(x) + eps) + bias` of `x = table[ids]`.
 
-    The norm bounds what a rare token's row does to the layers above, and makes the gradients of the rows even.
-    It comes before position embeddings are added, and nothing is multiplied by the root of the features. Keep
-    the optimizer's states of the table in 32 bits (the `mask` of `jaxsoft.optimizers.quantize_state`).
+    The norm limits the effect of a rare token's row on the layers above, and evens out the gradients of the rows. It
+    comes before position embeddings are added, and there is no factor with the root of the features. Keep the
+    optimizer states of the table in 32 bits (the `mask` of `jaxsoft.optimizers.quantize_state`).
 
     Args:
-      table: one row for each token.
-      ids: which rows, any shape. An id out of range gives NaN.
-      scale: of the layer norm. None: 1.
-      bias: of the layer norm. None: 0.
-      padding_id: a row without gradient. Its output is the norm of the row, `bias` for a row of zeros, not 0.
-      eps: positive.
+      table: one row per token.
+      ids: indices of rows, any shape. An id out of range gives NaN.
+      scale: scale of the layer norm. None: 1.
+      bias: bias of the layer norm. None: 0.
+      padding_id: a row without gradient. Its output is that of any other row: `bias` for a row of zeros, not 0.
+      eps: added to the variance, positive.
 
     Returns:
       The rows, computed in at least float32 and returned in the dtype of the table.
 
     Raises:
       TypeError: a table that is not floating, ids that are not integers.
-      ValueError: shapes that do not fit, a `padding_id` that is no row, an `eps` that is not positive.
+      ValueError: shapes that do not fit, a `padding_id` that is not a row, an `eps` that is not positive.
 
     Reference:
       "8-bit Optimizers via Block-wise Quantization".

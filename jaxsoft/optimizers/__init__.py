@@ -1,9 +1,13 @@
 """Optimizers as optax gradient transformations.
 
-`scale_by_*` and the parts give a direction (no learning rate, no sign) and go into `optax.chain`; those without the
-prefix (`lion_k`, `spam`, `stable_spam`, `adamp`, `sgdp`, `diffgrad`, `fira`, `shampoo`) are ready optimizers with
-decoupled weight decay. Others wrap a transformation, combine several gradients into one, do without a backward pass,
-or give the numbers of a run.
+- Ready optimizers with decoupled weight decay have plain names: `lion_k`, `spam`, `stable_spam`, `adamp`, `sgdp`,
+  `diffgrad`, `fira`, `shampoo`. Each is `optax.chain` of its direction, `optax.add_decayed_weights` and
+  `optax.scale_by_learning_rate`.
+- Directions, `scale_by_*`, have no learning rate and no sign: put `optax.scale_by_learning_rate` after them.
+- The others go before or around any optimizer, combine several gradients into one, do without a backward pass, or
+  compute the numbers of a run.
+
+The guide "Optimizers" shows how they combine with the rest of optax.
 """
 
 from __future__ import annotations
@@ -16,6 +20,14 @@ from jaxsoft.optimizers.batch_size import (
     scale_hyperparams,
     step_law_batch_size,
     step_law_learning_rate,
+)
+from jaxsoft.optimizers.blockwise import (
+    CompressGradientsState,
+    QuantizedArray,
+    compress_gradients,
+    dequantize_blockwise,
+    dynamic_code_map,
+    quantize_blockwise,
 )
 from jaxsoft.optimizers.clipping import (
     ClipByPercentileState,
@@ -37,11 +49,7 @@ from jaxsoft.optimizers.combination import (
     project_conflicting_gradients,
     winsorized_mean_gradient,
 )
-from jaxsoft.optimizers.diffgrad import (
-    ScaleByDiffgradState,
-    diffgrad,
-    scale_by_diffgrad,
-)
+from jaxsoft.optimizers.diffgrad import ScaleByDiffgradState, diffgrad, scale_by_diffgrad
 from jaxsoft.optimizers.lion import (
     kappa_entropic,
     kappa_group_l2,
@@ -59,10 +67,7 @@ from jaxsoft.optimizers.low_rank import (
     limit_norm_growth,
     scale_by_fira,
 )
-from jaxsoft.optimizers.mirror import (
-    OptimisticMirrorDescentState,
-    optimistic_mirror_descent,
-)
+from jaxsoft.optimizers.mirror import OptimisticMirrorDescentState, optimistic_mirror_descent
 from jaxsoft.optimizers.model_building import (
     StochasticModelBuildingState,
     scale_by_truncated_model,
@@ -88,31 +93,10 @@ from jaxsoft.optimizers.parametrization import (
     temp_balance_multipliers,
     u_mup_multipliers,
 )
-from jaxsoft.optimizers.perpendicular import (
-    perpendicular_gradient,
-)
-from jaxsoft.optimizers.quantized import (
-    CompressGradientsState,
-    QuantizedArray,
-    QuantizedState,
-    compress_gradients,
-    dequantize_blockwise,
-    dynamic_code_map,
-    quantize_blockwise,
-    quantize_state,
-)
-from jaxsoft.optimizers.radial import (
-    adamp,
-    project_out_radial,
-    scale_by_adamp,
-    scale_by_sgdp,
-    sgdp,
-)
-from jaxsoft.optimizers.reparametrization import (
-    soft_threshold_ste,
-    softhebb_update,
-    stable_recurrent_weight,
-)
+from jaxsoft.optimizers.perpendicular import perpendicular_gradient
+from jaxsoft.optimizers.quantized import QuantizedState, quantize_state
+from jaxsoft.optimizers.radial import adamp, project_out_radial, scale_by_adamp, scale_by_sgdp, sgdp
+from jaxsoft.optimizers.reparametrization import soft_threshold_ste, softhebb_update, stable_recurrent_weight
 from jaxsoft.optimizers.scaling_laws import (
     ChinchillaLaw,
     CriticalBatchSize,

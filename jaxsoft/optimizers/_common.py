@@ -1,7 +1,8 @@
-"""What every optimizer of this folder shares: precision of the state, checks, and the ready chain."""
+"""Common parts of the optimizers: precision of the state, checks, and the chain of ready optimizers."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any, TypeAlias
 
 import jax
@@ -19,7 +20,7 @@ Mask: TypeAlias = Any
 
 
 def wide(*leaves: Any) -> jnp.dtype:
-    """The dtype statistics and moments are computed in: that of the leaves, but at least float32."""
+    """The dtype of statistics and moments: that of the leaves, but at least float32."""
     dtype = jnp.result_type(*leaves, jnp.float32)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"updates and params must be real, got a leaf of dtype {dtype}")
@@ -34,8 +35,8 @@ def widen(tree: optax.Updates) -> optax.Updates:
 def cast_like(tree: optax.Updates, like: optax.Updates) -> optax.Updates:
     """Every leaf in the dtype of its partner in `like`.
 
-    Transforms return updates in the dtype that came in, so that they compose with `optax.apply_if_finite`,
-    `optax.MultiSteps` and `lax.scan`, which require it.
+    Transformations return updates in the dtype of the gradients, as `optax.apply_if_finite`, `optax.MultiSteps` and
+    `lax.scan` require.
     """
     return jax.tree.map(lambda x, y: x.astype(jnp.result_type(y)), tree, like)
 
@@ -46,7 +47,7 @@ def moments_like(params: optax.Params, dtype: Any = None) -> Any:
 
 
 def scalars_like(params: optax.Params) -> Any:
-    """One zero for each leaf of the parameters."""
+    """One zero per leaf of the parameters."""
     return jax.tree.map(lambda p: jnp.zeros([], wide(p)), params)
 
 
@@ -63,8 +64,8 @@ def moving_average(decay: Scalar, old: Any, new: Any) -> Any:
 def bias_correction(decay: Scalar, count: jax.Array) -> jax.Array:
     """`1 - decay ** count`, for `count >= 1`.
 
-    Written as `-expm1(count log(decay))` because in float32 `1 - 0.999 ** count` has lost two of its seven
-    digits at count = 1; a Python number `decay` has its logarithm taken in double precision.
+    Written as `-expm1(count log(decay))`, since in float32 `1 - 0.999 ** count` loses two of its seven digits at
+    count = 1. The logarithm of a Python float is computed in double precision.
     """
     if isinstance(decay, float):
         with np.errstate(divide="ignore"):
@@ -75,12 +76,38 @@ def bias_correction(decay: Scalar, count: jax.Array) -> jax.Array:
 
 
 def separate(scalars: Any) -> Any:
-    """The same values, which the compiler does not know to be the same.
+    """The same values, hidden from the compiler.
 
-    A cheap function of a leaf that is needed twice is found equal by the compiler and stored, at the price of
-    an array of the size of the leaf. With a scalar in it passed through here, it is computed twice instead.
+    If a cheap function of a leaf is needed twice, the compiler finds both equal and stores the result, an array of the
+    size of the leaf. With one of its scalars passed through here, the function is computed twice instead.
     """
     return jax.lax.optimization_barrier(scalars)
+
+
+def as_key(value: jax.Array | int) -> jax.Array:
+    """A PRNG key: the value itself, or that of an integer."""
+    return value if isinstance(value, jax.Array) else jax.random.key(value)
+
+
+def fold(key: jax.Array | None, *data: Any) -> jax.Array | None:
+    """The key with these integers folded in, one after the other. No key stays no key."""
+    return None if key is None else functools.reduce(jax.random.fold_in, data, key)
+
+
+def broadcast(prefix: Any, tree: Any) -> Any:
+    """A tree like `tree` with the entries of `prefix`, whose leaves stand for whole subtrees."""
+    return jax.tree.map(lambda x, part: jax.tree.map(lambda _: x, part), prefix, tree)
+
+
+def broadcast_mask(mask: Mask, params: Any) -> Any:
+    """One flag per leaf of the parameters."""
+    return broadcast(True if mask is None else mask(params) if callable(mask) else mask, params)
+
+
+def check_key(name: str, value: Any) -> None:
+    """Checks a PRNG key, or an integer in its place."""
+    if isinstance(value, bool) or not isinstance(value, (jax.Array, int, np.integer)):
+        raise TypeError(f"{name} must be a PRNG key or an integer, got {_checks.describe(value)}")
 
 
 def check_params(name: str, params: Any) -> None:
@@ -95,7 +122,7 @@ def check_beta(name: str, value: Any) -> None:
 
 
 def check_steps(name: str, value: Any, *, at_least: int) -> None:
-    """Checks a number of steps: an integer, or (as `optax.inject_hyperparams` makes it) an integer scalar."""
+    """Checks a number of steps: an integer or, as from `optax.inject_hyperparams`, an integer scalar."""
     if not isinstance(value, (jax.Array, np.ndarray)):
         _checks.integer(name, value, at_least=at_least)
         return
@@ -104,7 +131,7 @@ def check_steps(name: str, value: Any, *, at_least: int) -> None:
 
 
 def moment_dtype(name: str, value: Any) -> jnp.dtype | None:
-    """Checks the dtype asked for a moment."""
+    """Checks the dtype of a moment."""
     if value is None:
         return None
     try:

@@ -1,4 +1,22 @@
-"""The batch size: when to raise it, and how the other hyper-parameters follow it."""
+"""Batch size.
+
+When to raise the batch size, and how the other hyper-parameters follow it. The norm test reads gradients inside the
+training step. Array sizes are static, so the loop outside acts on its result:
+
+```python
+import jax.numpy as jnp
+import optax
+
+import jaxsoft
+
+inner, steps = optax.adamw(1e-3), 4
+micro_gradients = {"w": jnp.cos(jnp.arange(32.0)).reshape(4, 8)}  # of four micro-batches of 32 examples
+
+result = jaxsoft.optimizers.batch_size_norm_test(micro_gradients, theta=0.5, micro_batch_size=32)
+steps = jaxsoft.optimizers.accumulation_steps(float(result.suggested), 32, current=steps)
+tx = optax.MultiSteps(inner, every_k_schedule=steps)  # a new one when steps changes; the inner state stays
+```
+"""
 
 from __future__ import annotations
 
@@ -19,7 +37,7 @@ class NormTest(NamedTuple):
     Attributes:
       suggested: The batch size at which the test would just pass, a float, at least 0. NaN for NaN gradients,
         inf for a mean of 0.
-      passed: Whether the batch size at hand is large enough.
+      passed: Whether the current batch size is large enough.
       variance: The unbiased variance of the gradient of one example, summed over all entries.
       mean_square: The squared norm of the mean gradient.
     """
@@ -30,24 +48,24 @@ class NormTest(NamedTuple):
     mean_square: jax.Array
 
 
-def batch_size_norm_test(gradients: Any, theta: Scalar = 0.5, *, micro_batch_size: int = 1) -> NormTest:
+def batch_size_norm_test(grads: Any, theta: Scalar = 0.5, *, micro_batch_size: int = 1) -> NormTest:
     """Whether the batch is large enough that its mean gradient is mostly signal (norm test).
 
     With the gradients `g_i` of the b examples of a batch and their mean `m`, the batch passes if
 
         variance / b <= theta^2 |m|^2        variance = sum_i |g_i - m|^2 / (b - 1)
 
-    Otherwise `variance / (theta^2 |m|^2)` examples are suggested. With K means over micro batches of size s
-    in the place of the examples, the variance of an example is s times that of the means, and b = K s.
+    Otherwise it suggests `variance / (theta^2 |m|^2)` examples. With the mean gradients of K micro batches of size s
+    instead of examples, the variance of an example is s times that of the means, and b = K s.
 
-    The test reads gradients and returns numbers; sizes of arrays are static, so the loop that feeds the
-    training step acts on them: see `accumulation_steps`.
+    The test reads gradients and returns numbers. Array sizes are static, so the loop that feeds the training step
+    acts on these numbers: see `accumulation_steps`.
 
     Args:
-      gradients: A pytree whose leaves have a first axis of n >= 2 examples (`jax.vmap(jax.grad(loss),
-        (None, 0))`) or micro batches (the gradients that are accumulated, or those of the devices).
-      theta: Tolerated ratio of noise to signal, positive; usual are 0.1 to 0.9.
-      micro_batch_size: Examples in each micro batch; 1 for gradients of single examples.
+      grads: A pytree whose leaves have a first axis of n >= 2 examples (`jax.vmap(jax.grad(loss),
+        (None, 0))`) or micro batches (the gradients that are accumulated, or one per device).
+      theta: Tolerated ratio of noise to signal, positive; usually 0.1 to 0.9.
+      micro_batch_size: Examples per micro batch; 1 for gradients of single examples.
 
     Returns:
       A `NormTest`, in at least float32.
@@ -68,11 +86,11 @@ def batch_size_norm_test(gradients: Any, theta: Scalar = 0.5, *, micro_batch_siz
     """
     _checks.number("theta", theta, above=0)
     size = _checks.integer("micro_batch_size", micro_batch_size, at_least=1)
-    leaves = [jnp.asarray(g) for g in jax.tree.leaves(gradients)]
+    leaves = [jnp.asarray(g) for g in jax.tree.leaves(grads)]
     shapes = sorted({g.shape[:1] for g in leaves})
     if len(shapes) != 1 or not shapes[0] or shapes[0][0] < 2:
         raise ValueError(
-            "gradients must have leaves with the same first axis, of at least 2 examples or micro batches, "
+            "grads must have leaves with the same first axis, of at least 2 examples or micro batches, "
             f"got first axes {shapes}"
         )
     n = shapes[0][0]
@@ -82,7 +100,7 @@ def batch_size_norm_test(gradients: Any, theta: Scalar = 0.5, *, micro_batch_siz
     mean_square = jnp.asarray(sum(jnp.sum(m * m) for m in means))
     variance = jnp.asarray(variance, mean_square.dtype)
     bound = theta**2 * mean_square
-    # No noise needs no examples, whatever the mean; noise around a mean of 0 needs infinitely many.
+    # Without noise no examples are needed, for any mean; noise around a mean of 0 needs infinitely many.
     suggested = jnp.where(variance == 0, 0, variance / jnp.where(bound > 0, bound, 1))
     suggested = jnp.where((bound == 0) & (variance > 0), jnp.inf, suggested)
     suggested = jnp.where(jnp.isnan(variance + bound), jnp.nan, suggested)
@@ -94,18 +112,18 @@ def accumulation_steps(
 ) -> int:
     """How many micro batches to accumulate for a suggested batch size: a power of two that never falls.
 
-    A plain Python function for the training loop. Every number of steps is compiled once, so that there are
-    few of them. Use it with `optax.MultiSteps`, whose `every_k_schedule` may read it, or with the number of micro
-    batches that a step takes.
+    A plain Python function for the training loop. Each number of steps is compiled once, and powers of two keep them
+    few. Use it with `optax.MultiSteps`, whose `every_k_schedule` may read it, or as the number of micro batches per
+    step.
 
     Args:
       suggested: A concrete batch size in examples, as `batch_size_norm_test` suggests it. NaN changes nothing.
-      micro_batch_size: Examples in one micro batch, at least 1.
-      current: The number of steps in use, at least 1.
+      micro_batch_size: Examples per micro batch, at least 1.
+      current: The current number of steps, at least 1.
       max_steps: The largest number to return, at least `current`.
 
     Returns:
-      `current`, or if that is too small the smallest power of two that is enough, but at most `max_steps`.
+      `current`, or if that is too small the smallest sufficient power of two, but at most `max_steps`.
 
     Raises:
       ValueError: for a number out of range.
@@ -132,7 +150,7 @@ def accumulation_steps(
 
 
 class ScaledHyperparams(NamedTuple):
-    """Result of `scale_hyperparams`; None where nothing was given."""
+    """Result of `scale_hyperparams`; None for what was not given."""
 
     learning_rate: Any
     b1: Any
@@ -158,12 +176,12 @@ def scale_hyperparams(
     | "sgd" | kappa lr | unchanged | unchanged | steps / kappa |
     | "adam" | sqrt(kappa) lr | 1 - kappa (1 - b) | eps / sqrt(kappa) | steps / kappa |
 
-    They make the stochastic differential equations of both runs equal, where gradients are mostly noise. For
-    decoupled weight decay keep `learning_rate weight_decay steps` as it was.
+    With these rules both runs follow the same stochastic differential equation, if gradients are mostly noise. For
+    decoupled weight decay keep the product `learning_rate weight_decay steps`.
 
     Args:
-      kappa: New batch size over the old one, positive; less than 1 goes to smaller batches.
-      optimizer: "sgd", or "adam", which stands for RMSprop and AdamW too.
+      kappa: New batch size over the old one, positive; less than 1 for smaller batches.
+      optimizer: "sgd"; or "adam", also for RMSprop and AdamW.
       learning_rate: The old learning rate, at least 0.
       b1: The old decay of the first moment, in [0, 1), or None.
       b2: The old decay of the second moment, in [0, 1), or None.
@@ -174,7 +192,7 @@ def scale_hyperparams(
       A `ScaledHyperparams`.
 
     Raises:
-      ValueError: for a number out of range, or where `kappa (1 - b)` exceeds 1: the rule ends there.
+      ValueError: for a number out of range, or if `kappa (1 - b)` exceeds 1, where the rule ends.
 
     References:
       "On the SDEs and Scaling Rules for Adaptive Gradient Algorithms"; the square root also in "Learning Rates
@@ -216,7 +234,7 @@ def scale_hyperparams(
     )
 
 
-# Averages of 1000 bootstrap fits of the authors, and the rounded numbers of the paper.
+# Means of the authors' 1000 bootstrap fits, and the rounded numbers of the paper.
 _STEP_LAW_RATE = {False: (math.exp(0.5863078), -0.7129223, 0.3074910), True: (1.79, -0.713, 0.307)}
 _STEP_LAW_BATCH = {False: (math.exp(-0.5435422), 0.5709444), True: (0.58, 0.571)}
 
@@ -227,7 +245,7 @@ def step_law_learning_rate(params: Scalar, tokens: Scalar, *, rounded: bool = Fa
     Args:
       params: Number of parameters without embeddings, positive.
       tokens: Number of training tokens, positive.
-      rounded: Whether to take the constants as the paper rounds them (1.79, -0.713, 0.307).
+      rounded: Whether to use the paper's rounded constants (1.79, -0.713, 0.307).
 
     Returns:
       The learning rate. A float for numbers, an array for arrays.
@@ -250,14 +268,14 @@ def step_law_learning_rate(params: Scalar, tokens: Scalar, *, rounded: bool = Fa
 
 
 def step_law_batch_size(tokens: Scalar, *, rounded: bool = False) -> Any:
-    """The best batch size, in tokens, to train a language model: `0.5807 tokens^0.571` (Step Law).
+    """The best batch size of a language model, in tokens: `0.5807 tokens^0.571` (Step Law).
 
     Args:
       tokens: Number of training tokens, positive.
-      rounded: Whether to take the constants as the paper rounds them (0.58, 0.571).
+      rounded: Whether to use the paper's rounded constants (0.58, 0.571).
 
     Returns:
-      Tokens in a batch, not rounded. A float for numbers, an array for arrays.
+      Tokens per batch, not rounded. A float for numbers, an array for arrays.
 
     Raises:
       ValueError: for a number that is not positive.

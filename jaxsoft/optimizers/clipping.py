@@ -1,4 +1,19 @@
-"""Thresholds that follow the gradients: by entry, by norm, whole steps; and what to look at beside them."""
+"""Clipping and spikes.
+
+The thresholds follow the gradients, so there is nothing to tune by hand. Put these parts before any optimizer:
+`optax.chain(clip_by_quantile(0.1), optax.adamw(1e-3))`.
+
+| | acts on | threshold |
+| --- | --- | --- |
+| `clip_by_quantile` | entries | a quantile of the entries of this gradient |
+| `clip_by_percentile` | the global norm | a percentile of the last norms |
+| `limit_norm_growth` | the norm of each leaf, or of all | a factor times the last norm |
+| `skip_spikes` | the whole step | mean and standard deviation of the norms |
+| `spike_statistics` | nothing: it counts | the same |
+
+The parts of SPAM and Stable-SPAM serve the same purpose: `spike_clip_by_second_moment`, `adaptive_spike_clip` and
+`adaptive_gradient_norm`.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +30,7 @@ from jaxsoft._numerics import safe_divide
 from jaxsoft.optimizers import _common
 from jaxsoft.optimizers._common import Scalar
 
-_SAMPLE = 65536  # entries of which quantiles are taken
+_SAMPLE = 65536  # sample size of quantiles
 
 
 def _global_norm(tree: Any) -> jax.Array:
@@ -28,9 +43,9 @@ def _global_norm(tree: Any) -> jax.Array:
 
 
 def _sample(x: jax.Array, stride: int) -> jax.Array:
-    """About every `stride`-th entry of a leaf, going through all rows and columns alike."""
+    """About every `stride`-th entry of a leaf, spread evenly over all rows and columns."""
     if stride > 1:
-        while math.gcd(stride, x.size) > 1:  # else all entries might come from the same columns
+        while math.gcd(stride, x.size) > 1:  # otherwise all entries might come from the same columns
             stride += 1
     return jnp.ravel(x)[::stride]
 
@@ -40,16 +55,16 @@ def clip_by_quantile(
 ) -> optax.GradientTransformationExtraArgs:
     """Clips the largest entries: `g <- clip(g, -c, c)`, with c such that a fraction of |g| exceeds it.
 
-    Of gradients with heavy tails, a few entries make most of the curvature along the step. Clipping the
-    gradient, or the update of any optimizer after its direction, in proportion takes them out at any scale.
-    0 clips nothing; 1 gives every entry the size of the smallest, a sign descent.
+    In gradients with heavy tails a few entries cause most of the curvature along the step. A relative bound on the
+    gradient, or on the update of any optimizer after its direction, removes them at any scale. 0 clips nothing; 1
+    gives every entry the size of the smallest, a sign descent.
 
-    The quantile of a leaf with more than 65536 entries is that of an evenly spread sample of about so many,
-    with an error of `sqrt(fraction (1 - fraction) / 65536)`, at most 0.2%, in the fraction.
+    The quantile of a leaf with more than 65536 entries is that of an evenly spread sample of about this size, with
+    an error of `sqrt(fraction (1 - fraction) / 65536)`, at most 0.2%, in the fraction.
 
     Args:
-      fraction: How much is clipped, in [0, 1].
-      per_leaf: One bound for each leaf. False: one for all leaves.
+      fraction: Fraction of the entries that is clipped, in [0, 1].
+      per_leaf: One bound per leaf. False: one for all leaves.
       exact: Sort all entries instead of a sample.
 
     Returns:
@@ -101,7 +116,7 @@ def clip_by_quantile(
 
 
 class ClipByPercentileState(NamedTuple):
-    """State of `clip_by_percentile`: norms seen, and the last of them in a ring."""
+    """State of `clip_by_percentile`: the number of norms seen, and a ring of the last ones."""
 
     count: jax.Array
     norms: jax.Array
@@ -113,15 +128,15 @@ def clip_by_percentile(percentile: Scalar = 10.0, window: int = 100) -> optax.Gr
         n = ||g|| of all leaves        c = percentile of the last `window` n, this one included
         g <- g min(1, c / n)
 
-    A threshold that nobody has to tune: 100 clips nothing, 10 clips most steps and makes their length nearly
-    constant, 50 clips half of them. Norms enter the history unclipped; non-finite ones do not enter it.
+    The threshold needs no tuning: 100 clips nothing, 10 clips most steps and makes their length nearly constant, 50
+    clips half of them. Norms enter the history unclipped; non-finite ones do not enter it.
 
     Args:
-      percentile: In [0, 100]; between two norms it is interpolated.
+      percentile: In [0, 100]; interpolated between two norms.
       window: Length of the history, at least 1; static.
 
     Returns:
-      A gradient transformation. It keeps `window` scalars. With `optax.inject_hyperparams` name `window` in
+      A gradient transformation. It keeps `window` scalars. With `optax.inject_hyperparams` list `window` in
       `static_args`.
 
     Raises:
@@ -146,7 +161,7 @@ def clip_by_percentile(percentile: Scalar = 10.0, window: int = 100) -> optax.Gr
     window = _checks.integer("window", window, at_least=1)
 
     def init(params: optax.Params) -> ClipByPercentileState:
-        del params  # what the ring holds before it is overwritten does not matter
+        del params  # the initial values of the ring do not matter
         return ClipByPercentileState(jnp.zeros([], jnp.int32), jnp.ones(window))
 
     def update(updates: optax.Updates, state: Any, params: Any = None, **extra: Any):
@@ -176,9 +191,10 @@ def clip_by_percentile(percentile: Scalar = 10.0, window: int = 100) -> optax.Gr
 class SpikeStatisticsState(NamedTuple):
     """Statistics of the global norm, to be logged.
 
-    `count` counts steps and `spike_count` spikes among them; `consecutive_count` counts spikes since the last
-    step that was none, so it is positive right after a spike; `last_spike_count` is the `count` of the last spike, 0
-    before the first. `mean` and `variance` are the running moments of the norm (1 before the first step).
+    `count` is the number of steps and `spike_count` the number of spikes among them. `consecutive_count` is the number
+    of spikes since the last step without one, so it is positive right after a spike. `last_spike_count` is the `count`
+    of the last spike, 0 before the first. `mean` and `variance` are the running moments of the norm (1 before the
+    first step).
     """
 
     count: jax.Array
@@ -190,7 +206,7 @@ class SpikeStatisticsState(NamedTuple):
 
 
 def _init_statistics() -> SpikeStatisticsState:
-    counts = (jnp.zeros([], jnp.int32) for _ in range(4))  # of their own each: a buffer is donated once
+    counts = (jnp.zeros([], jnp.int32) for _ in range(4))  # separate buffers: each is donated once
     return SpikeStatisticsState(*counts, mean=jnp.ones([]), variance=jnp.ones([]))
 
 
@@ -217,10 +233,10 @@ def _judge(
     high = (norm > bound) & (seen >= warmup_steps) & (state.mean > 0)
     spike = high | ~finite
 
-    # Moments with weights decay^age, which add up to 1: the first step replaces what they started with.
+    # Moments with weights decay^age that add up to 1: the first step replaces the initial values.
     count = jnp.asarray(optax.safe_increment(seen))
     weight = (1 - decay) / _common.bias_correction(decay, count)
-    entry = jnp.where(high, bound, norm)  # a spike hardly counts, but a lasting change is learnt
+    entry = jnp.where(high, bound, norm)  # a spike hardly counts, but a lasting change is learned
     change = entry - state.mean
     mean = state.mean + weight * change
     variance = (1 - weight) * (state.variance + weight * change * change)
@@ -240,18 +256,18 @@ def spike_statistics(
 ) -> optax.GradientTransformationExtraArgs:
     """Counts spikes of the gradient norm and passes the gradients on as they are.
 
-    A spike is a global norm that is not finite, or, after `warmup_steps`, exceeds both `mean + z std` and
-    `min_ratio mean` of the norms up to the step before. For the moments the norm of a spike is cut to this
-    bound: one spike hardly changes them, but a lasting growth of the gradients stops to be one. Non-finite norms
+    A spike is a global norm that is not finite or that, after `warmup_steps`, exceeds both `mean + z std` and
+    `min_ratio mean` of the norms up to the previous step. A spike enters the moments with this bound as its norm: one
+    spike hardly changes them, but a lasting growth of the gradients soon stops to count as spikes. Non-finite norms
     do not enter.
 
     A trainer reads the state: `optax.tree.get(opt_state, "spike_count")`, `"consecutive_count"`,
-    `"last_spike_count"`, `"mean"`; see `SpikeStatisticsState`. `skip_spikes` acts upon the same rule.
+    `"last_spike_count"`, `"mean"`; see `SpikeStatisticsState`. `skip_spikes` applies the same rule.
 
     Args:
-      z: Standard deviations above the mean, at least 0.
-      decay: Weight of a step's norm in the moments relative to the next one's, in [0, 1).
-      min_ratio: Least ratio to the mean, at least 1, for norms that hardly vary.
+      z: Number of standard deviations above the mean, at least 0.
+      decay: Weight of a step's norm in the moments, relative to that of the next step, in [0, 1).
+      min_ratio: Smallest ratio of a spike to the mean, at least 1, for norms that hardly vary.
       warmup_steps: Steps at the start without spikes (other than non-finite norms), at least 1.
 
     Returns:
@@ -297,17 +313,17 @@ def skip_spikes(
     min_ratio: Scalar = 2.0,
     warmup_steps: Scalar = 10,
 ) -> optax.GradientTransformationExtraArgs:
-    """Makes no step where the gradient norm spikes: updates of 0, and the inner state stays as it was.
+    """Skips steps whose gradient norm spikes: updates of 0, and an unchanged inner state.
 
-    What a spike is: see `spike_statistics`. So no spike, and no NaN, reaches the moments of an optimizer. A
-    lasting growth of the norm is let through after a few steps, since the statistics learn the bound: with
-    the defaults the distance of the bound to the mean grows by about a sixth with each spike in a row.
+    `spike_statistics` defines a spike. No spike and no NaN reaches the moments of an optimizer. A lasting growth of
+    the norm passes after a few steps, since the statistics adapt: with the defaults the distance from the mean to the
+    bound grows by about a sixth with each spike in a row.
 
     Args:
       inner: Any transformation or optimizer.
-      z: Standard deviations above the mean, at least 0.
-      decay: Weight of a step's norm in the moments relative to the next one's, in [0, 1).
-      min_ratio: Least ratio to the mean, at least 1.
+      z: Number of standard deviations above the mean, at least 0.
+      decay: Weight of a step's norm in the moments, relative to that of the next step, in [0, 1).
+      min_ratio: Smallest ratio of a spike to the mean, at least 1.
       warmup_steps: Steps at the start without spikes (other than non-finite norms), at least 1.
 
     Returns:
@@ -356,17 +372,17 @@ def cautious(
 ) -> optax.GradientTransformationExtraArgs:
     """Drops the entries of any direction that point against the gradient, and scales the others up.
 
-    With u the direction that `inner` makes of the gradient g, for each leaf of n entries:
+    With u the direction that `inner` computes from the gradient g, for each leaf of n entries:
 
         mask = [u g > 0]        u <- u mask / max(mean(mask), eps)
 
-    The result never points uphill, `<u, g> >= 0`, as momentum may. `inner` must be a direction, without
-    learning rate and sign: `optax.chain(cautious(optax.scale_by_adam()), optax.scale_by_learning_rate(1e-3))`.
+    Unlike momentum, the result never points uphill: `<u, g> >= 0`. `inner` must be a direction, without learning
+    rate and sign: `optax.chain(cautious(optax.scale_by_adam()), optax.scale_by_learning_rate(1e-3))`.
     Under `jit` a leaf may be sharded; inside `shard_map` the mean is that of the local shard.
 
     Args:
       inner: The direction.
-      eps: Least mean to divide by, positive.
+      eps: Smallest mean to divide by, positive.
       normalization: "mean" as above; "count" multiplies by `n / (sum(mask) + 1)`, as in the authors' Lion.
 
     Returns:
@@ -391,8 +407,8 @@ def cautious(
 
     def leaf(u, g):
         u, g = jnp.asarray(u, _common.wide(u)), jnp.asarray(g, _common.wide(g))
-        # The number of entries with u g > 0. In signs, since the product may underflow; and without comparisons
-        # or constants, for on CPU a sum takes these from arrays of the size of the leaf.
+        # The number of entries with u g > 0, from signs, since the product may underflow; and without comparisons
+        # or constants, which a sum on a CPU would read from arrays of the size of the leaf.
         sign = jnp.sign(u) * jnp.sign(g)
         total = jnp.sum(sign + sign * sign) / 2
         by_mean = 1 / jnp.maximum(total / max(u.size, 1), eps)
@@ -407,24 +423,24 @@ def cautious(
 
 
 def directional_sharpness(
-    loss: Callable[[Any], jax.Array], params: optax.Params, direction: optax.Updates
+    loss_fn: Callable[[Any], jax.Array], params: optax.Params, direction: optax.Updates
 ) -> jax.Array:
     """The curvature of a loss along a direction, `v^T H v / ||v||^2`, without forming the Hessian H.
 
-    The second-order term of the loss change of a step along v, for v of length 1: how sharp the loss is in
-    the direction an optimizer takes. Adam's directions are found to be far less sharp than those of SGD, and
-    clipping by entry brings SGD's near them. It costs about two gradients.
+    The second-order term of the change of the loss along v, for v of length 1: how sharp the loss is in the direction
+    of an optimizer. Adam's directions were found to be far less sharp than those of SGD, and clipping by entry brings
+    those of SGD near them. It costs about two gradients.
 
     Args:
-      loss: A function from the parameters to a scalar that can be differentiated twice, once in forward mode.
-      params: Where: a pytree of floating arrays.
-      direction: v: a pytree like `params`, of any length. A direction of 0 gives 0.
+      loss_fn: A function from the parameters to a scalar that can be differentiated twice, once in forward mode.
+      params: The point, a pytree of floating arrays.
+      direction: v, a pytree like `params`, of any length. A direction of 0 gives 0.
 
     Returns:
       A scalar, float32 or wider.
 
     Raises:
-      TypeError: for a `loss` that is not callable.
+      TypeError: for a `loss_fn` that is not callable.
 
     References:
       "Toward Understanding Why Adam Converges Faster Than SGD for Transformers".
@@ -435,11 +451,11 @@ def directional_sharpness(
       >>> print(directional_sharpness(loss, jnp.zeros(2), jnp.array([1.0, 1.0])))
       3.0
     """
-    if not callable(loss):
-        raise TypeError(f"loss must be a function from params to a scalar, got {_checks.describe(loss)}")
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function of params, got {_checks.describe(loss_fn)}")
     params = jax.tree.map(jnp.asarray, params)
     v = jax.tree.map(lambda p, v: jnp.asarray(v, p.dtype), params, direction)
-    _, hv = jax.jvp(jax.grad(loss), (params,), (v,))
+    _, hv = jax.jvp(jax.grad(loss_fn), (params,), (v,))
     v, hv = _common.widen(v), _common.widen(hv)
     square = jnp.asarray(optax.tree.vdot(v, v))
     return safe_divide(jnp.asarray(optax.tree.vdot(v, hv)), square)

@@ -1,7 +1,30 @@
-"""Several gradients made into one: of tasks, modalities, domains or micro-batches.
+"""Several gradients combined into one.
 
-Gradients come stacked: a pytree whose leaves have a leading axis over the objectives, as `jax.jacrev` of a vector of
-losses or `jax.vmap(jax.grad(...))` gives them. Inner products are taken over the whole tree, in at least float32.
+Pure functions of the gradients of several tasks, domains, modalities, examples or micro-batches. Their result is one
+gradient, for any optimizer. Gradients come stacked: a pytree whose leaves have a leading axis over the objectives, as
+from `jax.jacrev` of a vector of losses or from `jax.vmap(jax.grad(...))`. Inner products are taken over the whole
+tree, in at least float32.
+
+```python
+import jax
+import jax.numpy as jnp
+import optax
+
+import jaxsoft
+
+params, task_batches = {"w": jnp.ones(3)}, jnp.eye(3)[:2]
+tx = optax.adam(1e-3)
+state = tx.init(params)
+
+
+def task_loss(params, target):
+    return jnp.sum((params["w"] - 2 * target) ** 2)
+
+
+grads = jax.vmap(jax.grad(task_loss), in_axes=(None, 0))(params, task_batches)
+gradient, weights = jaxsoft.optimizers.min_norm_gradient(grads)
+updates, state = tx.update(gradient, state, params)
+```
 """
 
 from __future__ import annotations
@@ -18,11 +41,11 @@ from jaxsoft import _checks
 from jaxsoft.optimizers import _common
 from jaxsoft.optimizers._common import Scalar
 
-_MOST_OBJECTIVES = 8  # of preference_gradient, which looks at every vertex
+_MOST_OBJECTIVES = 8  # of preference_gradient, which tries every vertex
 
 
 def _count(grads: Any) -> int:
-    """The size of the leading axis, which all leaves share."""
+    """The size of the common leading axis of all leaves."""
     sizes = {jnp.shape(g)[:1] for g in jax.tree.leaves(grads)}
     if len(sizes) != 1 or () in sizes or (0,) in sizes:
         raise ValueError(
@@ -75,8 +98,8 @@ def _min_norm_weights(gram: jax.Array, max_steps: int) -> jax.Array:
         first = jnp.clip((gram[1, 1] - gram[0, 1]) / jnp.where(apart > 0, apart, 1), 0, 1)
         first = jnp.where(apart > 0, first, 0.5)
         return jnp.stack([first, 1 - first])
-    # Frank-Wolfe in pairs: weight moves from the worst member in use to the best one, by as much as is best. It
-    # converges geometrically, which plain Frank-Wolfe does not.
+    # Pairwise Frank-Wolfe: an exact line search moves weight from the worst member in use to the best one. Unlike plain
+    # Frank-Wolfe it converges geometrically.
     tolerance = 4 * jnp.finfo(gram.dtype).eps * jnp.max(jnp.diag(gram))
 
     def ends(w):
@@ -102,18 +125,18 @@ def _min_norm_weights(gram: jax.Array, max_steps: int) -> jax.Array:
 
 
 def min_norm_gradient(grads: Any, *, max_steps: int = 1000) -> tuple[Any, jax.Array]:
-    """MGDA: the shortest convex combination of the gradients, which is a descent direction for every objective.
+    """MGDA: the shortest convex combination of the gradients, a descent direction for every objective.
 
         weights = argmin over the simplex of || sum_k weights_k g_k ||^2        gradient = sum_k weights_k g_k
 
     Then `<gradient, g_k> >= ||gradient||^2` for each k, and a gradient of 0 means that the point is Pareto
-    stationary. Two objectives have a closed form; more take Frank-Wolfe steps between pairs on the matrix of inner
-    products, until the duality gap is at rounding level. Short gradients get large weights: to avoid that,
-    normalize them first. The weights count as constants under differentiation.
+    stationary. Two objectives have a closed form; more need pairwise Frank-Wolfe steps on the matrix of inner
+    products, until the duality gap is at rounding level. Short gradients get large weights: to avoid that, normalize
+    the gradients first. The weights are constants under differentiation.
 
     Args:
       grads: A pytree with a leading axis over the objectives.
-      max_steps: Most steps for three or more objectives, static.
+      max_steps: Largest number of steps for three or more objectives, static.
 
     Returns:
       The gradient, a pytree without the leading axis in the dtype of `grads`, and the weights, of shape
@@ -143,10 +166,9 @@ def preference_gradient(grads: Any, preference: Any) -> tuple[Any, jax.Array]:
         maximize  <d, preference>   over   d = sum_k weights_k g_k,   weights in the simplex,
         subject to  <d, g_k> >= 0  for every k
 
-    The preferred gradient is that of what one cares for, e.g. the loss on held-out data. The linear program is
-    solved exactly: every vertex is looked at, hence at most 8 objectives. The shortest combination
-    (`min_norm_gradient`) always satisfies the constraints; in case of ties the first vertex wins. The weights count
-    as constants under differentiation.
+    The preferred gradient is that of the actual goal, e.g. the loss on held-out data. The linear program is solved
+    exactly, by trying every vertex, hence at most 8 objectives. The shortest combination (`min_norm_gradient`) always
+    satisfies the constraints; of equal vertices the first wins. The weights are constants under differentiation.
 
     *Reconstructed*: the paper's program may also constrain only the worst objectives.
 
@@ -179,7 +201,7 @@ def preference_gradient(grads: Any, preference: Any) -> tuple[Any, jax.Array]:
     gram = lax.stop_gradient(_products(grads, grads))
     gain = lax.stop_gradient(_products(grads, _one(preference)))[:, 0]
 
-    # A vertex makes n - 1 of the 2 n inequalities equalities. Scaling a constraint does not change it.
+    # At a vertex n - 1 of the 2 n inequalities are equalities. Scaling a constraint does not change it.
     length = jnp.sqrt(jnp.diag(gram))
     scale = jnp.where(length > 0, length, 1)
     cosines = gram / scale[:, None] / jnp.max(scale)
@@ -205,8 +227,8 @@ def combine_orthogonal_gradients(main: Any, auxiliary: Any, eta: Scalar = 1.0) -
 
         main + eta (auxiliary - (<auxiliary, main> / <main, main>) main)
 
-    so the inner product with `main` stays `||main||^2`: the auxiliary objective cannot slow the main one down to
-    first order. Where `main` is 0 the whole auxiliary gradient is added.
+    The inner product with `main` stays `||main||^2`: to first order the auxiliary objective does not slow down the
+    main one. If `main` is 0 the whole auxiliary gradient is added.
 
     Args:
       main: A pytree, the gradient to keep.
@@ -251,17 +273,17 @@ def project_conflicting_gradients(
 
         if <p_i, g_j> < 0:    p_i <- p_i - (<p_i, g_j> / ||g_j||^2) g_j        (p_i starts as g_i)
 
-    All of it happens on the matrix of inner products; the gradients are read twice, whatever their number. The
-    weights count as constants under differentiation.
+    The projections are computed on the matrix of inner products; the gradients are read only twice. The weights are
+    constants under differentiation.
 
     Args:
       grads: A pytree with a leading axis over the objectives.
-      key: A PRNG key for the orders. It does not matter for two objectives.
+      key: A PRNG key for the orders; without effect for two objectives.
       reduction: `"mean"` or `"sum"` of the projected gradients.
 
     Returns:
-      The gradient, a pytree without the leading axis in the dtype of `grads`, and the weights with which it
-      combines `grads`, of shape [objectives].
+      The gradient, a pytree without the leading axis in the dtype of `grads`, and its weights on `grads`, of shape
+      [objectives].
 
     Raises:
       ValueError: for leaves without a common leading axis, or an unknown `reduction`.
@@ -300,15 +322,15 @@ def project_conflicting_gradients(
 def gradient_modulation_coefficients(
     scores: jax.Array, running_scores: jax.Array, alpha: Scalar = 1.0
 ) -> jax.Array:
-    """Adaptive gradient modulation: how much of each modality's gradient to let through.
+    """Adaptive gradient modulation: a factor for the gradient of each modality.
 
         r_m = exp(mean over j != m of s_j - s_m)        the same of the running scores: t_m
         coefficient_m = exp(alpha (t_m - r_m))
 
-    A score is a modality's own mean cross-entropy; for two modalities a, v with logits F(a, v) it is that of
-    `(F(a, v) - F(0, v) + F(a, 0)) / 2`, where 0 pads the other modality. A modality that is better now than it
-    usually is, compared with the others, is held back (coefficient below 1). Multiply the gradient that flows into
-    its logits by it: `lax.stop_gradient(1 - c) * x + c * x`. Update the running means after it.
+    The score of a modality is its own mean cross-entropy; for two modalities a, v with logits F(a, v) the
+    cross-entropy of `(F(a, v) - F(0, v) + F(a, 0)) / 2`, where 0 pads the other modality. A modality that is better
+    than usual, compared with the others, is held back (coefficient below 1). Multiply the gradient into its logits by
+    the coefficient: `lax.stop_gradient(1 - c) * x + c * x`. Update the running means afterwards.
 
     Args:
       scores: Losses of the modalities in this batch, [..., modalities] with at least 2.
@@ -316,7 +338,7 @@ def gradient_modulation_coefficients(
       alpha: Strength, at least 0.
 
     Returns:
-      The coefficients, [..., modalities], in at least float32. They count as constants under differentiation.
+      The coefficients, [..., modalities], in at least float32. They are constants under differentiation.
 
     Raises:
       ValueError: for fewer than two modalities, shapes that differ, or a negative `alpha`.
@@ -351,8 +373,8 @@ def gradient_modulation_coefficients(
 def gradient_coherence(grads: Any) -> jax.Array:
     """How much gradients agree: `||mean_i g_i||^2 / mean_i ||g_i||^2`, from 0 to 1.
 
-    1 where all m gradients are equal, 1/m where they are orthogonal. m times it, the "m-coherence", is the number
-    of gradients that an average one helps. All gradients 0: 0.
+    1 for m equal gradients, 1/m for orthogonal ones, 0 if all are 0. m times it, the "m-coherence", is the number of
+    gradients that an average one helps.
 
     Args:
       grads: A pytree with a leading axis over the m gradients, of examples or of micro-batches.
@@ -384,12 +406,13 @@ def gradient_coherence(grads: Any) -> jax.Array:
 def winsorized_mean_gradient(grads: Any, trim: int = 1) -> Any:
     """The mean of gradients, each coordinate clipped to its `trim`-th smallest and largest of the m values.
 
-    What few gradients want strongly counts no more than what `trim + 1` of them want. `trim` 0 is the mean; the
-    largest `trim` is the median, e.g. 1 for three micro-batches. Coordinates are sorted: m times the memory.
+    In each coordinate up to `trim` extreme values at each end count no more than the next one. `trim` 0 gives the mean;
+    the largest `trim` gives the median, e.g. 1 for three micro-batches. Coordinates are sorted, which takes m times the
+    memory.
 
     Args:
       grads: A pytree with a leading axis over the m gradients.
-      trim: How many values are clipped at each end, a static integer with `0 <= 2 trim < m`.
+      trim: Number of values clipped at each end, a static integer with `0 <= 2 trim < m`.
 
     Returns:
       A pytree without the leading axis, in the dtype of `grads`.

@@ -1,4 +1,8 @@
-"""diffGrad: Adam that slows down where the gradient stops changing."""
+"""diffGrad.
+
+Adam with smaller steps, down to half, where the gradient stops changing. The change is measured on an absolute scale,
+so the scale of the loss matters.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from jaxsoft.optimizers._common import Mask, Scalar, bias_correction, moving_ave
 
 
 class ScaleByDiffgradState(NamedTuple):
-    """State of `scale_by_diffgrad`: steps taken, both moments, and the gradient of the step before."""
+    """State of `scale_by_diffgrad`: steps taken, both moments, and the previous gradient."""
 
     count: jax.Array
     mu: optax.Updates
@@ -38,17 +42,17 @@ def scale_by_diffgrad(
         m <- b1 m + (1 - b1) g        v <- b2 v + (1 - b2) g^2        xi = sigmoid(|g_{t-1} - g_t|)
         direction = sqrt(1 - b2^t) / (1 - b1^t) m xi / (sqrt(v) + eps)
 
-    The friction xi lies between 1/2, where the gradient does not change, and 1. It depends on the scale of
-    the gradient: where changes stay far below 1 it is 1/2 everywhere, and the method is Adam at half the
-    learning rate. Scale the loss so that gradients have a size around 1.
+    The friction xi lies between 1/2, for a constant gradient, and 1. It depends on the scale of the gradient: if all
+    changes are far below 1 it is 1/2 everywhere, and the method is Adam with half the learning rate. Scale the loss
+    so that gradients are around 1.
 
     Args:
       b1: Decay of the first moment, in [0, 1).
       b2: Decay of the second moment, in [0, 1).
-      eps: Added to the root of the second moment that is not bias-corrected, at least 0.
+      eps: Added to the root of the second moment without bias correction, at least 0.
       mu_dtype: Dtype of the first moment. None: that of the parameters, but at least float32.
-      previous_dtype: Dtype of the kept gradient, of which only the distance to the next one is used;
-        `jnp.bfloat16` saves a sixth of the state. None: that of the parameters, but at least float32.
+      previous_dtype: Dtype of the stored gradient, used only to compute its change; `jnp.bfloat16` saves a sixth of
+        the state. None: that of the parameters, but at least float32.
 
     Returns:
       A gradient transformation. It keeps three arrays like the parameters. Updates keep the dtype of the
@@ -58,8 +62,8 @@ def scale_by_diffgrad(
       ValueError: for a rate out of range or a negative `eps`.
 
     References:
-      "diffGrad: An Optimization Method for Convolutional Neural Networks". This is what the paper and the
-      second version of the authors' code do; in the first, the change of the gradient is always 0.
+      "diffGrad: An Optimization Method for Convolutional Neural Networks". This follows the paper and
+      the second version of the authors' code; in the first version the change of the gradient is always 0.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -124,7 +128,7 @@ def diffgrad(
       b2: Decay of the second moment, in [0, 1).
       eps: Added to the root of the second moment, at least 0.
       mu_dtype: Dtype of the first moment.
-      previous_dtype: Dtype of the kept gradient.
+      previous_dtype: Dtype of the stored gradient.
       weight_decay: Decoupled weight decay.
       mask: Which parameters decay: a pytree of bools, or a function from the parameters to one.
 

@@ -1,4 +1,7 @@
-"""Lion-K: Lion with the sign replaced by the gradient of any convex function, alone or by majority vote."""
+"""Lion-K.
+
+Lion with the sign replaced by the gradient of any convex function `kappa`, on one worker or with a vote of several.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from jaxsoft.optimizers._common import Mask, Scalar
 Kappa = Callable[[jax.Array], jax.Array]
 """The gradient of a convex function kappa with minimum at 0: a leaf to a leaf of the same shape."""
 
-_MUON_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the odd quintic that Muon iterates
+_MUON_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon's odd quintic
 
 
 def _unit(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
@@ -29,8 +32,8 @@ def _unit(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
 def _argmax_sign(x: jax.Array) -> jax.Array:
     """A subgradient of `max |x_i|`: the sign at the largest entries, shared evenly among ties.
 
-    Ties up to rounding: compiled, the entries may be computed twice, with different last bits, and none of them equal
-    the maximum.
+    Ties are taken up to rounding: compiled code may compute the entries twice, with different last bits, so that no
+    entry equals the maximum.
     """
     size = jnp.abs(x)
     largest = (size >= jnp.max(size) * (1 - 4 * jnp.finfo(x.dtype).eps)).astype(x.dtype)
@@ -132,11 +135,11 @@ def kappa_entropic(a: Scalar) -> Kappa:
 
 
 def kappa_group_l2(axis: int | tuple[int, ...] = -1) -> Kappa:
-    """Gradient of the sum of l2 norms along `axis`: each such vector is normalized to length 1.
+    """Gradient of the sum of l2 norms along `axis`: each vector along it is normalized to length 1.
 
     Args:
-      axis: Axis (or axes) of a leaf along which one group lies; -1, the default, normalizes each row of a
-        matrix. A scalar leaf is one group.
+      axis: Axis (or axes) of a group; -1, the default, normalizes each row of a matrix. A scalar leaf is one
+        group.
 
     Returns:
       A function for the argument `kappa` of `lion_k`.
@@ -161,10 +164,9 @@ def kappa_nuclear(steps: int | None = None) -> Kappa:
     than two axes is one column, for which the nuclear norm is the l2 norm.
 
     Args:
-      steps: None takes the exact decomposition (directions whose singular value is at rounding level are
-        dropped). A number takes as many Newton-Schulz steps with Muon's coefficients: only matrix products,
-        hence much faster on accelerators, with singular values that end scattered around 1 (about 0.7 to 1.2
-        after 5 steps).
+      steps: None: the exact decomposition (directions with a singular value at rounding level are dropped).
+        Otherwise the number of Newton-Schulz steps with Muon's coefficients: only matrix products, hence much faster
+        on accelerators, with singular values scattered around 1 (about 0.7 to 1.2 after 5 steps).
 
     Returns:
       A function for the argument `kappa` of `lion_k`.
@@ -229,9 +231,9 @@ def _kappa_gradient(kappa: str | Kappa) -> Kappa:
 
 def _majority(vote: jax.Array, axis_name: Hashable) -> jax.Array:
     """The sign of the sum of the workers' signs. A worker whose vote is NaN abstains."""
-    workers = lax.psum(1, axis_name)  # a Python integer: sizes of axes are static
+    workers = lax.psum(1, axis_name)  # a Python integer: axis sizes are static
     ballot = jnp.where(jnp.isnan(vote), 0, vote).astype(jnp.int8)
-    # One byte an entry on the wire as long as the sum fits.
+    # One byte per entry on the wire if the sum fits.
     total = lax.psum(ballot if workers <= 127 else ballot.astype(jnp.int32), axis_name)
     return jnp.sign(total).astype(vote.dtype)
 
@@ -271,12 +273,12 @@ def scale_by_lion_k(
 
     Distributed Lion: with `axis_name`, inside `shard_map` (or `vmap`), each worker keeps its own momentum of
     its own gradients and only directions are exchanged: as a majority vote of signs, `sign(sum_i sign(c_i))`,
-    one byte an entry for up to 127 workers, or as their mean. Do not average the gradients then. One worker
-    alone is Lion. In a vote a worker whose momentum is not finite abstains.
+    one byte per entry for up to 127 workers, or as their mean. Do not average the gradients then. With one worker it
+    is Lion. In a vote a worker whose momentum is not finite abstains.
 
     Args:
       b1: Weight of the momentum in the direction, in [0, 1).
-      b2: Decay of the momentum, in (0, 1). The theory wants `b2 >= b1`.
+      b2: Decay of the momentum, in (0, 1). The theory needs `b2 >= b1`.
       kappa: A name, a factory's result, or any callable from a leaf to a leaf. Under
         `optax.inject_hyperparams` a callable must be listed in `static_args`.
       mu_dtype: Dtype of the momentum. None: that of the parameters, but at least float32.
@@ -318,10 +320,10 @@ def scale_by_lion_k(
         )
 
     def direction(g: jax.Array, mu: jax.Array) -> jax.Array:
-        # The textbook line b1 m + (1 - b1) g and the momentum's update both read the old momentum; the
-        # compiler then keeps a copy of it to overwrite the state in place. The same number from the new
-        # momentum, mu = b2 m + (1 - b2) g, needs no copy and is three times faster on CPU. It must be the
-        # momentum before it is rounded to a lower precision, an error as large as the gradient's part.
+        # The textbook formula b1 m + (1 - b1) g and the update of the momentum both read the old momentum; the compiler
+        # then copies it to overwrite the state in place. Computing the same number from the new momentum,
+        # mu = b2 m + (1 - b2) g, needs no copy and is three times faster on CPU. It must be the momentum before it is
+        # rounded to a lower precision: that error is as large as the part of the gradient.
         c = (b1 / b2) * mu + ((b2 - b1) / b2) * g
         if c.size == 0:
             return c

@@ -1,4 +1,9 @@
-"""Fira: Adam with low-rank moments and updates of full rank, and its limiter of growing norms."""
+"""Fira.
+
+Adam with moments of low rank and updates of full rank. Matrices only; the other leaves get Adam. Each new projector
+costs a singular value decomposition, which is slow on accelerators: keep `update_every` in the hundreds.
+`optax.contrib.galore` is the method without the residual.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +19,18 @@ from jaxsoft._numerics import safe_divide
 from jaxsoft.optimizers import _common
 from jaxsoft.optimizers._common import Mask, Scalar, bias_correction, moving_average
 
-_EPS = 1e-8  # added to norms that divide, as in the authors' code
+_EPS = 1e-8  # added to norms in denominators, as in the authors' code
 
 
 def _growth_factor(norm: jax.Array, last: jax.Array, gamma: Scalar) -> jax.Array:
-    """What to multiply a leaf of this norm with, so that its norm is at most `gamma` times the last one."""
+    """The factor that limits this norm to `gamma` times the last one."""
     excess = norm / (gamma * (last + _EPS))
     limited = (last > 0) & (excess > 1)
     return jnp.where(limited, 1 / jnp.where(limited, excess, 1), 1)
 
 
 class LimitNormGrowthState(NamedTuple):
-    """State of `limit_norm_growth`: the norm of each leaf that was let through last (of all, if global)."""
+    """State of `limit_norm_growth`: the last limited norm of each leaf (of all leaves, if global)."""
 
     norm: optax.Updates
 
@@ -33,21 +38,21 @@ class LimitNormGrowthState(NamedTuple):
 def limit_norm_growth(
     gamma: Scalar = 1.01, *, per_leaf: bool = True
 ) -> optax.GradientTransformationExtraArgs:
-    """Lets the norm of each leaf grow by a factor of `gamma` a step at most; it may fall freely.
+    """Limits the growth of the norm of each leaf to a factor of `gamma` per step; it may fall freely.
 
-    With n the norm of a leaf and p that of what was let through the step before:
+    With n the norm of a leaf and p the limited norm of the previous step:
 
         u <- u / max(n / (gamma (p + 1e-8)), 1)
 
-    The first update, and one after a step of zeros, passes as it is and sets the measure. A spike so adds
-    `gamma - 1` to the norm at most, but training whose gradients really grow is held back for a while.
+    The first update, and one after a step of zeros, passes unchanged and sets p. A spike thus raises the norm by a
+    fraction of at most `gamma - 1`, but gradients that really grow are held back for a while.
 
     Args:
       gamma: Largest growth in one step, at least 1; infinity limits nothing.
-      per_leaf: Limit each leaf by its own norm. False: all by their common norm.
+      per_leaf: Limit each leaf by its own norm. False: limit all by their common norm.
 
     Returns:
-      A gradient transformation. It keeps one scalar for each leaf. Updates keep their dtype.
+      A gradient transformation. It keeps one scalar per leaf. Updates keep their dtype.
 
     Raises:
       TypeError: for a `per_leaf` that is not a bool.
@@ -89,10 +94,10 @@ def limit_norm_growth(
 
 
 class ScaleByFiraState(NamedTuple):
-    """State of `scale_by_fira`: steps taken, and for each leaf what its update needs.
+    """State of `scale_by_fira`: steps taken, and statistics of each leaf.
 
-    For a matrix: the projector, both moments of the projected gradient, and the norm of the residual of the
-    step before. For other leaves the moments are those of Adam, and the projector is empty.
+    For a matrix: the projector, both moments of the projected gradient, and the norm of the previous
+    residual. For other leaves the moments are those of Adam, and the projector is empty.
     """
 
     count: jax.Array
@@ -107,7 +112,7 @@ def _is_matrix(x: Any) -> bool:
 
 
 class _Side:
-    """Which side of a matrix the projector acts on, and the products that follow from it."""
+    """The side of a matrix that the projector acts on, and the products with it."""
 
     def __init__(self, shape: tuple[int, ...], projection: str):
         rows, columns = shape
@@ -149,40 +154,40 @@ def scale_by_fira(
     scaling: Literal["column", "matrix"] = "column",
     align_signs: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    """The direction of Fira: Adam in a subspace of low rank, and the rest of the gradient scaled alike.
+    """The direction of Fira: Adam in a subspace of low rank, and the residual of the gradient scaled alike.
 
     For each matrix G, at step t (from 1), with P the leading `rank` left singular vectors of the gradient
-    of step 1, 1 + `update_every`, ... (right ones act in the same way from the other side):
+    of steps 1, 1 + `update_every`, ... (right singular vectors act in the same way from the other side):
 
         R = P^T G        m <- b1 m + (1 - b1) R        v <- b2 v + (1 - b2) R^2        psi = m / (sqrt(v) + eps)
         phi_j = |psi_j| / (|R_j| + 1e-8)               for each column j
         S = (G - scale P R)_j phi_j                    limited to `gamma` times the norm of the last S
         direction = sqrt(1 - b2^t) / (1 - b1^t) (scale P psi + S)
 
-    so the state has rank times (the longer side twice and the shorter side once) numbers, where Adam has
-    twice the product of the sides, and yet the update has full rank. All leaves that are not matrices (with
-    two axes and none of them empty) get plain Adam: reshape kernels of more axes, or leave them to it.
+    The state has rank times (twice the longer side plus the shorter side) numbers, where Adam has twice the product
+    of the sides, and yet the update has full rank. Leaves that are not matrices (with two axes, none of them empty)
+    get plain Adam: reshape kernels with more axes, or leave them to it.
 
-    phi is large where R_j is small, and then the limiter, which the first step passes freely, sets the size
-    of S. The moments are kept when P is recomputed.
+    phi is large where R_j is small, and then the limiter, which does not act on the first step, sets the size of S.
+    The moments are kept when P is recomputed.
 
     Args:
       rank: Rank of the moments: static, at least 1, and at most the shorter side of every matrix.
       b1: Decay of the first moment, in [0, 1).
       b2: Decay of the second moment, in [0, 1).
-      eps: Added to the root of the second moment that is not bias-corrected, at least 0.
-      update_every: Steps between new projectors, at least 1. Each is a singular value decomposition.
+      eps: Added to the root of the second moment without bias correction, at least 0.
+      update_every: Steps between new projectors, at least 1. Each needs a singular value decomposition.
       scale: Weight of the part in the subspace, at least 0.
       gamma: Largest growth of the norm of S in one step, at least 1; infinity limits nothing.
-      projection: "std", as the authors, projects the shorter side of a matrix; "reverse_std" the longer one,
-        as `optax.contrib.galore` does, for which the moments are smaller and the projector larger.
-      scaling: "column" has one phi for each vector of length rank; "matrix" one for all, |psi| / |R|.
-      align_signs: Give new singular vectors the signs of the old ones. Signs are arbitrary, and the moments
-        in an axis that turned round would be wrong. The authors' code does not do that.
+      projection: "std", the authors' choice, projects the shorter side of a matrix; "reverse_std" projects the
+        longer one, as `optax.contrib.galore` does: the moments are smaller and the projector larger.
+      scaling: "column" has one phi per vector of length rank; "matrix" one for all, |psi| / |R|.
+      align_signs: Give new singular vectors the signs of the old ones. The signs are arbitrary, and a flipped axis
+        would make its moments wrong. The authors' code does not align them.
 
     Returns:
       A gradient transformation. All state is in at least float32; updates keep the dtype of the gradients.
-      With `optax.inject_hyperparams` name `rank` in `static_args`.
+      With `optax.inject_hyperparams` list `rank` in `static_args`.
 
     Raises:
       TypeError: for a rank that is not static, or an `align_signs` that is not a bool.
@@ -191,7 +196,7 @@ def scale_by_fira(
 
     References:
       "Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?". The signs, "matrix" and
-      starting the limiter anew after a residual of 0 are *Reconstructed* or ours.
+      the restart of the limiter after a residual of 0 are *Reconstructed* or ours.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -326,7 +331,7 @@ def fira(
       mask: Which parameters decay: a pytree of bools, or a function from the parameters to one.
 
     Returns:
-      A gradient transformation whose `update` needs the parameters. With `optax.inject_hyperparams` name
+      A gradient transformation whose `update` needs the parameters. With `optax.inject_hyperparams` list
       `rank` in `static_args`.
 
     Raises:

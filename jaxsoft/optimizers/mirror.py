@@ -1,4 +1,8 @@
-"""Optimistic mirror descent, for games and online learning, on the whole space or on a convex set."""
+"""Optimistic mirror descent.
+
+For games and for online learning: each step expects the last gradient to come again. On the simplex use
+`mirror="entropy"`; on other convex sets, a projection of `optax.projections`.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +23,8 @@ class OptimisticMirrorDescentState(NamedTuple):
 
     Attributes:
       count: steps taken.
-      offset: the centre of the next step minus the parameters; for the entropy, of their logarithms (up to a
-        constant in each row).
+      offset: the centre of the next step minus the parameters; for the entropy the same of their logarithms (up to a
+        constant per row).
       gradient: the last gradient, or None without `adaptive`.
       variation: the sum of squared changes of the gradient of each leaf, or None without `adaptive`.
     """
@@ -32,7 +36,7 @@ class OptimisticMirrorDescentState(NamedTuple):
 
 
 def _log_row(x: jax.Array) -> jax.Array:
-    """Logarithms of a row of a simplex; entries that are not positive are absent, a row without any is uniform."""
+    """Logarithms of a row of a simplex. Entries <= 0 are absent; a row without positive entries is uniform."""
     if x.ndim == 0:
         return jnp.zeros_like(x)
     present = x > 0
@@ -59,7 +63,7 @@ def optimistic_mirror_descent(
 ) -> optax.GradientTransformationExtraArgs:
     """Optimistic mirror descent: each step expects the last gradient to come again.
 
-    With parameters x (the point that is played) and a centre z beside them, at the gradient g of x:
+    With parameters x (the point that is played), a centre z, and the gradient g at x:
 
         z <- argmin over the set of <g, z'> + D(z', z) / rate
         x <- argmin over the set of <g, x'> + D(x', z) / next rate
@@ -70,8 +74,8 @@ def optimistic_mirror_descent(
     `z <- softmax(log z - rate g)`, `x <- softmax(log z - next rate g)`, i.e. multiplicative weights.
 
     In games, where gradients rotate, the played points converge where those of gradient descent and ascent spiral
-    outwards; and the regret grows with the change of the gradients, not with their size. With `adaptive`
-    the rate follows that change, summed over all steps and leaves up to the step before:
+    outwards. The regret grows with the change of the gradients, not with their size. With `adaptive` the rate
+    follows that change, summed over all leaves and all previous steps:
 
         rate = learning_rate / sqrt(delta + sum ||g_s - g_{s-1}||^2)        (g_0 = 0)
 
@@ -81,8 +85,8 @@ def optimistic_mirror_descent(
     Args:
       learning_rate: A number or a schedule. With `adaptive`, the diameter of the set is a good start.
       mirror: `"euclidean"` or `"entropy"`.
-      projection: For `"euclidean"`: a function from a tree like the parameters to the nearest in a convex set, e.g.
-        `optax.projections.projection_non_negative`. Start at parameters inside the set. None: the whole space.
+      projection: For `"euclidean"`: a function from a tree like the parameters to the nearest point of a convex set,
+        e.g. `optax.projections.projection_non_negative`. Start inside the set. None: the whole space.
       adaptive: Whether the rate falls with the change of the gradients.
       delta: Added under the root of the adaptive rate, positive.
 

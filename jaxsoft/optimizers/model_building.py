@@ -1,4 +1,9 @@
-"""Steps from a model of the loss: quadratic along the trial step, or linear with a lower bound."""
+"""Steps from a model of the loss.
+
+Both methods need the loss itself, not only its gradient, as extra arguments of `update`, like the line searches of
+optax. `stochastic_model_building` replaces the search for a step length by one quadratic model;
+`scale_by_truncated_model` shortens steps for which a linear model predicts a loss below its lower bound.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +28,7 @@ def _square_norms(g: Any) -> Any:
 
 
 class StochasticModelBuildingState(NamedTuple):
-    """State of `stochastic_model_building`: steps taken, and how many of them were taken from the model."""
+    """State of `stochastic_model_building`: steps taken, and the number of them taken from the model."""
 
     count: jax.Array
     model_count: jax.Array
@@ -43,21 +48,20 @@ def stochastic_model_building(
 
         r = ||h - g|| / ||g||        step = -eta zeta^2 / (1 + 2 zeta r) ((r + 1/zeta - 1) g + h)
 
-    a descent direction for `g` in each leaf, shortened where the gradient changes fast. (In the paper the model is
-    written with six inner products; they cancel to this.) There is no search: a step costs one evaluation of the
-    loss more than plain SGD, and one gradient more if the test fails. It forgives a learning rate some ten times
-    too large for SGD, not any. All evaluations must be of the same batch,
-    as for the line searches of optax:
+    In each leaf this is a descent direction for `g`, shortened where the gradient changes fast. (The paper writes the
+    model with six inner products, which cancel to this.) There is no search: a step costs one more evaluation of the
+    loss than plain SGD, and one more gradient if the test fails. It tolerates a learning rate about ten times too
+    large for SGD, but not any. All evaluations must use the same batch, as for the line searches of optax:
 
         value, grad = jax.value_and_grad(loss)(params, batch)
         updates, state = tx.update(grad, state, params, value=value, value_fn=lambda p: loss(p, batch))
 
-    Under `jit` the second gradient is computed only where it is needed (under `vmap`, always). Where the gradient
-    at the trial point is not finite, the step is not either: lower the learning rate.
+    Under `jit` the second gradient is computed only if it is needed (under `vmap`, always). If the gradient at the
+    trial point is not finite, the step is not finite either: lower the learning rate.
 
     Args:
       learning_rate: A number or a schedule: length of the trial step. 1, the default, is large.
-      zeta: Sharpness of the model, in (0, 1): a smaller one takes shorter steps.
+      zeta: Sharpness of the model, in (0, 1); smaller values give shorter steps.
       sufficient_decrease: The constant of Armijo's test, in (0, 1).
 
     Returns:
@@ -126,7 +130,7 @@ def stochastic_model_building(
 
             def step(g, h, gg):
                 yy = jnp.sum((h - g) ** 2)
-                # A leaf whose squares underflow has no ratio: it stays, as one without a gradient.
+                # A leaf whose squares underflow has no ratio: it stays unchanged, like one without a gradient.
                 usable = ~(gg < jnp.finfo(g.dtype).tiny)
                 square = yy / jnp.where(usable, gg, 1)
                 r = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), square)
@@ -148,26 +152,26 @@ def stochastic_model_building(
 def scale_by_truncated_model(
     learning_rate: optax.ScalarOrSchedule, lower_bound: Scalar = 0.0
 ) -> optax.GradientTransformationExtraArgs:
-    """The step of a linear model of the loss that is cut off at a lower bound: Polyak's step as a cap.
+    """The step of a linear model of the loss, cut off at a lower bound: Polyak's step as a cap.
 
         direction = min(1, (loss - lower_bound) / (learning_rate ||g||^2)) g
 
-    A gradient step minimizes the linear model of the loss plus the squared distance. Cut off at `lower_bound`, no
-    loss is promised below it, and the step ends where the model reaches it: the learning rate may then be far too
-    large. The norm is that of the whole tree. Put `optax.scale_by_learning_rate` with the same learning rate
-    after it:
+    A gradient step minimizes the linear model of the loss plus the squared distance. A model cut off at `lower_bound`
+    predicts no loss below it, and the step ends where the model reaches it: the learning rate may then be far too
+    large. The norm is that of the whole tree. Put `optax.scale_by_learning_rate` with the same learning rate after
+    it:
 
         tx = optax.chain(scale_by_truncated_model(schedule), optax.scale_by_learning_rate(schedule))
         updates, state = tx.update(grad, state, params, value=loss)
 
     It is the truncated model of stochastic model-based minimization (aProx), and the linearized form of generalized
-    implicit follow-the-regularized-leader. For a constant learning rate it is
-    `optax.polyak_sgd(learning_rate, f_min=lower_bound, variant="sps+")`; here it may follow a schedule and stand in
-    any chain.
+    implicit follow-the-regularized-leader. For a constant learning rate it equals
+    `optax.polyak_sgd(learning_rate, f_min=lower_bound, variant="sps+")`; this one takes schedules and works in any
+    chain.
 
     Args:
-      learning_rate: A number or a schedule, positive: the same as after it.
-      lower_bound: What the loss cannot go below. A loss below it gives direction 0.
+      learning_rate: A number or a schedule, positive, the same as in the following transformation.
+      lower_bound: A lower bound of the loss. A loss below it gives direction 0.
 
     Returns:
       A gradient transformation whose `update` needs `value`, the loss of the batch that gave the gradient. Its
@@ -205,7 +209,7 @@ def scale_by_truncated_model(
         square = sum(jax.tree.leaves(_square_norms(_common.widen(updates))), start=jnp.zeros([]))
         room = jnp.maximum(value - lower_bound, 0)
         drop = _rate(learning_rate, state.count) * square
-        # Compared before the division, which may overflow. Where the gradient is not finite neither is the result.
+        # Compares before dividing, which may overflow. If the gradient is not finite, the result is not finite either.
         whole = drop <= room
         factor = jnp.where(whole, 1, room / jnp.where(whole, 1, drop))
         u = jax.tree.map(lambda g: factor * g, _common.widen(updates))

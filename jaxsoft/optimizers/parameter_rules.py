@@ -1,4 +1,9 @@
-"""Gradient rules that read the parameters: regularizers, low-rank adapters, protected subspaces; AdaGrad-Norm."""
+"""Rules that read the parameters.
+
+Gradient transformations to put before an optimizer, as part of the loss, or after its direction, decoupled from it.
+Most take a `mask`. The regularizers are those of `jaxsoft.losses`, as gradients, and a decay towards the start of
+fine-tuning.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
-from jaxsoft import _checks, losses
+from jaxsoft import _checks
+from jaxsoft._numerics import safe_divide
 from jaxsoft.optimizers import _common
 from jaxsoft.optimizers._common import Mask, Scalar
 
@@ -22,7 +29,7 @@ def _masked(tx: optax.GradientTransformationExtraArgs, mask: Mask) -> optax.Grad
 def _with_params(
     name: str, rule: Callable[[Any, Any], Any], mask: Mask
 ) -> optax.GradientTransformationExtraArgs:
-    """The stateless transformation of a rule `(gradients, parameters) -> updates`, on trees of wide leaves."""
+    """The stateless transformation of a rule `(gradients, parameters) -> updates` on trees in at least float32."""
 
     def update(updates: optax.Updates, state: Any, params: Any = None, **extra: Any):
         del extra
@@ -33,24 +40,33 @@ def _with_params(
     return _masked(optax.GradientTransformationExtraArgs(optax.init_empty_state, update), mask)
 
 
+def _unit_norms(p: jax.Array, axis: int) -> jax.Array:
+    """The norm of each unit along an axis; the other axes stay with length 1."""
+    if p.ndim and not -p.ndim <= axis < p.ndim:
+        raise ValueError(f"axis must be in [{-p.ndim}, {p.ndim}) for a leaf of shape {p.shape}, got {axis}")
+    others = tuple(i for i in range(p.ndim) if i != axis % p.ndim)
+    square = jnp.sum(p * p, axis=others, keepdims=True)
+    return jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))
+
+
 # Regularizers, as gradients.
 
 
 def add_norm_loss_gradient(
     coefficient: Scalar = 0.01, *, axis: int | None = None, target: Scalar = 1.0, mask: Mask = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Adds the gradient of `coefficient norm_loss(params)`, which draws the norm of each channel to `target`.
+    """Adds the gradient of `coefficient norm_loss(params)`, which pulls the norm of each channel to `target`.
 
         g_c <- g_c - 2 coefficient (target - |w_c|) w_c / |w_c|        for each output channel c
 
-    In the place of `optax.add_decayed_weights`: before an optimizer it is the loss itself
-    (`jaxsoft.losses.norm_loss`), after its direction it is decoupled. Leaves with fewer than two axes pass.
+    Use it instead of `optax.add_decayed_weights`: before an optimizer it acts as the loss itself
+    (`jaxsoft.losses.norm_loss`), after its direction it is decoupled. Leaves with fewer than two axes pass unchanged.
 
     Args:
       coefficient: Weight of the loss, at least 0.
       axis: The axis of the outputs. None, the default: the last, for kernels of flax.
-      target: The norm to draw to, at least 0.
-      mask: Which leaves: a pytree of bools, or a function from the parameters to one. None: all.
+      target: The target norm, at least 0.
+      mask: Leaves it applies to: a pytree of bools, or a function from the parameters to one. None: all.
 
     Returns:
       A stateless gradient transformation whose `update` needs the parameters. Updates keep their dtype.
@@ -74,30 +90,53 @@ def add_norm_loss_gradient(
     _checks.number("coefficient", coefficient, at_least=0)
     _checks.number("target", target, at_least=0)
     axis = -1 if axis is None else _checks.integer("axis", axis)
-    goal: Any = target
-    slope = jax.grad(lambda w: losses.norm_loss(w, axis=axis, target=goal))
 
-    def rule(g, p):
-        return jax.tree.map(lambda g, p: g + coefficient * slope(p) if p.ndim >= 2 else g, g, p)
+    def leaf(g, p):
+        if p.ndim < 2:
+            return g
+        norm = _unit_norms(p, axis)
+        return g + coefficient * (2 * safe_divide(norm - target, norm) * p)
 
-    return _with_params("add_norm_loss_gradient", rule, mask)
+    return _with_params("add_norm_loss_gradient", lambda g, p: jax.tree.map(leaf, g, p), mask)
+
+
+def _fitted_shape(params: Any) -> jax.Array:
+    """`generalized_gaussian_shape` of `jaxsoft.losses`: the shape s whose moments the weights have.
+
+    Solves `mean w^2 / (mean |w|)^2 = Gamma(1/s) Gamma(3/s) / Gamma(2/s)^2` by bisection.
+    """
+    leaves = jax.tree.leaves(lax.stop_gradient(params))
+    size = sum(w.size for w in leaves)
+    first = jnp.sum(jnp.stack([jnp.sum(jnp.abs(w)) for w in leaves])) / size
+    second = jnp.sum(jnp.stack([jnp.sum(w * w) for w in leaves])) / size
+    target = jnp.log(jnp.maximum(safe_divide(second, first * first), 1))
+    gammaln = jax.scipy.special.gammaln
+
+    def halve(_, bounds):
+        low, high = bounds
+        s = (low + high) / 2
+        log_ratio = gammaln(1 / s) + gammaln(3 / s) - 2 * gammaln(2 / s)  # falls as s grows
+        return jnp.where(log_ratio > target, s, low), jnp.where(log_ratio > target, high, s)
+
+    low, high = lax.fori_loop(0, 50, halve, (jnp.full_like(target, 0.1), jnp.full_like(target, 10.0)))
+    return (low + high) / 2
 
 
 def add_rate_gradient(
-    coefficient: Scalar, *, shape: Scalar | None = None, epsilon: Scalar = 1e-8, mask: Mask = None
+    coefficient: Scalar, *, shape: Scalar | None = None, eps: Scalar = 1e-8, mask: Mask = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Adds the gradient of `coefficient generalized_gaussian_rate(params)`: how long a code of the weights is.
+    """Adds the gradient of `coefficient generalized_gaussian_rate(params)`, the code length of the weights.
 
-        g <- g + coefficient shape sign(w) (|w| + epsilon)^(shape - 1)
+        g <- g + coefficient shape sign(w) (|w| + eps)^(shape - 1)
 
-    Before an optimizer it is the loss itself (`jaxsoft.losses.generalized_gaussian_rate`), after its direction it
-    is decoupled. `shape=2` is a weight decay of twice the coefficient, `shape=1` draws all weights to 0 alike.
+    Before an optimizer it acts as the loss itself (`jaxsoft.losses.generalized_gaussian_rate`), after its direction it
+    is decoupled. `shape=2` is a weight decay of twice the coefficient; `shape=1` pulls all weights equally to 0.
 
     Args:
-      coefficient: Weight of the rate, at least 0: 10 to 1000 over the number of weights.
-      shape: The exponent, positive. None: at each step, that of all weights together.
-      epsilon: Positive; bounds the gradient at 0 where the shape is below 1.
-      mask: Which leaves: a pytree of bools, or a function from the parameters to one. None: all.
+      coefficient: Weight of the rate, at least 0: 10 to 1000 divided by the number of weights.
+      shape: The exponent, positive. None: fitted to all weights in each step.
+      eps: Positive; bounds the gradient at 0 where the shape is below 1.
+      mask: Leaves it applies to: a pytree of bools, or a function from the parameters to one. None: all.
 
     Returns:
       A stateless gradient transformation whose `update` needs the parameters. Updates keep their dtype.
@@ -118,20 +157,21 @@ def add_rate_gradient(
     _checks.number("coefficient", coefficient, at_least=0)
     if shape is not None:
         _checks.number("shape", shape, above=0)
-    _checks.number("epsilon", epsilon, above=0)
-    settings: Any = {"shape": shape, "epsilon": epsilon}
-    slope = jax.grad(lambda params: losses.generalized_gaussian_rate(params, **settings))
+    _checks.number("eps", eps, above=0)
 
     def rule(g, p):
         if not jax.tree.leaves(p):
             return g
-        return jax.tree.map(lambda g, s: g + coefficient * s, g, slope(p))
+        s = _fitted_shape(p) if shape is None else shape
+        return jax.tree.map(
+            lambda g, w: g + coefficient * (s * jnp.sign(w) * (jnp.abs(w) + eps) ** (s - 1)), g, p
+        )
 
     return _with_params("add_rate_gradient", rule, mask)
 
 
 class AddDecayedDeltasState(NamedTuple):
-    """State of `add_decayed_deltas`: the parameters to decay to."""
+    """State of `add_decayed_deltas`: the parameters to which it decays."""
 
     reference: optax.Params
 
@@ -139,19 +179,19 @@ class AddDecayedDeltasState(NamedTuple):
 def add_decayed_deltas(
     weight_decay: Scalar, *, reference_dtype: Any = None, mask: Mask = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Weight decay to where training started: `u <- u + weight_decay (params - reference)`.
+    """Weight decay towards the initial parameters: `u <- u + weight_decay (params - reference)`.
 
-    For fine-tuning, so that the difference to the pretrained model stays small. After a direction, as
-    `optax.add_decayed_weights`: with Adam's it is AdamR,
+    For fine-tuning: it keeps the difference to the pretrained model small. Put it after a direction, like
+    `optax.add_decayed_weights`; with Adam's direction it is AdamR:
 
         optax.chain(optax.scale_by_adam(), add_decayed_deltas(0.01), optax.scale_by_learning_rate(1e-4))
 
-    The reference is what `init` gets; another one is set by `optax.tree.set(opt_state, reference=params)`.
+    The reference is the argument of `init`; `optax.tree.set(opt_state, reference=params)` sets another one.
 
     Args:
       weight_decay: At least 0.
-      reference_dtype: Dtype the reference is kept in. None: that of the parameters, but at least float32.
-      mask: Which leaves: a pytree of bools, or a function from the parameters to one. None: all.
+      reference_dtype: Dtype of the reference. None: that of the parameters, but at least float32.
+      mask: Leaves it applies to: a pytree of bools, or a function from the parameters to one. None: all.
 
     Returns:
       A gradient transformation whose `update` needs the parameters. It keeps a copy of them.
@@ -173,7 +213,7 @@ def add_decayed_deltas(
     dtype = _common.moment_dtype("reference_dtype", reference_dtype)
 
     def init(params: optax.Params) -> AddDecayedDeltasState:
-        def copied(p):  # a buffer of its own: parameters are donated
+        def copied(p):  # a separate buffer: parameters are donated
             return jnp.array(p, _common.wide(p) if dtype is None else dtype, copy=True)
 
         return AddDecayedDeltasState(jax.tree.map(copied, params))
@@ -196,16 +236,16 @@ def scale_by_inverse_param_norm(
 ) -> optax.GradientTransformationExtraArgs:
     """Larger steps for units whose weights are small: `g_i <- g_i / sqrt(||w_i|| + 1 / eta^2)`.
 
-    For the factor of a low-rank adapter that starts at 0 (B in W + B A), where dropout and a scaling factor do
-    little good: each output unit i starts with the factor `eta` and slows down as its weights grow. Put it
-    after a direction, or before plain SGD; before Adam, which undoes any scale, it has no effect. Use `mask` for
-    the adapters.
+    For the factor of a low-rank adapter that starts at 0 (B in W + B A), where dropout and a scaling factor help
+    little: each output unit i starts with the factor `eta` and slows down as its weights grow. Put it after a
+    direction, or before plain SGD; before Adam, which undoes any scale, it has no effect. Select the adapters with
+    `mask`.
 
     Args:
       eta: The factor at w = 0, positive.
-      axis: The axis along which the units lie. None, the default: the last, for kernels of flax
-        `[rank, outputs]`. In a leaf of one axis every entry is a unit.
-      mask: Which leaves: a pytree of bools, or a function from the parameters to one. None: all.
+      axis: The axis of the units. None, the default: the last, for kernels of flax `[rank, outputs]`. In a leaf of
+        one axis every entry is a unit.
+      mask: Leaves it applies to: a pytree of bools, or a function from the parameters to one. None: all.
 
     Returns:
       A stateless gradient transformation whose `update` needs the parameters. Updates keep their dtype.
@@ -215,8 +255,8 @@ def scale_by_inverse_param_norm(
       ValueError: for an `eta` that is not positive, an axis that a leaf does not have, or without the parameters.
 
     References:
-      "ALLoRA: Adaptive Learning Rate Mitigates LoRA Fatal Flaws". *Reconstructed*: that the factor falls with
-      the norm is the text's, its exact form is not.
+      "ALLoRA: Adaptive Learning Rate Mitigates LoRA Fatal Flaws". *Reconstructed*: the paper's text says
+      that the factor falls with the norm, but not its exact form.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -230,45 +270,38 @@ def scale_by_inverse_param_norm(
     axis = -1 if axis is None else _checks.integer("axis", axis)
 
     def leaf(g, p):
-        if p.ndim and not -p.ndim <= axis < p.ndim:
-            raise ValueError(
-                f"axis must be in [{-p.ndim}, {p.ndim}) for a leaf of shape {p.shape}, got {axis}"
-            )
-        others = tuple(i for i in range(p.ndim) if i != axis % p.ndim)
-        square = jnp.sum(p * p, axis=others, keepdims=True)
-        norm = jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))
-        return g / jnp.sqrt(norm + 1 / jnp.square(eta))
+        return g / jnp.sqrt(_unit_norms(p, axis) + 1 / jnp.square(eta))
 
     return _with_params("scale_by_inverse_param_norm", lambda g, p: jax.tree.map(leaf, g, p), mask)
 
 
 class ProjectOutSubspaceState(NamedTuple):
-    """State of `project_out_subspace`: for each kernel the directions that are kept free, as columns."""
+    """State of `project_out_subspace`: the protected directions of each kernel, as columns."""
 
     bases: optax.Updates
 
 
 def project_out_subspace(rank: int, *, mask: Mask = None) -> optax.GradientTransformationExtraArgs:
-    """Keeps each kernel from changing along given directions: `g <- g - U U^T g`.
+    """Removes changes of each kernel along given directions: `g <- g - U U^T g`.
 
-    For continual learning: with U an orthonormal basis of the inputs of a layer on the earlier tasks, its
-    outputs on them do not change. A kernel `[..., inputs, outputs]` is taken as a matrix `[n, outputs]` with all
-    axes but the last together, and U is `[n, rank]`. Leaves with fewer than two axes pass as they are.
+    For continual learning: if U is an orthonormal basis of a layer's inputs on the earlier tasks, its outputs on them
+    do not change. A kernel `[..., inputs, outputs]` is taken as a matrix `[n, outputs]`, with all axes but the last
+    merged, and U is `[n, rank]`. Leaves with fewer than two axes pass unchanged.
 
-    The bases are state, 0 at first, which projects nothing. Set them between tasks, a pytree like the
-    parameters with 0 in the columns not used:
+    The bases are state. They start at 0, which projects nothing. Between tasks set them to a pytree like the
+    parameters, with 0 in unused columns:
 
         opt_state = optax.tree.set(opt_state, bases=bases)
 
-    Put it last before the learning rate: an optimizer with a memory or a scale for each entry leaves the
-    subspace's complement again. Weight decay does so too.
+    Put it last, before the learning rate: a memory or a scale for each entry brings the removed directions back, and
+    so does weight decay.
 
     Args:
       rank: Columns of each basis: static, at least 1.
-      mask: Which leaves: a pytree of bools, or a function from the parameters to one. None: all.
+      mask: Leaves it applies to: a pytree of bools, or a function from the parameters to one. None: all.
 
     Returns:
-      A gradient transformation. Updates keep their dtype. With `optax.inject_hyperparams` name `rank` in
+      A gradient transformation. Updates keep their dtype. With `optax.inject_hyperparams` list `rank` in
       `static_args`.
 
     Raises:
@@ -311,25 +344,26 @@ def project_out_subspace(rank: int, *, mask: Mask = None) -> optax.GradientTrans
     return _masked(optax.GradientTransformationExtraArgs(init, update), mask)
 
 
-# One rate for everything.
+# One rate for all.
 
 
 class ScaleByAdagradNormState(NamedTuple):
-    """State of `scale_by_adagrad_norm`: the square of the initial value and of all norms since."""
+    """State of `scale_by_adagrad_norm`: the sum of the squares of the initial value and of all norms."""
 
     sum_of_squares: jax.Array
 
 
 def scale_by_adagrad_norm(initial: Scalar = 1.0) -> optax.GradientTransformationExtraArgs:
-    """The direction of AdaGrad-Norm: the gradient over the root of all squared norms so far.
+    """The direction of AdaGrad-Norm: the gradient over the root of the sum of all squared norms.
 
         s <- s + ||g||^2        direction = g / sqrt(s)        with s = initial^2 at first
 
-    and the norm of all leaves together: AdaGrad with one step size, which keeps the direction of the gradient.
+    The norm is that of all leaves together. This is AdaGrad with a single step size; it keeps the direction of the
+    gradient.
 
     Args:
-      initial: What the first norms are compared with, at least 0. Above the norms of all gradients together it is
-        plain SGD; at 0 the first step has length 1.
+      initial: Initial value of the root, at least 0. Far above the norms of all gradients together it gives plain SGD;
+        with 0 the first step has length 1.
 
     Returns:
       A gradient transformation. It keeps one scalar. Updates keep their dtype.

@@ -1,4 +1,28 @@
-"""Learning rates for each parameter: from its shape (muP, u-muP) or from its spectrum (TempBalance)."""
+"""Learning rates by parameter.
+
+These rules give each parameter its own learning rate: by its shape, so that hyper-parameters tuned on a small model
+hold for a large one (muP, u-muP), or by its spectrum, so that layers that lag behind learn faster (TempBalance).
+`scale_by_multipliers` applies them in any optax chain. For u-muP see also `jaxsoft.normalizers.unit_scaled_softmax`
+and `jaxsoft.losses.unit_scaled_cross_entropy`.
+
+```python
+import jax
+import optax
+
+from jaxsoft.optimizers import mup_multipliers, scale_by_multipliers
+
+
+def rate(param):
+    return mup_multipliers("hidden", param.shape[0], 256).learning_rate if param.ndim == 2 else 1.0
+
+
+def rates(params):
+    return jax.tree.map(rate, params)
+
+
+tx = optax.chain(optax.scale_by_adam(), scale_by_multipliers(rates), optax.scale_by_learning_rate(1e-3))
+```
+"""
 
 from __future__ import annotations
 
@@ -17,14 +41,14 @@ from jaxsoft.optimizers._common import Mask, Scalar
 
 
 class MupMultipliers(NamedTuple):
-    """What to multiply for one parameter, by a Python float each.
+    """Factors for one parameter, Python floats.
 
     Attributes:
       learning_rate: the global learning rate.
-      weight_decay: a weight decay that is multiplied by the learning rate of the parameter, as in AdamW.
+      weight_decay: a weight decay that is multiplied by the parameter's learning rate, as in AdamW.
       init_std: the standard deviation of the initial values.
       forward: the output of the parameter's layer.
-      branch: the output of the residual branch that it is in, once for each branch.
+      branch: the output of the parameter's residual branch, once per branch.
     """
 
     learning_rate: float = 1.0
@@ -51,7 +75,7 @@ def mup_multipliers(
     depth: int | None = None,
     base_depth: int | None = None,
 ) -> MupMultipliers:
-    """muP: multipliers that keep hyper-parameters tuned at a base width (and depth) good at another one.
+    """muP: multipliers with which hyper-parameters tuned at a base width (and depth) hold at another one.
 
     With `r = fan_in / base_fan_in` and `q = fan_out / base_fan_out`:
 
@@ -62,20 +86,21 @@ def mup_multipliers(
     | output, router | 1 | r | 1 | 1 / r | 1 (SGD: 1 / r) |
     | attention (logits; `fan_in` is the head's size) | | | | `sqrt(base_fan_in) / fan_in` | |
 
-    In optax a decay after `scale_by_multipliers` is not touched by it, and needs no multiplier: see there. The
-    initial std is relative to that of the base model. For parameters inside residual branches give `depth`: the
-    branches are multiplied by `(depth / base_depth)^(-1/2)`, and so are the rates of Adam.
+    In optax a decay after `scale_by_multipliers` is independent of it and needs no multiplier: see there. The initial
+    std is relative to that of the base model. For parameters inside residual branches pass `depth`: the branches are
+    multiplied by `(depth / base_depth)^(-1/2)`, and so are the rates of Adam.
 
     *Reconstructed*: the kinds `"router"` (as an output, for a fixed number of experts) and `"expert"` (as hidden,
     with the expert's own sizes), and the decay with depth.
 
     Args:
-      kind: What the parameter is. `"input"` includes embeddings.
+      kind: The kind of the parameter. `"input"` includes embeddings.
       fan_in: Its number of inputs, in this model.
       base_fan_in: The same in the base model.
       fan_out: Its number of outputs; needed for `optimizer="sgd"` with kinds other than output and router.
       base_fan_out: The same in the base model.
-      optimizer: `"adam"`, or any other with steps of fixed size (Lion, Muon-like normalization); or `"sgd"`.
+      optimizer: `"adam"`, also for other optimizers with steps of fixed size (Lion, Muon-like normalization); or
+        `"sgd"`.
       depth: Number of residual branches, for a parameter inside one.
       base_depth: The same in the base model.
 
@@ -84,7 +109,7 @@ def mup_multipliers(
 
     Raises:
       TypeError: for sizes that are not static integers.
-      ValueError: for an unknown `kind` or `optimizer`, sizes below 1, or a size that is missing.
+      ValueError: for an unknown `kind` or `optimizer`, sizes below 1, or a missing size.
 
     References:
       "Research without Re-search: Maximal Update Parametrization Yields Accurate Loss Prediction across Scales";
@@ -141,7 +166,7 @@ def u_mup_multipliers(
     learning rate: its multiplier is 1 / rate. (The backward pass of the output layer has `fan_in^(-1/2)`.)
 
     Args:
-      kind: What the parameter is.
+      kind: The kind of the parameter.
       fan_in: Its number of inputs; for embeddings the width of the model.
       branches: Number of residual branches of the model, for a parameter inside one.
 
@@ -169,7 +194,7 @@ def u_mup_multipliers(
 
 
 class ScaleByMultipliersState(NamedTuple):
-    """State of `scale_by_multipliers` with `every`: steps taken, and one multiplier for each leaf."""
+    """State of `scale_by_multipliers` with `update_every`: steps taken, and one multiplier per leaf."""
 
     count: jax.Array
     multipliers: Any
@@ -179,12 +204,12 @@ def scale_by_multipliers(
     multipliers: Any,
     labels: Any = None,
     *,
-    every: Scalar | None = None,
+    update_every: Scalar | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Multiplies each leaf of the updates by its own number: one learning rate for each parameter.
+    """Multiplies each leaf of the updates by its own number: one learning rate per parameter.
 
-    The numbers come as a pytree, or by label, or from a function of the parameters that is called anew in each
-    step, or, since it may be costly, in step 1 and then after every `every` steps under `lax.cond`. Put it before
+    The numbers come as a pytree, or by label, or from a function of the parameters. The function is called in each
+    step or, if it is costly, in the first step and then every `update_every` steps, under `lax.cond`. Put it before
     weight decay to leave the decay alone:
 
         optax.chain(optax.scale_by_adam(), scale_by_multipliers(rates, labels), optax.add_decayed_weights(0.1),
@@ -195,15 +220,15 @@ def scale_by_multipliers(
         to numbers; or a function from the parameters to a pytree.
       labels: None; or a pytree of labels like the parameters or a prefix of it, or a function from the parameters
         to one, as for `optax.partition`.
-      every: Steps between two calls of the function `multipliers`, at least 1. None: it is called in each step.
+      update_every: Steps between two calls of the function `multipliers`, at least 1. None: it is called in each step.
 
     Returns:
-      A gradient transformation. With `every` it keeps one number for each leaf, else no state. With a function as
+      A gradient transformation. With `update_every` it keeps one number per leaf, else no state. With a function as
       `multipliers` its `update` needs the parameters. Updates keep the dtype of the gradients.
 
     Raises:
-      ValueError: for a label without a multiplier, `every` without a function, or if `update` is called without the
-        parameters where a function needs them.
+      ValueError: for a label without a multiplier, `update_every` without a function, or if `update` is called
+        without the parameters where a function needs them.
 
     References:
       "u-muP: The Unit-Scaled Maximal Update Parametrization" (rates by shape); "Model Balancing Helps Low-data
@@ -216,10 +241,10 @@ def scale_by_multipliers(
       >>> print(tx.update(g, tx.init(g))[0])
       {'b': Array([1., 1.], dtype=float32), 'w': Array([0.25, 0.25], dtype=float32)}
     """
-    if every is not None:
-        _common.check_steps("every", every, at_least=1)
+    if update_every is not None:
+        _common.check_steps("update_every", update_every, at_least=1)
         if not callable(multipliers):
-            raise ValueError("every needs multipliers to be a function of the parameters")
+            raise ValueError("update_every needs multipliers to be a function of the parameters")
     if labels is not None and not isinstance(multipliers, Mapping):
         raise ValueError(
             f"multipliers must be a dict from labels to numbers where labels are given, got {type(multipliers)}"
@@ -234,14 +259,14 @@ def scale_by_multipliers(
         return by_label[label]
 
     def compute(params: Any, like: Any) -> Any:
-        """One multiplier for each leaf of `like`."""
+        """One multiplier per leaf of `like`."""
         tree = multipliers(params) if callable(multipliers) else multipliers
         if labels is not None:
             tree = jax.tree.map(of_label, labels(params) if callable(labels) else labels)
-        return jax.tree.map(lambda m, part: jax.tree.map(lambda _: m, part), tree, like)
+        return _common.broadcast(tree, like)
 
     def init(params: optax.Params) -> Any:
-        if every is None:
+        if update_every is None:
             return optax.EmptyState()
         return ScaleByMultipliersState(jnp.zeros([], jnp.int32), _common.scalars_like(params))
 
@@ -252,7 +277,7 @@ def scale_by_multipliers(
                 "scale_by_multipliers needs params for a function of them: call update(updates, state, params); "
                 "got params=None"
             )
-        if every is None:
+        if update_every is None:
             factors = compute(params, updates)
         else:
 
@@ -260,7 +285,7 @@ def scale_by_multipliers(
                 new = compute(params, updates)
                 return jax.tree.map(lambda m, old: jnp.asarray(m, old.dtype), new, state.multipliers)
 
-            factors = lax.cond(state.count % every == 0, fresh, lambda: state.multipliers)
+            factors = lax.cond(state.count % update_every == 0, fresh, lambda: state.multipliers)
             state = ScaleByMultipliersState(jnp.asarray(optax.safe_increment(state.count)), factors)
         u = jax.tree.map(lambda m, g: m * g, factors, _common.widen(updates))
         return _common.cast_like(u, updates), state
@@ -275,16 +300,16 @@ def hill_alpha(weight: jax.Array, *, tile: tuple[int, int] | None = None, floor:
 
         alpha = 1 + n / sum over j >= i of log(e_j / e_i)
 
-    A small exponent, a heavy tail, marks a layer that is trained well; a large one, a layer that lags behind.
+    A small exponent, a heavy tail, marks a well-trained layer; a large one a layer that lags behind.
 
     Args:
       weight: [..., a, b]. Leading axes, as those of a convolution's kernel, are pooled.
-      tile: None, or the sides of tiles into which the matrix is cut (what is left over is dropped), whose
-        eigenvalues are pooled: the estimate then does not depend on the shape of the matrix. *Reconstructed*.
-      floor: Eigenvalues up to it are left out, at least 0.
+      tile: None, or the sides of tiles into which the matrix is cut (remainders are dropped). The eigenvalues of all
+        tiles are pooled, so the estimate does not depend on the shape of the matrix. *Reconstructed*.
+      floor: Eigenvalues up to this number are ignored, at least 0.
 
     Returns:
-      A scalar in at least float32; infinite where all eigenvalues above the median are equal.
+      A scalar in at least float32; infinite if all eigenvalues above the median are equal.
 
     Raises:
       TypeError: for a weight that is not floating.
@@ -344,8 +369,8 @@ def temp_balance_multipliers(
     | `"sqrt"` | sqrt(alpha) over the mean of it |
     | `"log2"` | log2(alpha) over the mean of it |
 
-    Other leaves get 1, and so do all where there is no difference. It takes singular values of every layer, so
-    refresh it about once an epoch: `scale_by_multipliers(temp_balance_multipliers, every=1000)`.
+    Other leaves get 1, and so do all layers if their exponents are equal. It needs the singular values of every layer,
+    so call it about once per epoch: `scale_by_multipliers(temp_balance_multipliers, update_every=1000)`.
 
     Args:
       params: A pytree of parameters.
@@ -378,9 +403,7 @@ def temp_balance_multipliers(
     _checks.number("high", high, at_least=0)
     _checks.option("mode", mode, ("linear", "sqrt", "log2", "step"))
     min_eigenvalues = _checks.integer("min_eigenvalues", min_eigenvalues, at_least=1)
-    chosen = mask(params) if callable(mask) else True if mask is None else mask
-    chosen = jax.tree.map(lambda m, part: jax.tree.map(lambda _: bool(m), part), chosen, params)
-
+    chosen = _common.broadcast_mask(mask, params)
     leaves, treedef = jax.tree.flatten(params)
     taking_part = [
         i
@@ -390,7 +413,7 @@ def temp_balance_multipliers(
     out: list[Any] = [jnp.ones([]) for _ in leaves]
     if taking_part:
         alphas = jnp.stack([hill_alpha(leaves[i], tile=tile) for i in taking_part])
-        # A spectrum without any tail counts as the lightest that there is.
+        # A spectrum without a tail counts as the lightest.
         alphas = jnp.where(
             jnp.isinf(alphas), 2 * jnp.max(alphas, where=~jnp.isinf(alphas), initial=1.0), alphas
         )

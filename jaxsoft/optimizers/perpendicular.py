@@ -1,4 +1,7 @@
-"""The perpendicular gradient: no step along the parameters themselves."""
+"""The perpendicular gradient.
+
+The gradient without its component along the parameters themselves.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from jaxsoft.optimizers._common import Mask
 def _perpendicular(g: jax.Array, p: jax.Array, rescale: bool) -> jax.Array:
     """One leaf of `perpendicular_gradient`."""
     dtype = _common.wide(g, p)
-    # Below this length, relative to g, there is only noise: of the sums here, or of a g in lower precision.
+    # A shorter q, relative to g, is only noise: of the sums here, or of a g in lower precision.
     noise_level = max(8 * jnp.finfo(dtype).eps, jnp.finfo(jnp.result_type(g)).eps)
     g, p = jnp.asarray(g, dtype), jnp.asarray(p, dtype)
 
@@ -25,17 +28,17 @@ def _perpendicular(g: jax.Array, p: jax.Array, rescale: bool) -> jax.Array:
     along = gp / safe_pp
     q = g - along * p
     qq = jnp.sum(q * q)
-    # The sums above are rounded, so some of p is left in q; a second projection removes it. With
-    # r = <q, p> / <p, p> it is q - r p, of squared length <q, q> - r <q, p>: no third sum is needed.
-    # The factors are not added up, since r is about the rounding error of `along`; and q is computed from
-    # g and p each time, which is much cheaper than to store it.
+    # The sums above are rounded, so a part of p is left in q; a second projection removes it. With r = <q, p> / <p, p>
+    # the result is q - r p, of squared length <q, q> - r <q, p>: no third sum is needed. The factors are not added,
+    # since r is about the rounding error of `along`; and q is computed from g and p each time, which is much cheaper
+    # than storing it.
     q = g - _common.separate(along) * p
     qp = jnp.sum(q * p)
     rest = qp / safe_pp
     qq = qq - rest * qp
     q = (g - _common.separate(_common.separate(along)) * p) - rest * p
 
-    # For g parallel to p, q is nothing but rounding noise, which the rescaling would blow up to a full step.
+    # If g is parallel to p, q is rounding noise, which the rescaling would amplify to a full step.
     signal = qq > noise_level**2 * gg
     ratio = jnp.sqrt(jnp.where(signal, gg / jnp.where(signal, qq, 1), 0)) if rescale else signal
     return q * ratio
@@ -50,22 +53,21 @@ def perpendicular_gradient(
 
         q = g - (<g, p> / <p, p>) p        g <- q ||g|| / ||q||
 
-    A step along the parameters scales the logits and hence lowers the loss without learning anything, up to
-    where the softmax collapses numerically; without it, generalization ("grokking") is not blocked. Put it
-    first in a chain: `optax.chain(perpendicular_gradient(), optax.adamw(1e-3))`. With plain SGD the norm of
-    each leaf never shrinks and grows only at second order: `||p'||^2 = ||p||^2 + lr^2 ||g||^2`.
+    A step along the parameters scales the logits and so lowers the loss without learning anything, until the softmax
+    collapses numerically. Without this component generalization ("grokking") is not blocked. Put it first in a chain:
+    `optax.chain(perpendicular_gradient(), optax.adamw(1e-3))`. With plain SGD the norm of each leaf never shrinks and
+    grows only at second order: `||p'||^2 = ||p||^2 + lr^2 ||g||^2`.
 
-    A leaf with one element is always parallel to its gradient and so gets no update: use `mask`. Where the
-    gradient is parallel to the parameters up to rounding (`||q||` below about 1e-6 `||g||` in float32, or
-    what a bfloat16 gradient resolves), the result is 0; the projection is made twice for accuracy. Parameters
-    of 0 leave the gradient as it is. Under `jit` a leaf may be sharded; inside `shard_map` the products are
-    those of the local shard.
+    A leaf with one element is always parallel to its gradient and gets no update: use `mask`. If the gradient is
+    parallel to the parameters up to rounding (`||q||` below about 1e-6 `||g||` in float32, or the resolution of a
+    bfloat16 gradient), the result is 0; the projection is done twice for accuracy. Parameters of 0 leave the gradient
+    unchanged. Under `jit` a leaf may be sharded; inside `shard_map` the products are those of the local shard.
 
     Args:
-      rescale: Give the result the norm of the gradient, as the authors' code does. False leaves the
-        projection as it is, the formula of the paper's text.
-      mask: Which leaves are projected: a pytree of bools, or a function from the parameters to one. Others
-        pass unchanged. None: all.
+      rescale: Give the result the norm of the gradient, as the authors' code does. False returns the
+        projection itself, the formula of the paper's text.
+      mask: Leaves to project: a pytree of bools, or a function from the parameters to one. The others pass
+        unchanged. None: all.
 
     Returns:
       A stateless gradient transformation whose `update` needs the parameters. Products are computed in at

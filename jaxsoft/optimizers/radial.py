@@ -1,4 +1,10 @@
-"""AdamP and SGDP: momentum without its radial part, on weights whose scale does not matter."""
+"""AdamP and SGDP.
+
+For weights that a normalization follows, such as convolutions before a batch norm: their scale does not matter, yet
+momentum makes it grow, which shrinks the effective learning rate. These optimizers find such weights by their gradient
+and remove the growth. Kernels are `[..., inputs, outputs]` unless `channel_axis` says otherwise. On a matrix a step of
+SGDP stores nothing beside its inputs and outputs, and a step of AdamP one array of the size of the leaf.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +30,7 @@ def _channel_axes(channel_axis: Any) -> tuple[int, ...]:
 
 
 def _others(shape: tuple[int, ...], channel_axes: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes of a leaf that make one channel."""
+    """The axes of a leaf that one channel spans."""
     ndim = len(shape)
     if not all(-ndim <= axis < ndim for axis in channel_axes):
         raise ValueError(
@@ -42,11 +48,11 @@ def _radial_part(
     eps: Scalar,
     channel_axes: tuple[int, ...],
 ) -> tuple[jax.Array, jax.Array]:
-    """How much of p there is in u, where the gradient says that the scale of p does not matter.
+    """The part of u along p, if the gradient shows that the scale of p does not matter.
 
     Returns:
-      The factor r (one for each channel) with `u - r p` the projection, 0 where there is none; and whether
-      there is any, a boolean.
+      The factor r (one per channel) of the projection `u - r p`, 0 without projection; and whether there is one, a
+      boolean.
     """
     others = _others(g.shape, channel_axes)
 
@@ -59,16 +65,9 @@ def _radial_part(
 
     sums = tuple(jnp.sum(x, axis=others, keepdims=True) for x in (g * g, p * p, g * p, u * p))
     by_channel, in_channels = factor(sums, math.prod(g.shape[i] for i in others))
-    # Separate, or else the compiler makes the second sums out of the products too, and stores these.
+    # Separate: otherwise the compiler computes the second sums from the products, too, and stores these.
     of_layer, in_layer = factor(tuple(map(jnp.sum, _common.separate(sums))), g.size)
     return jnp.where(in_channels, by_channel, jnp.where(in_layer, of_layer, 0)), in_channels | in_layer
-
-
-def _decayed(mask: Mask, params: optax.Params) -> Any:
-    """One bool for each leaf of the parameters: whether it decays."""
-    mask = mask(params) if callable(mask) else mask
-    mask = True if mask is None else mask
-    return jax.tree.map(lambda decays, leaves: jax.tree.map(lambda _: decays, leaves), mask, params)
 
 
 def project_out_radial(
@@ -81,28 +80,28 @@ def project_out_radial(
     weight_decay: Scalar = 0.0,
     mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Takes from any update its part along the weights, where the weights are found to be scale-invariant.
+    """Removes from any update its part along the weights, if the weights are found to be scale-invariant.
 
-    The scale of weights that are followed by a normalization does not matter, hence their gradient is
-    perpendicular to them. Momentum is not: it makes them grow, which shrinks the effective learning rate.
-    For each leaf of two axes or more, with weights p, raw gradient g and update u of `inner`:
+    The scale of weights before a normalization does not matter, so their gradient is perpendicular to them. Momentum
+    is not: it makes them grow, which shrinks the effective learning rate. For each leaf of two axes or more, with
+    weights p, raw gradient g and update u of `inner`:
 
         |cos(g, p)| < delta / sqrt(n) in every group of n weights    u <- u - (<p, u> / (|p| + eps)^2) p
 
-    where the groups are the channels, or else, if the gradient fails the test there, the whole leaf; if it
-    fails here too, u stays as it is. Then `u <- u + weight_decay s p`, with s = `wd_ratio` where u was
-    projected and 1 elsewhere, because weight decay does nothing but shrink such weights. That is why decay is
-    an argument here. Leaves with fewer than two axes get u and full decay.
+    The groups are the channels or, if the gradient fails the test there, the whole leaf; if it fails here, too, u stays
+    unchanged. Then `u <- u + weight_decay s p`, with s = `wd_ratio` for projected u and 1 otherwise, because weight
+    decay only shrinks such weights. For this reason decay is an argument here. Leaves with fewer than two axes get u
+    and full decay.
 
-    `scale_by_adamp` and `scale_by_sgdp` are this around Adam and momentum. Around others:
+    `scale_by_adamp` and `scale_by_sgdp` wrap Adam and momentum in it. Around others:
     `optax.chain(project_out_radial(optax.scale_by_lion(), weight_decay=0.1), optax.scale_by_learning_rate(1e-4))`.
     Under `jit` a leaf may be sharded; inside `shard_map` the products are those of the local shard.
 
     Args:
-      inner: The transformation that makes updates out of the raw gradients; without learning rate.
+      inner: The transformation from raw gradients to updates, without learning rate.
       delta: Bound on the cosine, at least 0. 0 never projects.
       wd_ratio: Factor on the decay of projected leaves, at least 0.
-      eps: Least product of norms in the cosine, and added to the norm of the weights; at least 0.
+      eps: Lower bound of the product of norms in the cosine, also added to the norm of the weights; at least 0.
       channel_axis: Axis of the output channels, or several: (-1,), the default, for kernels of flax; 0 for
         weights as in torch.
       weight_decay: Decay added to the update, at least 0.
@@ -149,7 +148,7 @@ def project_out_radial(
             radial, projected = _radial_part(u, g, p, delta, eps, channel_axes)
             return u + (decay * jnp.where(projected, wd_ratio, 1) - radial) * p
 
-        u = jax.tree.map(leaf, directions, updates, params, _decayed(mask, params))
+        u = jax.tree.map(leaf, directions, updates, params, _common.broadcast_mask(mask, params))
         return _common.cast_like(u, updates), state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
@@ -172,9 +171,9 @@ def _adam(b1: Scalar, b2: Scalar, eps: Scalar, nesterov: bool, mu_dtype: Any) ->
         count = jnp.asarray(optax.safe_increment(state.count))
         g = _common.widen(updates)
         mu = _common.cast_like(moving_average(b1, state.mu, g), state.mu)
-        # Multiplied in this order: the square alone is also summed for the projection, and would be stored.
+        # In this order of products: the square alone is also summed for the projection, and would be stored.
         nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, g)
-        # Their inverses are scalars; to divide every entry by them would take as long as to read it.
+        # Scalar inverses: dividing every entry would take as long as reading it.
         c1, c2 = 1 / bias_correction(b1, count), 1 / bias_correction(b2, count)
 
         def direction(g, m, v):
@@ -187,7 +186,7 @@ def _adam(b1: Scalar, b2: Scalar, eps: Scalar, nesterov: bool, mu_dtype: Any) ->
 
 
 def _momentum(momentum: Scalar, dampening: Scalar, nesterov: bool) -> optax.GradientTransformation:
-    """Momentum as torch has it, in at least float32."""
+    """Momentum as in torch, in at least float32."""
     _checks.flag("nesterov", nesterov)
     _checks.number("momentum", momentum, at_least=0, below=1)
     _checks.number("dampening", dampening, at_least=0, at_most=1)
@@ -226,7 +225,7 @@ def scale_by_adamp(
         m <- b1 m + (1 - b1) g        v <- b2 v + (1 - b2) g^2
         u = m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)        direction = project_out_radial(u)
 
-    For the projection see `project_out_radial`; for the decay that belongs to it use `adamp`. With `delta=0`
+    For the projection see `project_out_radial`; for its decay use `adamp`. With `delta=0`
     it is Adam.
 
     Args:
@@ -234,7 +233,7 @@ def scale_by_adamp(
       b2: Decay of the second moment, in [0, 1).
       eps: Added to the root, and to norms of weights; at least 0.
       delta: Bound on the cosine between gradient and weights, at least 0.
-      nesterov: Take `b1 m + (1 - b1) g`, with the new m, for m in the direction.
+      nesterov: Replace m in the direction by `b1 m + (1 - b1) g`, with the new m.
       channel_axis: Axis of the output channels, or several: (-1,), the default, for kernels of flax.
       mu_dtype: Dtype of the first moment. None: that of the parameters, but at least float32.
 
@@ -284,7 +283,7 @@ def adamp(
       eps: Added to the root, and to norms of weights; at least 0.
       delta: Bound on the cosine between gradient and weights, at least 0.
       wd_ratio: Factor on the decay of projected leaves, at least 0.
-      nesterov: Take `b1 m + (1 - b1) g`, with the new m, for m in the direction.
+      nesterov: Replace m in the direction by `b1 m + (1 - b1) g`, with the new m.
       channel_axis: Axis of the output channels, or several: (-1,), the default, for kernels of flax.
       mu_dtype: Dtype of the first moment.
       weight_decay: Decoupled weight decay.
@@ -326,7 +325,7 @@ def adamp(
 def _with_learning_rate(
     direction: optax.GradientTransformation, learning_rate: optax.ScalarOrSchedule
 ) -> optax.GradientTransformationExtraArgs:
-    """The ready optimizer of a direction that has its decay inside."""
+    """The ready optimizer of a direction that includes its decay."""
     if not callable(learning_rate):
         _checks.number("learning_rate", learning_rate, at_least=0)
     return optax.with_extra_args_support(optax.chain(direction, optax.scale_by_learning_rate(learning_rate)))
@@ -353,14 +352,14 @@ def scale_by_sgdp(
 
         m <- momentum m + (1 - dampening) g        u = m        direction = project_out_radial(u)
 
-    For the projection see `project_out_radial`; for the decay that belongs to it use `sgdp`. With `delta=0`
+    For the projection see `project_out_radial`; for its decay use `sgdp`. With `delta=0`
     it is SGD with momentum.
 
     Args:
       momentum: Factor on the old momentum, in [0, 1).
-      dampening: What is taken from the weight of the gradient in the momentum, in [0, 1].
-      nesterov: Take `g + momentum m`, with the new m, for u.
-      eps: Least product of norms in the cosine, and added to the norm of the weights; at least 0.
+      dampening: Subtracted from the weight of the gradient in the momentum, in [0, 1].
+      nesterov: Use `g + momentum m`, with the new m, as u.
+      eps: Lower bound of the product of norms in the cosine, also added to the norm of the weights; at least 0.
       delta: Bound on the cosine between gradient and weights, at least 0.
       channel_axis: Axis of the output channels, or several: (-1,), the default, for kernels of flax.
 
@@ -373,7 +372,7 @@ def scale_by_sgdp(
 
     References:
       "AdamP: Slowing Down the Slowdown for Momentum Optimizers on Scale-invariant Weights". The authors' code
-      has 0 as default momentum.
+      has a default momentum of 0.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -402,14 +401,14 @@ def sgdp(
     """SGDP, ready to use: `params <- params - lr (direction + s weight_decay / (1 - momentum) params)`.
 
     See `scale_by_sgdp` for the direction. s is `wd_ratio` for leaves that are projected and 1 for others.
-    The division is the authors': decay is not accumulated in the momentum, but is as strong as if it were.
+    The division is the authors': decay does not accumulate in the momentum, but is as strong as if it did.
 
     Args:
       learning_rate: A number or a schedule.
       momentum: Factor on the old momentum, in [0, 1).
-      dampening: What is taken from the weight of the gradient in the momentum, in [0, 1].
-      nesterov: Take `g + momentum m`, with the new m, for the update.
-      eps: Least product of norms in the cosine, and added to the norm of the weights; at least 0.
+      dampening: Subtracted from the weight of the gradient in the momentum, in [0, 1].
+      nesterov: Use `g + momentum m`, with the new m, as the update.
+      eps: Lower bound of the product of norms in the cosine, also added to the norm of the weights; at least 0.
       delta: Bound on the cosine between gradient and weights, at least 0.
       wd_ratio: Factor on the decay of projected leaves, at least 0.
       channel_axis: Axis of the output channels, or several: (-1,), the default, for kernels of flax.

@@ -1,4 +1,8 @@
-"""Weights as functions of what is trained, and one rule that trains without a gradient."""
+"""Reparametrizations.
+
+Pure functions from the trained parameters to the weights that are used; call them in the loss. `softhebb_update` is a
+local learning rule, which needs no loss.
+"""
 
 from __future__ import annotations
 
@@ -33,20 +37,20 @@ def _soft_threshold_jvp(axis, primals, tangents):
 def soft_threshold_ste(
     weight: jax.Array, threshold: Scalar, *, rescale_axis: int | tuple[int, ...] | None = None
 ) -> jax.Array:
-    """ST-3: weights pulled towards 0 by a threshold, trained as if they were not (straight-through).
+    """ST-3: soft-thresholded weights with the gradient of the dense ones (straight-through).
 
-        sign(w) relu(|w| - threshold) scale        with derivative 1 by w for every entry, pruned or not
+        sign(w) relu(|w| - threshold) scale        with derivative 1 in w for every entry, pruned or not
 
-    Use the result in the forward pass and train `weight`: entries can come back. Raise the sparsity over the run,
-    e.g. `1 - (1 - step / steps)^3`, with `threshold = jnp.quantile(jnp.abs(weight), sparsity)`, or that of all layers
-    together.
+    Use the result in the forward pass and train `weight`: pruned entries can come back. Raise the sparsity over the
+    run, e.g. as `1 - (1 - step / steps)^3`, with `threshold = jnp.quantile(jnp.abs(weight), sparsity)`, or with the
+    quantile of all layers together.
 
     Args:
       weight: The dense weights.
       threshold: At least 0; a number or an array that broadcasts to the weights. It gets no gradient.
-      rescale_axis: The axes of one output's weights (for a kernel [inputs, outputs] it is 0): they are multiplied by
-        `scale = 1.01 / (rho + 0.01)`, with rho the share of the sum of absolute weights that is kept (both with 1e-6
-        added to the means). None: scale 1.
+      rescale_axis: The axes of one output's weights (0 for a kernel [inputs, outputs]), which are multiplied by
+        `scale = 1.01 / (rho + 0.01)`, with rho the kept share of the sum of absolute weights (1e-6 is added to both
+        means). None: scale 1.
 
     Returns:
       The sparse weights, in the dtype of `weight`.
@@ -87,8 +91,8 @@ def stable_recurrent_weight(
     | `"softplus"` | `-log(1 + exp(w))` |
     | `"inverse"` | `-1 / (a w^2 + b)` |
 
-    Trained directly, an eigenvalue cannot come close to 0, the edge of stability, without training becoming
-    unstable: models forget exponentially fast. These maps approach 0 slowly, and allow long memories.
+    If an eigenvalue is trained directly, training becomes unstable before it comes close to 0, the edge of stability,
+    so models forget exponentially fast. These maps approach 0 slowly and allow long memories.
     *Reconstructed*: the constants of `"inverse"`.
 
     Args:
@@ -127,7 +131,7 @@ def stable_recurrent_weight(
 def softhebb_update(
     weight: jax.Array, inputs: jax.Array, *, learning_rate: Scalar = 0.01, temperature: Scalar = 1.0
 ) -> jax.Array:
-    """SoftHebb: the change of a layer's weights by competition of its units, without labels or feedback.
+    """SoftHebb: the change of a layer's weights by competition among its units, without labels or feedback.
 
     For each input x, with `u = weight x` and `y = softmax(u / temperature)`:
 
@@ -140,7 +144,7 @@ def softhebb_update(
       weight: [units, features].
       inputs: [..., features], of norm 1.
       learning_rate: At least 0.
-      temperature: Of the competition, positive.
+      temperature: Divides the activations in the softmax, positive.
 
     Returns:
       The change to add to `weight`, in its dtype.

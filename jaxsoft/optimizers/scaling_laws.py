@@ -1,4 +1,9 @@
-"""Scaling laws: the loss to expect from a size of model and data, as plain functions whose constants are arguments."""
+"""Scaling laws.
+
+The loss to expect for a given size of model and data, by plain arithmetic on numbers or arrays. Every constant is an
+argument, since the constants of one data set and tokenizer do not hold for another. The defaults are constants quoted
+in the literature, for orientation.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +17,7 @@ from jaxsoft.optimizers._common import Scalar
 
 
 def _positive(**values: Any) -> None:
-    """Checks numbers, and lets arrays pass: the laws are elementwise."""
+    """Checks numbers. Arrays pass: the laws are elementwise."""
     for name, value in values.items():
         if getattr(value, "ndim", 0) == 0:
             _checks.number(name, value, above=0)
@@ -66,7 +71,7 @@ def power_law_loss(
 
 
 class CriticalBatchSize(NamedTuple):
-    """Result of `critical_batch_size`; None where nothing was given.
+    """Result of `critical_batch_size`; None for what was not given.
 
     Attributes:
       batch_size: The critical batch size in tokens.
@@ -90,16 +95,16 @@ def critical_batch_size(
 ) -> CriticalBatchSize:
     """The batch size where time and compute balance, `B* / loss^(1 / aB)` tokens.
 
-    Below it twice the batch nearly halves the number of steps; above it twice the batch nearly doubles the tokens
-    that are needed.
+    Below it, twice the batch nearly halves the number of steps; above it, twice the batch nearly doubles the number
+    of tokens needed.
 
     Args:
       loss: The loss reached, positive; numbers or arrays, as all arguments.
       scale: B*, in tokens.
       exponent: aB.
       batch_size: The batch size of a run, in tokens; needed for `steps` and `tokens`.
-      steps: The steps of that run: gives the fewest possible.
-      tokens: The tokens of that run: gives the fewest possible.
+      steps: The number of steps of that run, to compute the fewest possible.
+      tokens: The number of tokens of that run, to compute the fewest possible.
 
     Returns:
       A `CriticalBatchSize`. The default constants are those commonly quoted for the paper's data.
@@ -194,7 +199,7 @@ def chinchilla_loss(params: Any, tokens: Any, *, law: Law = "replication") -> An
 
 
 def chinchilla_optimal(compute: Any, *, law: Law = "replication") -> tuple[Any, Any]:
-    """Parameters and tokens of the lowest `chinchilla_loss` that a budget buys, at `6 N D` operations.
+    """Parameters and tokens of the lowest `chinchilla_loss` for a budget of `6 N D` operations.
 
     `N = G (C / 6)^(b / (a + b))` with `G = (a A / (b B))^(1 / (a + b))`, and `D = C / (6 N)`.
 
@@ -230,8 +235,8 @@ def rectified_scaling_law(
     """Loss after fine-tuning, `B / (D_l + D^b) + E`: flat for little data, then a power law.
 
     Args:
-      tokens: D, amount of fine-tuning data; a number or an array, positive.
-      learned: D_l, what pre-training is worth on the task, at least 0. With 0 it is a power law.
+      tokens: D, number of fine-tuning tokens; a number or an array, positive.
+      learned: D_l, the worth of pre-training on the task, at least 0. With 0 it is a power law.
       factor: B.
       exponent: b.
       irreducible: E, the loss of infinitely much data.
@@ -269,15 +274,15 @@ def precision_scaling_law(
     Args:
       params: N, number of parameters; numbers or arrays.
       tokens: D, number of training tokens.
-      bits: P_i, the precision of weights, activations, cache, as many as are low, each positive.
-      sensitivity: g_i, for each of `bits`; about 2.67 bits for weights.
+      bits: P_i, the bits of weights, activations or cache: one positive number per low precision.
+      sensitivity: g_i, one number per entry of `bits`; about 2.67 bits for weights.
       law: As in `chinchilla_loss`; here by default the original constants.
 
     Returns:
       The loss in nats per token, broadcast over the arguments.
 
     Raises:
-      ValueError: for a number that is not positive, or bits and sensitivities of different number.
+      ValueError: for a number that is not positive, or different numbers of bits and sensitivities.
 
     References:
       "Scaling Laws for Precision".
@@ -289,7 +294,7 @@ def precision_scaling_law(
     """
     if len(bits) != len(sensitivity):
         raise ValueError(
-            f"sensitivity must have one number for each of bits, got {len(sensitivity)} for {len(bits)}"
+            f"sensitivity must have one number per entry of bits, got {len(sensitivity)} for {len(bits)}"
         )
     for i, (p, g) in enumerate(zip(bits, sensitivity)):
         _positive(**{f"bits[{i}]": p, f"sensitivity[{i}]": g})

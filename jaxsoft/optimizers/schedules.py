@@ -1,4 +1,28 @@
-"""Schedules: a learning rate refined from measured gradient norms, and the momentum cycle of 1cycle."""
+"""Schedules.
+
+Functions from the step to a hyper-parameter, like optax's schedules. Refinement takes two runs. The first, with any
+schedule, records its gradient norms; the second uses the schedule made from them:
+
+```python
+import jax
+import jax.numpy as jnp
+import optax
+
+import jaxsoft
+
+steps, params = 20, {"w": jnp.ones(3)}
+tx = optax.chain(jaxsoft.optimizers.record_gradient_norm(steps, ord=1), optax.adam(1e-3))
+state = tx.init(params)
+for _ in range(steps):
+    updates, state = tx.update(jax.grad(lambda p: jnp.sum(p["w"] ** 2))(params), state, params)
+    params = optax.apply_updates(params, updates)
+
+schedule = jaxsoft.optimizers.refined_schedule(state[0].norms_by_count, 1e-3, power=1)
+tx = optax.adam(schedule)
+```
+
+The schedule of domain-adversarial training is `jaxsoft.losses.domain_adversarial_schedule`.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +39,21 @@ from jaxsoft.optimizers._common import Scalar
 
 
 class RecordGradientNormState(NamedTuple):
-    """State of `record_gradient_norm`: steps taken and the norms of the steps, 0 where there was none yet."""
+    """State of `record_gradient_norm`: steps taken, and the norms of the steps, 0 for steps to come."""
 
     count: jax.Array
     norms_by_count: jax.Array
 
 
 def record_gradient_norm(steps: int, ord: int = 2) -> optax.GradientTransformationExtraArgs:
-    """Passes gradients on and keeps their norm, for `refined_schedule`.
+    """Passes gradients on and records their norm, for `refined_schedule`.
 
-    Put it first in a chain, before clipping. The norm is that of all leaves taken as one vector, computed in
-    at least float32. After `steps` steps the oldest norms are overwritten. Under `jit` leaves may be sharded;
+    Put it first in a chain, before clipping. The norm is that of all leaves as one vector, computed in at least
+    float32. After `steps` steps the oldest norms are overwritten. Under `jit` leaves may be sharded;
     inside `shard_map` the norm is that of the local shards.
 
     Args:
-      steps: How many norms to keep: the length of the run, at least 1.
+      steps: Number of norms to keep: the length of the run, at least 1.
       ord: 2 (for SGD) or 1 (for Adam and other methods that normalize each entry).
 
     Returns:
@@ -88,22 +112,22 @@ def refined_schedule(
     filter_fraction: float = 0.1,
     steps: int | None = None,
 ) -> optax.Schedule:
-    """The learning-rate schedule that a finished run says would have been best, for the next run.
+    """The learning-rate schedule for the next run that would have been best for a finished one.
 
     With the gradient norms `G_t` of T steps, smoothed by a running median, and weights `w_t = G_t^-power`:
 
         lr_t = peak c w_t sum_{p > t} w_p / sum_p w_p
 
-    with c such that the largest value is `peak`. Where the norm does not change it is linear decay to 0, with
-    warm-up where gradients start large. The last value is 0.
+    with c such that the largest value is `peak`. For constant norms it is linear decay to 0; gradients that start
+    large add a warm-up. The last value is 0.
 
     Args:
       gradient_norms: `[T]`, the norms of the steps of a run, concrete numbers, e.g. from
         `record_gradient_norm`. Norms of 0 are replaced by the smallest other one.
       peak: The largest learning rate.
       power: 2 with l2 norms (SGD), 1 with l1 norms (Adam and other methods that normalize each entry).
-      filter_fraction: Half of the width of the running median (`2 floor(filter_fraction T) + 1` steps) as a
-        fraction of T, in [0, 0.5]. At the left end the first norm is repeated, at the right end the norms are
+      filter_fraction: Half the width of the running median (`2 floor(filter_fraction T) + 1` steps) as a fraction
+        of T, in [0, 0.5]. At the left end the first norm is repeated, at the right end the norms are
         reflected.
       steps: Length of the next run, at least 2; the schedule is stretched to it linearly. None: T.
 
@@ -111,8 +135,8 @@ def refined_schedule(
       A schedule: step (from 0) to learning rate, constant after the last step.
 
     Raises:
-      ValueError: for norms that are not a vector of at least two finite numbers >= 0, not all 0, or a number
-        out of range.
+      ValueError: if the norms are not a vector of at least two finite numbers >= 0, not all 0, or for a number out of
+        range.
 
     References:
       "When, Why and How Much? Adaptive Learning Rate Scheduling by Refinement".
@@ -160,7 +184,7 @@ def onecycle_momentum_schedule(
     pct_start: Scalar = 0.3,
     pct_final: Scalar = 0.85,
 ) -> optax.Schedule:
-    """The momentum of 1cycle: down while the learning rate goes up, up while it goes down.
+    """The momentum of 1cycle: it falls while the learning rate rises, and rises while it falls.
 
     Piecewise linear: `high` to `low` over the first `pct_start` of the steps, back to `high` until
     `pct_final`, then `high`. The fractions are those of `optax.linear_onecycle_schedule`, for use beside it
@@ -174,7 +198,7 @@ def onecycle_momentum_schedule(
     Args:
       transition_steps: Length of the cycle in steps, positive.
       high: Momentum at the ends, in [0, 1].
-      low: Momentum where the learning rate is largest, in [0, 1].
+      low: Momentum at the largest learning rate, in [0, 1].
       pct_start: Fraction of the steps at which `low` is reached, in (0, 1).
       pct_final: Fraction of the steps at which `high` is reached again, above `pct_start` and at most 1.
 

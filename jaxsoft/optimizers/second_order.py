@@ -1,7 +1,18 @@
-"""Preconditioners made of gradients (Shampoo, M-FAC) and a regularized Newton step."""
+"""Second-order methods.
+
+Preconditioners computed from gradients, and a Newton step for small problems. `shampoo` whitens matrices from both
+sides. On badly scaled matrices it needs far fewer steps than Adagrad or Adam, at the price of eigendecompositions every
+few steps. Start with `exponent=0.25`, the classical power, and the default grafting. `exponent=0.5` is the power that
+the Kronecker approximation of Adagrad's matrix suggests; it amplifies rare directions more, and needs noisy
+gradients, grafting and a larger `eps`.
+
+`scale_by_mfac` keeps the last gradients themselves, so it is for models of which dozens of copies fit in memory.
+`gradient_regularized_newton_step` is a function of the full loss, for convex models such as softmax regression.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -47,8 +58,8 @@ def _inverse_power(a: jax.Array, exponent: Any, eps: Any) -> jax.Array:
 
 @_inverse_power.defjvp
 def _inverse_power_jvp(primals, tangents):
-    # Through eigenvectors the derivative is infinite where eigenvalues are equal. That of the matrix function is
-    # not: in the basis of the eigenvectors it multiplies entry (i, j) by the divided difference of the power.
+    # The derivative through the eigenvectors is infinite for equal eigenvalues, but that of the matrix function is
+    # finite: in the basis of the eigenvectors it multiplies entry (i, j) by the divided difference of the power.
     a, exponent, eps = primals
     da, dexponent, deps = tangents
     values, vectors = _damped_eigh(a, eps)
@@ -71,7 +82,7 @@ def _inverse_power_jvp(primals, tangents):
 
 
 def _is_matrix(x: jax.Array) -> bool:
-    """Whether a statistic of `ScaleByShampooState` is in use; an unused one has shape (0,)."""
+    """Whether a statistic of `ScaleByShampooState` is used; an unused one has shape (0,)."""
     return x.ndim >= 2
 
 
@@ -80,11 +91,16 @@ def _matrix_norm(x: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.where(square > 0, square, 1)) * (square > 0)
 
 
+def _by_entry(g: jax.Array, v: jax.Array) -> jax.Array:
+    """Adagrad's direction `g / sqrt(v)`, and 0 where `v` is 0."""
+    return jnp.where(v > 0, g / jnp.sqrt(jnp.where(v > 0, v, 1)), 0)
+
+
 class ScaleByShampooState(NamedTuple):
     """State of `scale_by_shampoo`: steps taken, momentum (or None), and statistics like the parameters.
 
-    `left` and `right` hold the matrices of each leaf, `left_root` and `right_root` their cached roots, `nu` the
-    squares of the entries. What a leaf does not need is an array of shape (0,).
+    `left` and `right` hold the matrices of each leaf, `left_root` and `right_root` their cached roots, and `nu` the
+    squares of the entries. Statistics that a leaf does not need have shape (0,).
     """
 
     count: jax.Array
@@ -94,6 +110,57 @@ class ScaleByShampooState(NamedTuple):
     right: Any
     left_root: Any
     right_root: Any
+
+
+class _ShampooLeaf(NamedTuple):
+    """Shampoo for one leaf. `correction` is the factor by which decaying statistics are too small."""
+
+    eps: Any
+    exponent: Any
+    trace_normalize: bool
+    grafting: str
+    max_dim: int
+
+    def _sides(self, p: Any) -> tuple[int, int]:
+        """The sides of a leaf's matrices; 0 for a side without a statistic."""
+        a, b = jnp.shape(p)[-2:] if jnp.ndim(p) >= 2 and jnp.size(p) else (0, 0)
+        return a * (a <= self.max_dim), b * (b <= self.max_dim)
+
+    def init_statistic(self, p: Any, side: int) -> jax.Array:
+        n = self._sides(p)[side]
+        return jnp.zeros((*jnp.shape(p)[:-2], n, n) if n else (0,), _common.wide(p))
+
+    def init_second_moment(self, p: Any) -> jax.Array:
+        needed = self.grafting == "diagonal" or not any(self._sides(p))
+        return jnp.zeros_like(p, dtype=_common.wide(p)) if needed else jnp.zeros((0,), _common.wide(p))
+
+    def root(self, correction: Any, s: jax.Array, other: jax.Array) -> jax.Array:
+        """The inverse power of the statistic of one side; alone it takes the power -1/2."""
+        if not _is_matrix(s):
+            return s
+        return _inverse_power(s / correction, self.exponent if _is_matrix(other) else 0.5, self.eps)
+
+    def left_root(self, correction: Any, s: jax.Array, other: jax.Array) -> jax.Array:
+        """The same with the factor of the trace."""
+        root = self.root(correction, s, other)
+        if not (_is_matrix(s) and _is_matrix(other) and self.trace_normalize):
+            return root
+        trace = jnp.trace(s, axis1=-2, axis2=-1)[..., None, None] / correction
+        return root * _power(trace, 0.5 - 2 * self.exponent)
+
+    def direction(
+        self, correction: Any, g: jax.Array, v: jax.Array, left: jax.Array, right: jax.Array
+    ) -> jax.Array:
+        """The whitened gradient, with the length that grafting gives it."""
+        if not (_is_matrix(left) or _is_matrix(right)):
+            return _by_entry(g, v / correction)
+        u = _matmul(left, g) if _is_matrix(left) else g
+        u = _matmul(u, right) if _is_matrix(right) else u
+        if self.grafting == "none":
+            return u
+        norm = _matrix_norm(u)
+        target = _matrix_norm(g if self.grafting == "sgd" else _by_entry(g, v / correction))
+        return u * (target / jnp.where(norm > 0, norm, 1))
 
 
 def scale_by_shampoo(
@@ -107,7 +174,7 @@ def scale_by_shampoo(
     grafting: Literal["none", "sgd", "diagonal"] = "none",
     max_dim: int = 8192,
 ) -> optax.GradientTransformationExtraArgs:
-    """The direction of Shampoo: each matrix of gradients, whitened from the left and from the right.
+    """The direction of Shampoo: each gradient matrix, whitened from the left and from the right.
 
     For a leaf with gradient G of shape [..., a, b] (leading axes are a batch of matrices), at step t:
 
@@ -118,12 +185,12 @@ def scale_by_shampoo(
     the Kronecker product nearest to Adagrad's matrix H gives `H ~ (L x R) / tr(L)`, and hence
     `H^(-1/2) G = tr(L)^(1/2) L^(-1/2) G R^(-1/2)`: this is `exponent` 1/2. The factor makes the direction
     independent of the scale of the gradients. With `b2` the matrices are corrected for their start at 0. The
-    roots are taken of `L + eps max(eigenvalue) I` by eigendecompositions under `lax.cond`, in each of the first
-    `precondition_every` steps, where the matrices change most, and then at its multiples.
+    roots of `L + eps max(eigenvalue) I` are computed by eigendecompositions under `lax.cond`, in each of the first
+    `precondition_every` steps, where the matrices change most, and then at the multiples of this number.
 
     A leaf with fewer than two axes takes Adagrad's direction `g / sqrt(v)`, with `v` the sum (or corrected
     mean) of its squares, and 0 where `v` is 0. A matrix with one side longer than `max_dim` is whitened from the
-    other side only, `L^(-1/2) G`, and one with two such sides is treated entry by entry.
+    other side only, `L^(-1/2) G`; one with two such sides is treated entry by entry.
 
     Args:
       b2: Decay of the statistics, in [0, 1). None: they are sums, as in Adagrad.
@@ -131,11 +198,11 @@ def scale_by_shampoo(
       b1: Decay of a moving average of the direction (corrected for its start at 0), in [0, 1). None: no momentum.
       exponent: Power of the inverse matrices, positive: 1/4 or 1/2.
       trace_normalize: Multiply by the factor with tr(L). It matters for an `exponent` other than 1/4.
-      precondition_every: Steps between two computations of the roots, at least 1. Old roots amplify what is new
-        in a gradient: with more than 1 and `exponent` 1/2, use `grafting`.
-      grafting: `"none"`; or take the norm of each matrix of the direction from another method: `"sgd"`, the
-        gradient, or `"diagonal"`, that of `g / sqrt(v)`, which keeps `v` for every leaf.
-      max_dim: Longest side, a static integer, that gets a matrix of its own.
+      precondition_every: Steps between two computations of the roots, at least 1. Old roots amplify new components
+        of a gradient: with more than 1 and `exponent` 1/2, use `grafting`.
+      grafting: `"none"`; or take the norm of each matrix of the direction from another method: `"sgd"`, the norm of
+        the gradient, or `"diagonal"`, that of `g / sqrt(v)`, which keeps `v` for every leaf.
+      max_dim: Longest side that gets a matrix, a static integer.
 
     Returns:
       A gradient transformation. State: for an [a, b] leaf `2 (a^2 + b^2)` float32 numbers, and `a b` each for `b1`
@@ -169,29 +236,16 @@ def scale_by_shampoo(
     _checks.option("grafting", grafting, ("none", "sgd", "diagonal"))
     max_dim = _checks.integer("max_dim", max_dim, at_least=1)
 
-    def sides(p: Any) -> tuple[int, int]:
-        """The sides of a leaf's matrices which get a statistic, 0 for those which do not."""
-        shape = jnp.shape(p)
-        if len(shape) < 2 or 0 in shape:
-            return 0, 0
-        return shape[-2] * (shape[-2] <= max_dim), shape[-1] * (shape[-1] <= max_dim)
+    leafwise = _ShampooLeaf(eps, exponent, trace_normalize, grafting, max_dim)
 
     def init(params: optax.Params) -> ScaleByShampooState:
         def statistics(side):
-            def zeros(p):
-                n = sides(p)[side]
-                return jnp.zeros((*jnp.shape(p)[:-2], n, n) if n else (0,), _common.wide(p))
-
-            return jax.tree.map(zeros, params)
-
-        def second_moment(p):
-            needed = grafting == "diagonal" or not any(sides(p))
-            return jnp.zeros_like(p, dtype=_common.wide(p)) if needed else jnp.zeros((0,), _common.wide(p))
+            return jax.tree.map(lambda p: leafwise.init_statistic(p, side), params)
 
         return ScaleByShampooState(
             count=jnp.zeros([], jnp.int32),
             mu=None if b1 is None else _common.moments_like(params),
-            nu=jax.tree.map(second_moment, params),
+            nu=jax.tree.map(leafwise.init_second_moment, params),
             left=statistics(0),
             right=statistics(1),
             left_root=statistics(0),
@@ -214,43 +268,17 @@ def scale_by_shampoo(
         )
         nu = jax.tree.map(lambda g, v: accumulate(v, g * g) if v.shape == g.shape else v, g, state.nu)
 
-        def root(s, other):
-            return _inverse_power(s / correction, exponent if _is_matrix(other) else 0.5, eps)
-
-        def left_root(s, other):
-            if not _is_matrix(s):
-                return s
-            if not (_is_matrix(other) and trace_normalize):
-                return root(s, other)
-            trace = jnp.trace(s, axis1=-2, axis2=-1)[..., None, None] / correction
-            return root(s, other) * _power(trace, 0.5 - 2 * exponent)
-
-        def right_root(s, other):
-            return root(s, other) if _is_matrix(s) else s
-
         def roots():
-            return jax.tree.map(left_root, left, right), jax.tree.map(right_root, right, left)
+            return (
+                jax.tree.map(functools.partial(leafwise.left_root, correction), left, right),
+                jax.tree.map(functools.partial(leafwise.root, correction), right, left),
+            )
 
         left_roots, right_roots = state.left_root, state.right_root
         if any(_is_matrix(s) for s in jax.tree.leaves((left, right))):
             due = (count <= precondition_every) | (count % precondition_every == 0)
             left_roots, right_roots = lax.cond(due, roots, lambda: (left_roots, right_roots))
-
-        def by_entry(g, v):
-            v = v / correction
-            return jnp.where(v > 0, g / jnp.sqrt(jnp.where(v > 0, v, 1)), 0)
-
-        def direction(g, v, left, right):
-            if not (_is_matrix(left) or _is_matrix(right)):
-                return by_entry(g, v)
-            u = _matmul(left, g) if _is_matrix(left) else g
-            u = _matmul(u, right) if _is_matrix(right) else u
-            if grafting == "none":
-                return u
-            norm = _matrix_norm(u)
-            target = _matrix_norm(g if grafting == "sgd" else by_entry(g, v))
-            return u * (target / jnp.where(norm > 0, norm, 1))
-
+        direction = functools.partial(leafwise.direction, correction)
         u = jax.tree.map(direction, g, nu, left_roots, right_roots)
         mu = state.mu
         if b1 is not None:
@@ -290,8 +318,8 @@ def shampoo(
       exponent: Power of the inverse matrices, positive: 1/4 or 1/2.
       trace_normalize: See `scale_by_shampoo`.
       precondition_every: Steps between two computations of the roots, at least 1.
-      grafting: Where the length of a step comes from: `"none"`, `"sgd"` or `"diagonal"`.
-      max_dim: Longest side that gets a matrix of its own.
+      grafting: Method that gives a step its length: `"none"`, `"sgd"` or `"diagonal"`.
+      max_dim: Longest side that gets a matrix.
       weight_decay: Decoupled weight decay.
       mask: Which parameters decay: a pytree of bools, or a function from the parameters to one.
 
@@ -327,7 +355,7 @@ def shampoo(
 
 
 class ScaleByMfacState(NamedTuple):
-    """State of `scale_by_mfac`: steps taken, the last gradients, and each leaf's part of their products."""
+    """State of `scale_by_mfac`: steps taken, the last gradients, and the part of each leaf in their products."""
 
     count: jax.Array
     window: Any
@@ -337,21 +365,22 @@ class ScaleByMfacState(NamedTuple):
 def scale_by_mfac(window: int = 32, damping: Scalar = 1e-3) -> optax.GradientTransformationExtraArgs:
     """The direction of M-FAC: the gradient times the inverse of the damped empirical Fisher matrix.
 
-    With the last m gradients, each taken over the whole tree and the newest included, as rows of a matrix G:
+    The rows of a matrix G are the last m gradients, each over the whole tree and including the newest:
 
         F = damping I + G^T G / m        direction = F^-1 g
 
     F is never formed. Because `g` is a row of G, say the k-th, the direction is
     `m G^T (m damping I + G G^T)^-1 e_k`: one m x m solve, without the cancellation of the usual formula. The
     products `G G^T` are kept, so a step costs three passes over the stored gradients. In the first steps the
-    missing gradients count as 0 and m stays. Momentum and weight decay compose: `optax.ema` after it.
+    missing gradients count as 0, and m stays the same. For momentum put `optax.ema` after it; weight decay composes
+    as usual.
 
-    The direction has about the length `m / ||g||` where gradients are large, and `||g|| / damping` where they
-    are small. If the damping is below the rounding error of the products, that error takes its place.
+    The length of the direction is about `m / ||g||` for large gradients and `||g|| / damping` for small ones. If the
+    damping is below the rounding error of the products, that error replaces it.
 
     Args:
-      window: The number m of gradients kept, a static integer of at least 1: 4 m bytes for each parameter. The
-        paper takes 1024, on small models.
+      window: The number m of gradients kept, a static integer of at least 1: 4 m bytes per parameter. The paper
+        takes 1024, on small models.
       damping: Positive. The authors' code has 1e-5, with gradients that include weight decay.
 
     Returns:
@@ -427,15 +456,15 @@ def gradient_regularized_newton_step(
     """One Newton step damped by the norm of the gradient: `params - (B + (||g|| / radius) I)^-1 g`.
 
     B is the Hessian of the loss or an approximation of it. The damping vanishes at the solution, which keeps
-    Newton's fast convergence, and bounds the step by `radius` if B is positive semidefinite. A step that does
-    not satisfy Armijo's rule `loss(new) <= loss + sufficient_decrease <g, step>`, or is no descent, is
-    tried again with half the radius; after an accepted one the radius is doubled. The loss never increases.
+    Newton's fast convergence, and bounds the step by `radius` if B is positive semidefinite. A step that violates
+    Armijo's rule `loss(new) <= loss + sufficient_decrease <g, step>`, or does not descend, is tried again with half
+    the radius; after an accepted step the radius is doubled. The loss never increases.
 
     *Reconstructed*: the paper adapts the radius by a measure of smoothness along the gradient; Armijo's rule
     in its place is ours.
 
     Args:
-      loss_fn: A function from the parameters to a scalar loss of the full data, differentiable twice (once,
+      loss_fn: A function from the parameters to a scalar loss of the full data, differentiable twice (once
         with `curvature`).
       params: A pytree of floating arrays.
       radius: Positive; start with the length of a step you would trust. `jnp.inf` is Newton's method (it cannot be
@@ -443,9 +472,9 @@ def gradient_regularized_newton_step(
       curvature: A function `(params, vector) -> B vector` with B symmetric, e.g. a Gauss-Newton product. None: the
         Hessian, by forward-over-reverse differentiation.
       sufficient_decrease: Armijo's constant, in (0, 1/2].
-      max_trials: Most steps tried, static; if none is accepted the parameters stay.
-      cg_steps: Most iterations of conjugate gradients for each trial, static.
-      cg_tol: Relative residual at which they stop, at least 0.
+      max_trials: Largest number of steps tried, static; if none is accepted the parameters stay the same.
+      cg_steps: Largest number of conjugate gradient iterations per trial, static.
+      cg_tol: Relative residual at which the iterations stop, at least 0.
 
     Returns:
       The new parameters, the radius for the next step, and the loss at the new parameters.

@@ -1,6 +1,6 @@
-"""SPAM, Stable-SPAM and their parts: Adam that survives spikes of the gradient.
+"""SPAM and Stable-SPAM.
 
-Each formula is one function at the top; the parts and both optimizers are made of them.
+Versions of Adam that survive spikes of the gradient, and their parts, which go before or around any other optimizer.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ def _cosine_decay(step: jax.Array, steps: Scalar, high: Scalar, low: Scalar) -> 
     return jnp.where(step < steps, low + (jnp.asarray(high) - low) * (1 + cosine) / 2, low)
 
 
-def _warmup_factor(count: jax.Array, every: Scalar, warmup_steps: Scalar) -> jax.Array:
-    """1 before the first reset; 0.01 at a reset (a multiple of `every`), 1 again `warmup_steps` later."""
-    return jnp.where(count < every, 1.0, 1 - _cosine_decay(count % every, warmup_steps, 0.99, 0.0))
+def _warmup_factor(count: jax.Array, reset_every: Scalar, warmup_steps: Scalar) -> jax.Array:
+    """1 before the first reset; 0.01 at a reset (a multiple of `reset_every`), 1 again `warmup_steps` later."""
+    return jnp.where(
+        count < reset_every, 1.0, 1 - _cosine_decay(count % reset_every, warmup_steps, 0.99, 0.0)
+    )
 
 
 def _zero_if(condition: jax.Array, tree: Any) -> Any:
@@ -41,7 +43,7 @@ def _squares(tree: Any) -> Any:
 def _clip_to_second_moment(
     g: Any, nu: Any, threshold: Scalar, b2: Scalar, active: jax.Array
 ) -> tuple[Any, Any]:
-    """SPAM's clipping and the second moment of what it leaves.
+    """SPAM's clipping, and the second moment of the clipped gradients.
 
         g <- sign(g) sqrt(threshold nu) where g^2 > threshold nu        nu <- b2 nu + (1 - b2) g^2
 
@@ -55,9 +57,9 @@ def _clip_to_second_moment(
         nu,
         jax.tree.map(lambda g, v: jnp.minimum(g * g, jnp.where(active, threshold * v, jnp.inf)), g, nu),
     )
-    # The clipping could be done with the old nu, but then the compiler copies it in order to overwrite the
-    # state in place. A clipped entry has nu_new = (b2 + (1 - b2) threshold) nu, hence the bound threshold nu
-    # is new_threshold nu_new; and an entry exceeds the one bound if and only if it exceeds the other.
+    # Clipping with the old nu would make the compiler copy it to overwrite the state in place. A clipped entry has
+    # nu_new = (b2 + (1 - b2) threshold) nu, so the bound threshold nu equals new_threshold nu_new, and an entry exceeds
+    # one bound if and only if it exceeds the other.
     new_threshold = 1 / ((1 - b2) + b2 / threshold)
 
     def clip(g, v):
@@ -79,7 +81,7 @@ def _mean_peak_bound(g: Any, peak_mean: Any, gamma3: Scalar, count: jax.Array) -
     peak_mean = moving_average(gamma3, peak_mean, peak)
     correction = bias_correction(gamma3, count)
     bound = jax.tree.map(lambda m: m / correction, peak_mean)
-    # Where the peak does not exceed the bound, no entry does, and the factor has no meaning.
+    # If the peak does not exceed the bound, no entry does, and the factor is unused.
     factor = jax.tree.map(lambda bound, peak: jnp.where(peak > bound, bound / peak, 1), bound, peak)
     return bound, factor, peak_mean
 
@@ -88,9 +90,9 @@ def _scale_above(g: Any, bound: Any, factor: Any) -> Any:
     """AdaClip: `g <- factor g` where `|g| > bound`."""
 
     def clip(g, bound, factor):
-        # In words: jnp.where(jnp.abs(g) > bound, factor * g, g). On CPU a comparison is not fused into the
-        # sum that takes the norm of the result, and would cost an array of the size of the leaf; signs and
-        # maxima are fused. The sign is 1 up to the bound and 0 or -1 above, and the factor is in [0, 1].
+        # Computes jnp.where(jnp.abs(g) > bound, factor * g, g). On CPU a comparison does not fuse with the sum for the
+        # norm of the result, and would need an array of the size of the leaf; signs and maxima fuse. The sign is 1 up
+        # to the bound and 0 or -1 above, and the factor is in [0, 1].
         above = jnp.nextafter(jax.lax.stop_gradient(bound), jnp.asarray(jnp.inf, bound.dtype))
         return g * jnp.maximum(factor, jnp.sign(above - jnp.maximum(g, -g)))
 
@@ -110,7 +112,7 @@ def _mean_norm_factor(
     eps: Scalar,
     count: jax.Array,
 ) -> tuple[Any, Any, Any]:
-    """AdaGN's factor for each leaf, which gives it an Adam step of its norm n as length.
+    """AdaGN's factor for each leaf: its length becomes an Adam step of its norm n.
 
         mu <- gamma1 mu + (1 - gamma1) n    nu <- gamma2 nu + (1 - gamma2) n^2
         factor = mu_hat / (sqrt(nu_hat) + eps) / n    (0 where n = 0)
@@ -148,12 +150,12 @@ def spike_clip_by_second_moment(
 ) -> optax.GradientTransformationExtraArgs:
     """SPAM's spike clipping: no entry may exceed its own root mean square by more than a factor.
 
-    With `nu` the second moment of the clipped gradients up to the step before, not bias-corrected:
+    With `nu` the second moment of the clipped gradients up to the previous step, without bias correction:
 
         g <- sign(g) sqrt(threshold nu) where g^2 > threshold nu        nu <- b2 nu + (1 - b2) g^2
 
     Because `nu` starts at 0, the bound is tight in the first steps: about `sqrt(threshold (1 - b2))` times
-    the first gradient. At step 1 it is 0, so `clip_start <= 1` suppresses the first gradient wholly.
+    the first gradient. At step 1 it is 0, so `clip_start <= 1` sets the first gradient to 0.
 
     Args:
       threshold: Bound on `g^2 / nu`; 0 turns clipping off.
@@ -195,7 +197,7 @@ def spike_clip_by_second_moment(
 
 
 class AdaptiveSpikeClipState(NamedTuple):
-    """State of `adaptive_spike_clip`: steps taken, and one mean of `max|g|` for each leaf."""
+    """State of `adaptive_spike_clip`: steps taken, and one mean of `max|g|` per leaf."""
 
     count: jax.Array
     peak_mean: optax.Updates
@@ -209,14 +211,14 @@ def adaptive_spike_clip(gamma3: Scalar = 0.999) -> optax.GradientTransformationE
         peak = max|g|    M <- gamma3 M + (1 - gamma3) peak    M_hat = M / (1 - gamma3^t)
         g <- g M_hat / peak where |g| > M_hat
 
-    so the largest entry lands on `M_hat` and the clipped entries keep their ratios. Under `jit` the leaf may
+    The largest entry becomes `M_hat`, and the clipped entries keep their ratios. Under `jit` the leaf may
     be sharded; inside `shard_map` the maximum is that of the local shard.
 
     Args:
       gamma3: Decay of the mean of the maximum, in [0, 1).
 
     Returns:
-      A gradient transformation. It keeps one scalar for each leaf.
+      A gradient transformation. It keeps one scalar per leaf.
 
     Raises:
       ValueError: for a rate out of range.
@@ -250,7 +252,7 @@ def adaptive_spike_clip(gamma3: Scalar = 0.999) -> optax.GradientTransformationE
 
 
 class AdaptiveGradientNormState(NamedTuple):
-    """State of `adaptive_gradient_norm`: steps taken, and two moments of the norm for each leaf."""
+    """State of `adaptive_gradient_norm`: steps taken, and two moments of the norm per leaf."""
 
     count: jax.Array
     norm_mean: optax.Updates
@@ -260,7 +262,7 @@ class AdaptiveGradientNormState(NamedTuple):
 def adaptive_gradient_norm(
     gamma1: Scalar = 0.7, gamma2: Scalar = 0.9, eps: Scalar = 1e-8
 ) -> optax.GradientTransformationExtraArgs:
-    """Stable-SPAM's AdaGN: each leaf keeps its direction and gets an Adam step of its norm as length.
+    """Stable-SPAM's AdaGN: each leaf keeps its direction, and its length becomes an Adam step of its norm.
 
     For each leaf, at step t, with `n = ||g||`:
 
@@ -268,8 +270,8 @@ def adaptive_gradient_norm(
         nu <- gamma2 nu + (1 - gamma2) n^2       nu_hat = nu / (1 - gamma2^t)
         g <- (g / n) mu_hat / (sqrt(nu_hat) + eps)        (0 where n = 0)
 
-    The result has a norm around 1 whatever the scale of the gradient, so a leaf whose gradients are all tiny
-    noise is amplified too. Under `jit` the leaf may be sharded; inside `shard_map` the norm is that of the
+    The result has a norm around 1 for any scale of the gradient, so a leaf with nothing but tiny noise is amplified,
+    too. Under `jit` the leaf may be sharded; inside `shard_map` the norm is that of the
     local shard.
 
     Args:
@@ -278,7 +280,7 @@ def adaptive_gradient_norm(
       eps: Added to the root, at least 0; norms below it are damped.
 
     Returns:
-      A gradient transformation. It keeps two scalars for each leaf.
+      A gradient transformation. It keeps two scalars per leaf.
 
     Raises:
       ValueError: for a rate out of range or a negative `eps`.
@@ -321,31 +323,31 @@ class MomentumResetState(NamedTuple):
 
 def momentum_reset(
     inner: optax.GradientTransformation,
-    every: Scalar = 500,
+    reset_every: Scalar = 500,
     warmup_steps: Scalar = 0,
     *,
     reset_counts: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Forgets the moments of any transformation at regular steps, and warms its updates up again.
+    """Resets the moments of any transformation at regular steps, and warms up its updates again.
 
-    At each step t (from 1) that is a multiple of `every`, before the inner update, every floating array
-    that the inner state holds for the parameters (what `optax.tree_map_params` visits) becomes 0. The updates
-    are multiplied by 1 before the first reset, and j steps after a reset by
+    At each step t (from 1) that is a multiple of `reset_every`, before the inner update, every floating array that the
+    inner state holds for the parameters (those that `optax.tree_map_params` visits) becomes 0. The updates are
+    multiplied by 1 before the first reset, and j steps after a reset by
 
         1 - 0.99 (1 + cos(pi j / (warmup_steps + 1))) / 2  for j < warmup_steps,  1 afterwards.
 
     Args:
-      inner: The transformation whose moments are reset; its moments must start at 0.
-      every: Steps between resets, at least 1.
+      inner: The transformation to reset; its moments must start at 0.
+      reset_every: Steps between resets, at least 1.
       warmup_steps: Length of the warm-up after a reset, at least 0.
-      reset_counts: Also set the scalar integers of the inner state to 0, such as the `count` with which Adam
-        corrects its bias (Stable-SPAM does, SPAM does not). Schedules inside start again too.
+      reset_counts: Also set the scalar integers of the inner state to 0, such as the `count` of Adam's bias correction
+        (Stable-SPAM does, SPAM does not). Schedules inside start again, too.
 
     Returns:
       A gradient transformation.
 
     Raises:
-      ValueError: for `every` below 1 or a negative `warmup_steps`.
+      ValueError: for `reset_every` below 1 or a negative `warmup_steps`.
 
     References:
       "SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training"; as a wrapper of any transformation
@@ -353,7 +355,7 @@ def momentum_reset(
 
     Examples:
       >>> import jax.numpy as jnp
-      >>> tx = momentum_reset(optax.trace(0.9), every=3)
+      >>> tx = momentum_reset(optax.trace(0.9), reset_every=3)
       >>> state = tx.init(jnp.zeros(1))
       >>> for _ in range(4):
       ...     u, state = tx.update(jnp.ones(1), state)
@@ -363,7 +365,7 @@ def momentum_reset(
       [1.]
       [1.9]
     """
-    _common.check_steps("every", every, at_least=1)
+    _common.check_steps("reset_every", reset_every, at_least=1)
     _common.check_steps("warmup_steps", warmup_steps, at_least=0)
     inner = optax.with_extra_args_support(inner)
 
@@ -372,7 +374,7 @@ def momentum_reset(
 
     def update(updates: optax.Updates, state: Any, params: Any = None, **extra: Any):
         count = jnp.asarray(optax.safe_increment(state.count))
-        reset = count % every == 0
+        reset = count % reset_every == 0
 
         def forget(x):
             return _zero_if(reset, x) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x
@@ -383,7 +385,7 @@ def momentum_reset(
 
         inner_state = optax.tree_map_params(inner, forget, state.inner_state, transform_non_params=recount)
         u, inner_state = inner.update(updates, inner_state, params, **extra)
-        factor = _warmup_factor(count, every, warmup_steps)
+        factor = _warmup_factor(count, reset_every, warmup_steps)
         u = jax.tree.map(lambda u: (factor * u).astype(jnp.result_type(u)), u)
         return u, MomentumResetState(count, inner_state)
 
@@ -421,11 +423,10 @@ def scale_by_spam(
         m <- b1 m + (1 - b1) g        v <- b2 v + (1 - b2) g^2
         direction = s (sqrt(1 - b2^t) / (1 - b1^t)) m / (sqrt(v) + eps)
 
-    with s the warm-up factor of `momentum_reset`. As in the authors' code the bias correction takes the
-    steps since the start, not since the reset: right after a reset `m / sqrt(v)` is about 3 times too large
-    (`(1 - b1) / sqrt(1 - b2)`), which the warm-up hides. The clipping is that of
-    `spike_clip_by_second_moment`, with Adam's own `v`. Sparse momentum (`density < 1`) is left out: with
-    static shapes it saves no memory.
+    with s the warm-up factor of `momentum_reset`. As in the authors' code the bias correction counts the steps since
+    the start, not since the reset: right after a reset `m / sqrt(v)` is about 3 times too large
+    (`(1 - b1) / sqrt(1 - b2)`), which the warm-up hides. The clipping is that of `spike_clip_by_second_moment`, with
+    Adam's own `v`. Sparse momentum (`density < 1`) is left out: with static shapes it saves no memory.
 
     Args:
       b1: Decay of the first moment, in [0, 1).
@@ -435,9 +436,9 @@ def scale_by_spam(
       reset_every: Steps between resets of the moments, at least 1.
       warmup_steps: Length of the warm-up after a reset, at least 0.
       clip_start: Step, counted from the start and from each reset, at which clipping begins (the authors'
-        `grad_accu_steps`). With 1 or less the first gradient is suppressed wholly, since v is 0.
-      mu_dtype: Dtype of the first moment, to which it is rounded before it is used. None: that of the
-        parameters, but at least float32, which the second moment always has.
+        `grad_accu_steps`). With 1 or less the first gradient becomes 0, since v is 0.
+      mu_dtype: Dtype of the first moment, which is rounded to it before use. None: that of the parameters, but at
+        least float32, as for the second moment.
 
     Returns:
       A gradient transformation. Updates keep the dtype of the gradients.
@@ -550,7 +551,7 @@ def spam(
 
 
 class ScaleByStableSpamState(NamedTuple):
-    """State of `scale_by_stable_spam`: steps taken, three scalars for each leaf, and both moments."""
+    """State of `scale_by_stable_spam`: steps taken, three scalars per leaf, and both moments."""
 
     count: jax.Array
     peak_mean: optax.Updates
@@ -587,8 +588,8 @@ def scale_by_stable_spam(
     it is `optax.chain(adaptive_spike_clip(gamma3), adaptive_gradient_norm(gamma1, gamma2, eps),
     momentum_reset(optax.scale_by_adam(b1, b2, eps), reset_every, reset_counts=True))`.
 
-    The trajectory does not depend on the scale of the gradients, up to `eps`. A leaf whose gradients are all
-    tiny noise takes steps of full size too. Under `jit` a leaf may be sharded; inside `shard_map` its maximum
+    The trajectory does not depend on the scale of the gradients, up to `eps`. A leaf with nothing but tiny noise takes
+    steps of full size, too. Under `jit` a leaf may be sharded; inside `shard_map` its maximum
     and norm are those of the local shard.
 
     Args:
@@ -599,10 +600,10 @@ def scale_by_stable_spam(
       gamma2: Decay of the mean squared norm, in [0, 1).
       gamma3: Decay of the mean of the largest entry, in [0, 1).
       reset_every: Steps between resets of the moments, at least 1.
-      total_steps: Length of training over which `b1` and `gamma1` are lowered. None: they are constant.
-      eta_min: Factor that `b1` and `gamma1` end with, in [0, 1].
-      mu_dtype: Dtype of the first moment, to which it is rounded before it is used. None: that of the
-        parameters, but at least float32, which all other state always has.
+      total_steps: Length of training over which `b1` and `gamma1` fall. None: they are constant.
+      eta_min: Final factor of `b1` and `gamma1`, in [0, 1].
+      mu_dtype: Dtype of the first moment, which is rounded to it before use. None: that of the parameters, but at
+        least float32, as for all other state.
 
     Returns:
       A gradient transformation. Updates keep the dtype of the gradients.
@@ -651,8 +652,8 @@ def scale_by_stable_spam(
 
         g = _common.widen(updates)
         bound, factor, peak_mean = _mean_peak_bound(g, state.peak_mean, gamma3, count)
-        # The clipped gradient is needed for its norm and for each moment. To compute it from g every time is
-        # much cheaper than to store it.
+        # The norm and each moment need the clipped gradient. Computing it from g each time is much cheaper than storing
+        # it.
         clip1 = g, bound, factor
         clip2 = _common.separate(clip1)
         clip3 = _common.separate(clip2)
@@ -665,7 +666,7 @@ def scale_by_stable_spam(
         mu, nu = _zero_if(count % reset_every == 0, (state.mu, state.nu))
         mu = _common.cast_like(moving_average(b1_now, mu, g1), state.mu)  # rounded to mu_dtype here: no copy
         nu = moving_average(b2, nu, _squares(g2))
-        # Their inverses are scalars; to divide every entry by them would take as long as to read it.
+        # Scalar inverses: dividing every entry would take as long as reading it.
         correction1, correction2 = (1 / bias_correction(b, since_reset) for b in (b1_now, b2))
 
         def direction(m, v):
@@ -706,8 +707,8 @@ def stable_spam(
       gamma2: Decay of the mean squared norm, in [0, 1).
       gamma3: Decay of the mean of the largest entry, in [0, 1).
       reset_every: Steps between resets of the moments, at least 1.
-      total_steps: Length of training over which `b1` and `gamma1` are lowered. None: they are constant.
-      eta_min: Factor that `b1` and `gamma1` end with, in [0, 1].
+      total_steps: Length of training over which `b1` and `gamma1` fall. None: they are constant.
+      eta_min: Final factor of `b1` and `gamma1`, in [0, 1].
       mu_dtype: Dtype of the first moment.
       weight_decay: Decoupled weight decay.
       mask: Which parameters decay: a pytree of bools, or a function from the parameters to one.

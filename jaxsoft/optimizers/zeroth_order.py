@@ -1,4 +1,44 @@
-"""Gradients from values of the loss alone (zeroth order), and training that needs no more memory than inference."""
+"""Zeroth-order optimization.
+
+Training from values of the loss alone: there is no backward pass, and no activations are kept. Slow in steps and cheap
+in memory, for fine-tuning a model where only inference fits, and for losses that have no gradient.
+
+| | stores | use |
+| --- | --- | --- |
+| `mezo` | nothing beside what inference needs | SGD, its sign and conservative variants |
+| `zo_value_and_grad` | the estimate and one perturbed copy | any optax optimizer: momentum, Adam; several blocks |
+| `forward_gradient` | the estimate and its direction | the same, with exact slopes, if the loss has a forward mode |
+| `zo_projection`, `shared_randomness_update` | one perturbed copy | workers that exchange one byte per step |
+
+```python
+import functools
+
+import jax
+import jax.numpy as jnp
+
+import jaxsoft
+
+params, batch = {"w": jnp.ones(3)}, jnp.arange(3.0)
+
+
+def loss_fn(params, batch):
+    return jnp.sum((params["w"] - batch) ** 2)
+
+
+optimizer = jaxsoft.optimizers.mezo(1e-6)
+state = optimizer.init(jax.random.key(0))
+step = jax.jit(functools.partial(optimizer.step, loss_fn), donate_argnums=0)
+params, state, value = step(params, state, batch)
+```
+
+Why `mezo` needs no more memory than inference: the direction is a function of its key, written as one elementwise
+expression, so the compiler computes it inside the loop that adds it to the parameters. The parameters are moved in
+place, which donation allows. And the program contains the loss once, in a loop over the places where it is evaluated.
+`python benchmarks/zeroth_order.py` measures it.
+
+Keep parameters in float32, or pass `in_place=False` for lower precision. In place, replicas of a model round alike only
+if they see the same data.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +57,13 @@ from jaxsoft.optimizers import _common
 from jaxsoft.optimizers._common import Mask, Scalar
 
 Distribution = Literal["normal", "rademacher"]
-"""Of the entries of a direction: standard normal, or -1 and 1 with equal chance."""
+"""Distribution of the entries of a direction: standard normal, or -1 and 1 with equal probability."""
 
 Differences = Literal["two_side", "one_side"]
 """`(L(p + eps z) - L(p - eps z)) / (2 eps)` or `(L(p + eps z) - L(p)) / eps`."""
 
 Sign = Literal["scalar", "elementwise"] | None
-"""Whether the sign is taken: of the projected gradient, of each entry of the estimate, or not at all."""
+"""Takes the sign of the projected gradient, of each entry of the estimate, or none."""
 
 Estimator: TypeAlias = Callable[..., tuple[jax.Array, Any]]
 """`(params, key, *args, **kwargs) -> (value, estimate)`."""
@@ -38,12 +78,11 @@ _PARITY = np.uint32(0x1BD11BDA)
 def _threefry_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The bits of `jax.random.bits(key, shape)` as one elementwise expression.
 
-    On a CPU the random numbers of JAX are made by a loop of array operations, which stores several arrays of
-    the given shape. Written out, all of it fuses into the operation that uses them and nothing is stored.
+    On a CPU JAX computes random numbers by a loop of array operations, which stores several arrays of the given shape.
+    Written out, all of it fuses into the operation that uses them, and nothing is stored.
     """
     k0, k1 = jax.random.key_data(key)
-    # The positions must not be known in advance either: the compiler would store them, as it takes what does
-    # not change out of a loop.
+    # The compiler must not know the positions: it moves constant values out of a loop and would store them.
     _, one = _common.separate((k0, jnp.uint32(1)))
     position, stride = jnp.zeros(shape, jnp.uint32), 1
     for axis in reversed(range(len(shape))):
@@ -78,7 +117,7 @@ def _leaf_direction(
     bits = _bits(key, shape)
     if distribution == "rademacher":
         z = jnp.where(bits >> np.uint32(31), jnp.float32(1), jnp.float32(-1))
-    else:  # as `jax.random.normal` does it
+    else:  # like `jax.random.normal`
         low = np.nextafter(np.float32(-1), np.float32(0))
         u = _unit_interval(bits) * (np.float32(1) - low) + low
         z = np.float32(np.sqrt(2)) * lax.erf_inv(jnp.maximum(low, u))
@@ -88,7 +127,7 @@ def _leaf_direction(
 
 
 class _Directions(NamedTuple):
-    """How directions are drawn."""
+    """Draws directions."""
 
     distribution: Distribution
     sparsity: Scalar
@@ -125,17 +164,16 @@ def _directions(distribution: str, sparsity: Scalar) -> _Directions:
 def random_direction(
     key: jax.Array, params: Any, *, distribution: Distribution = "normal", sparsity: Scalar = 0.0
 ) -> Any:
-    """The random direction z that the functions of this family derive from a key.
+    """The random direction z that this module's functions derive from a key.
 
     Leaf i, in the order of the flattened tree, is `jax.random.normal(jax.random.split(key, n)[i], shape)`,
-    bit for bit where JAX draws numbers by their position in the array (`jax_threefry_partitionable`, its
-    default). It is computed by one elementwise expression, which fuses into the operation that uses it:
-    a direction that is only added to parameters is never stored.
+    bit for bit if JAX draws numbers by their position in the array (`jax_threefry_partitionable`, its default). It is
+    computed by one elementwise expression, which fuses into the operation that uses it: a direction that is only
+    added to parameters is never stored.
 
     Args:
-      key: A key of `jax.random`. Those of an implementation other than Threefry work; their directions are
-        stored.
-      params: A pytree of real arrays; only shapes and dtypes are read.
+      key: A PRNG key. Keys of implementations other than Threefry work, but their directions are stored.
+      params: A pytree of real arrays; only their shapes and dtypes matter.
       distribution: "normal", or "rademacher" (-1 or 1).
       sparsity: Fraction of the entries set to 0, in [0, 1), drawn independently from the same key.
 
@@ -173,28 +211,33 @@ def _scalar_loss(loss_fn: Callable[..., Any], args: Any, kwargs: Any) -> Callabl
     return loss
 
 
-def _check_sampling(eps: Scalar, samples: int, differences: str) -> int:
+class _Difference(NamedTuple):
+    """The slope of the loss along a direction, from two of its values."""
+
+    eps: Scalar
+    differences: Differences
+
+    def places(self) -> list[Any]:
+        """Where, along the direction, the two values are taken."""
+        return [self.eps, -self.eps if self.differences == "two_side" else 0.0]
+
+    def project(self, losses: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The value of the loss and its slope."""
+        if self.differences == "two_side":
+            return (losses[0] + losses[1]) / 2, (losses[0] - losses[1]) / (2 * self.eps)
+        return losses[1], (losses[0] - losses[1]) / self.eps
+
+
+def _difference(eps: Scalar, differences: Differences) -> _Difference:
     _checks.number("eps", eps, above=0)
     _checks.option("differences", differences, ("two_side", "one_side"))
-    return _checks.integer("samples", samples, at_least=1)
-
-
-def _second_place(differences: str, eps: Scalar) -> Scalar:
-    """Where, along the direction, the second value of the loss is taken; the first is at eps."""
-    return -eps if differences == "two_side" else 0.0
-
-
-def _projected(losses: jax.Array, differences: str, eps: Scalar) -> tuple[jax.Array, jax.Array]:
-    """The value of the loss and its slope along the direction."""
-    if differences == "two_side":
-        return (losses[0] + losses[1]) / 2, (losses[0] - losses[1]) / (2 * eps)
-    return losses[1], (losses[0] - losses[1]) / eps
+    return _Difference(eps, differences)
 
 
 def _mean_over_samples(
     estimate: Callable[[jax.Array], tuple[jax.Array, Any]], key: jax.Array, samples: int
 ) -> tuple[jax.Array, Any]:
-    """The mean of `estimate(key)` over the sample keys, one at a time."""
+    """The mean of `estimate(key)` over the keys of the samples, one at a time."""
     keys = jax.random.split(key, samples)
     if samples == 1:
         return estimate(keys[0])
@@ -208,14 +251,14 @@ def _mean_over_samples(
 
 
 def _block_ids(blocks: Any, params: Any) -> tuple[Any, int]:
-    """The number of each leaf's block, and how many blocks there are."""
+    """The block number of each leaf, and the number of blocks."""
     labels = blocks(params) if callable(blocks) else blocks
     try:
-        broadcast = jax.tree.map(lambda label, part: jax.tree.map(lambda _: label, part), labels, params)
+        labels = _common.broadcast(labels, params)
     except ValueError as error:
         raise ValueError(f"blocks must be a pytree of labels, a prefix of params: {error}") from error
     order: dict[Any, int] = {}
-    return jax.tree.map(lambda label: order.setdefault(label, len(order)), broadcast), len(order)
+    return jax.tree.map(lambda label: order.setdefault(label, len(order)), labels), len(order)
 
 
 def zo_value_and_grad(
@@ -231,32 +274,32 @@ def zo_value_and_grad(
 ) -> Estimator:
     """A gradient from values of the loss alone, `mean_j rho_j z_j`, for any optax optimizer.
 
-    For each sample j a random direction `z` shaped like the parameters p is drawn, and
+    Each sample j draws a random direction `z` shaped like the parameters p and computes
 
         rho = (L(p + eps z) - L(p - eps z)) / (2 eps)        gradient = rho z
 
-    On a quadratic the two-sided difference is exact, `rho = <gradient, z>`, and the expectation of the
-    estimate is the gradient, its mean square `(d + 2) / samples` times (for large d) that of the gradient in
-    d dimensions. With `optax.sgd` it is ZO-SGD, with `optax.sgd(momentum=0.9)` ZO-SGD-MMT, with `optax.adam`
-    ZO-Adam. To store no estimate at all, use `mezo`.
+    On a quadratic the two-sided difference is exact, `rho = <gradient, z>`. The expectation of the estimate is then the
+    gradient; in d dimensions (for large d) its mean square is `(d + 2) / samples` times that of the gradient. With
+    `optax.sgd` it is ZO-SGD, with `optax.sgd(momentum=0.9)` ZO-SGD-MMT, with `optax.adam` ZO-Adam. `mezo` stores no
+    estimate at all.
 
-    The loss is compiled once and evaluated `2 samples` times (times the number of blocks), one evaluation after
-    the other. It must be the same function each time: no dropout, or a fixed key. Parameters in low precision
-    lose perturbations below their resolution (bfloat16: `|p| / 256`): raise `eps` then.
+    The loss is compiled once and evaluated `2 samples` times (times the number of blocks), one evaluation after the
+    other. It must be the same function each time: no dropout, or a fixed key. Parameters in low precision lose
+    perturbations below their resolution (bfloat16: `|p| / 256`): use a larger `eps` then.
 
     Args:
-      loss_fn: `(params, *args, **kwargs) -> scalar`. Differences of nearly equal numbers are taken, so it
-        should be computed in float32 at least.
-      eps: Length of the perturbation, positive. Usual: 1e-4 to 1e-2.
+      loss_fn: `(params, *args, **kwargs) -> scalar`. Compute it in at least float32, since the estimate subtracts
+        nearly equal values.
+      eps: Length of the perturbation, positive; usually 1e-4 to 1e-2.
       samples: Number of directions to average over, at least 1.
       differences: "two_side", or "one_side": `rho = (L(p + eps z) - L(p)) / eps`.
       sign: "scalar" gives `sign(rho) z` (ZO-SGD-Sign), "elementwise" the sign of each entry of the estimate.
-      distribution: Of the entries of z, "normal" or "rademacher".
+      distribution: Distribution of the entries of z, "normal" or "rademacher".
       sparsity: Fraction of the entries of z that are 0 (a new random mask for each sample). The expectation of
         the estimate is then `(1 - sparsity)` times the gradient.
-      blocks: Labels of the leaves, as a pytree that is a prefix of the parameters or a function from them to
-        one. The leaves of one label are perturbed together, one label after the other, each with its own
-        `rho`: more evaluations, less variance. None: all leaves together.
+      blocks: Labels of the leaves: a pytree that is a prefix of the parameters, or a function from them to one. Leaves
+        with the same label are perturbed together, one label after the other, each with its own `rho`: more
+        evaluations, less variance. None: all leaves together.
 
     Returns:
       A function `(params, key, *args, **kwargs) -> (value, gradients)`. The value is `(L(p + eps z) +
@@ -280,13 +323,14 @@ def zo_value_and_grad(
       >>> print(value.round(1), jnp.sign(gradient))
       5.0 [ 1. -1.]
     """
-    samples = _check_sampling(eps, samples, differences)
+    difference = _difference(eps, differences)
+    samples = _checks.integer("samples", samples, at_least=1)
     _checks.option("sign", sign, (None, "scalar", "elementwise"))
     directions = _directions(distribution, sparsity)
 
     def value_and_grad(params: Any, key: jax.Array, *args: Any, **kwargs: Any) -> tuple[jax.Array, Any]:
         loss = _scalar_loss(loss_fn, args, kwargs)
-        places = jnp.asarray([eps, _second_place(differences, eps)], jnp.result_type(float))
+        places = jnp.asarray(difference.places(), jnp.result_type(float))
         if blocks is None:
             ids, count = jax.tree.map(lambda p: 0, params), 1
         else:
@@ -303,7 +347,7 @@ def zo_value_and_grad(
 
             grid = jnp.tile(places, count), jnp.repeat(jnp.arange(count), 2)
             losses = lax.map(value_at, grid).reshape(count, 2)
-            values, rhos = jax.vmap(lambda pair: _projected(pair, differences, eps))(losses)
+            values, rhos = jax.vmap(difference.project)(losses)
             if sign == "scalar":
                 rhos = jnp.sign(rhos)
             grads = jax.tree.map(lambda i, z: rhos[i].astype(z.dtype) * z, ids, directions.draw(key, params))
@@ -325,21 +369,21 @@ def zo_projection(
     distribution: Distribution = "normal",
     sparsity: Scalar = 0.0,
 ) -> Estimator:
-    """The one number a zeroth-order step needs: the slope of the loss along the direction of a key.
+    """The only number that a zeroth-order step needs: the slope of the loss along the direction of a key.
 
-    `rho = (L(p + eps z) - L(p - eps z)) / (2 eps)` with `z = random_direction(key, params)`. Workers that know
-    each other's keys need to exchange only this: see `shared_randomness_update`.
+    `rho = (L(p + eps z) - L(p - eps z)) / (2 eps)` with `z = random_direction(key, params)`. Workers that know each
+    other's keys exchange only this number: see `shared_randomness_update`.
 
     Args:
       loss_fn: `(params, *args, **kwargs) -> scalar`.
       eps: Length of the perturbation, positive.
       differences: "two_side" or "one_side".
-      distribution: Of the entries of z, "normal" or "rademacher".
+      distribution: Distribution of the entries of z, "normal" or "rademacher".
       sparsity: Fraction of the entries of z that are 0.
 
     Returns:
-      A function `(params, key, *args, **kwargs) -> (value, rho)`, two scalars. The parameters are not changed
-      by a rounding error, so they stay equal among workers.
+      A function `(params, key, *args, **kwargs) -> (value, rho)`, two scalars. The parameters get no rounding errors,
+      so they stay equal on all workers.
 
     Raises:
       ValueError: for an option out of range, or a loss that is not a real scalar.
@@ -357,18 +401,18 @@ def zo_projection(
       >>> print(jnp.allclose(rho, 2 * p @ random_direction(key, p), atol=1e-4))
       True
     """
-    _check_sampling(eps, 1, differences)
+    difference = _difference(eps, differences)
     directions = _directions(distribution, sparsity)
 
     def projection(params: Any, key: jax.Array, *args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array]:
         loss = _scalar_loss(loss_fn, args, kwargs)
-        places = jnp.asarray([eps, _second_place(differences, eps)], jnp.result_type(float))
+        places = jnp.asarray(difference.places(), jnp.result_type(float))
 
         def value_at(place):
             here, place = _common.separate((key, place))  # a new draw: the direction is not stored
             return loss(directions.move(params, here, place))
 
-        return _projected(lax.map(value_at, places), differences, eps)
+        return difference.project(lax.map(value_at, places))
 
     return projection
 
@@ -378,13 +422,13 @@ def forward_gradient(
 ) -> Estimator:
     """A gradient by forward-mode differentiation along random directions, `mean_j <gradient, z_j> z_j`.
 
-    The slope along z is exact (one `jax.jvp`), where `zo_value_and_grad` takes a difference of two values. No
-    activations are kept for a backward pass; the cost is about that of two evaluations of the loss.
+    The slope along z is exact (one `jax.jvp`); `zo_value_and_grad` takes a difference of two values. No activations are
+    kept for a backward pass. It costs about two evaluations of the loss.
 
     Args:
       loss_fn: `(params, *args, **kwargs) -> scalar`.
       samples: Number of directions to average over, at least 1.
-      distribution: Of the entries of z, "normal" or "rademacher".
+      distribution: Distribution of the entries of z, "normal" or "rademacher".
 
     Returns:
       A function `(params, key, *args, **kwargs) -> (value, gradients)` with the exact value; gradients have
@@ -427,12 +471,6 @@ def forward_gradient(
 # Steps.
 
 
-def _decay_tree(mask: Mask, params: Any) -> Any:
-    """Whether each leaf decays."""
-    chosen = True if mask is None else mask(params) if callable(mask) else mask
-    return jax.tree.map(lambda flag, part: jax.tree.map(lambda _: flag, part), chosen, params)
-
-
 def _decay(params: Any, rate: Any, mask: Mask) -> Any:
     """`(1 - rate) params` for the leaves of the mask."""
 
@@ -440,7 +478,7 @@ def _decay(params: Any, rate: Any, mask: Mask) -> Any:
         w = jnp.asarray(p, _common.wide(p))
         return (w - rate * flag * w).astype(jnp.result_type(p))
 
-    return jax.tree.map(decay, params, _decay_tree(mask, params))
+    return jax.tree.map(decay, params, _common.broadcast_mask(mask, params))
 
 
 def _walk(params: Any, keys: jax.Array, distances: jax.Array, directions: _Directions) -> Any:
@@ -473,6 +511,49 @@ class Mezo(NamedTuple):
     step: Callable[..., tuple[Any, MezoState, jax.Array]]
 
 
+class _Search(NamedTuple):
+    """How `mezo` evaluates the loss along a direction z."""
+
+    directions: _Directions
+    difference: _Difference
+    sign: Sign
+    conservative: bool
+    in_place: bool
+
+    def coefficient(self, losses: jax.Array) -> jax.Array:
+        """The factor of z in the estimate."""
+        _, rho = self.difference.project(losses)
+        rho = jnp.where(jnp.isfinite(rho), rho, 0)
+        return rho if self.sign is None else jnp.sign(rho)
+
+    def explore(self, loss: Callable[[Any], jax.Array], params: Any, key: jax.Array, rate: Any) -> Any:
+        """The parameters at the place of the last value, this place, and the values of the loss."""
+        count = 5 if self.conservative else 2
+
+        def visit(carry, index):
+            moved, place, losses = carry
+            step = rate * self.coefficient(losses)  # known from the third value on
+            ahead = [*self.difference.places(), 0.0, -step, step][:count]
+            target = jnp.stack([jnp.asarray(a, place.dtype) for a in ahead])[index]
+            here, place = _common.separate((key, place))  # a new draw: the direction is not stored
+            if self.in_place:
+                moved = self.directions.move(moved, here, target - place)
+                value = loss(moved)
+            else:
+                target, value = place, loss(self.directions.move(moved, here, target))
+            return (moved, target, losses.at[index].set(value)), None
+
+        dtype = jax.eval_shape(loss, params).dtype
+        start = params, jnp.zeros([], dtype), jnp.zeros(count, dtype)
+        return lax.scan(visit, start, jnp.arange(count))[0]
+
+
+def _lowest(losses: jax.Array, step: jax.Array) -> jax.Array:
+    """The step to the lowest of the values at p, p - step z and p + step z (the last three)."""
+    stay, forth, back = jnp.where(jnp.isnan(losses[2:]), jnp.inf, losses[2:])
+    return jnp.where(forth > stay, jnp.where(stay < back, 0, step), jnp.where(forth < back, -step, step))
+
+
 def mezo(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -493,35 +574,35 @@ def mezo(
 
         rho = (L(p + eps z) - L(p - eps z)) / (2 eps)        p <- p - learning_rate (rho z + weight_decay p)
 
-    but neither z nor a second copy of the parameters ever exists. The direction is computed anew from its key
-    wherever it is used, and the parameters are moved in place: to `p + eps z`, to `p - eps z`, and from there
-    to the result. Jit the step with the parameters donated:
+    but neither z nor a second copy of the parameters ever exists. The direction is computed from its key at each use,
+    and the parameters are moved in place: to `p + eps z`, to `p - eps z`, and from there to the result. Jit the step
+    with the parameters donated:
 
         step = jax.jit(functools.partial(optimizer.step, loss_fn), donate_argnums=0)
         params, state, value = step(params, state, batch)
 
-    Moving in place rounds each parameter three times a step instead of once: in float32 the extra error is
-    about one unit in the last place a step, and random. Parameters in bfloat16 or float16 should not be moved in
-    place, since those errors are not small compared with the steps: use `in_place=False`, which evaluates at
-    perturbed copies and changes the parameters once. Under `shard_map`, replicas that see different data must
-    not use `mezo` but `zo_projection` and `shared_randomness_update`.
+    Moving in place rounds each parameter three times per step instead of once: in float32 the extra error is about one
+    unit in the last place per step, and random. Do not move parameters in bfloat16 or float16 in place, since these
+    errors are not small compared with the steps: use `in_place=False`, which evaluates the loss at perturbed copies and
+    changes the parameters once. Under `shard_map`, replicas that see different data must not use `mezo` but
+    `zo_projection` and `shared_randomness_update`.
 
-    A step whose `rho` is not finite (an overflow at a perturbed place) is left out: the parameters only decay.
+    A step whose `rho` is not finite (an overflow at a perturbed place) is skipped: the parameters only decay.
 
     Args:
       learning_rate: A number or a schedule of the steps taken.
-      eps: Length of the perturbation, positive. Usual: 1e-4 to 1e-2.
+      eps: Length of the perturbation, positive; usually 1e-4 to 1e-2.
       samples: Directions per step, at least 1, each with its own `rho`; their mean is the step.
       differences: "two_side" or "one_side", as in `zo_value_and_grad`.
       sign: "scalar" steps by `sign(rho) z` (ZO-SGD-Sign); "elementwise", for one sample, by `sign(rho z)`.
-      conservative: Whether to evaluate the loss also at p and after a step forth and back, and to stay at
-        the lowest of the three (ZO-SGD-Cons): five evaluations a step. For one sample.
-      distribution: Of the entries of z, "normal" or "rademacher".
-      sparsity: Fraction of the entries of z that are 0, drawn anew for each direction.
+      conservative: Whether to evaluate the loss at p and after a step forth and back, too, and to stay at the lowest of
+        the three (ZO-SGD-Cons): five evaluations per step. For one sample.
+      distribution: Distribution of the entries of z, "normal" or "rademacher".
+      sparsity: Fraction of the entries of z that are 0, drawn again for each direction.
       weight_decay: Decoupled weight decay (for this method the same as an l2 penalty).
       mask: Which parameters decay: a pytree of bools, or a function from the parameters to one. Usually not
         biases and normalization scales.
-      in_place: Whether the parameters themselves are perturbed, or a copy.
+      in_place: Whether to perturb the parameters themselves or a copy.
 
     Returns:
       A `Mezo` with `init(key)` and `step(loss_fn, params, state, *args)`. The direction of sample j of step t
@@ -552,7 +633,8 @@ def mezo(
     """
     if not callable(learning_rate):
         _checks.number("learning_rate", learning_rate, at_least=0)
-    samples = _check_sampling(eps, samples, differences)
+    difference = _difference(eps, differences)
+    samples = _checks.integer("samples", samples, at_least=1)
     _checks.option("sign", sign, (None, "scalar", "elementwise"))
     _checks.number("weight_decay", weight_decay, at_least=0)
     directions = _directions(distribution, sparsity)
@@ -564,39 +646,39 @@ def mezo(
     if conservative and sign == "elementwise":
         raise ValueError("sign must be None or 'scalar' with conservative=True, got 'elementwise'")
 
-    def coefficient(losses: jax.Array) -> jax.Array:
-        """Of z in the estimate."""
-        _, rho = _projected(losses, differences, eps)
-        rho = jnp.where(jnp.isfinite(rho), rho, 0)
-        return rho if sign is None else jnp.sign(rho)
+    search = _Search(directions, difference, sign, conservative, in_place)
 
-    def explore(loss, params, key, rate):
-        """Values of the loss along the direction; returns the parameters where the last one was taken."""
-        places = [eps, _second_place(differences, eps)]
-        count = 5 if conservative else 2
+    def several(loss: Callable[[Any], jax.Array], params: Any, keys: jax.Array, rate: Any):
+        """The step of the mean over several directions, and the mean value of the loss."""
 
-        def visit(carry, index):
-            moved, place, losses = carry
-            step = rate * coefficient(losses)  # known once two values are there
-            ahead = [*places, 0.0, -step, step][:count]
-            target = jnp.stack([jnp.asarray(a, place.dtype) for a in ahead])[index]
-            here, place = _common.separate((key, place))  # a new draw: the direction is not stored
+        def sample(params, key):
+            params, place, losses = search.explore(loss, params, key, rate)
+            key, place = _common.separate((key, place))
             if in_place:
-                moved = directions.move(moved, here, target - place)
-                value = loss(moved)
-            else:
-                target, value = place, loss(directions.move(moved, here, target))
-            return (moved, target, losses.at[index].set(value)), None
+                params = directions.move(params, key, -place)
+            return params, (difference.project(losses)[0], search.coefficient(losses))
 
-        dtype = jax.eval_shape(loss, params).dtype
-        start = params, jnp.zeros([], dtype), jnp.zeros(count, dtype)
-        (params, place, losses), _ = lax.scan(visit, start, jnp.arange(count))
-        return params, place, losses
+        params, (values, coefficients) = lax.scan(sample, params, keys)
+        params = _decay(params, rate * weight_decay, mask)
+        return _walk(params, keys, -rate / samples * coefficients, directions), jnp.mean(values)
 
-    def lowest(losses: jax.Array, step: jax.Array) -> jax.Array:
-        """The step to the lowest of the values at p, p - step z and p + step z (the last three)."""
-        stay, forth, back = jnp.where(jnp.isnan(losses[2:]), jnp.inf, losses[2:])
-        return jnp.where(forth > stay, jnp.where(stay < back, 0, step), jnp.where(forth < back, -step, step))
+    def single(loss: Callable[[Any], jax.Array], params: Any, key: jax.Array, rate: Any):
+        """The step along one direction, and the value of the loss."""
+        params, place, losses = search.explore(loss, params, key, rate)
+        value = losses[2] if conservative else difference.project(losses)[0]
+        distance = -rate * search.coefficient(losses)
+        if conservative:
+            distance = _lowest(losses, -distance)
+        key, place, distance = _common.separate((key, place, distance))
+
+        def finish(p, z, flag):
+            w = jnp.asarray(p, z.dtype) - place.astype(z.dtype) * z
+            u = jnp.sign(z) if sign == "elementwise" else z
+            w = w - rate * weight_decay * flag * w + distance.astype(z.dtype) * u
+            return w.astype(p.dtype)
+
+        drawn = directions.draw(key, params)
+        return jax.tree.map(finish, params, drawn, _common.broadcast_mask(mask, params)), value
 
     def init(key: jax.Array) -> MezoState:
         return MezoState(jnp.zeros([], jnp.int32), key)
@@ -609,46 +691,21 @@ def mezo(
         rate: Any = learning_rate(state.count) if callable(learning_rate) else learning_rate
         keys = jax.random.split(jax.random.fold_in(state.key, state.count), samples)
         new_state = MezoState(jnp.asarray(optax.safe_increment(state.count)), state.key)
-
         if samples > 1:
-
-            def sample(params, key):
-                params, place, losses = explore(loss, params, key, rate)
-                key, place = _common.separate((key, place))
-                if in_place:
-                    params = directions.move(params, key, -place)
-                return params, (_projected(losses, differences, eps)[0], coefficient(losses))
-
-            params, (values, coefficients) = lax.scan(sample, params, keys)
-            params = _decay(params, rate * weight_decay, mask)
-            params = _walk(params, keys, -rate / samples * coefficients, directions)
-            return params, new_state, jnp.mean(values)
-
-        params, place, losses = explore(loss, params, keys[0], rate)
-        value = losses[2] if conservative else _projected(losses, differences, eps)[0]
-        distance = -rate * coefficient(losses)
-        if conservative:
-            distance = lowest(losses, -distance)
-        key, place, distance = _common.separate((keys[0], place, distance))
-
-        def finish(p, z, flag):
-            w = jnp.asarray(p, z.dtype) - place.astype(z.dtype) * z
-            u = jnp.sign(z) if sign == "elementwise" else z
-            w = w - rate * weight_decay * flag * w + distance.astype(z.dtype) * u
-            return w.astype(p.dtype)
-
-        drawn = directions.draw(key, params)
-        return jax.tree.map(finish, params, drawn, _decay_tree(mask, params)), new_state, value
+            params, value = several(loss, params, keys, rate)
+        else:
+            params, value = single(loss, params, keys[0], rate)
+        return params, new_state, value
 
     return Mezo(init, step)
 
 
 def quantize_projection(rho: jax.Array, limit: Scalar) -> jax.Array:
-    """One byte for a projected gradient: `round(127 clip(rho / limit, -1, 1))` as int8.
+    """A projected gradient in one byte: `round(127 clip(rho / limit, -1, 1))` as int8.
 
     Args:
       rho: Projected gradients of any shape, from `zo_projection`. One that is not finite becomes 0.
-      limit: The largest magnitude that is told apart, positive. All workers use the same.
+      limit: Magnitude of the largest code, positive, the same on all workers.
 
     Returns:
       Codes in -127..127, for `shared_randomness_update` with the same `limit`. The error is at most
@@ -686,18 +743,16 @@ def shared_randomness_update(
     distribution: Distribution = "normal",
     sparsity: Scalar = 0.0,
 ) -> Any:
-    """Data-parallel training by one number for each worker and step, `p <- p - learning_rate / N sum_i rho_i z_i`.
+    """Data-parallel training with one number per worker and step: `p <- p - learning_rate / N sum_i rho_i z_i`.
 
-    Every worker i derives the keys of all workers (`jax.random.fold_in(step_key, i)`), computes its own `rho_i`
-    on its own data with `zo_projection`, sends it to all others, as one byte if it is quantized, and applies
-    this update. All make the same operations in the same order, so that their parameters stay equal bit for
-    bit.
+    Every worker i derives the keys of all workers (`jax.random.fold_in(step_key, i)`), computes its own `rho_i` on its
+    own data with `zo_projection`, sends it to all others, as one byte if it is quantized, and applies this update. All
+    perform the same operations in the same order, so their parameters stay equal bit for bit.
 
     Args:
-      params: The parameters. Donate them and they are overwritten in place: directions are drawn one after the
-        other and not stored.
-      rhos: `[N]`, what the workers sent: floats, or the int8 codes of `quantize_projection`.
-      keys: `[N]` keys, one for each worker.
+      params: The parameters, overwritten in place if donated: directions are drawn one after the other and not stored.
+      rhos: `[N]`, the numbers from the workers: floats, or the int8 codes of `quantize_projection`.
+      keys: `[N]` keys, one per worker.
       learning_rate: A number at least 0.
       limit: The limit given to `quantize_projection`; only for codes.
       weight_decay: Decoupled weight decay, once for the step.
@@ -709,7 +764,7 @@ def shared_randomness_update(
       The new parameters.
 
     Raises:
-      ValueError: for a number out of range, keys and rhos of different number, or codes without a limit.
+      ValueError: for a number out of range, different numbers of keys and rhos, or codes without a limit.
       TypeError: for rhos that are neither floats nor int8.
 
     References:
@@ -736,7 +791,7 @@ def shared_randomness_update(
     directions = _directions(distribution, sparsity)
     rhos = jnp.asarray(rhos)
     workers = jax.eval_shape(jax.vmap(jax.random.key_data), keys).shape[0]
-    _checks.shape("rhos", rhos, (workers,), "one for each key")
+    _checks.shape("rhos", rhos, (workers,), "one per key")
     if rhos.dtype == jnp.int8:
         if limit is None:
             raise ValueError("limit must be a number for int8 rhos, got None")

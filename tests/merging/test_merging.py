@@ -278,7 +278,7 @@ def test_every_delta_keeps_dtypes_and_applies():
     [
         (lambda: merging.fisher_merge([], []), ValueError, "models must be a list"),
         (lambda: merging.fisher_merge([jnp.ones(2)], [jnp.ones(3)]), ValueError, r"fishers\[0\] must be"),
-        (lambda: merging.fisher_merge([jnp.ones(2)] * 2, [jnp.ones(2)]), ValueError, "as many as models"),
+        (lambda: merging.fisher_merge([jnp.ones(2)] * 2, [jnp.ones(2)]), ValueError, "one entry per model"),
         (
             lambda: merging.fisher_merge([jnp.ones(2)], [jnp.ones(2)], [0.0]),
             ValueError,

@@ -136,10 +136,10 @@ def test_step_law(rounded, params, tokens, rate, batch):
     ("call", "error", "words"),
     [
         (lambda: o.batch_size_norm_test(jnp.ones((3, 2)), 0.0), ValueError, "theta .* > 0"),
-        (lambda: o.batch_size_norm_test(jnp.ones((1, 2))), ValueError, "gradients must have leaves"),
+        (lambda: o.batch_size_norm_test(jnp.ones((1, 2))), ValueError, "grads must have leaves"),
         (lambda: o.batch_size_norm_test([jnp.ones((3, 2)), jnp.ones((2, 2))]), ValueError, "same first axis"),
-        (lambda: o.batch_size_norm_test({}), ValueError, "gradients must have leaves"),
-        (lambda: o.batch_size_norm_test(jnp.ones(())), ValueError, "gradients must have leaves"),
+        (lambda: o.batch_size_norm_test({}), ValueError, "grads must have leaves"),
+        (lambda: o.batch_size_norm_test(jnp.ones(())), ValueError, "grads must have leaves"),
         (
             lambda: o.batch_size_norm_test(jnp.ones((3, 2)), micro_batch_size=0),
             ValueError,

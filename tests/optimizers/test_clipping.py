@@ -285,7 +285,7 @@ def test_sharpness_is_that_of_the_hessian():
         (
             lambda: o.directional_sharpness(1.0, jnp.ones(2), jnp.ones(2)),
             TypeError,
-            "loss must be a function",
+            "loss_fn must be a function",
         ),
     ],
 )

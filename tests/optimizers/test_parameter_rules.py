@@ -53,7 +53,7 @@ def test_norm_loss_descent_reaches_the_sphere():
 @pytest.mark.parametrize("shape", [0.5, None])
 def test_rate_gradient_is_that_of_the_rate(shape):
     p = {"a": weights()["kernel"], "b": weights()["bias"].at[0].set(0)}
-    tx = o.add_rate_gradient(0.3, shape=shape, epsilon=1e-3)
+    tx = o.add_rate_gradient(0.3, shape=shape, eps=1e-3)
     rate = lambda p: 0.3 * jaxsoft.losses.generalized_gaussian_rate(p, shape=shape, epsilon=1e-3)
     added, expected = jax.jit(lambda: (once(tx, jax.tree.map(jnp.zeros_like, p), p), jax.grad(rate)(p)))()
     chex.assert_trees_all_close(added, expected, rtol=1e-5)
@@ -206,7 +206,7 @@ def test_adagrad_norm_of_zeros_and_nan():
         ),
         (lambda: o.add_rate_gradient(-1.0), ValueError, "coefficient"),
         (lambda: o.add_rate_gradient(0.1, shape=0.0), ValueError, "shape .* > 0, got 0.0"),
-        (lambda: o.add_rate_gradient(0.1, epsilon=0.0), ValueError, "epsilon .* > 0, got 0.0"),
+        (lambda: o.add_rate_gradient(0.1, eps=0.0), ValueError, "eps .* > 0, got 0.0"),
         (lambda: o.add_decayed_deltas(-1.0), ValueError, "weight_decay .* >= 0, got -1.0"),
         (lambda: o.add_decayed_deltas(1.0, reference_dtype=int), TypeError, "reference_dtype"),
         (lambda: o.scale_by_inverse_param_norm(0.0), ValueError, "eta .* > 0, got 0.0"),

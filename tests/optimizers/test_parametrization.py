@@ -126,14 +126,14 @@ def test_multipliers_from_trees_labels_and_functions():
         o.scale_by_multipliers({"x": 2.0, "y": jnp.array(3.0)}, {"a": "x", "b": "y"}),
         o.scale_by_multipliers({"x": 2.0, "y": 3.0}, lambda params: {"a": "x", "b": ("y", None, "y")}),
         o.scale_by_multipliers(lambda params: {"a": 2.0, "b": 3.0}),
-        o.scale_by_multipliers(lambda params: {"a": 2.0, "b": 3.0}, every=3),
+        o.scale_by_multipliers(lambda params: {"a": 2.0, "b": 3.0}, update_every=3),
     ):
         chex.assert_trees_all_close(apply(tx), expected)
     chex.assert_trees_all_close(apply(o.scale_by_multipliers(0.5)), jax.tree.map(lambda x: 0.5 * x, g))
 
 
 def test_multipliers_are_refreshed_every_so_many_steps():
-    tx = o.scale_by_multipliers(lambda params: params, every=3)
+    tx = o.scale_by_multipliers(lambda params: params, update_every=3)
     state, update = tx.init(jnp.array(0.0)), jax.jit(tx.update)
     out = []
     for t in range(7):
@@ -228,7 +228,7 @@ def test_temp_balance_mask_and_ties():
         (lambda: o.mup_multipliers("hidden", 1, 1, depth=4), TypeError, "base_depth"),
         (lambda: o.u_mup_multipliers("hidden", 1), ValueError, "kind"),
         (lambda: o.u_mup_multipliers("weight", 1, branches=0), ValueError, "branches"),
-        (lambda: o.scale_by_multipliers(1.0, every=2), ValueError, "every needs"),
+        (lambda: o.scale_by_multipliers(1.0, update_every=2), ValueError, "update_every needs"),
         (lambda: o.scale_by_multipliers(1.0, "x"), ValueError, "multipliers must be a dict"),
         (lambda: o.scale_by_multipliers({"x": 1.0}, "y").update(jnp.ones(1), None), ValueError, "label 'y'"),
         (lambda: o.scale_by_multipliers(lambda p: 1.0).update(jnp.ones(1), None), ValueError, "params"),

@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from jaxsoft import optimizers as o
-from jaxsoft.optimizers import quantized
+from jaxsoft.optimizers import _codes
 
 
 def is_quantized(x):
@@ -75,21 +75,21 @@ def test_map(signed):
 @pytest.mark.parametrize("signed", [True, False])
 def test_codes_are_the_nearest_values(signed, x64):
     """The arithmetic against a search in the map, also next to every boundary."""
-    values = quantized._build_map(signed)
+    values = _codes.DynamicMap(signed).values()
     middles = (values[1:] + values[:-1]) / 2
     rng = np.random.default_rng(0)
     y = rng.uniform(-1 if signed else 0, 1, 20_000) * 10.0 ** rng.integers(-9, 1, 20_000)
     y = np.concatenate([y, middles * (1 + 1e-12), middles * (1 - 1e-12), values])
-    codes = quantized._encode_dynamic(jnp.asarray(y), signed)
+    codes = _codes.DynamicMap(signed).encode(jnp.asarray(y))
     np.testing.assert_array_equal(codes, np.searchsorted(middles, y))
 
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_decoding_is_the_map(signed):
     codes = jnp.arange(256, dtype=jnp.uint8)
-    values = quantized._decode_dynamic(codes, signed, jnp.float32)
+    values = _codes.DynamicMap(signed).decode(codes, jnp.float32)
     np.testing.assert_allclose(values, o.dynamic_code_map(signed), rtol=1e-6)
-    np.testing.assert_array_equal(quantized._encode_dynamic(values, signed), codes)
+    np.testing.assert_array_equal(_codes.DynamicMap(signed).encode(values), codes)
 
 
 SHAPES = [(), (700,), (3, 512), (4, 300), (30, 4, 5), (0, 3), (3, 0)]
@@ -103,8 +103,8 @@ def test_error_is_bounded_by_the_block(shape, signed):
     q = o.quantize_blockwise(x, signed=signed)
     assert q.codes.shape == x.shape and q.codes.dtype == jnp.uint8 and q.scales.ndim == x.ndim
     back = o.dequantize_blockwise(q, signed=signed)
-    layout = quantized._layout(shape, 256)
-    bound = np.abs(quantized._spread(q.scales, shape, layout)) * (0.0071 if signed else 0.0036)
+    layout = _codes.layout_of(shape, 256)
+    bound = np.abs(_codes.spread(q.scales, shape, layout)) * (0.0071 if signed else 0.0036)
     assert np.all(np.abs(back - x) <= bound)
     # What has been rounded once stays.
     again = o.quantize_blockwise(back, signed=signed)
@@ -331,13 +331,28 @@ def test_stochastic_rounding_has_no_bias():
     x = jnp.concatenate([jnp.linspace(-0.98, 0.98, 40), jnp.array([1.0, 3e-7, -3e-7])])
     draws = 2000
     keys = jax.random.split(jax.random.key(0), draws)
-    q = jax.jit(jax.vmap(lambda key: quantized._quantize(x, 256, True, key)))(keys)
-    values = jax.vmap(o.dequantize_blockwise)(q)
+    layout, code_map = _codes.layout_of(x.shape, 256), _codes.DynamicMap(True)
+    q = jax.jit(jax.vmap(lambda key: _codes.encode(x, layout, code_map, key)))(keys)
+    values = jax.vmap(lambda codes, scales: o.dequantize_blockwise(o.QuantizedArray(codes, scales)))(*q)
     spread = np.asarray(values).std(0)
     np.testing.assert_array_less(np.abs(values.mean(0) - x), 5 * spread / np.sqrt(draws) + 1e-6)
     assert spread[1] > 0
     nearest = o.dequantize_blockwise(o.quantize_blockwise(x))
     assert np.all(np.abs(values - x).max(0) >= np.abs(nearest - x) - 1e-7)
+
+
+@pytest.mark.parametrize(
+    "stochastic",
+    [
+        lambda key: o.quantize_state(optax.trace(0.0), min_size=1, stochastic_rounding=True, key=key),
+        lambda key: o.compress_gradients(stochastic_rounding=True, error_feedback=True, key=key),
+    ],
+)
+def test_an_integer_stands_for_its_key(stochastic):
+    g = jax.random.normal(jax.random.key(0), (300,))
+    results = [tx.update(g, tx.init(g)) for tx in map(stochastic, (7, jax.random.key(7), 8))]
+    chex.assert_trees_all_equal(results[0], results[1])
+    assert any(jnp.any(a != b) for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(results[2])))
 
 
 def test_stochastic_rounding_differs_from_step_to_step():
@@ -454,7 +469,7 @@ def test_bad_arguments():
         ({"chunk_size": 0}, ValueError),
         ({"unsigned": "nu"}, TypeError),
         ({"stochastic_rounding": 1}, TypeError),
-        ({"seed": 0.5}, TypeError),
+        ({"key": 0.5}, TypeError),
     ]:
         with pytest.raises(error, match=next(iter(kwargs))):
             o.quantize_state(adam, **kwargs)

@@ -182,7 +182,7 @@ def test_statistics_of_any_shape(shape):
 def test_reset_is_a_fresh_start():
     """With `reset_counts` and no warm-up, Adam after a reset is a new Adam."""
     inner = optax.scale_by_adam()
-    tx = o.momentum_reset(inner, every=5, reset_counts=True)
+    tx = o.momentum_reset(inner, reset_every=5, reset_counts=True)
     grads = jax.random.normal(jax.random.key(0), (9, 3))
     state, fresh = tx.init(grads[0]), inner.init(grads[0])
     for t, g in enumerate(grads, start=1):
@@ -201,7 +201,7 @@ def test_reset_touches_moments_only():
         optax.add_noise(0.0, 0.5, 7),
     )
     params = {"a": jnp.ones(2), "b": jnp.ones(3)}
-    tx = o.momentum_reset(inner, every=3, warmup_steps=0)
+    tx = o.momentum_reset(inner, reset_every=3, warmup_steps=0)
     state = tx.init(params)
     for _ in range(3):
         before = state.inner_state
@@ -216,7 +216,7 @@ def test_reset_touches_moments_only():
 
 
 def test_reset_warms_up():
-    tx = o.momentum_reset(optax.identity(), every=4, warmup_steps=2)
+    tx = o.momentum_reset(optax.identity(), reset_every=4, warmup_steps=2)
     state, factors = tx.init(jnp.ones(1)), []
     for _ in range(9):
         u, state = tx.update(jnp.ones(1), state)
@@ -379,7 +379,7 @@ def test_first_moment_in_bfloat16(factory):
         (lambda: o.adaptive_spike_clip(1.0), ValueError, "gamma3"),
         (lambda: o.adaptive_gradient_norm(gamma2=1.0), ValueError, "gamma2"),
         (lambda: o.adaptive_gradient_norm(eps=-1.0), ValueError, "eps"),
-        (lambda: o.momentum_reset(optax.identity(), every=0), ValueError, "every .* >= 1, got 0"),
+        (lambda: o.momentum_reset(optax.identity(), reset_every=0), ValueError, "reset_every .* >= 1, got 0"),
         (lambda: o.momentum_reset(optax.identity(), warmup_steps=-1), ValueError, "warmup_steps"),
     ],
 )
