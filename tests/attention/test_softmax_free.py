@@ -99,12 +99,12 @@ def test_worked_numbers(x64):
 
 
 def dense_soft(q, v, landmarks, scale, ridge, symmetric):
-    near, inner = kernel(q, landmarks, scale), kernel(landmarks, landmarks, scale)
+    near_landmarks, inner = kernel(q, landmarks, scale), kernel(landmarks, landmarks, scale)
     inverse = np.linalg.inv(inner + ridge * np.eye(len(inner)))
     if symmetric:
         d = np.diag(inner.sum(-1) ** -0.5)
         inverse = d @ inverse @ d
-    return near @ inverse @ near.T @ v
+    return near_landmarks @ inverse @ near.T @ v
 
 
 def arrays(length, seed=0):
