@@ -17,13 +17,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxsoft._trees import combine, first_order_only, partition, pull
+from jaxsoft._trees import combine, partition, pull
 from jaxsoft.attention import _pass
 from jaxsoft.attention._pass import finish
 from jaxsoft.attention._spec import AttentionSpec, Inputs, Visibility
 from jaxsoft.attention._visibility import seen_from
 from jaxsoft.kernels.inner import (
-    NO_SECOND_DERIVATIVES,
     Block,
     Kernel,
     Operands,
@@ -33,6 +32,7 @@ from jaxsoft.kernels.inner import (
     Tiles,
     objection,
     plain,
+    with_gradient,
 )
 from jaxsoft.rows import Tile
 from jaxsoft.rows.inner import block_sums
@@ -52,7 +52,8 @@ def run(kernel: Kernel, spec: AttentionSpec, functions, inputs: Inputs, masks: V
     floats, others = partition(states)
     case = _backward(spec, functions, states, floats, inputs, masks, args)
     if all(kernel.backend().refusal(kernel, *sweep) is None for sweep in case):
-        floats = _attach(kernel, spec, functions, floats, others, inputs, masks, args)
+        static = (kernel, spec, functions)
+        floats = with_gradient(_pull_back, static, floats, others, inputs, masks, args)
     else:
         floats = _pass.attach(spec, functions, floats, others, inputs, masks, args)
     return combine(floats, others)
@@ -353,31 +354,14 @@ def _product(a: Array, b: Array, axes: tuple, spec: AttentionSpec) -> Array:
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attach(kernel, spec, functions, floats, others, inputs, masks, args):
-    """The float leaves of finished states, as functions of what they were computed from."""
-    del kernel, spec, functions, others, inputs, masks, args
-    return floats
-
-
-def _attach_forward(kernel, spec, functions, *given):
-    return given[0], given
-
-
-def _attach_backward(kernel, spec, functions, residuals, cotangents):
-    (floats, others, inputs, masks, args), cotangents = first_order_only(
-        NO_SECOND_DERIVATIVES, (residuals, cotangents)
-    )
-    states = combine(floats, others)
-    case = _backward(spec, functions, states, cotangents, inputs, masks, args)
+def _pull_back(kernel, spec, functions, floats, others, inputs, masks, args, cotangents) -> tuple:
+    """The cotangents of others, inputs, masks and args, from those of the states' float leaves."""
+    case = _backward(spec, functions, combine(floats, others), cotangents, inputs, masks, args)
     by_query, by_key = (kernel.backend().sweep(kernel, *sweep) for sweep in case)
     d_query, d_rows = jax.tree.map(lambda a: _by_block(spec, jnp.sum(a, axis=0), spec.nq), by_query.carry)
     d_key, d_value = jax.tree.map(lambda a: _by_block(spec, a[0], spec.nk), by_key.carry)
     d_bias = None if inputs.bias is None else _gather_five_axes(spec, by_query.entries, inputs.bias)
-    d_operands = Inputs(d_query, d_key, d_value, d_rows["scale"], d_bias, d_rows["slopes"])
+    d_inputs = Inputs(d_query, d_key, d_value, d_rows["scale"], d_bias, d_rows["slopes"])
     wanted = partition((inputs, args))[0]
-    d_operands, d_args = jax.tree.map(lambda a, d: d.astype(a.dtype), wanted, (d_operands, d_rows["args"]))
-    return None, None, d_operands, None, d_args
-
-
-_attach.defvjp(_attach_forward, _attach_backward)
+    d_inputs, d_args = jax.tree.map(lambda a, d: d.astype(a.dtype), wanted, (d_inputs, d_rows["args"]))
+    return None, d_inputs, None, d_args

@@ -13,15 +13,14 @@ follow rows or columns, `[G, n, D]`, those of C matrices may lie side by side, a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-NO_SECOND_DERIVATIVES = (
-    "kernels have no second derivatives: use implementation='xla', which has those of every order and mode"
-)
+from jaxsoft._trees import first_order_only
 
 
 def abreast(a: Any) -> int:
@@ -188,3 +187,31 @@ class Plan(NamedTuple):
     entry_dtypes: tuple = ()
     live: Callable | None = None
     tiles: Tiles | None = None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def with_gradient(backward: Callable, static: tuple, floats: Any, *operands: Any) -> Any:
+    """`floats`, computed without derivatives, as a function of `operands`.
+
+    Args:
+      backward: `(*static, floats, *operands, cotangents) -> the cotangents of the operands`, None for what has none.
+      static: hashable arguments of `backward`.
+      floats: what sweeps computed; floating arrays.
+      *operands: what it depends on.
+    """
+    del backward, static, operands
+    return floats
+
+
+def _with_gradient_forward(backward, static, *arrays):
+    del backward, static
+    return arrays[0], arrays
+
+
+def _with_gradient_backward(backward, static, arrays, cotangents):
+    reason = "kernels have no second derivatives: use implementation='xla', which has those of every order and mode"
+    arrays, cotangents = first_order_only(reason, (arrays, cotangents))
+    return None, *backward(*static, *arrays, cotangents)
+
+
+with_gradient.defvjp(_with_gradient_forward, _with_gradient_backward)

@@ -190,11 +190,6 @@ def forget() -> None:
 # --- what they say ---------------------------------------------------------------------------------------------------
 
 
-def is_measured(device_kind: str) -> bool:
-    """Whether there is a table for a kind of device."""
-    return table(device_kind) is not None
-
-
 def objection(implementation: str, device_kind: str, work: Work) -> str | None:
     """Why kernels do not run some work unless they are asked for, or None: they were measured and not slower."""
     found, wrong = _find(device_kind)

@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
-from jaxsoft._numerics import accumulation_dtype, as_ids, safe_divide, scale_gradient
+from jaxsoft._numerics import accumulation_dtype, as_ids, safe_divide, scale_gradient, shape_by_moments
 from jaxsoft.losses._common import IGNORE_INDEX
 from jaxsoft.losses.classification import cross_entropy
 from jaxsoft.normalizers.inner import present_scores
@@ -177,23 +177,7 @@ def generalized_gaussian_shape(params: Any) -> Float[Array, ""]:
       >>> print(jaxsoft.losses.generalized_gaussian_shape(weights).round(1))
       1.0
     """
-    leaves = [lax.stop_gradient(w) for w in _leaves("params", params)]
-    size = sum(w.size for w in leaves)
-    first = jnp.sum(jnp.stack([jnp.sum(jnp.abs(w)) for w in leaves])) / size
-    second = jnp.sum(jnp.stack([jnp.sum(w * w) for w in leaves])) / size
-    ratio = safe_divide(second, first * first)
-    target = jnp.log(jnp.maximum(ratio, 1))
-    gammaln = jax.scipy.special.gammaln
-
-    def halve(_, bounds):
-        low, high = bounds
-        s = (low + high) / 2
-        log_ratio = gammaln(1 / s) + gammaln(3 / s) - 2 * gammaln(2 / s)  # falls as s grows
-        return jnp.where(log_ratio > target, s, low), jnp.where(log_ratio > target, high, s)
-
-    bounds = jnp.full_like(target, 0.1), jnp.full_like(target, 10.0)
-    low, high = lax.fori_loop(0, 50, halve, bounds)
-    return (low + high) / 2
+    return shape_by_moments(_leaves("params", params))
 
 
 # --- embeddings and codes --------------------------------------------------------------------------------

@@ -133,12 +133,6 @@ def stable_exponential(x: Array) -> Array:
     return jnp.where(below, 1 / (1 - jnp.where(below, x, 0)), 1 + jnp.where(below, 0, x))
 
 
-def log_stable_exponential(x: Array) -> Array:
-    """The logarithm of `stable_exponential`: `sign(x) log(1 + |x|)`."""
-    below = x < 0
-    return jnp.where(below, -jnp.log1p(-jnp.where(below, x, 0)), jnp.log1p(jnp.where(below, 0, x)))
-
-
 def _stablemax(rows):
     del rows
     return ratio(stable_exponential)

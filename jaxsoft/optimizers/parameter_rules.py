@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from jaxsoft import _checks
-from jaxsoft._numerics import safe_divide
+from jaxsoft._numerics import safe_divide, shape_by_moments
 from jaxsoft.optimizers import _common
 from jaxsoft.optimizers._common import Mask, Scalar
 
@@ -100,28 +99,6 @@ def add_norm_loss_gradient(
     return _with_params("add_norm_loss_gradient", lambda g, p: jax.tree.map(leaf, g, p), mask)
 
 
-def _fitted_shape(params: Any) -> jax.Array:
-    """`generalized_gaussian_shape` of `jaxsoft.losses`: the shape s whose moments the weights have.
-
-    Solves `mean w^2 / (mean |w|)^2 = Gamma(1/s) Gamma(3/s) / Gamma(2/s)^2` by bisection.
-    """
-    leaves = jax.tree.leaves(lax.stop_gradient(params))
-    size = sum(w.size for w in leaves)
-    first = jnp.sum(jnp.stack([jnp.sum(jnp.abs(w)) for w in leaves])) / size
-    second = jnp.sum(jnp.stack([jnp.sum(w * w) for w in leaves])) / size
-    target = jnp.log(jnp.maximum(safe_divide(second, first * first), 1))
-    gammaln = jax.scipy.special.gammaln
-
-    def halve(_, bounds):
-        low, high = bounds
-        s = (low + high) / 2
-        log_ratio = gammaln(1 / s) + gammaln(3 / s) - 2 * gammaln(2 / s)  # falls as s grows
-        return jnp.where(log_ratio > target, s, low), jnp.where(log_ratio > target, high, s)
-
-    low, high = lax.fori_loop(0, 50, halve, (jnp.full_like(target, 0.1), jnp.full_like(target, 10.0)))
-    return (low + high) / 2
-
-
 def add_rate_gradient(
     coefficient: Scalar, *, shape: Scalar | None = None, eps: Scalar = 1e-8, mask: Mask = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -162,7 +139,7 @@ def add_rate_gradient(
     def rule(g, p):
         if not jax.tree.leaves(p):
             return g
-        s = _fitted_shape(p) if shape is None else shape
+        s = shape_by_moments(jax.tree.leaves(p)) if shape is None else shape
         return jax.tree.map(
             lambda g, w: g + coefficient * (s * jnp.sign(w) * (jnp.abs(w) + eps) ** (s - 1)), g, p
         )

@@ -15,18 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxsoft._trees import align_varying, combine, first_order_only, is_float, partition, pull
-from jaxsoft.kernels.inner import (
-    NO_SECOND_DERIVATIVES,
-    Block,
-    Kernel,
-    Operands,
-    Out,
-    Plan,
-    Scores,
-    objection,
-    plain,
-)
+from jaxsoft._trees import align_varying, combine, is_float, partition, pull
+from jaxsoft.kernels.inner import Block, Kernel, Operands, Out, Plan, Scores, objection, plain, with_gradient
 from jaxsoft.rows import _pass
 from jaxsoft.rows._cotangents import Parts, operand_cotangents, parts_of
 from jaxsoft.rows._logits import LinearLogits
@@ -72,7 +62,8 @@ def stream(kernel: Kernel, functions, block: int, source: Source, masks: Masks, 
     stored_product = isinstance(source, LinearLogits) and source._raw_scores() is not None
     if stored_product or kernel.backend().refusal(kernel, *backward) is not None:
         return _pass.attach(functions, block, states, source, masks, arrays)
-    return combine(_attach(kernel, functions, floats, others, source, masks, arrays), others)
+    operands = (others, source, masks, arrays)
+    return combine(with_gradient(_pull_back, (kernel, functions), floats, *operands), others)
 
 
 # --- what a tile reads ---------------------------------------------------------------------------------------
@@ -203,22 +194,8 @@ def _cotangents(kernel: Kernel, *case) -> tuple[Array, Parts]:
     return raw, Parts(rows, cols, entries)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attach(kernel, functions, floats, others, source, masks, arrays):
-    """The float leaves of finished states, as functions of what they were computed from."""
-    del kernel, functions, others, source, masks, arrays
-    return floats
-
-
-def _attach_forward(kernel, functions, *operands):
-    floats, *_ = operands
-    return floats, operands
-
-
-def _attach_backward(kernel, functions, residuals, cotangents):
-    (floats, others, source, masks, arrays), cotangents = first_order_only(
-        NO_SECOND_DERIVATIVES, (residuals, cotangents)
-    )
+def _pull_back(kernel, functions, floats, others, source, masks, arrays, cotangents) -> tuple:
+    """The cotangents of others, source, masks and arrays, from those of the states' float leaves."""
     case = (functions, combine(floats, others), cotangents, source, masks, arrays)
     if isinstance(source, LinearLogits):
         d_hidden, d_weight, d = _product_cotangents(kernel, *case)
@@ -226,7 +203,7 @@ def _attach_backward(kernel, functions, residuals, cotangents):
     else:
         d_raw, d = _cotangents(kernel, *case)
         d_source, d_arrays = operand_cotangents(source, arrays, d, values=d_raw)
-    return None, None, d_source, None, d_arrays
+    return None, d_source, None, d_arrays
 
 
 def _product_cotangents(
@@ -277,6 +254,3 @@ def _product_cotangents(
 
 def _longer(a: jax.ShapeDtypeStruct, axis: int, size: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((*a.shape[:axis], size, *a.shape[axis + 1 :]), a.dtype)
-
-
-_attach.defvjp(_attach_forward, _attach_backward)

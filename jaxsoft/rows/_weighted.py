@@ -21,17 +21,9 @@ from jax import lax
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Float
 
-from jaxsoft import _checks
+from jaxsoft import _checks, _trees
 from jaxsoft._numerics import weigh
-from jaxsoft._trees import (
-    add_at,
-    align_varying,
-    combine,
-    first_order_only,
-    is_explicitly_sharded,
-    is_float,
-    partition,
-)
+from jaxsoft._trees import add_at, align_varying, combine, first_order_only, is_float, partition
 from jaxsoft.kernels.inner import Kernel, Work
 from jaxsoft.rows._cotangents import block_cotangents
 from jaxsoft.rows._logits import LinearLogits, Logits, check_axis, rows_of
@@ -225,7 +217,7 @@ def weighted_sum(
     constants = tuple(leaf if a is None else None for leaf, a in zip(leaves, arrays))
     # A chunk cannot pass through the loss's own jit, and need not.
     loss = inspect.unwrap(loss, stop=lambda f: not isinstance(f, jax.stages.Wrapped))
-    if any(map(is_explicitly_sharded, jax.tree.leaves((logits, by_row, weights, row_masks)))):
+    if any(map(_trees.is_explicitly_sharded, jax.tree.leaves((logits, by_row, weights, row_masks)))):
         raise ValueError(
             "logits, labels and weights must not be sharded over Explicit mesh axes, for rows are cut into "
             "chunks: call weighted_sum inside jax.shard_map, or use the loss itself, (weights * loss(...)).sum()"

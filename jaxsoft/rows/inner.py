@@ -2,6 +2,7 @@
 
 Not for users: these names may change at any time.
 """
+# ruff: noqa: F401 (imported here for others)
 
 from jaxsoft.rows._gauge import exponentials, keep_gauge, rescale, running_max
 from jaxsoft.rows._logits import check_axis, row_scalar, rows_of
@@ -11,24 +12,3 @@ from jaxsoft.rows._source import capped
 from jaxsoft.rows._statistics import check_ids, check_range, log_partition
 from jaxsoft.rows._two_way import reduce_two_ways
 from jaxsoft.rows._weighted import detached
-
-__all__ = [
-    "block_sums",
-    "capped",
-    "check_axis",
-    "check_dense",
-    "check_ids",
-    "check_range",
-    "detached",
-    "exponentials",
-    "is_reduction",
-    "keep_gauge",
-    "log_partition",
-    "reduce_two_ways",
-    "rescale",
-    "row_scalar",
-    "rows_of",
-    "running_max",
-    "shares",
-    "softmax_with",
-]

@@ -55,9 +55,8 @@ def test_round_trip(table, directory):
     assert [p.name for p in directory.iterdir()] == ["tpu-v5-lite.json"]
     assert _tables.read(_tables.user_path(KIND)) == table
     assert _tables.table(KIND) == table
-    assert _tables.is_measured(KIND)
-    assert not _tables.is_measured("TPU v6 lite")
-    assert not _tables.is_measured("")
+    assert _tables.table("TPU v6 lite") is None
+    assert _tables.table("") is None
 
 
 def test_shipped_tables_are_readable():
