@@ -201,7 +201,7 @@ def decode_attention(
     """Attention of the newest tokens to a cache of keys and values, each sequence with its own length.
 
     The T queries are the last T of the `lengths` tokens in the cache, which includes their own keys and values. Each
-    query sees itself and the tokens before it. Blocks of the cache beyond all lengths are not computed.
+    query sees itself and the tokens before it. Blocks of the cache beyond all lengths are skipped.
 
     Args:
       query: `[*batch, T, N, H]`, T small.

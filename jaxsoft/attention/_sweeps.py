@@ -198,7 +198,7 @@ def _tile(spec: AttentionSpec, block: Block, raw: Array, rows: dict, cols: dict,
 
 
 def _live(spec: AttentionSpec) -> Callable | None:
-    """A predicate: whether the static masks leave a visible entry in a pair of blocks; None if they rule out no pair."""
+    """Predicate: whether the static masks leave a visible entry in a pair of blocks; None if they rule out no pair."""
     if spec.offset is None or spec.band() == (None, None):
         return None
     return lambda i, j, rows, columns: spec.live(i, j)
