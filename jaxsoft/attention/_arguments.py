@@ -1,4 +1,4 @@
-"""The arguments of an attention, checked and brought into the form its passes work with."""
+"""Checks the arguments of an attention and converts them to the form that its passes take."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ def prepare(
     precision=None,
     implementation=None,
 ) -> tuple[AttentionRows, tuple[int, ...]]:
-    """Checks the arguments, and brings them into the form of the driver."""
+    """The rows of scores described by the user's arguments, which are checked, and the shape of the query."""
     for name, array in (("query", query), ("key", key), ("value", value)):
         _checks.floating(name, array)
         if array.ndim < 3 or array.shape[:-3] != query.shape[:-3]:
             raise ValueError(
-                f"{name} must have shape [*batch, length, heads, width], batch as the query's {query.shape[:-3]}, "
+                f"{name} must have shape [*batch, length, heads, width] with the query's batch {query.shape[:-3]}, "
                 f"got shape {array.shape}"
             )
     shape, batch = query.shape, query.shape[:-3]
     query, key, value = (a.reshape(math.prod(batch), *a.shape[-3:]) for a in (query, key, value))
     b, t, n, h = query.shape
     _, s, k, _ = key.shape
-    _checks.shape("key", key, (b, s, k, h), "batch, keys, heads, width as the query's")
-    _checks.shape("value", value, (b, s, k, value.shape[-1]), "batch, keys and heads as the key's")
+    _checks.shape("key", key, (b, s, k, h), "batch, keys, heads, the query's width")
+    _checks.shape("value", value, (b, s, k, value.shape[-1]), "the key's batch, keys and heads; any width")
     if k == 0 or n % k:
         raise ValueError(
-            f"query must have a multiple of the key's {k} heads, got {n} in shape {tuple(query.shape)}"
+            f"query must have a multiple of the key's {k} heads, got {n} heads in shape {tuple(query.shape)}"
         )
     if s == 0:
         raise ValueError(f"key must have at least one position, got shape {tuple(key.shape)}")
@@ -114,7 +114,7 @@ def prepare(
         _checks.number("scale", scale)
     else:
         _per_head("scale", scale, n)
-    if query.dtype == dtype:  # nothing is lost when the queries carry the scale
+    if query.dtype == dtype:  # scaling the queries loses no precision
         inputs = inputs._replace(query=inputs.query * rows.per_row("scale", scale)[..., None])
     else:
         inputs = inputs._replace(scale=rows.per_row("scale", scale))
@@ -155,7 +155,7 @@ def _lengths(name: str, lengths: Any, batch: tuple[int, ...]) -> Any:
     if lengths is None:
         return None
     _checks.integers(name, lengths)
-    _checks.shape(name, lengths, batch, "one length a batch element")
+    _checks.shape(name, lengths, batch, "one length per batch element")
     return jnp.asarray(lengths, jnp.int32).reshape(-1)
 
 
@@ -168,7 +168,9 @@ def _segments(name: str, ids: Any, batch: tuple[int, ...], length: int, padded: 
 def _per_head(name: str, value: Any, heads: int) -> None:
     _checks.floating(name, value)
     if value.shape not in ((), (heads,)):
-        raise ValueError(f"{name} must be a number or have shape ({heads},), one a head, got {value.shape}")
+        raise ValueError(
+            f"{name} must be a number or have shape ({heads},), one per head, got shape {value.shape}"
+        )
 
 
 def _entries(name: str, array: Any, spec: AttentionSpec, batch: tuple[int, ...]) -> Array:
@@ -194,7 +196,7 @@ def _entries(name: str, array: Any, spec: AttentionSpec, batch: tuple[int, ...])
 
 
 def _hide(query, key, value, masks: Visibility, key_offset: int):
-    """Puts 0 into queries and keys that nobody reads, lest a NaN in them meets a matrix product."""
+    """Zeroes masked queries, keys and values: a NaN there would spread through the matrix products."""
     keys = []
     if masks.key_lengths is not None:
         first = key_offset if masks.key_offset is None else masks.key_offset.reshape(-1, 1)

@@ -1,4 +1,4 @@
-"""Dot-product attention with any normalizer, streamed."""
+"""Streamed dot-product attention with any normalizer."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from jaxsoft.rows import reductions
 class AttentionStatistics(NamedTuple):
     """Statistics of the scores that each query sees, `[*batch, T, N]`, in float32 or wider.
 
-    They are those of softmax over the scores, after what the normalizer does to them first (a temperature, noise),
-    without sinks and dropout.
+    They describe softmax over the scores as the normalizer first changes them (by a temperature or noise), without
+    sinks and dropout.
 
     Attributes:
       logsumexp: `log sum_j exp(score_j)`; -inf for a query that sees nothing.
@@ -61,50 +61,49 @@ def dot_product_attention(
 ) -> Any:
     """Attention, `normalizer(scale * query @ key) @ value`, whose scores and weights are never stored.
 
-    Takes the place of `jax.nn.dot_product_attention`, with memory that grows with the length instead of its square.
-    Every option goes with every other, and every floating argument has a gradient (forward mode and second order,
-    too). Blocks of scores that the masks hide as a whole are not computed. A query that sees no key gives 0, with
-    gradient 0.
+    Replaces `jax.nn.dot_product_attention`, with memory linear in the length instead of quadratic. All options can be
+    combined, and every floating argument has a gradient (also in forward mode and of second order). Blocks of scores
+    that the masks hide completely are not computed. A query that sees no key gives 0, with gradient 0.
 
     Args:
       query: `[*batch, T, N, H]`.
-      key: `[*batch, S, K, H]`, N a multiple of K: each head of the keys serves N / K heads of queries.
-      value: `[*batch, S, K, V]`; V need not be H.
-      bias: added to the scores after scale and softcap; broadcasts to `[batch, N, T, S]`. An entry of -inf hides.
-      mask: booleans that broadcast to `[batch, N, T, S]`, True = visible. Keys hidden from all queries of a batch
-        element by lengths or by a mask without axes N and T may hold NaN.
+      key: `[*batch, S, K, H]`, N a multiple of K: N / K query heads share each key head.
+      value: `[*batch, S, K, V]`; V may differ from H.
+      bias: added to the scores after scale and softcap; broadcasts to `[batch, N, T, S]`. -inf hides an entry.
+      mask: booleans that broadcast to `[batch, N, T, S]`, True = visible. Keys may hold NaN if lengths, or a mask
+        of size 1 along N and T, hide them from all queries of their batch element.
       normalizer: any normalizer of the library that streams, `jaxsoft.softmax` by default, or a
-        `functools.partial` of one with its options: numbers, arrays `[N]` (one number a head), or arrays that
-        broadcast to `[batch, N, T]`.
-      scale: of the scores: a number or one a head; `1 / sqrt(H)` by default.
+        `functools.partial` of one with its options: numbers, arrays `[N]` (one number per head), or arrays
+        that broadcast to `[batch, N, T]`.
+      scale: multiplies `query @ key`: a number, or one number per head; `1 / sqrt(H)` by default.
       is_causal: whether a query sees no key at a later position.
-      query_seq_lengths: `[*batch]`, queries from there on give 0.
-      key_value_seq_lengths: `[*batch]`, keys from there on are hidden.
-      local_window_size: how many positions to its left and right a query sees: one number for both, or a pair, in
-        which None is no bound.
-      query_segment_ids: `[*batch, T]`, a query sees keys of its own segment (packed sequences).
+      query_seq_lengths: `[*batch]`, queries beyond this length give 0.
+      key_value_seq_lengths: `[*batch]`, keys beyond this length are hidden.
+      local_window_size: how many positions a query sees to its left and to its right: one number for both, or a pair,
+        in which None means no limit.
+      query_segment_ids: `[*batch, T]`, a query sees only keys of its own segment (packed sequences).
       key_segment_ids: `[*batch, S]`.
       mask_fn: `(query_position, key_position) -> visible`, a predicate on broadcasting int32 arrays, evaluated block
-        by block. A module-level or cached function (it is part of the key of the compiled program).
+        by block. Pass a module-level or cached function: compiled programs are cached under it.
       query_offset: the position of the first query, for causal masks, windows, slopes and predicates: 0, or the
-        length of what came before; an array `[]` or `[*batch]` if known at run time only.
+        number of positions before it; an array `[]` or `[*batch]` if known only at run time.
       alibi_slopes: `[N]`, adds `slope * (key position - query position)` to the scores.
       softcap: caps the scaled scores to `(-softcap, softcap)` by `softcap * tanh(scores / softcap)`.
-      sinks: `[N]`, logits of learned sinks: an entry without a value in every row. For normalizers of the
+      sinks: `[N]`, logits of learned sinks: each row gets one more entry, without a value. For normalizers of the
         exponential family.
-      dropout_rate: the fraction of weights dropped, after normalization; which ones depends on the key and on
-        batch, head, query and key positions only.
-      dropout_key: a PRNG key, for a rate above 0.
-      block_sizes: queries and keys in a block; None chooses. The result does not depend on it.
+      dropout_rate: the fraction of weights dropped after normalization. Which weights are dropped depends only on
+        `dropout_key` and the indices of batch element, head, query and key.
+      dropout_key: a PRNG key; required if the rate is above 0.
+      block_sizes: queries and keys per block; None: chosen automatically. They change the result only by rounding.
       precision: of the matrix products, as in `jax.lax.dot_general`; they accumulate in float32 at least.
       implementation: `"xla"`, or the kernels `"pallas_tpu"` or `"mosaic_gpu"` (reverse mode and first order only);
-        None picks the best that can run the case (see `jaxsoft.kernels.explain`).
-      return_residual: whether to return the log-sum-exp of each query, too, as `jax.nn` does.
-      return_statistics: whether to return `AttentionStatistics`, too.
+        None picks the best one that can run the case (see `jaxsoft.kernels.explain`).
+      return_residual: whether to return the log-sum-exp of each query as well, as `jax.nn` does.
+      return_statistics: whether to return `AttentionStatistics` as well; replaces the residual.
 
     Returns:
-      `[*batch, T, N, V]` in the dtype of the queries; with `return_residual` the pair of it and the log-sum-exp
-      `[*batch, T, N]`; with `return_statistics` the pair of it and `AttentionStatistics`.
+      `[*batch, T, N, V]` in the dtype of the queries; with `return_residual` a pair of this and the log-sum-exp
+      `[*batch, T, N]`; with `return_statistics` a pair of this and `AttentionStatistics`.
 
     Raises:
       TypeError: an argument of a wrong type or dtype.

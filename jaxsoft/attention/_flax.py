@@ -1,4 +1,7 @@
-"""An adapter for Flax, which is not imported: its modules take the attention as a function."""
+"""Adapter for Flax.
+
+Flax is not imported: its modules take the attention as a function.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,15 @@ from jaxsoft.attention._dot_product import dot_product_attention
 
 
 def flax_attention_fn(**options) -> Callable:
-    """`dot_product_attention` as the `attention_fn` of Flax's multi-head attention, nnx and linen.
+    """`dot_product_attention` as the `attention_fn` of Flax's multi-head attention, in nnx and linen.
 
     Args:
-      **options: of `dot_product_attention`, such as `normalizer` or `is_causal`.
+      **options: those of `dot_product_attention`, such as `normalizer` or `is_causal`.
 
     Returns:
-      A function for `nnx.MultiHeadAttention(attention_fn=...)` or `nn.MultiHeadAttention(attention_fn=...)`. Of the
-      module's arguments it honours mask, bias, dropout (each weight by itself: `broadcast_dropout` must be off when
-      dropout is on) and precision; it cannot sow attention weights, which are never stored.
+      A function for `nnx.MultiHeadAttention(attention_fn=...)` or `nn.MultiHeadAttention(attention_fn=...)`. It
+      honours the module's mask, bias, dropout (per weight: `broadcast_dropout` must be off when dropout is on) and
+      precision; it cannot sow attention weights, which are never stored.
 
     Raises:
       TypeError: an argument of a wrong type, when the function is called.
@@ -48,16 +51,16 @@ def flax_attention_fn(**options) -> Callable:
     ):
         if module is not None:
             raise ValueError(
-                "attention weights are never stored, so that they cannot be sown: sow_weights must be off"
+                "sow_weights must be False: attention weights are never stored, so they cannot be sown"
             )
         if others.get("force_fp32_for_softmax") is False:
-            others.pop("force_fp32_for_softmax")  # it is always so here
+            others.pop("force_fp32_for_softmax")  # softmax is in float32 in any case
         others = {k: v for k, v in others.items() if v is not None}
         if others:
-            raise ValueError(f"attention_fn does not take {', '.join(sorted(others))}")
+            raise ValueError(f"attention_fn does not support {', '.join(sorted(others))}")
         dropping = dropout_rate > 0 and not deterministic
         if dropping and broadcast_dropout:
-            raise ValueError("broadcast_dropout must be False: weights are dropped each by itself")
+            raise ValueError("broadcast_dropout must be False: each weight is dropped independently")
         if dtype is not None:
             query, key, value = (a.astype(dtype) for a in (query, key, value))
         given = dict(options)

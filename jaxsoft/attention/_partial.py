@@ -1,4 +1,7 @@
-"""Attention over a part of the keys, and the merge of such parts; attention to a cache."""
+"""Partial attention and its merge, and decoding with a cache.
+
+Attention over a part of the keys gives a state; the states of all parts merge to the attention over all keys.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +31,8 @@ from jaxsoft.rows.inner import keep_gauge
 class PartialAttention:
     """The state of an attention that has seen some of the keys: a pytree, made by `partial_attention`.
 
-    Parts of the same queries over disjoint keys merge in any order (`merge_partial_attention`); `output()` gives the
-    attention over all keys seen. Sinks and other constants of the denominator enter there, once.
+    States of the same queries over disjoint keys merge in any order (`merge_partial_attention`); `output()` gives the
+    attention over all keys seen. It adds sinks and other constants of the denominator, once.
     """
 
     state: Any
@@ -57,24 +60,24 @@ class PartialAttention:
 
 
 class _OnePass(AttentionRows):
-    """Rows of which only a part is here: whatever needs all of them before the last pass is refused."""
+    """Rows with only a part of their keys: refuses normalizers that need whole rows before the last pass."""
 
     key_count: Any = None
 
     def reduce(self, wanted: Any) -> Any:
         raise ValueError(
-            "normalizer must need one pass only: its weights depend on statistics of the whole row, which parts of it "
-            "do not merge to; call dot_product_attention on all keys"
+            "normalizer must need one pass only: this one first needs statistics of the whole row, which a part of the "
+            "keys does not have; call dot_product_attention on all keys (in decode_attention, use splits=1)"
         )
 
     def detached(self) -> _OnePass:
-        return self  # to be refused when it is read
+        return self  # whose `reduce` raises
 
     def count(self) -> Array:
         if self.key_count is None:
             raise ValueError(
-                "key_count must be given for this normalizer, which depends on the number of keys that a query sees "
-                "in all parts together"
+                "key_count must be given for this normalizer, which depends on the number of keys that each query "
+                "sees in all parts together; got None"
             )
         p = self.spec
         shape = (p.batch, p.heads * p.groups, p.queries)
@@ -94,7 +97,7 @@ def partial_attention(
     sinks: Float[Array, " N"] | None = None,
     **options,
 ) -> PartialAttention:
-    """Attention over a part of the keys, to be merged with other parts: the unit of sharded and ring attention.
+    """Attention over a part of the keys, to be merged with other parts, as in sharded and ring attention.
 
     Args:
       query: `[*batch, T, N, H]`.
@@ -102,13 +105,13 @@ def partial_attention(
       value: `[*batch, S, K, V]`.
       bias: of this part's scores, as in `dot_product_attention`.
       mask: of this part's scores, likewise.
-      normalizer: as in `dot_product_attention`, one that needs a single pass.
-      key_offset: the position of the part's first key (an array `[]` or `[*batch]` if known at run time only).
+      normalizer: as in `dot_product_attention`; it must need a single pass only.
+      key_offset: the position of the part's first key (an array `[]` or `[*batch]` if known only at run time).
       key_count: how many keys each query sees in all parts, a floating array that broadcasts to `[batch, N, T]`:
         for normalizers that depend on it (`scalable_softmax`, `sigmoid_weights`, `relu_weights`).
       sinks: as in `dot_product_attention`; the same for all parts.
-      **options: of `dot_product_attention` that say what is visible (positions and lengths are those of the whole)
-        and how scores are made; no dropout, no statistics.
+      **options: those of `dot_product_attention` for masks (positions and lengths refer to the whole sequence) and
+        for the computation of scores; no dropout, no statistics.
 
     Returns:
       A `PartialAttention`.
@@ -138,16 +141,16 @@ def partial_attention(
 
 
 def merge_partial_attention(*parts: PartialAttention) -> PartialAttention:
-    """The attention over the keys of all parts: their states, merged.
+    """The attention over the keys of all parts, by merging their states.
 
     Args:
       *parts: results of `partial_attention` of the same queries, with the same options, over disjoint keys.
 
     Returns:
-      A `PartialAttention` of the union; `.output()` gives the attention.
+      A `PartialAttention` over all their keys; `.output()` gives the attention.
 
     Raises:
-      TypeError: an argument that is no `PartialAttention`.
+      TypeError: an argument that is not a `PartialAttention`.
       ValueError: no parts, or parts of different queries or normalizers.
 
     Reference:
@@ -165,7 +168,7 @@ def merge_partial_attention(*parts: PartialAttention) -> PartialAttention:
         raise ValueError("parts must hold at least one PartialAttention, got none")
     for part in parts:
         if not isinstance(part, PartialAttention):
-            raise TypeError(f"parts must be PartialAttention, got {_checks.describe(part)}")
+            raise TypeError(f"parts must be PartialAttention objects, got {_checks.describe(part)}")
         same = (part.normalizer, part.shape, part.spec.rows) == (
             parts[0].normalizer,
             parts[0].shape,
@@ -173,12 +176,12 @@ def merge_partial_attention(*parts: PartialAttention) -> PartialAttention:
         )
         if not same:
             raise ValueError(
-                "parts must be of the same queries, blocks of queries and normalizer, got queries of shape "
+                "parts must have the same queries, query blocks and normalizer, got queries of shape "
                 f"{part.shape} and {parts[0].shape}, rows in blocks {part.spec.rows} and {parts[0].spec.rows}"
             )
     merge = parts[0]._reduction.merge
     states = [part.state for part in parts]
-    while len(states) > 1:  # a tree: fewer roundings on each path than a chain
+    while len(states) > 1:  # a tree: fewer roundings per part than in a chain
         pairs = [merge(a, b, parts[0].params) for a, b in zip(states[::2], states[1::2])]
         states = pairs + states[2 * len(pairs) :]
     return dataclasses.replace(parts[0], state=states[0])
@@ -197,19 +200,19 @@ def decode_attention(
 ) -> Float[Array, "*batch T N V"]:
     """Attention of the newest tokens to a cache of keys and values, each sequence with its own length.
 
-    The T queries are the last T of the `lengths` tokens that the cache holds, their own keys and values included;
-    each sees what came before it, and itself. No scores are computed of blocks of the cache behind all lengths.
+    The T queries are the last T of the `lengths` tokens in the cache, which includes their own keys and values. Each
+    query sees itself and the tokens before it. Blocks of the cache beyond all lengths are skipped.
 
     Args:
       query: `[*batch, T, N, H]`, T small.
-      key_cache: `[*batch, S, K, H]`; what lies behind the length of a sequence may be anything.
+      key_cache: `[*batch, S, K, H]`; entries beyond the length of a sequence may hold anything.
       value_cache: `[*batch, S, K, V]`.
-      lengths: `[*batch]`, tokens in the cache after the new ones were written.
+      lengths: `[*batch]`, the number of tokens in the cache, including the new ones.
       normalizer: as in `dot_product_attention`.
-      splits: in how many parts the cache is read side by side, to be merged at the end; a divisor of S. For
-        machines that one sequence does not keep busy, and normalizers of one pass.
-      unified_max: a fixed reference exponent near the largest scores, in place of a running maximum (FlashDecoding++;
-        softmax only). If the scores of any row leave its safe range, all is computed with a running maximum instead.
+      splits: the number of parts of the cache that are read in parallel and merged at the end; a divisor of S. For
+        devices that one sequence does not keep busy; needs a normalizer of one pass.
+      unified_max: a fixed reference exponent near the largest scores, instead of a running maximum (FlashDecoding++;
+        softmax only). If the scores of any row leave its safe range, all rows are recomputed with a running maximum.
       **options: of `dot_product_attention`: bias, softcap, scale, windows, slopes, sinks, ...
 
     Returns:
@@ -232,10 +235,10 @@ def decode_attention(
     """
     for name in ("is_causal", "query_offset", "key_value_seq_lengths"):
         if name in options:
-            raise ValueError(f"decode_attention sets {name} itself, from lengths")
+            raise ValueError(f"{name} must not be given: decode_attention sets it from lengths")
     _checks.floating("query", query)
     _checks.integers("lengths", lengths)
-    _checks.shape("lengths", lengths, query.shape[:-3], "one length a sequence")
+    _checks.shape("lengths", lengths, query.shape[:-3], "one length per sequence")
     splits = _checks.integer("splits", splits, at_least=1)
     size = key_cache.shape[-3]
     if size % splits:
@@ -255,7 +258,9 @@ def decode_attention(
         return exact()
     _checks.number("unified_max", unified_max)
     if normalizer is not None or splits > 1 or options.get("sinks") is not None:
-        raise ValueError("unified_max needs softmax, without other normalizer, sinks or splits")
+        raise ValueError(
+            "unified_max needs plain softmax: leave normalizer, sinks and splits at their defaults"
+        )
     rows, shape = prepare(query, key_cache, value_cache, **_positional(options))
     phi = rows.per_row("unified_max", unified_max)
     last = _UNIFIED._replace(params={"reference": phi})
@@ -271,14 +276,14 @@ def _positional(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _split(query, key, value, splits: int, normalizer, options) -> PartialAttention:
-    """All parts of the cache at once, as a further batch axis in front, merged in a tree."""
+    """All parts of the cache at once, along a new leading batch axis, then merged in a tree."""
     rows, _ = prepare(query, key, value, **_positional(options))
     count = from_blocks(rows.spec, rows.count())
     options = {**options, "key_count": jnp.tile(count, (splits, 1, 1))}
     if any(
         options.get(name) is not None for name in ("bias", "mask", "query_segment_ids", "key_segment_ids")
     ):
-        raise ValueError("splits does not go with bias, mask or segments; use splits=1")
+        raise ValueError("splits must be 1 with bias, mask or segment ids")
     part = key.shape[-3] // splits
     axis = key.ndim - 3
 
@@ -313,7 +318,7 @@ def _split(query, key, value, splits: int, normalizer, options) -> PartialAttent
     )
 
 
-# Softmax at a fixed reference exponent: sums add up without any rescaling; NaN marks rows out of its range.
+# Softmax with a fixed reference exponent: sums need no rescaling; NaN marks rows outside its safe range.
 
 
 def _partition(params):
@@ -344,7 +349,7 @@ def _in_range(state, params):
 def _reference_coefficient(state, params):
     top, s = state
     good = _in_range(state, params) & (s > 0)
-    # 1 / s as unit / (unit s), whose derivative does not overflow: unit is about 1 / s, without a gradient.
+    # 1 / s as unit / (unit * s), whose derivative does not overflow: unit is about 1 / s and has no gradient.
     unit = jnp.exp(jnp.where(good, params["reference"] - lax.stop_gradient(jnp.where(good, top, 0)), 0))
     return (jnp.where(good, unit / jnp.where(good, unit * s, 1), 0),)
 

@@ -1,10 +1,10 @@
-"""One pass over the scores of an attention, `query @ key`, which are never stored: the states of row reductions.
+"""One pass over attention scores, `query @ key`, which are never stored: computes the states of row reductions.
 
-The scores are visited in blocks of queries and keys, one pair of blocks after another in a single loop. Which pairs
-can hold anything is known from the static options (causal, window): the others are not on the list. Masks known at
-run time (lengths, segments, a predicate, an array) are looked at block by block: a pair without a visible entry is
-skipped, one without a hidden entry is computed without a mask. The derivative is that of `jaxsoft.rows`: one more
-loop over the pairs, linear in the tangents, checkpointed, which JAX transposes.
+A single loop visits the scores, one pair of a query block and a key block after another. Pairs that the static options
+(causal, window) hide completely are left out of the loop. Masks known at run time (lengths, segments, a predicate, an
+array) are evaluated per pair: a pair without a visible entry is skipped, one without a hidden entry is computed
+without a mask. The derivative rule is that of `jaxsoft.rows`: one more loop over the pairs, checkpointed and linear in
+the tangents, which JAX transposes.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def _scores(spec: AttentionSpec, block: Inputs, masks: Visibility, i, j) -> Arra
 
 
 def finish(spec: AttentionSpec, x: Array, scale, bias, slopes, distance) -> Array:
-    """What follows the product of queries and keys: scale, cap, bias, and slopes times the distance to the key.
+    """Turns products of queries and keys into scores: scale, softcap, bias, and slopes times the distance to the key.
 
-    Scale and slopes are `[..., R]`, bias and distance broadcast to the scores; None where there is none.
+    Scale and slopes are `[..., R]`; bias and distance broadcast to the scores. Absent ones are None.
     """
     if scale is not None:
         x = x * scale[..., None]
@@ -65,7 +65,7 @@ def _product(formula: str, a: Array, b: Array, precision, dtype) -> Array:
 
 
 def _cut(inputs: Inputs, spec: AttentionSpec, i, j) -> Inputs:
-    """The blocks that one pair needs."""
+    """The inputs of one pair of blocks."""
 
     def at(a, index):
         return None if a is None else lax.dynamic_index_in_dim(a, index, 0, keepdims=False)
@@ -100,7 +100,7 @@ def _at(tree: Any, i) -> Any:
 def _by_visibility(
     spec: AttentionSpec, masks: Visibility, pair: Array, skip: Callable, work: Callable, *operands
 ) -> Any:
-    """`skip(*operands)` where a pair has nothing visible, else `work(keep or None, *operands)`."""
+    """`skip(*operands)` if a pair has no visible entry, else `work(keep, *operands)`, keep None if none is hidden."""
     i, j, hidden = pair
     if spec.mask_fn is None and all(m is None for m in masks):
         if not spec.pairs()[:, 2].any():
@@ -122,7 +122,7 @@ def _by_visibility(
 
 
 def empty_states(spec: AttentionSpec, functions: tuple, inputs: Inputs, args: list) -> list:
-    """The states of rows that have seen nothing."""
+    """The initial states, of rows that have not seen a key yet."""
     dtype = accumulation_dtype(inputs.query.dtype, inputs.key.dtype)
     like = jnp.zeros_like(inputs.query[..., 0], dtype=dtype)
     return [r.init(like, *a) for r, a in zip(functions, args)]
@@ -131,7 +131,7 @@ def empty_states(spec: AttentionSpec, functions: tuple, inputs: Inputs, args: li
 def finished_states(
     spec: AttentionSpec, functions: tuple, inputs: Inputs, masks: Visibility, args: list
 ) -> list:
-    """The finished states, without derivatives."""
+    """The states after all pairs of blocks, without derivatives."""
 
     def body(states, pair):
         i, j, _ = pair
@@ -152,7 +152,7 @@ def finished_states(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def attach(spec, functions, floats, others, inputs, masks, args):
-    """The float leaves of finished states, as functions of what they were computed from."""
+    """The float leaves of finished states, as differentiable functions of the arrays they were computed from."""
     del spec, functions, others, inputs, masks, args
     return floats
 
@@ -167,7 +167,7 @@ def _attach_jvp(spec, functions, primals, tangents):
     zeros = jax.tree.map(jnp.zeros_like, floats)
     if not active:
         return out, zeros
-    # Gradients add up over the pairs: in float32 at least.
+    # Gradients accumulate over the pairs, in float32 or wider.
     dactive = [dleaves[k].astype(jnp.promote_types(leaves[k].dtype, jnp.float32)) for k in active]
 
     def cut(tree, i, j):

@@ -1,4 +1,4 @@
-"""The rows of scores of an attention, in blocks, as the definitions of normalizers see them."""
+"""The rows of attention scores, in blocks, in the form that definitions of normalizers use."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from jaxsoft.rows.inner import is_reduction
 
 
 class AttentionRows:
-    """The rows of scores of an attention, as the definitions of normalizers see them (`DenseRows` for stored ones).
+    """The rows of attention scores, in the form that definitions of normalizers use (for stored scores: `DenseRows`).
 
     Attributes:
-      shape: of the rows, in blocks of queries: `[nq, B, K, R]`.
+      shape: of per-row arrays, in query blocks: `[nq, B, K, R]`.
       dtype: of statistics and parameters.
     """
 
@@ -32,7 +32,7 @@ class AttentionRows:
         self.dtype = accumulation_dtype(inputs.query.dtype, inputs.key.dtype)
 
     def run(self, wanted: list[RowReduction]) -> list:
-        """The states of reductions, one pass."""
+        """The states of row reductions, in one pass."""
         functions = tuple(r._replace(args=()) for r in wanted)
         return run(self.spec, functions, self.inputs, self.masks, [r.args for r in wanted])
 
@@ -40,35 +40,35 @@ class AttentionRows:
         return AttentionRows(self.spec, self.inputs._replace(value=None), self.masks)
 
     def reduce(self, wanted: Any) -> Any:
-        """Runs row reductions over the scores, one pass."""
+        """The results of row reductions over the scores, in one pass."""
         leaves, treedef = jax.tree.flatten(wanted, is_leaf=is_reduction)
         states = self._without_values().run(leaves)
         return jax.tree.unflatten(treedef, [r.finalize(s, *r.args) for r, s in zip(leaves, states)])
 
     def state(self, normalizer: Normalizer) -> Any:
-        """The state of a normalizer's statistics, one pass."""
+        """The state of a normalizer's statistics, in one pass."""
         if normalizer.statistics is None:
             return ()
         statistics = after(normalizer.statistics, normalizer.before)
         return self.reduce(statistics._replace(args=(normalizer.params,)))
 
     def count(self) -> Array:
-        """The number of visible keys of each query."""
+        """The number of visible keys per query."""
         return count(self.spec, self.inputs, self.masks)
 
     def detached(self) -> AttentionRows:
-        """The same rows without their gradient."""
+        """The same rows without gradient."""
         return AttentionRows(self.spec, jax.lax.stop_gradient(self.inputs), self.masks)
 
     def row_number(self) -> Array:
-        """A number for each row that depends on batch, head and position only (uint32)."""
+        """One uint32 number per row, which depends only on batch element, head and query index."""
         p = self.spec
         heads = p.heads * p.groups
         numbers = jnp.arange(p.batch * heads * p.queries, dtype=jnp.uint32)
         return to_blocks(p, numbers.reshape(p.batch, heads, p.queries))
 
     def per_row(self, name: str, value: Any) -> Array:
-        """A number, one a head, or an array that broadcasts to `[B, N, T]`, as rows in blocks."""
+        """A number, one number per head, or an array that broadcasts to `[B, N, T]`, as a per-row array in blocks."""
         p = self.spec
         if getattr(value, "ndim", 0) == 1:
             value = value[:, None]
@@ -76,9 +76,9 @@ class AttentionRows:
 
 
 def to_blocks(spec: AttentionSpec, rows: Array) -> Array:
-    """`[B, N, T, ...]` as `[nq, B, K, R, ...]`, padded to whole blocks with the last row (0 may be no good value)."""
+    """`[B, N, T, ...]` as `[nq, B, K, R, ...]`, padded to whole blocks with the last row (0 may be invalid)."""
     rest = rows.shape[3:]
-    # Cut in the order in which queries come: a kernel that puts the blocks back in this order copies nothing.
+    # Blocks are cut in the user's order of axes: a kernel that restores this order needs no copy.
     rows = jnp.swapaxes(rows, 1, 2)
     pad = spec.nq * spec.bq - spec.queries
     if pad:
@@ -96,6 +96,6 @@ def from_blocks(spec: AttentionSpec, blocks: Array) -> Array:
 
 
 def to_user(spec: AttentionSpec, blocks: Array, shape: tuple[int, ...]) -> Array:
-    """Rows in blocks as `[*batch, T, N, ...]`; `shape` is that of the query."""
+    """A per-row array in blocks as `[*batch, T, N, ...]`; `shape` is that of the user's query."""
     rows = jnp.swapaxes(from_blocks(spec, blocks), 1, 2)
     return rows.reshape(*shape[:-1], *rows.shape[3:])

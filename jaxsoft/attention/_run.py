@@ -1,4 +1,4 @@
-"""Runs a pass over an attention by the implementation that suits, in blocks of the sizes that suit it."""
+"""Runs a pass over attention scores: chooses the implementation and the block sizes that suit it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from jaxsoft.attention._pass import attach, finished_states
 from jaxsoft.attention._spec import AttentionSpec, Inputs, Visibility
 from jaxsoft.kernels.inner import Kernel, Work, blocks, choose, likely, measured_sizes
 
-# Scores per pair of blocks, about, which bounds the temporary memory.
+# Approximate number of scores per pair of blocks, which bounds the temporary memory.
 _PAIR_ENTRIES = {"cpu": 2**22, "other": 2**25}
 _WIDEST_BLOCK = {"queries": 512, "keys": 256}
 
 
 def run(spec: AttentionSpec, functions: tuple, inputs: Inputs, masks: Visibility, args: list) -> list:
-    """The states of reductions (their arrays apart, `args`) of all rows, leaves `[nq, B, K, R, ...]`."""
+    """The states of reductions (`functions`, their arrays in `args`) for all rows; leaves are `[nq, B, K, R, ...]`."""
 
     def refusal(backend, kernel: Kernel) -> str | None:
         return _sweeps.refusal(backend, kernel, spec, functions, inputs, masks, args)
@@ -49,14 +49,14 @@ def _run(
 
 
 def _work(groups: int, queries: int, keys: int, query: Array) -> Work:
-    """The size of a pass; `query` has the features last."""
+    """The size of a pass; the last axis of `query` holds the features."""
     return Work("attention", groups * queries, keys, query.shape[-1], query.dtype.itemsize)
 
 
 def choose_block_sizes(
     given: tuple[int | None, int | None], implementation: str | None, groups: int, query: Array, key: Array
 ) -> tuple[int, int]:
-    """Queries and keys per block, for `query` `[B, T, N, H]` and `key` `[B, S, K, H]`; `given` are the user's."""
+    """Queries and keys per block, for `query` `[B, T, N, H]` and `key` `[B, S, K, H]`; `given` is the user's choice."""
     (b, t, n, _), s = query.shape, key.shape[1]
     work = _work(groups, t, s, query)
     if likely(implementation, work):
@@ -65,7 +65,7 @@ def choose_block_sizes(
 
 
 def _kernel_block_sizes(given, groups: int, t: int, s: int, tuned: dict[str, int]) -> tuple[int, int]:
-    """Per tile of a kernel: a multiple of 64 rows (queries times heads); 128 keys, or all."""
+    """Tile of a kernel; by default a multiple of 64 rows (queries times heads per key head), and 128 keys or all."""
     user = dict(blocks())
     least = 64 // math.gcd(64, groups)
     bq = user.get("rows") or given[0] or tuned.get("rows") or max(least, 128 // groups // least * least)
@@ -86,6 +86,6 @@ def _xla_block_sizes(given, rows: int, t: int, s: int) -> tuple[int, int]:
             size = -(-even // 8) * 8
         sizes.append(min(size, max(length, 1)))
     bq, bk = sizes
-    if given[1] is None and t < 64:  # few queries: long blocks of keys
+    if given[1] is None and t < 64:  # few queries: long key blocks
         bk = min(s, max(bk, min(4096, entries // max(rows * bq, 1) // 8 * 8)))
     return bq, bk

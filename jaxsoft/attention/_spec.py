@@ -1,7 +1,7 @@
-"""What an attention is, in the form its passes work with: static sizes and masks, arrays, masks of the run.
+"""The description of an attention that its passes take: static sizes and masks, masks known at run time, and arrays.
 
 Shapes: B batch, K key heads, G query heads per key head, T queries, S keys; blocks of `bq` queries and `bk` keys. A
-block of queries has R = G * bq rows per key head; rows are `[nq, B, K, R]` arrays.
+block of queries has R = G * bq rows per key head; per-row arrays are `[nq, B, K, R]`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
-    """What is static about an attention: sizes, blocks and masks.
+    """The static part of an attention: sizes, block sizes, masks and options.
 
     Attributes:
       batch: B.
@@ -23,16 +23,16 @@ class AttentionSpec:
       groups: G.
       queries: T.
       keys: S.
-      bq: queries in a block.
-      bk: keys in a block.
+      bq: queries per block.
+      bk: keys per block.
       causal: whether a query sees no later key.
-      window: how many positions to the left and right of a query it sees; None for all, on either side.
-      offset: the position of the first query, or None if positions are known at run time only.
+      window: how many positions a query sees to its left and to its right; None: all on that side.
+      offset: the position of the first query, or None if positions are known only at run time.
       key_offset: the position of the first key.
       mask_fn: the user's predicate, or None.
       softcap: as in `linear_logits`, or None.
       precision: of the matrix products.
-      implementation: what the user asked for.
+      implementation: the one that the user asked for, or None.
     """
 
     batch: int
@@ -53,28 +53,28 @@ class AttentionSpec:
 
     @property
     def nq(self) -> int:
-        """The number of blocks of queries."""
+        """The number of query blocks."""
         return -(-self.queries // self.bq)
 
     @property
     def nk(self) -> int:
-        """The number of blocks of keys."""
+        """The number of key blocks."""
         return -(-self.keys // self.bk)
 
     @property
     def rows(self) -> tuple[int, ...]:
-        """The shape of the rows."""
+        """The shape of per-row arrays, `[nq, B, K, R]`."""
         return (self.nq, self.batch, self.heads, self.groups * self.bq)
 
     def band(self) -> tuple[int | None, int | None]:
-        """The visible keys of a query at position p lie in `[p - left, p + right]`; None is no bound."""
+        """The visible keys of a query at position p lie in `[p - left, p + right]`; None means no bound."""
         left, right = self.window
         if self.causal:
             right = 0 if right is None else min(right, 0)
         return left, right
 
     def live(self, i, j) -> Any:
-        """Whether the static masks leave something of the pairs (i, j) of blocks; True where there are none."""
+        """Whether the static masks leave a visible entry in pairs (i, j) of blocks; True if they rule out no pair."""
         if self.offset is None:
             return True
         (left, right), shift = self.band(), self.offset - self.key_offset
@@ -87,7 +87,7 @@ class AttentionSpec:
         return live
 
     def pairs(self) -> np.ndarray:
-        """`[pairs, 3]`: block of queries, block of keys, whether the static masks hide something in the pair."""
+        """`[pairs, 3]`: query block, key block, and whether static masks or padding may hide an entry of the pair."""
         left, right = self.band() if self.offset is not None else (None, None)
         i, j = np.meshgrid(np.arange(self.nq), np.arange(self.nk), indexing="ij")
         shift = (self.offset or 0) - self.key_offset
@@ -104,7 +104,7 @@ class AttentionSpec:
 
 
 class Visibility(NamedTuple):
-    """What is known at run time of which entries are visible; None where there is no such mask.
+    """The masks known only at run time; an absent mask is None.
 
     Attributes:
       query_lengths: `[B]`.
@@ -112,7 +112,7 @@ class Visibility(NamedTuple):
       query_segments: `[B, nq * bq]`.
       key_segments: `[B, nk * bk]`.
       entries: `[B or 1, K or 1, G or 1, T or 1, S or 1]`, padded to whole blocks.
-      offset: position of the first query, `[]` or `[B]`, where the spec has none.
+      offset: position of the first query, `[]` or `[B]`, if `AttentionSpec.offset` is None.
       key_offset: position of the first key, likewise.
     """
 
@@ -126,15 +126,15 @@ class Visibility(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What the scores and values are made of.
+    """The arrays that scores and outputs are computed from, in blocks.
 
     Attributes:
       query: `[nq, B, K, R, H]`.
       key: `[nk, B, K, bk, H]`.
       value: `[nk, B, K, bk, Hv]`.
-      scale: multiplies the products: `[nq, B, K, R]`, or None where the queries hold it already.
+      scale: `[nq, B, K, R]`, multiplies the products; None if it is already folded into the queries.
       bias: `[B or 1, K or 1, G or 1, T or 1, S or 1]`, padded to whole blocks, or None.
-      slopes: `[nq, B, K, R]`, times the distance from the query to a key, or None.
+      slopes: `[nq, B, K, R]`, multiplied by the distance from query to key and added to the scores, or None.
     """
 
     query: Any

@@ -1,9 +1,10 @@
-"""Passes over the scores of an attention as sweeps, which every kernel backend runs.
+"""Passes over attention scores as sweeps, which every kernel backend can run.
 
-There is one matrix of scores per batch element and key head; query heads that share keys are rows of one block.
-Forward, one sweep over the keys carries the states (for a normalizer: its statistics and the weighted sums of the
-values). Backward, one sweep over the keys carries the gradients of the queries and of all else that varies by row, and
-writes that of a bias; one over the queries carries those of keys and values.
+There is one matrix of scores per batch element and key head; query heads that share keys are rows of one block. The
+forward pass is one sweep over the keys, which carries the states (for a normalizer: its statistics and the weighted
+sums of the values). The backward pass is two sweeps. The one over the keys carries the gradients of the queries and of
+the other per-row arrays, and writes the gradient of a bias; the one over the queries carries the gradients of keys and
+values.
 """
 
 from __future__ import annotations
@@ -41,13 +42,13 @@ from jaxsoft.rows.inner import block_sums
 def refusal(
     backend, kernel: Kernel, spec: AttentionSpec, functions, inputs: Inputs, masks: Visibility, args
 ) -> str | None:
-    """Why a backend cannot run these reductions, or None."""
+    """Why a backend cannot run these reductions; None if it can."""
     wrong = objection((inputs, args))
     return wrong or backend.refusal(kernel, *_forward(spec, functions, inputs, masks, args))
 
 
 def run(kernel: Kernel, spec: AttentionSpec, functions, inputs: Inputs, masks: Visibility, args) -> list:
-    """The states of reductions of all rows, with their derivatives attached, leaves `[nq, B, K, R, ...]`."""
+    """The states of reductions for all rows, with derivatives attached; leaves are `[nq, B, K, R, ...]`."""
     states = _states(kernel, spec, functions, *lax.stop_gradient((inputs, masks, args)))
     floats, others = partition(states)
     case = _backward(spec, functions, states, floats, inputs, masks, args)
@@ -59,7 +60,7 @@ def run(kernel: Kernel, spec: AttentionSpec, functions, inputs: Inputs, masks: V
     return combine(floats, others)
 
 
-# --- rows in blocks, and matrices ------------------------------------------------------------------------------
+# --- between blocks and matrices -------------------------------------------------------------------------------
 
 
 def _by_matrix(spec: AttentionSpec, rows: Array) -> Array:
@@ -69,7 +70,7 @@ def _by_matrix(spec: AttentionSpec, rows: Array) -> Array:
 
 
 def _side_by_side(spec: AttentionSpec, rows: Array) -> Array:
-    """`[nq or nk, B, K, ..., H]` as `[B, rows, K, H]`: how queries and keys came, which the compiler does not copy."""
+    """`[nq or nk, B, K, ..., H]` as `[B, rows, K, H]`: the layout of the user, which the compiler does not copy."""
     moved = jnp.moveaxis(rows, (0, 2), (1, -2))
     return moved.reshape(spec.batch, -1, spec.heads, rows.shape[-1])
 
@@ -81,7 +82,7 @@ def _by_block(spec: AttentionSpec, rows: Array, blocks: int) -> Array:
 
 
 def _five_axes(spec: AttentionSpec, array: Array) -> Array:
-    """`[B or 1, K or 1, G or 1, T or 1, S or 1]` as `[B * K or 1, nq * R, nk * bk]`, broadcast where it must be."""
+    """`[B or 1, K or 1, G or 1, T or 1, S or 1]` as `[B * K or 1, nq * R, nk * bk]`, broadcast where needed."""
     if array.shape[:2] != (1, 1):
         array = jnp.broadcast_to(array, (spec.batch, spec.heads, *array.shape[2:]))
     array = jnp.broadcast_to(array, (*array.shape[:2], spec.groups, spec.nq * spec.bq, spec.nk * spec.bk))
@@ -110,7 +111,7 @@ def _positions(spec: AttentionSpec, masks: Visibility) -> tuple[Array, Array]:
 
 
 def _query_index(spec: AttentionSpec) -> Array:
-    """Which query each row belongs to, `[1, nq * R]`."""
+    """The index of the query that each row belongs to, `[1, nq * R]`."""
     within = jnp.tile(jnp.arange(spec.bq, dtype=jnp.int32), spec.groups)
     return (jnp.arange(spec.nq, dtype=jnp.int32)[:, None] * spec.bq + within).reshape(1, -1)
 
@@ -119,7 +120,7 @@ def _each_head(spec: AttentionSpec, per_batch: Array) -> Array:
     return jnp.repeat(per_batch, spec.heads, axis=0)
 
 
-# --- what a tile reads -----------------------------------------------------------------------------------------
+# --- inputs of a tile ------------------------------------------------------------------------------------------
 
 
 def _scores(spec: AttentionSpec, inputs: Inputs) -> Scores:
@@ -130,7 +131,7 @@ def _scores(spec: AttentionSpec, inputs: Inputs) -> Scores:
 
 
 def _operands(spec: AttentionSpec, inputs: Inputs, masks: Visibility, args) -> Operands:
-    """The arrays beside the scores: booleans as int32 or int8, floats that belong to rows in float32."""
+    """The arrays that a tile needs besides its scores: booleans as int32 or int8, per-row floats as float32."""
     q, k = _positions(spec, masks)
     beyond = spec.nk * spec.bk > spec.keys
     seen_by_column = [jnp.arange(spec.nk * spec.bk)[None] < spec.keys] if beyond else []
@@ -174,7 +175,7 @@ def _operands(spec: AttentionSpec, inputs: Inputs, masks: Visibility, args) -> O
 
 
 def _tile(spec: AttentionSpec, block: Block, raw: Array, rows: dict, cols: dict, entries: dict) -> Tile:
-    """A tile as the reductions see it."""
+    """The `Tile` that the reductions take: scores of visible entries, -inf for hidden ones, and values."""
     q: Any = None if rows["position"] is None else rows["position"][:, None]
     k: Any = None if cols["position"] is None else cols["position"][None, :]
     distance = None if rows["slopes"] is None else k - q
@@ -197,22 +198,22 @@ def _tile(spec: AttentionSpec, block: Block, raw: Array, rows: dict, cols: dict,
 
 
 def _live(spec: AttentionSpec) -> Callable | None:
-    """Which pairs of blocks the static masks leave something of."""
+    """Predicate: whether the static masks leave a visible entry in a pair of blocks; None if they rule out no pair."""
     if spec.offset is None or spec.band() == (None, None):
         return None
     return lambda i, j, rows, columns: spec.live(i, j)
 
 
 def _seen(spec: AttentionSpec, rows: dict, cols: dict, masks: Visibility) -> Array | None:
-    """`[B or 1, nq, nk]`: False where masks known at run time hide a pair of blocks from all heads; None without such.
+    """`[B or 1, nq, nk]`: False for pairs of blocks that masks known at run time hide in all heads; None without such.
 
-    Of positions and segments only the smallest and largest of a block are looked at: exact where they are sorted, and
-    never 0 where something is seen.
+    For positions and segments, only the smallest and largest value per block are compared. This is exact if they are
+    sorted, and never False for a pair with a visible entry.
     """
     nothing = jnp.iinfo(jnp.int32).max
 
     def ends(a: Array, keep: Any, blocks: int) -> tuple[Array, Array]:
-        """The smallest and largest number of each block of what is kept, `[G, blocks]`; of nothing, the reverse."""
+        """Smallest and largest kept value per block, `[B * K or 1, blocks, 1]`; smallest > largest if none is kept."""
         keep = jnp.ones(a.shape, bool) if keep is None else jnp.broadcast_to(keep != 0, a.shape)
         a, keep = (x.reshape(x.shape[0], blocks, -1) for x in (a, keep))
         return (
@@ -221,7 +222,7 @@ def _seen(spec: AttentionSpec, rows: dict, cols: dict, masks: Visibility) -> Arr
         )
 
     def meet(name: str, left: int | None, right: int | None) -> Array:
-        """Whether a key of a block can lie in `[query - left, query + right]` of a query of another."""
+        """Whether some key of a key block can lie in `[query - left, query + right]` for a query of a query block."""
         (q_low, q_high), (k_low, k_high) = (
             ends(jnp.broadcast_to(part[name], _common(part[name], part["keep"])), part["keep"], blocks)
             for part, blocks in ((rows, spec.nq), (cols, spec.nk))
@@ -268,7 +269,7 @@ def _tiles(spec: AttentionSpec) -> Tiles:
 
 
 def _forward(spec: AttentionSpec, functions, inputs: Inputs, masks: Visibility, args) -> tuple:
-    """The sweep that carries the states."""
+    """The arguments of the sweep that carries the states."""
 
     def init(rows, like):
         return [r.init(like, *a) for r, a in zip(functions, rows["args"])]
@@ -296,7 +297,7 @@ def _states(kernel: Kernel, spec: AttentionSpec, functions, inputs, masks, args)
 
 
 def _backward(spec: AttentionSpec, functions, states, cotangents, inputs, masks, args) -> tuple:
-    """Two sweeps: for what belongs to queries and entries, and for keys and values."""
+    """The arguments of two sweeps: for gradients of per-row arrays and bias, and for those of keys and values."""
     scores, beside = _scores(spec, inputs), _operands(spec, inputs, masks, args)
     by_matrix = functools.partial(_by_matrix, spec)
     beside.rows.update(jax.tree.map(by_matrix, {"states": states, "cotangents": cotangents}))
@@ -355,7 +356,7 @@ def _product(a: Array, b: Array, axes: tuple, spec: AttentionSpec) -> Array:
 
 
 def _pull_back(kernel, spec, functions, floats, others, inputs, masks, args, cotangents) -> tuple:
-    """The cotangents of others, inputs, masks and args, from those of the states' float leaves."""
+    """The cotangents of others, inputs, masks and args, given those of the states' float leaves."""
     case = _backward(spec, functions, combine(floats, others), cotangents, inputs, masks, args)
     by_query, by_key = (kernel.backend().sweep(kernel, *sweep) for sweep in case)
     d_query, d_rows = jax.tree.map(lambda a: _by_block(spec, jnp.sum(a, axis=0), spec.nq), by_query.carry)

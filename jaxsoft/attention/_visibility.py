@@ -1,4 +1,4 @@
-"""Which keys a query sees: the masks of an attention, pair of blocks by pair of blocks, and the number of keys seen."""
+"""Which keys a query sees: the masks of an attention, one pair of blocks at a time, and the number of visible keys."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxsoft.attention._spec import AttentionSpec, Inputs, Visibility
 
 
 def positions(spec: AttentionSpec, masks: Visibility, i, j) -> tuple[Array, Array]:
-    """The positions of the queries of a block and of the keys, `[bq, 1]` and `[1, bk]`; five axes if one a batch."""
+    """Positions of a block's queries, `[bq, 1]`, and keys, `[1, bk]`; five axes if offsets vary over the batch."""
     q = jnp.arange(spec.bq, dtype=jnp.int32)[:, None] + i * spec.bq
     k = jnp.arange(spec.bk, dtype=jnp.int32)[None, :] + j * spec.bk
     if spec.offset is not None:
@@ -27,7 +27,7 @@ def positions(spec: AttentionSpec, masks: Visibility, i, j) -> tuple[Array, Arra
 
 
 def seen_from(spec: AttentionSpec, q: Array, k: Array) -> list[Array]:
-    """What the masks by position say of queries at positions `q` and keys at `k`: booleans, all of which must hold."""
+    """The positional masks for queries at positions `q` and keys at `k`: booleans, all of which must hold."""
     left, right = spec.band()
     keeps = []
     if left is not None:
@@ -61,7 +61,7 @@ def visible(spec: AttentionSpec, masks: Visibility, i, j) -> Array:
 
 
 def cut_entries(spec: AttentionSpec, array: Array, i, j) -> Array:
-    """The block of an array with the five axes of the scores, of which any may have size 1."""
+    """Cuts one block from an array with the five axes of the scores, any of which may have size 1."""
     for axis, index, size in ((3, i, spec.bq), (4, j, spec.bk)):
         if array.shape[axis] != 1:
             array = lax.dynamic_slice_in_dim(array, index * size, size, axis)
@@ -75,10 +75,10 @@ def as_rows(spec: AttentionSpec, block: Array) -> Array:
 
 
 def count(spec: AttentionSpec, inputs: Inputs, masks: Visibility) -> Array:
-    """The number of visible keys of every row, without its scores."""
+    """The number of visible keys per row, counted without computing scores."""
     dtype = accumulation_dtype(inputs.query.dtype, inputs.key.dtype)
     if masks.entries is None and masks.query_segments is None and spec.mask_fn is None:
-        # An interval of keys: its ends are known.
+        # Each query sees an interval of keys, whose ends are known.
         q = jax.vmap(lambda i: positions(spec, masks, i, 0)[0])(jnp.arange(spec.nq, dtype=jnp.int32))
         q = q.reshape(spec.nq, *(1,) * (6 - q.ndim), *q.shape[1:])[..., 0]
         zero = spec.key_offset if masks.key_offset is None else masks.key_offset

@@ -1,4 +1,4 @@
-"""The last pass of an attention: a normalizer's statistics and its weighted values, as one reduction."""
+"""The last pass of an attention: a normalizer's statistics and its weighted sums of values, as one reduction."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class WeightedState(NamedTuple):
 
 @functools.cache
 def weighted_values(normalizer: Normalizer, width: int) -> RowReduction:
-    """The reduction of a normalizer (without its arrays) over tiles whose `col_args` are the values."""
+    """The reduction of a normalizer (given without its arrays) to the output; `Tile.col_args` holds the values."""
     statistics = normalizer.statistics
 
     def init(like, params):
@@ -95,7 +95,7 @@ def _dropped(terms, rate: float):
 
 
 def with_dropout(normalizer: Normalizer, rate: float, words, rows: Array) -> Normalizer:
-    """Drops weights at random, after normalization, and scales up the others. `rows` are the rows' numbers."""
+    """Drops weights at random, after normalization, and scales up the others; `rows` holds the number of each row."""
     params = {
         "drop0": jnp.broadcast_to(words[0], rows.shape),
         "drop1": jnp.broadcast_to(words[1], rows.shape),
@@ -113,29 +113,29 @@ def define(normalizer: Callable | None, rows: AttentionRows) -> Normalizer:
     function = normalizer
     while isinstance(function, functools.partial):
         if function.args:
-            raise ValueError(f"normalizer takes its options by keyword, got positional {function.args!r}")
+            raise ValueError(f"normalizer must get its options by keyword, got positional {function.args!r}")
         options = {**function.keywords, **options}
         function = function.func
     definition = getattr(function, "define", None)
     if definition is None:
         raise TypeError(
             "normalizer must be a normalizer of jaxsoft that streams (jaxsoft.softmax, jaxsoft.softpick, ...), a "
-            f"functools.partial of one, or a Normalizer, got {_checks.describe(normalizer)}; for any other function "
-            "of stored scores, write the attention out"
+            f"functools.partial of one, or a Normalizer, got {_checks.describe(normalizer)}; for any other function, "
+            "write the attention out with stored scores"
         )
     for name in ("axis", "where"):
         if name in options:
-            raise ValueError(f"normalizer must not be given {name}: attention has its own masks")
+            raise ValueError(f"normalizer must not be given {name}: attention sets its own axis and masks")
     return definition(rows, **options)
 
 
 def last_pass(rows, normalizer, sinks=None, dropout_rate=0.0, dropout_key=None) -> Normalizer:
-    """The last pass of a normalizer, with sinks and dropout; earlier passes are run."""
+    """The last pass of a normalizer, with sinks and dropout; runs the earlier passes."""
     last = define(normalizer, rows)
     if sinks is not None:
         if not is_exponential(last):
             raise ValueError(
-                "sinks need a normalizer of the exponential family in one pass (softmax, softmax_n, "
+                "sinks need a one-pass normalizer of the exponential family (softmax, softmax_n, "
                 f"scalable_softmax, sink_softmax, ...), got {_checks.describe(normalizer)}"
             )
         last = with_sink(last, rows.per_row("sinks", sinks))

@@ -201,7 +201,7 @@ def test_unified_max_falls_back_to_the_exact_computation(phi):
         (dict(is_causal=True), "is_causal"),
         (dict(unified_max=0.0, normalizer=jaxsoft.softpick), "unified_max"),
         (dict(splits=2, normalizer=jaxsoft.entmax15), "one pass only"),
-        (dict(splits=2, bias=jnp.ones((1, 1, 1, S))), "splits does not go with"),
+        (dict(splits=2, bias=jnp.ones((1, 1, 1, S))), "splits must be 1 with"),
     ],
 )
 def test_bad_decode(options, words):
