@@ -117,7 +117,7 @@ def choose(
     chosen = None
     for name, (platform, _) in BACKENDS.items():
         if implementation not in (None, name):
-            reasons[name] = f"implementation={implementation!r} was asked for"
+            reasons[name] = f"implementation={implementation!r} was requested"
             continue
         reason, kernel = _possible(name, platform, implementation is not None, work, case)
         if reason is None and chosen is None:

@@ -70,7 +70,7 @@ def test_an_unknown_name(f):
 def test_explain_of_what_was_asked_for():
     decisions = kernels.explain(lse, X, implementation="xla")
     assert [d.implementation for d in decisions] == ["xla"]
-    assert all("was asked for" in reason for reason in decisions[0].reasons.values())
+    assert all("was requested" in reason for reason in decisions[0].reasons.values())
     with kernels.interpreted():
         (decision,) = kernels.explain(lse, X, implementation="pallas_tpu")
     assert decision.implementation == "pallas_tpu" and set(decision.reasons) == {"mosaic_gpu"}
