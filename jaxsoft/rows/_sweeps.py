@@ -82,7 +82,7 @@ def _scores(source: Any, start=0, size: int | None = None) -> Scores:
 def _operands(
     source: Source, masks: Masks, arrays: list[Arrays], start=0, size: int | None = None
 ) -> Operands:
-    """Operands other than the scores, `size` columns from `start`: booleans as ints, row and column floats as float32."""
+    """Operands other than scores, `size` columns from `start`; booleans as ints, row and column floats in float32."""
     n, columns = source.shape[0], source.shape[-1] if size is None else size
 
     def by_row(a):
