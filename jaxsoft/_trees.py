@@ -1,4 +1,4 @@
-"""Tools for trees of arrays: their float leaves, cotangents of these, gradients that add up, mesh axes."""
+"""Tools for trees of arrays: float leaves and their cotangents, gradients that add up, mesh axes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def is_float(a: Any) -> bool:
 
 
 def partition(tree: Any) -> tuple[Any, Any]:
-    """Splits a tree into its float leaves and the others, each with None in place of the rest."""
+    """Splits a tree into two: its float leaves and its other leaves, each with None in place of the rest."""
     return (
         jax.tree.map(lambda a: a if is_float(a) else None, tree),
         jax.tree.map(lambda a: None if is_float(a) else a, tree),
@@ -31,7 +31,7 @@ def combine(floats: Any, others: Any) -> Any:
 
 
 def pull(function: Callable, operands: tuple, cotangents: Any) -> Any:
-    """The cotangents of the float leaves of `operands`, from those of `function(*operands)`; None for the others."""
+    """The cotangents of the float leaves of `operands`, from those of `function(*operands)`; None for other leaves."""
     floats, others = partition(operands)
     _, pullback = jax.vjp(lambda floats: function(*combine(floats, others)), floats)
     return pullback(cotangents)[0]
@@ -46,7 +46,7 @@ def add_at(total: Array, part: Array, starts: dict[int, Any]) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def first_order_only(reason: str, tree: Any) -> Any:
-    """The identity, whose derivative raises `reason`: for gradients that were not computed by differentiable steps."""
+    """The identity; its derivative raises `TypeError(reason)`. For gradients not computed by differentiable steps."""
     del reason
     return tree
 
@@ -64,7 +64,7 @@ def is_explicitly_sharded(a: Any) -> bool:
 def align_varying(tree: Any) -> Any:
     """Inside shard_map, lets all arrays vary over the same mesh axes.
 
-    Otherwise the loop of a derivative would hold one all-reduce per block; this leaves one per operand.
+    Otherwise the loop of a derivative would contain one all-reduce per block; this leaves one per operand.
     """
     axes = [_varying_axes(leaf) for leaf in jax.tree.leaves(tree)]
     union = frozenset().union(*axes)

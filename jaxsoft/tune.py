@@ -1,12 +1,12 @@
-"""Measures kernels on the device of this machine, and keeps which sizes of blocks are best and where XLA is faster.
+"""Measures kernels on this machine's device, and stores the best block sizes and where XLA is faster.
 
     python -m jaxsoft.tune [--out FILE] [--kinds dense linear attention] [--minutes 20]
 
-Rows of stored scores, linear heads and attention are timed forward and backward, with several sizes of blocks, against
-`implementation="xla"`. What gives other numbers than XLA is left out. The table goes to `$JAXSOFT_TUNING` or
-`~/.cache/jaxsoft/tuning`, where jaxsoft finds it from the next process on: with `implementation=None` it then runs
-kernels where they were not slower than XLA, with the best sizes. `--smoke` does all this with tiny shapes and
-interpreted kernels, on any machine.
+Rows of stored scores, linear heads and attention are timed forward and backward, with several block sizes, against
+`implementation="xla"`. Block sizes whose results differ from XLA's are left out. The table is written to
+`$JAXSOFT_TUNING` or `~/.cache/jaxsoft/tuning`, where jaxsoft finds it from the next process on: with
+`implementation=None` it then runs kernels where they were not slower than XLA, with the best sizes. `--smoke` does all
+this with tiny shapes and interpreted kernels, on any machine.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from jaxsoft import losses
 from jaxsoft.attention import dot_product_attention
 from jaxsoft.kernels.inner import BACKENDS, Kernel, Work, device, tables
 
-# Sizes that are tried, beside the backend's own choice: rows and columns (of attention: queries and keys).
+# Block sizes to try in addition to the backend's own choice: rows and columns (in attention: queries and keys).
 CANDIDATES = {
     "pallas_tpu": {
         "dense": ((128, 256, 512), (512, 1024, 2048)),
@@ -42,21 +42,21 @@ CANDIDATES = {
         "attention": ((64, 128), (64, 128)),
     },
 }
-# A size must be so much faster than the backend's own choice to stand in the table.
+# Block sizes enter the table if their time is below this fraction of that of the backend's own choice.
 _WORTHWHILE = 0.98
-# How far kernels may be from XLA, `|a - b| / |b|`: products of float32 may be made in fewer bits.
+# Largest relative difference from XLA's results, `|a - b| / |b|`: float32 products may be computed in fewer bits.
 _TOLERANCE = 2e-2
 
 
 class Case(NamedTuple):
-    """Something to measure.
+    """A case to measure.
 
     Attributes:
-      work: what it is.
-      dtype: of the arrays.
-      batch: matrices side by side (of attention: batch).
-      heads: of attention, of the keys.
-      groups: of attention, heads of queries that share a head of keys.
+      work: its kind and size.
+      dtype: the dtype of the arrays.
+      batch: the number of matrices (in attention: the batch size).
+      heads: in attention, the number of key heads.
+      groups: in attention, the number of query heads that share a key head.
       gradient: whether the backward pass is measured.
     """
 
@@ -114,19 +114,19 @@ _SMOKE_CANDIDATES = {"dense": ((8,), (128,)), "linear": ((8,), (128,)), "attenti
 
 
 class Times(NamedTuple):
-    """Milliseconds of the forward pass, and of forward and backward (None if that was not asked for)."""
+    """Milliseconds of the forward pass, and of forward and backward together (None if not requested)."""
 
     forward: float
     both: float | None
 
     @property
     def backward(self) -> float | None:
-        """What is left of both; noise may leave nothing."""
+        """`both` without `forward`; at least 1 % of `both`, because noise may leave nothing."""
         return None if self.both is None else max(self.both - self.forward, 0.01 * self.both)
 
 
 def arguments(case: Case) -> tuple:
-    """Random arrays, and the weights of the result at last."""
+    """The case's random arguments, followed by weights for the result."""
     w, keys = case.work, jax.random.split(jax.random.key(0), 4)
 
     def normal(key, *shape):
@@ -144,7 +144,7 @@ def arguments(case: Case) -> tuple:
 
 
 def function(case: Case, implementation: str) -> tuple[Callable, tuple[int, ...]]:
-    """What is timed, of the arguments without the last; and which of them are differentiated."""
+    """The function to time, which takes all arguments but the last, and the indices of those to differentiate."""
     kind = case.work.kind
     if kind == "dense":
         return lambda x: jaxsoft.logsumexp(x, implementation=implementation), (0,)
@@ -164,7 +164,7 @@ def function(case: Case, implementation: str) -> tuple[Callable, tuple[int, ...]
 
 
 def compile_case(case: Case, implementation: str, args: tuple) -> list[tuple[Callable, tuple]]:
-    """The compiled forward pass and, if it is asked for, forward and backward, each with its arguments."""
+    """The compiled forward pass and, if `case.gradient`, forward and backward, each with its arguments."""
     f, wanted = function(case, implementation)
 
     def weighted(*args):
@@ -177,7 +177,7 @@ def compile_case(case: Case, implementation: str, args: tuple) -> list[tuple[Cal
 
 
 def milliseconds(run: Callable, args: tuple, repeats: int) -> float:
-    """The median of several samples; calls follow each other without a pause, so that none waits for the host."""
+    """The median time of several samples; calls are queued without a pause, so that none waits for the host."""
 
     def sample(calls: int) -> float:
         out = None
@@ -195,14 +195,14 @@ def milliseconds(run: Callable, args: tuple, repeats: int) -> float:
 def measure(
     case: Case, implementation: str, args: tuple, repeats: int, like: list | None
 ) -> tuple[Times, list]:
-    """Times, and results; raises `ValueError` if they are not `like` those."""
+    """Times and results; raises `ValueError` if the results differ from `like`."""
     runs = compile_case(case, implementation, args)
     results = [run(*given) for run, given in runs]
     if like is not None:
         for a, b in zip(jax.tree.leaves(results), jax.tree.leaves(like)):
             error = float(_distance(a, b))
             if not error <= _TOLERANCE:
-                raise ValueError(f"its numbers are not XLA's: |a - b| / |b| = {error:.2g}")
+                raise ValueError(f"its results differ from XLA's: |a - b| / |b| = {error:.2g}")
     times = [milliseconds(run, given, repeats) for run, given in runs]
     return Times(times[0], times[1] if case.gradient else None), results
 
@@ -216,7 +216,7 @@ def _distance(a: jax.Array, b: jax.Array) -> jax.Array:
 def tune_case(
     case: Case, implementation: str, candidates, repeats: int, deadline: float, say: Callable[[str], None]
 ) -> list[tables.Row]:
-    """The lines of a table for one case; none if no kernel runs it."""
+    """The lines of a table for one case; empty if no kernel runs it."""
     args = arguments(case)
     xla, expected = measure(case, "xla", args, repeats, None)
     say(f"{case}\n  {'xla':<24}{_words(xla)}")
@@ -225,21 +225,21 @@ def tune_case(
     for sizes in ({}, *pairs):
         name = " x ".join(map(str, sizes.values())) or "its own choice"
         if found and time.monotonic() > deadline:
-            say("  (no time for more)")
+            say("  (no time for more sizes)")
             break
         try:
             with jaxsoft.kernels.block_sizes(**sizes):
                 times, _ = measure(case, implementation, args, repeats, expected)
         except (
             Exception
-        ) as error:  # compilers and devices raise all sorts; the other sizes are still to be tried
-            say(f"  {name:<24}no: {_first_line(error)}")
+        ) as error:  # compilers and devices raise all kinds of errors; the other sizes must still be tried
+            say(f"  {name:<24}failed: {_first_line(error)}")
             continue
         say(f"  {name:<24}{_words(times)}")
         found.append((sizes, times))
     if not found:
         return []
-    if case.work.kind == "attention" or not case.gradient:  # one size of blocks serves both passes
+    if case.work.kind == "attention" or not case.gradient:  # the same block sizes serve both passes
         directions = {"both": lambda t: t.forward if t.both is None else t.both}
     else:
         directions = {"forward": lambda t: t.forward, "backward": lambda t: t.backward}
@@ -253,7 +253,7 @@ def tune_case(
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no reason').splitlines()[0][:200]}"
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
 
 
 def _words(times: Times) -> str:
@@ -273,18 +273,18 @@ def tune(
     minutes: float = 20.0,
     say: Callable[[str], None] = print,
 ) -> tables.Table:
-    """Measures cases, and writes the table after each.
+    """Measures cases, and writes the table after each one.
 
     Args:
       implementation: the kernels to measure.
-      device_kind: of the device.
-      cases: what to measure.
-      candidates: by kind of work, the numbers of rows and of columns to try.
-      out: where the table goes; None: nowhere.
-      kept: lines of the table that stay.
-      repeats: samples of each time.
-      minutes: after them, no further sizes are tried, and cases that were not begun are left out.
-      say: gets a line for each measurement.
+      device_kind: the kind of device.
+      cases: the cases to measure.
+      candidates: for each kind of work, the numbers of rows and of columns to try.
+      out: the path of the table; None to write none.
+      kept: lines of an earlier table to keep.
+      repeats: samples per time.
+      minutes: time limit; after it no further sizes are tried, and cases not yet begun are left out.
+      say: called with a line of text for each measurement.
 
     Returns:
       The table.
@@ -301,7 +301,7 @@ def tune(
             try:
                 rows = tune_case(case, implementation, candidates, repeats, deadline, say)
             except Exception as error:  # XLA itself may run out of memory
-                say(f"{case}\n  XLA cannot: {_first_line(error)}")
+                say(f"{case}\n  XLA failed: {_first_line(error)}")
                 continue
             table = table._replace(rows=(*table.rows, *rows))
             if out is not None:
@@ -310,13 +310,13 @@ def tune(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         prog=tables.COMMAND,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=pathlib.Path, help="where the table goes")
+    parser.add_argument("--out", type=pathlib.Path, help="path of the table")
     parser.add_argument("--kinds", nargs="+", choices=tables.KINDS, default=list(tables.KINDS))
     parser.add_argument("--minutes", type=float, default=20.0, help="about how long it may take")
     parser.add_argument("--repeats", type=int, default=5, help="samples of each time")
@@ -328,7 +328,7 @@ def main(argv: list[str] | None = None) -> None:
         implementation, device_kind, out = "pallas_tpu", "interpreted", args.out
         cases, candidates, context = SMOKE, _SMOKE_CANDIDATES, jaxsoft.kernels.interpreted()
     elif not names:
-        sys.exit(f"There are kernels for TPUs and GPUs, this is a {platform.upper()}; --smoke runs anywhere.")
+        sys.exit(f"Kernels exist for TPUs and GPUs, this is a {platform.upper()}; --smoke runs anywhere.")
     else:
         implementation, out = names[0], args.out or tables.user_path(device_kind)
         cases, candidates, context = CASES, CANDIDATES[implementation], contextlib.nullcontext()
@@ -351,26 +351,26 @@ def main(argv: list[str] | None = None) -> None:
             say=lambda line: print(line, flush=True),
         )
     _summary(table)
-    print(f"written to {out}" if out is not None else "not kept: give --out")
+    print(f"written to {out}" if out is not None else "not written: pass --out to keep it")
 
 
 def _kept(out: pathlib.Path | None, kinds: list[str], device_kind: str) -> tuple[tables.Row, ...]:
-    """The lines of a table that is there, of the kinds that are not measured now."""
+    """The lines of an existing table for the kinds that are not measured now."""
     if out is None or not out.exists():
         return ()
     try:
         table = tables.read(out)
     except (tables.BrokenTable, OSError) as error:
-        sys.exit(f"{error}: remove it, or give another --out.")
+        sys.exit(f"{error}: remove it, or pass another --out.")
     if table.device_kind != device_kind:
         sys.exit(
-            f"{out} is the table of a {table.device_kind!r}, this is a {device_kind!r}: give another --out."
+            f"{out} is the table of a {table.device_kind!r}, this is a {device_kind!r}: pass another --out."
         )
     return tuple(row for row in table.rows if row.work.kind not in kinds)
 
 
 def _summary(table: tables.Table) -> None:
-    """Which implementation `None` now means, work by work."""
+    """Prints, for each work, which implementation `None` now selects."""
     for work in dict.fromkeys(row.work for row in table.rows):
         rows = table.nearest(work)
         ms, xla_ms = sum(r.ms for r in rows), sum(r.xla_ms for r in rows)

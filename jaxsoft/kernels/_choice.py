@@ -1,4 +1,4 @@
-"""Which implementation runs a pass over rows of scores, and why."""
+"""The choice of the implementation that runs a pass over rows of scores."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from jaxsoft.kernels._device import BACKENDS, IMPLEMENTATIONS, Kernel, Work
 
 
 class Decision(NamedTuple):
-    """One pass over rows of scores, and what runs it.
+    """One pass over rows of scores, and the implementation that runs it.
 
     Attributes:
       what: the pass, in words.
       implementation: `"xla"`, `"pallas_tpu"` or `"mosaic_gpu"`.
-      reasons: for each other implementation, why it does not run the pass.
+      reasons: for each other kernel implementation, why it does not run the pass.
     """
 
     what: str
@@ -35,7 +35,7 @@ _log: contextvars.ContextVar[list | None] = contextvars.ContextVar("log", defaul
 
 
 def explain(function: Callable, *args: Any, **kwargs: Any) -> list[Decision]:
-    """Says what runs each pass over rows of scores in `function(*args, **kwargs)`, and why.
+    """Says which implementation runs each pass over rows of scores in `function(*args, **kwargs)`, and why.
 
     The function is traced, not run; arguments may be `jax.ShapeDtypeStruct`s.
 
@@ -48,7 +48,7 @@ def explain(function: Callable, *args: Any, **kwargs: Any) -> list[Decision]:
       One `Decision` per pass, in order.
 
     Raises:
-      Exception: whatever tracing the function raises.
+      Exception: any exception from tracing the function.
 
     Example:
       >>> import jax.numpy as jnp
@@ -66,7 +66,7 @@ def explain(function: Callable, *args: Any, **kwargs: Any) -> list[Decision]:
             args, kwargs = treedef.unflatten([arrays.get(i, a) for i, a in enumerate(leaves)])
             return function(*args, **kwargs)
 
-        with jax.disable_jit():  # else a function that was compiled before would not be traced again
+        with jax.disable_jit():  # otherwise a function compiled earlier would not be traced again
             jax.eval_shape(traced, arrays)
         return _log.get() or []
     finally:
@@ -82,7 +82,7 @@ def likely(implementation: str | None, work: Work) -> bool:
 
 
 def measured_sizes(implementation: str | None, work: Work) -> dict[str, int]:
-    """The block sizes by name that a table of this device gives for both directions; empty if it has none."""
+    """The block sizes, by name, that this device's table gives for both directions; empty if there are none."""
     names, kind = _backends_here()
     if not names or implementation not in (None, *names):
         return {}
@@ -102,9 +102,9 @@ def choose(
 
     Args:
       what: the pass, in words.
-      implementation: what the user asked for; None for the best available.
+      implementation: the one that the user requested; None for the best available.
       work: the size of the pass.
-      case: `(backend, kernel) -> reason`, why the backend cannot run the pass, or None.
+      case: `(backend, kernel) -> reason` why the backend cannot run the pass, or None if it can.
 
     Returns:
       A `Kernel`, or None.
@@ -117,7 +117,7 @@ def choose(
     chosen = None
     for name, (platform, _) in BACKENDS.items():
         if implementation not in (None, name):
-            reasons[name] = f"implementation={implementation!r} was asked for"
+            reasons[name] = f"implementation={implementation!r} was requested"
             continue
         reason, kernel = _possible(name, platform, implementation is not None, work, case)
         if reason is None and chosen is None:

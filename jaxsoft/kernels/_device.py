@@ -1,4 +1,4 @@
-"""Kernel backends, the device they run on, and the contexts that change how they run."""
+"""Kernel backends, their device, and contexts that change how they run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import jax
 
 from jaxsoft import _checks
 
-# Name of an implementation: the platform it runs on, and its package.
+# For each implementation, the platform it runs on and its package.
 BACKENDS = {"pallas_tpu": ("tpu", "jaxsoft.kernels.tpu"), "mosaic_gpu": ("gpu", "jaxsoft.kernels.gpu")}
 IMPLEMENTATIONS = ("xla", *BACKENDS)
 
@@ -24,7 +24,7 @@ class Kernel(NamedTuple):
     Attributes:
       name: `"pallas_tpu"` or `"mosaic_gpu"`.
       interpret: whether the kernels are interpreted, on any machine, instead of compiled.
-      device_kind: of the device they are for.
+      device_kind: the kind of device they are for.
       blocks: block sizes that replace the backend's own, as sorted pairs of name and size; may be empty.
     """
 
@@ -39,7 +39,7 @@ class Kernel(NamedTuple):
 
 
 class Work(NamedTuple):
-    """The size of a pass: what the best block sizes depend on.
+    """The size of a pass, on which the best block sizes depend.
 
     Attributes:
       kind: `"dense"` (stored scores), `"linear"` (the product of two matrices) or `"attention"`.
@@ -56,7 +56,7 @@ class Work(NamedTuple):
     itemsize: int
 
     def distance(self, other: Work) -> float:
-        """The sum of the absolute log ratios of the sizes; both must be of one kind."""
+        """The sum of the absolute log ratios of the sizes; both must be of the same kind."""
         pairs = zip(self[1:4], other[1:4])
         return sum(abs(math.log2(max(a, 1) / max(b, 1))) for a, b in pairs)
 
@@ -69,7 +69,7 @@ _blocks = contextvars.ContextVar("blocks", default=())
 def interpreted() -> Iterator[None]:
     """Lets `implementation="pallas_tpu"` and `"mosaic_gpu"` run on any machine, in Pallas' interpreter.
 
-    For tests: the numbers are those of the kernels, the time is not. Functions must be traced inside the context.
+    For tests: it gives the kernels' numbers, not their speed. Functions must be traced inside the context.
 
     Returns:
       A context manager.
@@ -94,7 +94,7 @@ def block_sizes(**sizes: int) -> Iterator[None]:
     """Makes kernels use these block sizes instead of their own choice.
 
     Args:
-      **sizes: sizes by name: `rows` and `columns` (in attention: queries and keys), and others that a backend knows.
+      **sizes: sizes by name: `rows` and `columns` (in attention: queries and keys), and others known to the backend.
 
     Returns:
       A context manager.

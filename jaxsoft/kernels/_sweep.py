@@ -1,14 +1,14 @@
-"""What a kernel backend provides: one function, `sweep`, that visits the tiles of a matrix of scores.
+"""The interface of a kernel backend: one function, `sweep`, that visits the tiles of a matrix of scores.
 
-Everything the kernels do is a sweep. Forward passes carry the states of row reductions along the columns; backward
-passes carry the gradients of what the rows are made of, write those of the scores, and leave sums over each block of
-rows for what the columns are made of. What happens in a tile is the caller's `body`, made of the engine's own
-functions; a backend knows how to bring blocks in and out, and no formula.
+Everything the kernels do is a sweep. Forward passes carry the states of row reductions along the columns. Backward
+passes carry the gradients of per-row operands, write those of the scores, and return the gradients of per-column
+operands as sums over each block of rows. The computation in a tile is the caller's `body`, which consists of the
+engine's own functions; a backend loads and stores blocks, and contains no formula.
 
     sweep(kernel, body, scores, operands, init, plan) -> Result
 
-Shapes: a batch of G matrices of n rows and S columns, visited in tiles of `br` rows and `bc` columns. Where features
-follow rows or columns, `[G, n, D]`, those of C matrices may lie side by side, as heads do: `[G / C, n, C, D]`.
+Shapes: a batch of G matrices of n rows and S columns, visited in tiles of `br` rows and `bc` columns. If rows or
+columns have features, `[G, n, D]`, those of C matrices may lie side by side, as heads do: `[G / C, n, C, D]`.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from jaxsoft._trees import first_order_only
 
 
 def abreast(a: Any) -> int:
-    """How many matrices' features lie side by side in an operand."""
+    """The number of matrices whose features lie side by side in an operand."""
     return a.shape[2] if len(a.shape) == 4 else 1
 
 
 def of_one(a: Any) -> tuple[int, ...]:
-    """The shape of what one row (or column) has of an operand `[G, n, ...]`: `()` or `(k,)`."""
+    """The shape of one row's (or column's) part of an operand `[G, n, ...]`: `()` or `(k,)`."""
     return a.shape[3:] if len(a.shape) == 4 else a.shape[2:]
 
 
 def apart(a: jax.Array) -> jax.Array:
-    """`[G / C, n, C, k]` as `[G, n, k]`, which is a copy."""
+    """`[G / C, n, C, k]` as `[G, n, k]`, a copy; other arrays as they are."""
     return jnp.swapaxes(a, 1, 2).reshape(-1, a.shape[1], a.shape[3]) if len(a.shape) == 4 else a
 
 
 class Scores(NamedTuple):
-    """The scores before anything elementwise: stored values, or the product of two matrices.
+    """The scores before any elementwise operation: stored values, or the product of two matrices.
 
     Attributes:
       values: `[G, n, S]`; None for a product.
       left: `[G, n, D]`, or side by side.
-      right: `[G, D, S]`, or `[G, S, D]`, maybe side by side, where `transposed`. G may be 1 for all.
+      right: `[G, D, S]`, or if `transposed` `[G, S, D]`, possibly side by side. G may be 1, shared by all.
       transposed: whether `right` has the columns first.
       precision: of the product.
     """
@@ -70,15 +70,15 @@ class Scores(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """Arrays that a tile reads beside its scores; pytrees, None where there is nothing.
+    """Arrays that a tile reads in addition to its scores; pytrees, or None.
 
     Attributes:
-      rows: leaves `[G, n]` or `[G, n, k]`, these maybe side by side; here and below, G may be 1 for all.
-      cols: leaves `[G, S]` or `[G, S, k]`, these maybe side by side.
-      entries: leaves `[G, n, S]`; int8 where they are masks.
-      start: int32 scalar: the column of the whole row that column 0 of these scores is.
-      seen: `[M, nI, nJ]` booleans for each of `Plan.tiles`, False where a tile has nothing to do in any of `G / M`
-        matrices that follow one another.
+      rows: leaves `[G, n]` or `[G, n, k]`, the latter possibly side by side; here and below, G may be 1, shared by all.
+      cols: leaves `[G, S]` or `[G, S, k]`, the latter possibly side by side.
+      entries: leaves `[G, n, S]`; masks are int8.
+      start: int32 scalar: the index, in the whole row, of column 0 of these scores.
+      seen: `[M, nI, nJ]` booleans, one per tile of `Plan.tiles`; False if the tile has nothing to do in any of `G / M`
+        consecutive matrices.
     """
 
     rows: Any = None
@@ -89,17 +89,17 @@ class Operands(NamedTuple):
 
 
 class Block(NamedTuple):
-    """A tile as `body` gets it.
+    """A tile, as `body` gets it.
 
     Attributes:
-      raw: `[br, bc]` scores, in float32; anything beyond the last row or column.
-      rows: as the operands, leaves `[br]` or `[br, k]`; those of the last row for rows beyond it (a function of them
-        may divide by them: its gradient must be a number, though nothing is made of it).
-      cols: leaves `[bc]` or `[bc, k]`; those of the last column for columns beyond it.
-      entries: leaves `[br, bc]`; anything beyond the last row or column.
+      raw: `[br, bc]` scores, in float32; arbitrary beyond the last row or column.
+      rows: leaves `[br]` or `[br, k]` of the operands; rows beyond the last repeat its values (`body` may divide by
+        them, and the gradient must be a number there although it is not used).
+      cols: leaves `[bc]` or `[bc, k]`; columns beyond the last repeat its values.
+      entries: leaves `[br, bc]`; arbitrary beyond the last row or column.
       row: `[br, bc]` int32, the row of each entry (also beyond the last).
       col: `[br, bc]` int32, the column of each entry in the whole row, `start` added.
-      batch: int32 scalar, which matrix.
+      batch: int32 scalar, the index of the matrix.
       inside: `[br, bc]` booleans, False beyond the last row or column; None if no tile reaches beyond.
       left: the block of `Scores.left`, `[br, D]`; None for stored scores.
       right: the block of `Scores.right`, `[D, bc]` or `[bc, D]`.
@@ -121,7 +121,7 @@ class Result(NamedTuple):
     """What a sweep returns.
 
     Attributes:
-      carry: what was carried, leaves `[parts, G, n, ...]`: the final carry of each row, of each part of its columns.
+      carry: the final carry of each row for each part of its columns, leaves `[parts, G, n, ...]`.
         With `over="rows"`: `[1, G, S, ...]`.
       entries: the entry outputs, leaves `[G, n, S]`.
       cols: the column outputs, leaves `[G, nI, S, ...]`, nI the number of blocks of rows.
@@ -162,7 +162,7 @@ class Tiles(NamedTuple):
     Attributes:
       rows: rows of a tile.
       columns: columns of a tile.
-      parts: into how many parts the columns are divided, each with a carry of its own.
+      parts: the number of parts into which the columns are divided, each with its own carry.
     """
 
     rows: int
@@ -171,16 +171,16 @@ class Tiles(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What is static about a sweep, beside `body` and the shapes.
+    """The static properties of a sweep, in addition to `body` and the shapes.
 
     Attributes:
-      over: `"columns"`, if the carry belongs to rows and moves along the columns, or `"rows"`.
+      over: `"columns"` if the carry belongs to rows and moves along the columns, else `"rows"`.
       entry_dtypes: dtypes of the entry outputs.
       live: `(i, j, rows, columns) -> whether tile (i, j) of that size has anything to do`, for int32
-        scalars i and j; None: all. (What is known at run time only is in `Operands.seen`.)
-        A tile without anything to do is neither computed nor, where possible, fetched: it changes no carry; its entry
+        scalars i and j; None: all do. (`Operands.seen` tells what is known only at run time.)
+        A tile with nothing to do is not computed and, if possible, not fetched: it changes no carry; its entry
         and column outputs are 0.
-      tiles: sizes, if the caller needs them to be these.
+      tiles: tile sizes, if the caller requires particular ones.
     """
 
     over: str = "columns"
@@ -194,10 +194,10 @@ def with_gradient(backward: Callable, static: tuple, floats: Any, *operands: Any
     """`floats`, computed without derivatives, as a function of `operands`.
 
     Args:
-      backward: `(*static, floats, *operands, cotangents) -> the cotangents of the operands`, None for what has none.
+      backward: `(*static, floats, *operands, cotangents) -> the cotangents of the operands`, None for those without.
       static: hashable arguments of `backward`.
-      floats: what sweeps computed; floating arrays.
-      *operands: what it depends on.
+      floats: floating arrays computed by sweeps.
+      *operands: the arrays that `floats` depend on.
     """
     del backward, static, operands
     return floats

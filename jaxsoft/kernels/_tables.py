@@ -1,7 +1,7 @@
-"""What was measured on a kind of device: whether kernels are faster than XLA there, and with which sizes of blocks.
+"""Measurements for each kind of device: whether kernels are faster than XLA, and with which block sizes.
 
-Tables are JSON files that `python -m jaxsoft.tune` writes. The user's own stands before the one that comes with
-the library. A file that cannot be read counts as none: `explain` says so, nothing is raised or warned of.
+Tables are JSON files that `python -m jaxsoft.tune` writes. The user's table takes precedence over the one shipped with
+the library. A file that cannot be read counts as missing: `explain` says so, without an exception or a warning.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Row(NamedTuple):
     """A line of a table.
 
     Attributes:
-      work: what was done.
-      direction: `"forward"`, `"backward"`, or `"both"` where one size serves both.
+      work: the work that was measured.
+      direction: `"forward"`, `"backward"`, or `"both"` if the same sizes serve both.
       sizes: the best sizes by name; empty for the backend's own choice.
       ms: time of the kernels, in milliseconds.
       xla_ms: time of `implementation="xla"`.
@@ -45,30 +45,30 @@ class Row(NamedTuple):
     xla_ms: float
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in the file."""
+        """The line as it is written in the file."""
         rest = {"pass": self.direction, "sizes": dict(self.sizes), "ms": self.ms, "xla_ms": self.xla_ms}
         return {**self.work._asdict(), **rest}
 
     @staticmethod
     def of_json(line: dict[str, Any]) -> Row:
-        """From the file; raises `KeyError`, `TypeError` or `ValueError` if it is none."""
+        """Reads a line of the file; raises `KeyError`, `TypeError` or `ValueError` if it is not valid."""
         work = Work(line["kind"], *(int(line[name]) for name in Work._fields[1:]))
         sizes = {str(name): int(size) for name, size in line["sizes"].items()}
         times = [float(line["ms"]), float(line["xla_ms"])]
         if work.kind not in KINDS or line["pass"] not in PASSES:
-            raise ValueError(f"a line of kind {work.kind!r}, pass {line['pass']!r}")
+            raise ValueError(f"a line has an unknown kind {work.kind!r} or pass {line['pass']!r}")
         if any(size < 1 for size in sizes.values()) or any(not 0 < t < math.inf for t in times):
-            raise ValueError("a size or time that is not above 0")
+            raise ValueError("sizes and times must be above 0, and times finite")
         return Row(work, line["pass"], sizes, *times)
 
 
 class Table(NamedTuple):
-    """What was measured on one kind of device.
+    """The measurements on one kind of device.
 
     Attributes:
-      device_kind: as jax names it.
-      implementation: whose sizes these are.
-      jax: the version.
+      device_kind: the kind of device, as jax names it.
+      implementation: the kernels that were measured.
+      jax: the version of jax.
       rows: the lines.
     """
 
@@ -78,24 +78,24 @@ class Table(NamedTuple):
     rows: tuple[Row, ...]
 
     def nearest(self, work: Work) -> list[Row]:
-        """The lines of the measured work that is nearest, of the same kind and size of numbers; none: empty."""
+        """The lines of the nearest measured work of the same kind and itemsize; empty if there is no such work."""
         same = [r for r in self.rows if (r.work.kind, r.work.itemsize) == (work.kind, work.itemsize)]
         best = min((r.work for r in same), key=work.distance, default=None)
         return [r for r in same if r.work == best]
 
     def write(self, path: pathlib.Path) -> None:
-        """Writes the file, and the folder it is in."""
+        """Writes the file, and creates its folder if needed."""
         head = {"format": FORMAT, **self._asdict(), "rows": None}
         lines = ",\n  ".join(json.dumps(r.to_json()) for r in self.rows)
         text = json.dumps(head, indent=1).replace('"rows": null', f'"rows": [\n  {lines}\n ]')
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f"{path.name}.{os.getpid()}")  # a reader never sees half of it
+        beside = path.with_name(f"{path.name}.{os.getpid()}")  # so that a reader never sees half a file
         beside.write_text(text + "\n")
         beside.replace(path)
 
 
 class BrokenTable(ValueError):
-    """A file that is no table, or one of another format."""
+    """A file is not a table, or has another format."""
 
 
 def read(path: pathlib.Path) -> Table:
@@ -110,10 +110,12 @@ def read(path: pathlib.Path) -> Table:
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         if isinstance(error, BrokenTable):
             raise
-        raise BrokenTable(f"{path} is no table of block sizes ({type(error).__name__}: {error})") from error
+        raise BrokenTable(
+            f"{path} is not a table of block sizes ({type(error).__name__}: {error})"
+        ) from error
 
 
-# --- where tables are ----------------------------------------------------------------------------------------------
+# --- where tables are stored ---------------------------------------------------------------------------------------
 
 
 def user_directory() -> pathlib.Path:
@@ -131,12 +133,12 @@ def file_name(device_kind: str) -> str:
 
 
 def user_path(device_kind: str) -> pathlib.Path:
-    """Where the user's table for a kind of device is."""
+    """The path of the user's table for a kind of device."""
     return user_directory() / file_name(device_kind)
 
 
 def table(device_kind: str) -> Table | None:
-    """The table for a kind of device: the user's, else the library's, else None."""
+    """The table for a kind of device: the user's, else the shipped one, else None."""
     return _find(device_kind)[0]
 
 
@@ -145,7 +147,7 @@ _ignored = contextvars.ContextVar("ignored", default=False)
 
 @contextlib.contextmanager
 def ignored() -> Iterator[None]:
-    """Within it, there are no tables: for measuring."""
+    """Ignores all tables inside the context, for measuring."""
     token = _ignored.set(True)
     try:
         yield
@@ -164,7 +166,7 @@ def _find(device_kind: str) -> tuple[Table | None, str | None]:
 
 @functools.lru_cache(maxsize=32)
 def _load(device_kind: str, directory: pathlib.Path) -> tuple[Table | None, str | None]:
-    """A table, and what was wrong with the files that were passed over. Each is read once in a process."""
+    """A table, and what was wrong with the first invalid file, if any. Each file is read once per process."""
     wrong = None
     if not device_kind:
         return None, None
@@ -178,22 +180,22 @@ def _load(device_kind: str, directory: pathlib.Path) -> tuple[Table | None, str 
             continue
         if found.device_kind == device_kind:
             return found, wrong
-        wrong = wrong or f"{folder / file_name(device_kind)} is of a {found.device_kind!r}"
+        wrong = wrong or f"{folder / file_name(device_kind)} is the table of a {found.device_kind!r}"
     return None, wrong
 
 
 def forget() -> None:
-    """Reads the tables again when they are next asked for. What is compiled stays as it is."""
+    """Clears the cache, so that tables are read again when next needed. Compiled functions stay as they are."""
     _load.cache_clear()
 
 
-# --- what they say ---------------------------------------------------------------------------------------------------
+# --- looking up work in tables ---------------------------------------------------------------------------------------
 
 
 def objection(implementation: str, device_kind: str, work: Work) -> str | None:
-    """Why kernels do not run some work unless they are asked for, or None: they were measured and not slower."""
+    """Why kernels do not run some work unless requested; None if they were measured and not slower than XLA."""
     found, wrong = _find(device_kind)
-    how = f"run {COMMAND}, or ask for it"
+    how = f"run {COMMAND}, or request it with the argument implementation"
     if found is None or found.implementation != implementation:
         return f"it has not been measured on {device_kind!r}: {how}" + (f" ({wrong})" if wrong else "")
     rows = found.nearest(work)
@@ -211,17 +213,17 @@ def objection(implementation: str, device_kind: str, work: Work) -> str | None:
 def sizes(
     blocks: tuple[tuple[str, int], ...], device_kind: str, implementation: str, work: Work, direction: str
 ) -> list[dict[str, int]]:
-    """Sizes of blocks by name, to be tried in turn: the user's alone; else the table's, then none.
+    """Block sizes by name, to be tried in order: only the user's if given; else the table's if any, then `{}`.
 
     Args:
-      blocks: the user's, of `block_sizes`.
-      device_kind: of the device.
-      implementation: the kernels' name.
-      work: what there is to do.
+      blocks: the user's sizes, from `block_sizes`.
+      device_kind: the kind of device.
+      implementation: the name of the kernels.
+      work: the size of the pass.
       direction: `"forward"`, `"backward"` or `"both"`.
 
     Returns:
-      Sizes, one or two of them; what they do not name, the backend chooses.
+      One or two dicts of sizes; the backend chooses the sizes that a dict does not name.
     """
     if blocks:
         return [dict(blocks)]
@@ -234,7 +236,7 @@ def sizes(
 
 
 def sweep_sizes(kernel: Kernel, scores: Scores, plan: Plan) -> list[dict[str, int]]:
-    """`sizes` for a sweep; one whose plan has tiles is an attention's."""
+    """`sizes` for a sweep; a plan that has tiles belongs to attention."""
     _, n, columns = scores.shape
     features = 0 if scores.values is not None else scores.left.shape[-1]
     kind = "attention" if plan.tiles is not None else "linear" if features else "dense"

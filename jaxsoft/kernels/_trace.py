@@ -1,4 +1,4 @@
-"""What the body of a sweep does, as a backend needs to know it before it builds a kernel."""
+"""Inspection of a sweep's body, for backends to use before they build a kernel."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ def examples(
 
 
 def objection(arrays: Any) -> str | None:
-    """Why no backend reads these arrays, or None."""
+    """Why no backend can read these arrays, or None."""
     leaves = jax.tree.leaves(arrays)
     if any(a.dtype == jnp.float64 for a in leaves):
-        return "kernels compute in float32, and float64 was given"
+        return "kernels compute in float32, but float64 was given"
     if any(map(is_explicitly_sharded, leaves)):
-        return "an operand is sharded over Explicit mesh axes: call it inside jax.shard_map"
+        return "an operand is sharded over Explicit mesh axes: call the function inside jax.shard_map"
     return None
 
 
 def plain(a: jax.Array) -> jax.Array:
-    """Numbers of rows or columns as kernels read them: booleans as int32; floats in float32, where gradients add up."""
+    """A per-row or per-column array for kernels: booleans as int32; floats as float32, in which gradients add up."""
     if a.dtype == jnp.bool_:
         return a.astype(jnp.int32)
     return a.astype(jnp.float32) if is_float(a) else a
@@ -69,7 +69,7 @@ def unsupported(
     tiles: Tiles,
     names: Collection[str],
 ) -> str | None:
-    """Which of the named primitives a body needs, in words; None if it needs none of them."""
+    """Why a kernel without the named primitives cannot run a body, in words; None if it can."""
     block, carry = examples(init, scores, operands, plan, tiles)
     jaxpr, out = jax.make_jaxpr(body, return_shape=True)(block, carry)
     same = [

@@ -1,4 +1,4 @@
-"""What `jaxsoft.rows`, `jaxsoft.attention` and the tuner use of the kernels, beside the public names.
+"""Internals of the kernels that `jaxsoft.rows`, `jaxsoft.attention` and the tuner use in addition to the public names.
 
 Not for users: these names may change at any time.
 """

@@ -1,6 +1,7 @@
-"""The derivative of a block by hand, for callers that need the cotangent of a block of scores.
+"""The derivative of a single block, for callers that need the cotangent of a block of scores.
 
-The gradient filter looks at its size, `weighted_sum` has the block stored already, and a kernel has it in registers.
+The gradient filter tests the cotangent's magnitude, `weighted_sum` already has the block of scores stored, and a kernel
+has it in registers.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from jaxsoft.rows._source import Source, finish
 
 
 class Parts(NamedTuple):
-    """What tiles are computed from beside the raw scores, or its cotangents, by what it varies over.
+    """The operands of tiles in addition to the raw scores, or their cotangents, grouped by the axes they vary over.
 
     Attributes:
-      rows: `scale`, `temperature` and `args` of the reductions, leaves `[n, ...]` or `[]`.
-      cols: `bias` and `args`, the `col_args`, leaves `[columns, ...]`.
-      entries: `args`, the `entry_args`, leaves `[n, columns]` or expressions.
+      rows: `scale`, `temperature`, and as `args` the reductions' `args`, leaves `[n, ...]` or `[]`.
+      cols: `bias`, and as `args` the `col_args`, leaves `[columns, ...]`.
+      entries: as `args` the `entry_args`, leaves `[n, columns]` or expressions.
     """
 
     rows: dict[str, Any]
@@ -35,7 +36,7 @@ class Parts(NamedTuple):
 
 
 def parts_of(source: Source, arrays: list[Arrays]) -> Parts:
-    """The parts of whole rows."""
+    """The parts for whole rows."""
     return Parts(
         {"scale": source.scale, "temperature": source.temperature, "args": [a.args for a in arrays]},
         {"bias": source.bias, "args": [a.col_args for a in arrays]},
@@ -46,7 +47,7 @@ def parts_of(source: Source, arrays: list[Arrays]) -> Parts:
 def block_cotangents(
     functions, states, cotangents, masks: Masks, source: Source, arrays: list[Arrays], raw: Array, start
 ) -> tuple[Array, Parts]:
-    """Pulls cotangents of the states' float leaves back through one block of scores.
+    """Pulls the cotangents of the states' float leaves back through one block of scores.
 
     Args:
       functions: the reductions.
@@ -59,7 +60,7 @@ def block_cotangents(
       start: its first column.
 
     Returns:
-      The cotangents of `raw`, and those of the block's parts: `rows` is this block's share of a sum.
+      The cotangents of `raw`, and those of the block's parts; `rows` holds this block's share of a sum over blocks.
     """
     size, columns = raw.shape[-1], source.shape[-1]
     bias = source._bias_block(start, size, col_mask(masks, start, size))
@@ -89,7 +90,7 @@ def operand_cotangents(source: Any, arrays: list[Arrays], parts: Parts, **matric
       **matrices: the cotangents of the source's other arrays: `hidden` and `weight`, or `values`.
 
     Returns:
-      A source and a list of `Arrays`, with None for what is not floating.
+      A source and a list of `Arrays`, with None for arrays that are not floating.
     """
     rows, cols, entries = parts
     if isinstance(source, LinearLogits):
@@ -98,7 +99,7 @@ def operand_cotangents(source: Any, arrays: list[Arrays], parts: Parts, **matric
     d_arrays = [Arrays(*a) for a in zip(rows["args"], cols["args"], entries["args"])]
     wanted, _ = partition((source, arrays))
 
-    def as_operand(a, d):  # one number for all rows gets the sum of theirs
+    def as_operand(a, d):  # a scalar shared by all rows gets the sum over rows
         return (jnp.sum(d) if d.ndim > a.ndim else d).astype(a.dtype)
 
     return jax.tree.map(as_operand, wanted, (d_source, d_arrays))

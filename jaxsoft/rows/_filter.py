@@ -1,6 +1,6 @@
 """The gradient filter: a backward pass that skips blocks of logits whose gradient is negligible.
 
-It must look at the cotangent of each block before it decides, so the derivative is a `custom_vjp`: first order and
+It inspects the cotangent of each block before it decides, so the derivative is a `custom_vjp`: first order and
 reverse mode only.
 """
 
@@ -38,13 +38,13 @@ def _forward(functions, block, kernel, source, masks, arrays):
     return finalize(functions, states, arrays), (states, source, masks, arrays)
 
 
-# Rows of a block are filtered in groups: a group of few tokens often has no entry that matters in a block of
-# columns, a whole batch seldom.
+# Rows per filtered group: within a block of columns, the gradient of a few tokens is often negligible, that of a whole
+# batch seldom.
 _FILTER_ROWS = 256
 
 
 def _backward(functions, block, kernel, residuals, cotangents):
-    del kernel  # the backward pass is XLA's, whatever ran forward
+    del kernel  # the backward pass always runs in XLA
     states, source, masks, arrays = residuals
 
     def final(states, args):

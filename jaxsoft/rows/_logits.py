@@ -1,4 +1,4 @@
-"""The kinds of logits: stored arrays, and `hidden @ weight` that is never stored."""
+"""Kinds of logits: stored arrays, and the never-stored expression `hidden @ weight`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from jaxsoft._numerics import accumulation_dtype
 from jaxsoft.kernels.inner import IMPLEMENTATIONS, Work
 from jaxsoft.rows._source import Source, cut
 
-# Default size of a block of logits: about this many entries, which bounds the temporary memory for any number of
-# rows, and at most this many columns. Measured on a CPU (docs/architecture.md); accelerators want larger products.
+# Default block of logits: about `_BLOCK_ENTRIES` entries, which bounds the temporary memory for any number of rows, and
+# at most `_WIDEST_BLOCK` columns. Measured on a CPU (docs/architecture.md); accelerators need larger products.
 _BLOCK_ENTRIES = {"cpu": 2**21, "other": 2**25}
 _WIDEST_BLOCK = {"cpu": 512, "other": 8192}
 _NARROWEST_BLOCK = 128
@@ -29,9 +29,9 @@ _NARROWEST_BLOCK = 128
 class LinearLogits(Source):
     """The logits `softcap(scale * (hidden @ weight) + bias) / temperature`, as an expression.
 
-    Nothing is computed until something reads the rows, and then block by block. Made by `linear_logits`; a
-    pytree, so it passes through `jit`, `grad`, `vmap` and `scan` (with respect to it, too) like an array.
-    Dividing or multiplying it by a positive number changes `temperature`.
+    Nothing is computed until a function reads the rows, and then block by block. Created by `linear_logits`. It is a
+    pytree, so it passes through `jit`, `grad` (also as the argument to differentiate), `vmap` and `scan` like an
+    array. Dividing or multiplying it by a positive number changes `temperature`.
     """
 
     hidden: Any
@@ -84,27 +84,27 @@ class LinearLogits(Source):
         return dataclasses.replace(self, temperature=new)
 
     def __truediv__(self, temperature: Any) -> LinearLogits:
-        """`logits / temperature`, a positive scalar or one number a row (`[*rows]` or `[*rows, 1]`)."""
+        """`logits / temperature`, a positive scalar or one number per row (`[*rows]` or `[*rows, 1]`)."""
         return self._scaled(
             row_scalar("temperature", temperature, self.shape[:-1], self.dtype, positive=True)
         )
 
     def __mul__(self, scale: Any) -> LinearLogits:
-        """`logits * scale`, a positive scalar or one number a row (`[*rows]` or `[*rows, 1]`)."""
+        """`logits * scale`, a positive scalar or one number per row (`[*rows]` or `[*rows, 1]`)."""
         return self._scaled(1 / row_scalar("scale", scale, self.shape[:-1], self.dtype, positive=True))
 
     __rmul__ = __mul__
 
     def _refuse(self, *args, **kwargs):
         raise TypeError(
-            f"these logits of shape {self.shape} are an expression that is never stored; functions of jaxsoft "
-            "read them as they are, anything else needs the whole array: write logits.dense()"
+            f"these logits of shape {self.shape} are an expression, not a stored array; functions of jaxsoft "
+            "take them as they are, anything else needs the dense array: write logits.dense()"
         )
 
     __jax_array__ = __array__ = __getitem__ = __iter__ = __matmul__ = __pow__ = __neg__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __rtruediv__ = _refuse
 
-    # What passes use (see Source); after _flat, hidden is [n, d] and per-row arrays are [n].
+    # The interface to passes (see Source); after _flat, hidden is [n, d] and per-row arrays are [n].
 
     def _flat(self) -> LinearLogits:
         n = math.prod(self.hidden.shape[:-1])
@@ -120,7 +120,7 @@ class LinearLogits(Source):
         )
 
     def _varies_by_row(self) -> LinearLogits:
-        """The expression with booleans for arrays: which have one entry per row."""
+        """The expression with booleans for arrays: True if the array has one entry per row."""
         flags = jax.tree.map(lambda a: a.ndim > 0, self)
         return dataclasses.replace(flags, weight=False, bias=None if self.bias is None else False)
 
@@ -147,7 +147,7 @@ class LinearLogits(Source):
         return dataclasses.replace(present, weight=False, bias=None if self.bias is None else False)
 
     def _weight_block(self, start, size: int, col_keep: Array | None) -> Array:
-        """The columns `start : start + size` of the weight, with 0 in those outside `col_keep`."""
+        """The columns `start : start + size` of the weight, with 0 in columns outside `col_keep`."""
         axis = 0 if self.transpose_weight else 1
         block = cut(self.weight, start, size, axis)
         if col_keep is not None:
@@ -167,7 +167,7 @@ class LinearLogits(Source):
         )
 
     def _pull_product(self, d_raw: Array, weight_block: Array) -> tuple[Array, Array]:
-        """The cotangents of `hidden` and of a block of the weight, from that of the block of their product."""
+        """The cotangents of `hidden` and of a block of the weight, from the cotangent of their product."""
         d_raw = d_raw.astype(self.dtype)
         product = functools.partial(
             lax.dot_general, precision=self.precision, preferred_element_type=self._accumulation_dtype
@@ -194,7 +194,7 @@ class LinearLogits(Source):
         return self if self.softcap is None else None
 
     def _affine_columns(self, col_weights: Array, col_keep: Array) -> tuple[Array, Array, Array]:
-        """`(n, w, b)`: `sum_j k_j`, and the k-weighted sums of the columns of weight and bias that are present."""
+        """`(n, w, b)`: `sum_j k_j`, and the k-weighted sums of the present columns of weight and bias."""
         weight = jnp.where(jnp.expand_dims(col_keep, 1 if self.transpose_weight else 0), self.weight, 0)
         axis = 0 if self.transpose_weight else 1
         w = lax.dot_general(
@@ -212,7 +212,7 @@ class LinearLogits(Source):
         return jnp.sum(col_weights), w, b
 
     def _column_sums(self, col_weights: Array, col_keep: Array) -> tuple[Array, Array]:
-        """`sum_j k_j x_j` of every row and `sum_j k_j`, without a pass; k is 0 where a column is absent."""
+        """`sum_j k_j x_j` of every row and `sum_j k_j`, without a pass; k (`col_weights`) is 0 for absent columns."""
         n, w, b = self._affine_columns(col_weights, col_keep)
         total = self.hidden.astype(w.dtype) @ w
         if self.scale is not None:
@@ -304,7 +304,7 @@ class StoredLogits(Source):
 
 
 def row_scalar(name: str, value: Any, rows: tuple[int, ...], dtype, *, positive: bool = False) -> Any:
-    """A scalar or one number a row, as an array of a floating dtype (a Python number would get no gradient)."""
+    """A scalar or one number per row, as an array of a floating dtype (a Python number would get no gradient)."""
     if _checks.is_concrete_number(value):
         _checks.number(name, value, **({"above": 0} if positive else {}))
         return jnp.asarray(value, accumulation_dtype(dtype))
@@ -313,7 +313,7 @@ def row_scalar(name: str, value: Any, rows: tuple[int, ...], dtype, *, positive:
         value = value[..., 0]
     if value.shape not in ((), rows):
         raise ValueError(
-            f"{name} must be a scalar or have shape {rows} (one number a row of logits), got shape {value.shape}"
+            f"{name} must be a scalar or have shape {rows} (one number per row of logits), got shape {value.shape}"
         )
     return value
 
@@ -332,27 +332,27 @@ def linear_logits(
     precision: Any = None,
     implementation: str | None = None,
 ) -> LinearLogits:
-    """The logits of a linear output layer, as an expression: nothing is computed, and `[*rows, vocab]` never is.
+    """The logits of a linear output layer as an expression; no array `[*rows, vocab]` is stored.
 
-    Stands for `softcap(scale * (hidden @ weight) + bias) / temperature`. Every function of jaxsoft that reads
-    rows of logits takes it in place of the dense array and gives the same values and derivatives (reverse and
-    forward mode, any order), computing a block of columns at a time and forgetting it.
+    Stands for `softcap(scale * (hidden @ weight) + bias) / temperature`; this call computes nothing. Every function
+    of jaxsoft that reads rows of logits takes it in place of the dense array and gives the same values and
+    derivatives (reverse and forward mode, any order). It computes one block of columns at a time and discards it.
 
     Args:
       hidden: activations, `[*rows, d]`, any number of leading axes.
       weight: output weights `[d, vocab]`, or `[vocab, d]` with `transpose_weight=True` (an embedding table).
       bias: `[vocab]`, added after `scale`; the log of class priors goes here.
-      scale: multiplies the matrix product: a scalar, or one number a row (`[*rows]`). Differentiable.
+      scale: multiplies the matrix product: a scalar, or one number per row (`[*rows]`). Differentiable.
       softcap: caps the logits smoothly to `(-softcap, softcap)` by `softcap * tanh(logits / softcap)`.
-      temperature: divides at last: a positive scalar or one number a row. Differentiable.
+      temperature: applied last, divides the logits: a positive scalar or one number per row. Differentiable.
       transpose_weight: whether `weight` is laid out `[vocab, d]`; nothing is copied either way.
       block_size: columns computed at a time. Default: chosen from the number of rows and the backend, about
         4 MiB of logits on a CPU.
-      filter_eps: skip, in the backward pass, blocks of logits whose gradient is below this in magnitude
-        everywhere (times the largest cotangent); None, the default, is exact. Reverse mode only.
+      filter_eps: the backward pass skips blocks of logits in which no gradient exceeds `filter_eps` times the largest
+        cotangent in magnitude; None, the default, is exact. Reverse mode only.
       precision: of the matrix products, as in `jax.lax.dot_general`; they accumulate in float32 at least.
       implementation: `"xla"`, or the kernels `"pallas_tpu"` or `"mosaic_gpu"` (reverse mode and first order only);
-        None picks the best that can run what is asked of the logits (see `jaxsoft.kernels.explain`).
+        None picks the best one that can run the case (see `jaxsoft.kernels.explain`).
 
     Returns:
       A `LinearLogits`, a pytree with `.shape`, `.dtype` and `.dense()`.
@@ -394,7 +394,7 @@ def linear_logits(
     if bias is not None:
         bias = _to_array("bias", bias)
         _checks.shape(
-            "bias", bias, (weight.shape[0 if transpose_weight else 1],), "one number a column of logits"
+            "bias", bias, (weight.shape[0 if transpose_weight else 1],), "one number per column of logits"
         )
     if softcap is not None:
         _checks.number("softcap", softcap, above=0)
@@ -433,7 +433,7 @@ def _to_array(name: str, value: Any) -> Any:
 
 
 Logits = LinearLogits | Float[Array, "..."]
-"""What every function that reads rows of scores takes: a dense array or a `LinearLogits`."""
+"""The input of every function that reads rows of scores: a dense array or a `LinearLogits`."""
 
 
 def check_axis(logits: Any, axis: int) -> int:

@@ -1,4 +1,4 @@
-"""Masks, sorted by what they vary over: rows, columns or both, each of which is handled best on its own."""
+"""Masks, split by the axes they vary over (rows, columns or both), because each kind has its own best treatment."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxsoft.rows._source import cut
 
 
 class Masks(NamedTuple):
-    """Which entries are present, `[*rows]`, `[columns]` and `[*rows, columns]`; None where all are."""
+    """Which rows, columns and entries are present, `[*rows]`, `[columns]` and `[*rows, columns]`; None for all."""
 
     rows: Any = None
     cols: Any = None
@@ -22,7 +22,7 @@ class Masks(NamedTuple):
 
 
 def split_mask(where: Any, shape: tuple[int, ...], axis: int) -> Masks:
-    """The masks of a user's `where`, which broadcasts to logits of this shape."""
+    """The masks for a user's `where`, which broadcasts to logits of this shape."""
     if where is None:
         return Masks()
     where = jnp.asarray(where) if isinstance(where, bool) else where
@@ -38,7 +38,7 @@ def split_mask(where: Any, shape: tuple[int, ...], axis: int) -> Masks:
 
 
 def row_mask(masks: Masks) -> Array | None:
-    """`[n]`, False where all entries of a row are masked; None without such a mask."""
+    """`[n]`, False for rows whose entries are all masked; None without such a mask."""
     if masks.entries is None:
         return masks.rows
     keep = jnp.any(masks.entries, axis=-1)
@@ -46,7 +46,7 @@ def row_mask(masks: Masks) -> Array | None:
 
 
 def col_mask(masks: Masks, start, size: int) -> Array | None:
-    """`[size]`, False where a column of the block is masked for all rows; None without such a mask."""
+    """`[size]`, False for columns of the block that are masked for all rows; None without such a mask."""
     if masks.cols is not None:
         return cut(masks.cols, start, size, 0)
     if masks.entries is not None:
@@ -56,7 +56,7 @@ def col_mask(masks: Masks, start, size: int) -> Array | None:
 
 
 def masked(x: Array, masks: Masks) -> Array:
-    """The scores with -inf for the entries that a mask hides."""
+    """The scores with -inf for masked entries."""
     keeps = []
     if masks.rows is not None:
         keeps.append(masks.rows[..., None])
@@ -64,5 +64,5 @@ def masked(x: Array, masks: Masks) -> Array:
         keeps.append(masks.cols)
     if masks.entries is not None:
         keeps.append(masks.entries)
-    # Without a mask, the scores are read as they are: XLA's reductions on the CPU do not fuse a select.
+    # Without a mask, the scores are left as they are: XLA's reductions on the CPU do not fuse a select.
     return jnp.where(functools.reduce(jnp.logical_and, keeps), x, -jnp.inf) if keeps else x

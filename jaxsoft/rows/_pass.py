@@ -1,13 +1,13 @@
 """One pass over the rows of a source: the states of row reductions, and the one derivative rule.
 
-The scores are read in blocks of columns and forgotten. The value is a loop over the blocks that carries the
+The scores are read in blocks of columns and discarded. The value comes from a loop over the blocks that carries the
 reductions' states. The derivative (see `RowReduction`) is one more loop, linear in the tangents,
 
     d(state) = sum over blocks of  jvp(update from neutral(state))( d(block of scores) ),
 
 attached with `custom_jvp`. Its body is checkpointed: JAX transposes the loop by itself, recomputing a block
-instead of keeping it, which gives reverse mode; and since the rule is made of ordinary JAX operations, forward
-mode, second order, `vmap` and `checkpoint` work on logits that are never stored, too.
+instead of keeping it, which gives reverse mode. Since the rule consists of ordinary JAX operations, forward
+mode, second order, `vmap` and `checkpoint` also work on logits that are never stored.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def mask_rows(source: Source, masks: Masks, arrays: list[Arrays]):
 
 
 def closed_form(reduction: RowReduction, source: Source, masks: Masks, arrays: Arrays):
-    """The state of a reduction that needs no pass, or None."""
+    """The state of a reduction from its closed form, or None if it needs a pass."""
     affine = source._affine()
     if reduction.closed_form is None or masks.entries is not None or affine is None:
         return None
@@ -88,7 +88,7 @@ def entry_block(entry, start, size: int, masks: Masks) -> Array:
 
 
 def tiles(x: Array, start, masks: Masks, cut_arrays: list[tuple[tuple, tuple]], columns: int) -> list[Tile]:
-    """The block `x` of scores as each reduction sees it; absent entries are cleaned here, once for all."""
+    """The block `x` of scores as one tile per reduction; absent entries are cleaned here, once for all reductions."""
     size = x.shape[-1]
     cut_masks = Masks(
         masks.rows,
@@ -108,7 +108,7 @@ def read_block(source: Source, start, size: int, masks: Masks, arrays: list[Arra
 
 def finished_states(functions, block: int, source: Source, masks: Masks, arrays: list[Arrays]) -> list:
     """The finished states, without derivatives."""
-    # Masked rows are emptied at the end, which is cheaper than in every tile.
+    # Masked rows are emptied at the end, which is cheaper than masking every tile.
     cut_masks = masks._replace(rows=None)
 
     def body(states, start, size, looped):
@@ -140,14 +140,14 @@ def empty_masked_rows(functions, states, source: Source, masks: Masks, arrays: l
 
 
 def attach(functions, block: int, states, source: Source, masks: Masks, arrays: list[Arrays]) -> list:
-    """Finished states, computed without derivatives, with those of their reductions attached."""
+    """Attaches the reductions' derivatives to finished states that were computed without derivatives."""
     floats, others = partition(states)
     return combine(_attach(functions, block, floats, others, source, masks, arrays), others)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _attach(functions, block, floats, others, source, masks, arrays):
-    """The float leaves of finished states, as functions of what they were computed from."""
+    """The float leaves of finished states, as functions of the operands they were computed from."""
     del functions, block, others, source, masks, arrays
     return floats
 
@@ -161,7 +161,7 @@ def _attach_jvp(functions, block, primals, tangents):
     leaves, treedef = jax.tree.flatten((source, arrays))
     dleaves = jax.tree.leaves((tangents[2], tangents[4]))
     active = [i for i, d in enumerate(dleaves) if not isinstance(d, SymbolicZero)]
-    # Gradients of these leaves add up over the blocks: in float32 at least, however they are stored.
+    # Gradients of these leaves add up over the blocks, in at least float32, for any dtype of the leaves.
     adds_up = jax.tree.leaves((source._accumulates(), [Arrays(*_flags(a)) for a in arrays]))
     dactive = [
         dleaves[i].astype(jnp.promote_types(leaves[i].dtype, jnp.float32)) if adds_up[i] else dleaves[i]
@@ -181,8 +181,8 @@ def _attach_jvp(functions, block, primals, tangents):
         return jax.jvp(sums, (primals,), ([d.astype(p.dtype) for d, p in zip(dactive, primals)],))[1]
 
     def body(total, start, size, looped):
-        # Without the barrier of prevent_cse, XLA would keep the block of the forward pass for the backward one.
-        # Inside a loop it cannot; of dense scores nothing is recomputed but exponentials.
+        # Without the barrier of prevent_cse, XLA would keep the forward pass's block for the backward pass.
+        # Inside a loop it cannot, and for dense scores only exponentials are recomputed.
         prevent_cse = not looped and any(isinstance(a, LinearLogits) for a in (source, *entries(arrays)))
         part = jax.checkpoint(block_tangent, static_argnums=(2,), prevent_cse=prevent_cse)(
             dactive, start, size

@@ -1,4 +1,4 @@
-"""`reduce_rows`: runs row reductions over logits of any kind, by whatever implementation suits."""
+"""`reduce_rows`: row reductions over logits of any kind, in XLA or in a kernel."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ def reduce_rows(
       logits: `[*rows, columns]` scores: a floating array of any dtype, or a `LinearLogits`.
       reductions: a `RowReduction`, or any pytree (dict, tuple, ...) of them.
       axis: the axis that holds a row; the last one for a `LinearLogits`.
-      where: booleans that broadcast to the shape of the logits, True = counts. A masked entry is absent: it
-        adds nothing, and gets no gradient, whatever it holds. (A NaN inside `weight` is kept away only if
-        its column is masked for all rows.) An entry of `-inf` is absent, too.
-      row_where: `[*rows]` booleans, False = the whole row is absent; beside a `where` that varies over columns
-        this needs no array of the logits' shape.
-      block_size: columns read at a time. Default: all of them for an array, the expression's own choice else.
-        Kernels have their own.
+      where: booleans that broadcast to the shape of the logits, True = counts. A masked entry is absent: it adds
+        nothing and gets no gradient, even if it is NaN. (A NaN inside `weight` has no effect only if its column is
+        masked for all rows.) An entry of `-inf` is also absent.
+      row_where: `[*rows]` booleans, False = the whole row is absent. Combined with a `where` that varies over
+        columns, it saves a mask of the logits' shape.
+      block_size: columns read at a time. Default: all columns of an array, the expression's own choice for a
+        `LinearLogits`. Kernels have their own block sizes.
       implementation: `"xla"`, or the kernels `"pallas_tpu"` or `"mosaic_gpu"`. None: the expression's own, else the
-        best that can run the case (`jaxsoft.kernels.explain` says which, and why). With kernels there is no
-        forward-mode derivative and no second one.
+        best one that can run the case (`jaxsoft.kernels.explain` says which, and why). Kernels have no forward-mode
+        and no second derivatives.
 
     Returns:
       The results in the structure of `reductions`, each of shape `[*rows]` (or `[*rows, k]`), in float32 for
@@ -81,7 +81,7 @@ def reduce_rows(
         masks = masks._replace(rows=row_where if masks.rows is None else masks.rows & row_where)
     arrays = [arrays_of(r, rows, columns) for r in leaves]
     functions = tuple(r._replace(args=(), col_args=(), entry_args=()) for r in leaves)
-    # The rows are flattened: on a CPU, XLA fuses reductions of two axes better than of more.
+    # The rows are flattened: on a CPU, XLA fuses reductions over arrays of two axes better than of more.
     n = math.prod(rows)
 
     def flat(a):
@@ -94,7 +94,7 @@ def reduce_rows(
     arrays = [Arrays(jax.tree.map(flat, a.args), a.col_args, tuple(map(flat, a.entry_args))) for a in arrays]
     sources: list[Source] = [source, *(e for e in entries(arrays) if isinstance(e, LinearLogits))]
     if source.filter_eps is not None and len(sources) > 1:
-        raise ValueError("filter_eps of linear_logits must be None where two expressions are read at a time")
+        raise ValueError("filter_eps must be None when two linear_logits are read in one pass")
     if block_size is None:
         products = sum(isinstance(a, LinearLogits) for a in sources)
         block_size = min(a.block_size or a._default_block_size(n * products) for a in sources)
@@ -118,7 +118,7 @@ def as_source(logits: Logits, axis: int) -> Source:
 def choose_kernel(
     implementation: str | None, functions, source: Source, masks: Masks, arrays: list[Arrays]
 ) -> Kernel | None:
-    """The kernel backend that runs these reductions, None for XLA; raises if the one asked for cannot."""
+    """The kernel backend that runs these reductions, None for XLA; raises if the requested one cannot run them."""
 
     def refusal(backend, kernel: Kernel) -> str | None:
         return _sweeps.refusal(backend, kernel, functions, source, masks, arrays)
@@ -135,7 +135,7 @@ def run(
     arrays: list[Arrays],
     kernel: Kernel | None = None,
 ) -> list:
-    """The results of reductions over a flat source; their arrays come apart from their functions."""
+    """The results of reductions over a flat source; their arrays are passed separately from their functions."""
     source, masks, arrays = align_varying((source, masks, arrays))
     source, arrays = mask_rows(source, masks, arrays)
     results: dict[int, Any] = {}

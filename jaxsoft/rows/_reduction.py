@@ -1,4 +1,4 @@
-"""`RowReduction`: what a streaming statistic of a row of scores is."""
+"""`RowReduction`: a streaming statistic of a row of scores."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Tile(NamedTuple):
       columns: the number of columns of the whole row (static).
       col_args: the reduction's `col_args`, each cut to `[block, ...]`.
       entry_args: the reduction's `entry_args`, each cut to `[*rows, block]`.
-      in_kernel: whether the tile is in the registers of a kernel, which has no gathers and no sorting (static).
-      finished: whether it meets a finished state, whose gauge no tile moves any more (static).
+      in_kernel: whether the tile is in the registers of a kernel, where gathers and sorting are unavailable (static).
+      finished: whether the state it meets is finished, so that its gauge no longer changes (static).
     """
 
     x: jax.Array
@@ -47,25 +47,25 @@ class Tile(NamedTuple):
         return cls(jnp.where(keep, scores, 0), scores, keep, cols, columns, *rest)
 
     def with_scores(self, scores: jax.Array) -> Tile:
-        """The tile of other scores, in which -inf marks the absent entries."""
+        """The same tile with other scores, in which -inf marks the absent entries."""
         return Tile.of(scores, *self[3:])
 
     def with_values(self, x: jax.Array) -> Tile:
-        """The tile of other scores for the entries that are present."""
+        """The same tile with other scores for the present entries."""
         return self._replace(x=jnp.where(self.keep, x, 0), scores=jnp.where(self.keep, x, -jnp.inf))
 
     def sum(self, values: jax.Array) -> jax.Array:
-        """Sums `values` over the entries that are present."""
+        """Sums `values` over the present entries."""
         return jnp.sum(jnp.where(self.keep, values, 0), axis=-1)
 
     def dot(self, a: jax.Array, b: jax.Array) -> jax.Array:
         """`sum_j a_j b_j` of two arrays of the tile's shape."""
         if self.in_kernel:
             return jnp.sum(a * b, axis=-1)
-        return jnp.einsum("...j,...j->...", a, b)  # on a CPU, XLA takes half the time of the sum of a product
+        return jnp.einsum("...j,...j->...", a, b)  # on a CPU, half the time of the sum of a product
 
     def at(self, values: jax.Array, columns: jax.Array) -> jax.Array:
-        """The entries of `values` at `columns` (`[*rows]` or `[*rows, k]`), 0 for those in other tiles."""
+        """The entries of `values` at `columns` (`[*rows]` or `[*rows, k]`), 0 for columns in other tiles."""
         if self.in_kernel:
             return self.at_by_comparison(values, columns)
         size = self.cols.shape[0]
@@ -103,10 +103,10 @@ def _identity(state: State, *args) -> Any:
 class RowReduction(NamedTuple):
     """A streaming statistic of a row of scores, as a tuple of pure functions.
 
-    The scores arrive in blocks of columns. `init` makes the state of an empty row, `update` takes a block in,
+    The scores arrive in blocks of columns. `init` creates the state of an empty row, `update` adds a block to it,
     `merge` joins the states of two parts of a row, `finalize` turns a state into the statistic. The drivers
     run these functions over dense scores, over `hidden @ weight` that is never stored, over shards and inside
-    kernels; a reduction knows none of that, and needs no derivative: the drivers get it from `update`.
+    kernels. A reduction need not know which, and needs no derivative: the drivers get it from `update`.
 
     The derivative rests on one fact. Apart from its reference exponent (a *gauge*, such as a running maximum,
     which cancels in `finalize`), a state is a sum over the columns. So the derivative of a finished state is
@@ -115,11 +115,11 @@ class RowReduction(NamedTuple):
 
     * a gauge goes through `stop_gradient` in `update`, and `neutral` keeps it (`(m, s) -> (m, 0)`);
     * every other float leaf adds up over columns, in units of the gauge;
-    * a *selection* (a maximum, a top-k), whose state is entries of the row, names its `share` instead.
+    * a *selection* (a maximum, a top-k), whose state consists of entries of the row, gives its `share` instead.
 
     Functions must be module-level or cached (they are compared by identity when a compiled program is looked
-    up, so a new lambda compiles anew); arrays they need go into `args`, `col_args` or `entry_args`, never
-    into a closure. All three are differentiable where they are floating.
+    up, so a new lambda compiles again). Arrays that they need go into `args`, `col_args` or `entry_args`, never
+    into a closure; floating arrays in all three are differentiable.
 
     Attributes:
       init: `(like, *args) -> state`; `like` is a `[*rows]` array of zeros in the accumulation dtype.
@@ -132,12 +132,12 @@ class RowReduction(NamedTuple):
         `jax.tree.leaves`) as functions of one tile; only their derivative is used, and it must be the tile's
         share of the finished state's. By default that of `update(neutral(state), tile, *args)`.
       closed_form: `(reduction, logits, col_keep, row_keep) -> state` for logits that are affine in `hidden`, or
-        None where streaming is the better way: moves a sum over columns out of the stream (its gradient is then
-        low-rank matrix products). Optional, an optimization only.
+        None if streaming is better: computes a sum over columns outside the stream (its gradient then consists of
+        low-rank matrix products). Optional, only an optimization.
       args: arrays with the rows' leading axes, `[*rows, ...]`, or trees of them.
       col_args: arrays with one leading axis over the columns, `[columns, ...]`.
-      entry_args: arrays shaped as the scores, `[*rows, columns]`, or `linear_logits` of that shape, which are
-        never stored either: a second row of scores, read beside the first.
+      entry_args: arrays of the scores' shape, `[*rows, columns]`, or `linear_logits` of that shape, which are
+        never stored either: a second row of scores, read together with the first.
 
     Example (the sum of softplus(x - theta) over each row, with its gradients for the scores and for theta):
 
@@ -169,12 +169,12 @@ class RowReduction(NamedTuple):
 
 
 def is_reduction(x: Any) -> bool:
-    """Whether `x` is a `RowReduction` (the leaves of a tree of reductions)."""
+    """Whether `x` is a `RowReduction` (a leaf of a tree of reductions)."""
     return isinstance(x, RowReduction)
 
 
 class Arrays(NamedTuple):
-    """The arrays of one reduction, apart from its functions; `entry_args` may hold expressions."""
+    """The arrays of one reduction, separate from its functions; `entry_args` may hold expressions."""
 
     args: tuple
     col_args: tuple
@@ -191,7 +191,7 @@ def arrays_of(reduction: RowReduction, rows: tuple[int, ...], columns: int) -> A
     for a in reduction.col_args:
         if a.shape[:1] != (columns,):
             raise ValueError(
-                f"col_args of a reduction must have {columns} columns first, got shape {a.shape}"
+                f"col_args of a reduction must have {columns} columns as first axis, got shape {a.shape}"
             )
     for a in reduction.entry_args:
         if a.shape != (*rows, columns):
@@ -208,7 +208,7 @@ def shares(reduction: RowReduction, state, tile: Tile, *args) -> list[jax.Array]
 
 
 def block_sums(functions, states, tiles: list[Tile], args: list[tuple]) -> list:
-    """A block's share of the float leaves of finished states: its derivative is right, its value is not."""
+    """A block's share of the float leaves of finished states; only its derivative is valid, not its value."""
     return [
         jax.tree.unflatten(jax.tree.structure(partition(state)[0]), shares(r, state, tile, *a))
         for r, state, tile, a in zip(functions, states, tiles, args)

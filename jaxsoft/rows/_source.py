@@ -1,4 +1,4 @@
-"""`Source`: what every kind of logits must have, so that a pass can read its rows."""
+"""`Source`: the interface through which a pass reads the rows of any kind of logits."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from jaxsoft.kernels.inner import Work
 class Source(abc.ABC):
     """Rows of scores of one kind: `LinearLogits`, `StoredLogits`, or a chunk of `weighted_sum`.
 
-    Every kind is a frozen dataclass and a pytree whose array leaves are what the scores are computed from. A score is
+    Every kind is a frozen dataclass and a pytree whose array leaves are the operands of the scores. A score is
 
         finish(raw, softcap, bias, scale, temperature)
 
-    of a raw score, either stored or an entry of `hidden @ weight`. The methods start with an underscore because
+    where the raw score is either stored or an entry of `hidden @ weight`. The methods start with an underscore because
     `LinearLogits` is public; they are the interface between the modules of `jaxsoft.rows`. Passes read sources whose
     rows are flattened to one axis (`_flat`): n rows, per-row arrays of shape `[n]`.
 
     Attributes:
-      kind: names the kind in what `jaxsoft.kernels.explain` says.
+      kind: the name of the kind in the output of `jaxsoft.kernels.explain`.
       scale: multiplies the raw scores, `[n]` or `[]`; None for 1.
       bias: `[columns]`; None for 0.
       softcap: caps the scores, static; None for no cap.
-      temperature: divides the scores at last, `[n]` or `[]`; None for 1.
+      temperature: applied last, divides the scores, `[n]` or `[]`; None for 1.
       block_size: columns per block, if the user chose it.
       filter_eps: threshold of the gradient filter (see `linear_logits`); None for exact gradients.
-      implementation: what the user asked for, see `reduce_rows`.
-      tape: in a chunk of `weighted_sum`, what runs its passes and records them; None elsewhere.
+      implementation: the one that the user requested, see `reduce_rows`.
+      tape: in a chunk of `weighted_sum`, the object that runs its passes and records them; None elsewhere.
     """
 
     kind: str
@@ -61,13 +61,13 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def _like(self) -> Array:
-        """`[n]` zeros in the accumulation dtype, sharded and varying as results of the rows are."""
+        """`[n]` zeros in the accumulation dtype, with the sharding and the varying axes of per-row results."""
 
     @abc.abstractmethod
     def _accumulates(self) -> Self:
-        """The source with booleans for arrays: whose gradients add up over the blocks of columns, in float32.
+        """The source with booleans for arrays: True if the array's gradient adds up over column blocks, in float32.
 
-        The others are cut into blocks, and each block is written once.
+        The gradients of the other arrays are cut into blocks, and each block is written once.
         """
 
     @abc.abstractmethod
@@ -80,22 +80,22 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def _raw_block(self, start: Any, size: int, col_keep: Array | None) -> Array:
-        """The raw scores of the columns `start : start + size`; columns outside `col_keep` may be anything finite."""
+        """The raw scores of columns `start : start + size`; any finite values in columns outside `col_keep`."""
 
     @abc.abstractmethod
     def _default_block_size(self, rows: int) -> int:
-        """Columns per block for a pass over so many rows."""
+        """Columns per block for a pass over this number of rows."""
 
     @abc.abstractmethod
     def _work(self) -> Work:
-        """The size of a pass, by which kernels are chosen and their block sizes looked up."""
+        """The size of a pass, used to choose a kernel and to look up its block sizes."""
 
     @abc.abstractmethod
     def _affine(self) -> Any:
-        """The logits as a `LinearLogits` affine in `hidden`, whose sums over columns have a closed form, or None."""
+        """The logits as a `LinearLogits` affine in `hidden`, with closed forms for sums over columns; or None."""
 
     def _bias_block(self, start: Any, size: int, col_keep: Array | None) -> Array | None:
-        """The biases of a block of columns, with 0 where the column is masked."""
+        """The biases of a block of columns, with 0 for masked columns."""
         if self.bias is None:
             return None
         block = cut(self.bias, start, size, 0).astype(self._accumulation_dtype)
@@ -108,7 +108,7 @@ class Source(abc.ABC):
 
 
 def finish(raw: Array, softcap: float | None, bias: Any, scale: Any, temperature: Any) -> Array:
-    """What follows the matrix product, entry by entry: scale, bias, softcap, temperature."""
+    """Applies scale, bias, softcap and temperature to raw scores, elementwise."""
     x = raw
     if scale is not None:
         x = x * scale[..., None].astype(x.dtype)
@@ -120,7 +120,7 @@ def finish(raw: Array, softcap: float | None, bias: Any, scale: Any, temperature
         temperature = temperature[..., None].astype(x.dtype)
         if bias is None:
             return x / temperature
-        # A column whose bias is -inf is absent: its score must not meet the gradient of the temperature.
+        # A column with bias -inf is absent: its score must not enter the gradient of the temperature.
         absent = x == -jnp.inf
         x = jnp.where(absent, -jnp.inf, jnp.where(absent, 0, x) / temperature)
     return x
@@ -133,7 +133,7 @@ def capped(x: Array, cap: Any) -> Array:
 
 
 def cut(a: Array, start: Any, size: int, axis: int) -> Array:
-    """`a[start : start + size]` along `axis`; `a` itself where that is all of it."""
+    """`a[start : start + size]` along `axis`; `a` itself if that is the whole axis."""
     if a.shape[axis] == size:
         return a
     return lax.dynamic_slice_in_dim(a, start, size, axis)

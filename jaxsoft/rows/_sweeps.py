@@ -1,9 +1,10 @@
 """Passes over stored scores and over `hidden @ weight` as sweeps, which every kernel backend runs.
 
-The forward pass is one sweep that carries the reductions' states. The backward pass sweeps once more: `jax.vjp` of the
-reductions' shares of a tile gives the gradient of its scores, which is written, and the sums for all that varies over
-rows (carried) or columns (one per block of rows). The scores of a product are swept one stretch of columns at a time,
-so that only the gradient of a stretch is ever stored; two matrix products turn it into those of hidden and weight.
+The forward pass is one sweep that carries the reductions' states. The backward pass is another sweep: `jax.vjp` of the
+reductions' shares of a tile gives the gradient of the tile's scores, which is written, and the gradients of per-row
+operands (summed in the carry) and per-column operands (one sum per block of rows). The scores of a product are swept
+one stretch of columns at a time, so that only the gradient of a stretch is stored; two matrix products turn it into the
+gradients of hidden and weight.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from jaxsoft.rows._pass import empty_masked_rows, over_blocks
 from jaxsoft.rows._reduction import Arrays, Tile, block_sums
 from jaxsoft.rows._source import Source, cut, finish
 
-# Scores per stretch of columns, whose gradients are stored: 128 MiB in bfloat16.
+# Scores per stretch of columns; their gradients are stored: 128 MiB in bfloat16.
 _STRETCH = 2**26
 _NARROWEST_STRETCH = 1024
-# Most numbers per row in a state: a kernel works on them one by one (for the k best: k rounds of k steps).
+# Maximum of numbers per row in a state: a kernel processes them one by one (top-k: k rounds of k steps).
 _WIDEST_STATE = 32
 
 
@@ -40,16 +41,16 @@ def refusal(
     if n == 0 or columns == 0:
         return "there is nothing to read"
     if any(isinstance(e, LinearLogits) for a in arrays for e in a.entry_args):
-        return "two expressions are read at a time"
+        return "two linear_logits are read in one pass"
     if (wrong := objection((source, arrays))) is not None:
         return wrong
     for r, a in zip(functions, arrays):
         like = jax.ShapeDtypeStruct((n,), jnp.float32)
         for state in jax.tree.leaves(jax.eval_shape(r.init, like, *a.args)):
             if state.shape[:1] != (n,) or state.ndim > 2:
-                return f"a state of shape {state.shape} is not one or a few numbers per row"
+                return f"a state must be one or a few numbers per row, got shape {state.shape}"
             if state.ndim == 2 and state.shape[1] > _WIDEST_STATE:
-                return f"a state has at most {_WIDEST_STATE} numbers per row, and {state.shape[1]} were asked for"
+                return f"a state may have at most {_WIDEST_STATE} numbers per row, got {state.shape[1]}"
     return backend.refusal(kernel, *_forward(functions, source, masks, arrays))
 
 
@@ -58,7 +59,7 @@ def stream(kernel: Kernel, functions, block: int, source: Source, masks: Masks, 
     states = finished_states(kernel, functions, *jax.lax.stop_gradient((source, masks, arrays)))
     floats, others = partition(states)
     backward = _backward(functions, states, floats, source, masks, arrays)
-    # weighted_sum takes the gradient of a chunk's stored product by itself.
+    # weighted_sum computes the gradient of a chunk's stored product itself.
     stored_product = isinstance(source, LinearLogits) and source._raw_scores() is not None
     if stored_product or kernel.backend().refusal(kernel, *backward) is not None:
         return _pass.attach(functions, block, states, source, masks, arrays)
@@ -66,7 +67,7 @@ def stream(kernel: Kernel, functions, block: int, source: Source, masks: Masks, 
     return combine(with_gradient(_pull_back, (kernel, functions), floats, *operands), others)
 
 
-# --- what a tile reads ---------------------------------------------------------------------------------------
+# --- the operands of a tile ----------------------------------------------------------------------------------
 
 
 def _scores(source: Any, start=0, size: int | None = None) -> Scores:
@@ -81,7 +82,7 @@ def _scores(source: Any, start=0, size: int | None = None) -> Scores:
 def _operands(
     source: Source, masks: Masks, arrays: list[Arrays], start=0, size: int | None = None
 ) -> Operands:
-    """The arrays beside the scores, for `size` columns from `start` on; no booleans, and floats of sums in float32."""
+    """Operands other than scores, `size` columns from `start`; booleans as ints, row and column floats in float32."""
     n, columns = source.shape[0], source.shape[-1] if size is None else size
 
     def by_row(a):
@@ -91,7 +92,7 @@ def _operands(
         return plain(cut(a, start, columns, 0))[None]
 
     def by_entry(a):
-        a = cut(a, start, columns, 1)  # as large as the scores, so its dtype stays as narrow as it came
+        a = cut(a, start, columns, 1)  # as large as the scores, so it keeps its narrow dtype
         return (a.astype(jnp.int8) if a.dtype == jnp.bool_ else a)[None]
 
     rows, cols, entries = (
@@ -102,7 +103,7 @@ def _operands(
 
 
 def _tiles(softcap: float | None, columns: int, block: Block, raw, parts: Parts) -> list[Tile]:
-    """A tile as each reduction sees it; `parts` also hold the masks, as numbers."""
+    """One tile per reduction; `parts` also hold the masks, as numbers."""
 
     def clean(a: Any) -> Any:
         return a if block.inside is None else jnp.where(block.inside, a, 0)
@@ -156,7 +157,7 @@ def finished_states(kernel: Kernel, functions, source: Source, masks: Masks, arr
 
 
 def _backward(functions, states, cotangents, source: Source, masks, arrays, start=0, size=None) -> tuple:
-    """The sweep that pulls cotangents of the states' float leaves back: `(body, scores, operands, init, plan)`."""
+    """The sweep that pulls back cotangents of the states' float leaves: `(body, scores, operands, init, plan)`."""
     softcap, columns = source.softcap, source.shape[-1]
     operands = _operands(source, masks, arrays, start, size)
     operands.rows.update(jax.tree.map(lambda a: a[None], {"states": states, "cotangents": cotangents}))
@@ -187,7 +188,7 @@ def _differentiable(part: dict) -> dict:
 
 
 def _cotangents(kernel: Kernel, *case) -> tuple[Array, Parts]:
-    """The cotangents that `_backward` finds for a stretch of columns: of its raw scores, and of their parts."""
+    """Runs the sweep of `_backward` for a stretch of columns: the cotangents of its raw scores and of their parts."""
     result = kernel.backend().sweep(kernel, *_backward(*case))
     raw, entries = jax.tree.map(lambda a: a[0], result.entries)
     rows, cols = jax.tree.map(lambda a: jnp.sum(a, axis=(0, 1)), (result.carry, result.cols))
@@ -195,7 +196,7 @@ def _cotangents(kernel: Kernel, *case) -> tuple[Array, Parts]:
 
 
 def _pull_back(kernel, functions, floats, others, source, masks, arrays, cotangents) -> tuple:
-    """The cotangents of others, source, masks and arrays, from those of the states' float leaves."""
+    """The cotangents of others, source, masks and arrays, from the cotangents of the states' float leaves."""
     case = (functions, combine(floats, others), cotangents, source, masks, arrays)
     if isinstance(source, LinearLogits):
         d_hidden, d_weight, d = _product_cotangents(kernel, *case)
@@ -211,12 +212,12 @@ def _product_cotangents(
 ) -> tuple[Array, Array, Parts]:
     """The cotangents of hidden, weight and parts.
 
-    Works on one stretch of columns at a time: the gradient of its scores is stored, and two matrix products follow.
+    Processes one stretch of columns at a time: stores the gradient of its scores, then computes two matrix products.
     """
     n, columns = source.shape
 
     def pulled(start, size: int) -> tuple:
-        """The sums over columns, and what is cut into stretches along the first and along the second axis."""
+        """Cotangents summed over columns, those cut into stretches along axis 0, and those cut along axis 1."""
         d_raw, d = _cotangents(kernel, functions, states, cotangents, source, masks, arrays, start, size)
         weight = source._weight_block(start, size, col_mask(masks, start, size))
         d_hidden, d_weight = source._pull_product(d_raw, weight)
@@ -239,7 +240,7 @@ def _product_cotangents(
     if size == columns:
         total = pulled(0, columns)
     else:
-        shapes = jax.eval_shape(lambda: pulled(0, size))  # whose size must be static
+        shapes = jax.eval_shape(lambda: pulled(0, size))  # a lambda: `size` must be static
         whole = [
             jax.tree.map(functools.partial(_longer, axis=axis, size=columns), shapes[1 + axis])
             for axis in (0, 1)

@@ -1,8 +1,8 @@
-"""Reductions of the rows, and the log-sum-exp of the columns, of one matrix of scores in one pass over it.
+"""Row reductions and the log-sum-exp of each column of one matrix of scores, in one pass over it.
 
-A block of columns holds whole columns, so their sums are finished when the block is; those of the rows run on. Both
-are attached to the derivative rule of `reduce_rows`: a reduction of the columns is one whose state has an entry a
-column, of which a block fills its own.
+A block contains whole columns, so the sums of its columns are finished with the block, while the sums of the rows
+continue. Both use the derivative rule of `reduce_rows`: the log-sum-exp of the columns is a reduction whose state has
+one entry per column, and each block fills in the entries of its own columns.
 """
 
 from __future__ import annotations
@@ -71,12 +71,12 @@ def reduce_two_ways(
     row_where: Bool[Array, " rows"] | None = None,
     column_where: Bool[Array, " columns"] | None = None,
 ) -> tuple[list, LogPartition]:
-    """Reductions of the rows, and the log-sum-exp of each column, of a matrix of scores in one pass.
+    """Row reductions and the log-sum-exp of each column of a matrix of scores, in one pass.
 
     Args:
       logits: `[rows, columns]`, a floating array or `linear_logits`.
-      row_reductions: of the rows.
-      row_where: `[rows]`, False = the row is absent, from the columns' sums too.
+      row_reductions: the reductions of the rows.
+      row_where: `[rows]`, False = the row is absent, also from the columns' sums.
       column_where: `[columns]`, False = the column is absent.
 
     Returns:

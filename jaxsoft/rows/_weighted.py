@@ -1,9 +1,9 @@
 """`weighted_sum`: a weighted sum of per-row losses, with the gradient taken in the forward pass.
 
-When the cotangent of every row's loss is known while the scores of the row are at hand, nothing needs to be
-computed twice: 6 N D V operations instead of 8. A chunk of rows at a time, the chunk's `hidden @ weight` is
-stored, the loss reads it, the cotangents of its row statistics come back, and one loop over blocks of columns
-turns them into the gradient, adding to the gradient of the weight in place.
+If the cotangent of every row's loss is known while the row's scores are in memory, nothing needs to be computed
+twice: 6 N D V operations instead of 8. Rows are processed in chunks: the chunk's `hidden @ weight` is stored, the
+loss reads it, JAX returns the cotangents of its row statistics, and one loop over blocks of columns turns these into
+the gradient, adding to the gradient of the weight in place.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from jaxsoft.rows._reduce import stream
 from jaxsoft.rows._reduction import Arrays, finalize
 from jaxsoft.rows._source import cut
 
-# Measured on a CPU (docs/architecture.md): chunks of 512 rows, their columns in blocks of 1024. Accelerators want
+# Measured on a CPU (docs/architecture.md): chunks of 512 rows, with columns in blocks of 1024. Accelerators need
 # larger products.
 _CHUNK_ROWS = 512
 _BLOCK_COLUMNS = {"cpu": 1024, "other": 8192}
@@ -44,7 +44,7 @@ def _block_columns() -> int:
 
 
 class _Call(NamedTuple):
-    """The arrays of one pass over a chunk, by which the cotangents of its states are carried on."""
+    """The arrays of one pass over a chunk, needed to pull back the cotangents of its states."""
 
     source: ChunkLogits
     masks: Masks
@@ -53,10 +53,10 @@ class _Call(NamedTuple):
 
 
 class _Tape:
-    """What a loss did with the logits of a chunk while it was traced.
+    """The record of a loss's passes over the logits of a chunk, made while the loss is traced.
 
     Attributes:
-      probes: zeros shaped as the float leaves of each call's states, or None when only shapes are wanted.
+      probes: zeros shaped like the float leaves of each call's states, or None if only shapes are needed.
       functions: the reductions of each call.
       calls: the arrays of each call.
     """
@@ -76,7 +76,7 @@ class _Tape:
         arrays: list[Arrays],
         kernel: Kernel | None,
     ) -> list:
-        """The results of a pass over a chunk, which is noted: see `ChunkLogits`."""
+        """The results of a pass over a chunk; records the pass, see `ChunkLogits`."""
         fixed = {name: lax.stop_gradient(getattr(chunk, name)) for name in ("hidden", "weight", "raw")}
         source = dataclasses.replace(chunk, tape=None, **fixed)
         states = stream(functions, block, source, masks, arrays, kernel)
@@ -91,11 +91,11 @@ class _Tape:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ChunkLogits(LinearLogits):
-    """Some rows of logits whose matrix product is stored, with a record of who has read them.
+    """A chunk of rows of logits whose matrix product is stored, with a record of the passes that read them.
 
-    Losses treat it as any `LinearLogits`. The matrix product carries no gradient: instead, each `reduce_rows`
-    adds the next of the tape's probes to the float leaves of its states, so that the cotangents of the states
-    can be read off the probes, and notes on the tape what is needed to carry them on.
+    Losses treat it like any `LinearLogits`. The matrix product carries no gradient. Instead, each `reduce_rows`
+    adds the next of the tape's probes to the float leaves of its states, so that the probes receive the cotangents
+    of the states, and records on the tape the arrays needed to pull these back.
     """
 
     raw: Any = None
@@ -129,7 +129,7 @@ class ChunkLogits(LinearLogits):
 
 
 def detached(logits: Logits) -> Any:
-    """Logits without derivatives, for passes in a loop, which the record that a chunk keeps cannot follow."""
+    """Logits without derivatives, for passes in a loop, which a chunk's tape cannot record."""
     if isinstance(logits, ChunkLogits):
         logits = logits._block(0, logits.vocab_size, None)
     return lax.stop_gradient(logits)
@@ -147,21 +147,21 @@ def weighted_sum(
     """`sum(weights * loss(logits, *row_args, **options))`, fast: the gradient is taken in the forward pass.
 
     For `linear_logits` the value and the gradient together cost three matrix products instead of the four of a
-    loss that recomputes its logits, and `[chunk_size, vocab]` of memory. Without a gradient, it costs the
-    forward pass alone. For dense logits it is the plain sum. The gradient is exact for every operand (hidden,
+    loss that recomputes its logits, and memory for `[chunk_size, vocab]`. Without a gradient, it costs only the
+    forward pass. For dense logits it is the plain sum. The gradient is exact for every operand (hidden,
     weight, bias, scale, temperature, weights, and all floating arguments of the loss); it is first-order and
     reverse-mode only: use `(weights * loss(...)).sum()` for forward mode or second derivatives.
 
     Args:
       loss: any loss of jaxsoft, or any function `(logits, *row_args, **options) -> [rows]` that reads the
-        logits by functions of jaxsoft, row by row. Hashable: a module-level function, not a new lambda each
-        time; with no `jit` inside.
-      logits: `[*rows, vocab]`. A `filter_eps` of `linear_logits` plays no part: nothing is recomputed here.
-      *row_args: arrays with the rows' leading axes: the labels, and whatever else differs by row; or further
-        `linear_logits` (a teacher's), of which a chunk is stored as well.
+        logits row by row through functions of jaxsoft. It must be hashable (a module-level function, not a new
+        lambda each time) and must not use `jit` inside.
+      logits: `[*rows, vocab]`. `filter_eps` of `linear_logits` does not affect the gradient: nothing is recomputed.
+      *row_args: arrays with the rows' leading axes: the labels and all other per-row arguments; or further
+        `linear_logits` (a teacher's), of which a chunk is also stored.
       weights: `[*rows]` floats, 1 by default. A weight of 0 hides a loss that is not finite; to keep a NaN
         in the logits out of the gradient, mask the row or ignore its label.
-      axis: the axis of a row.
+      axis: the axis that holds a row.
       chunk_size: rows stored at a time, 512 by default.
       **options: passed to `loss`; `where` may vary by row, other arrays must not.
 
@@ -188,7 +188,7 @@ def weighted_sum(
     rows = rows_of(logits.shape, axis)
     if weights is not None:
         _checks.floating("weights", weights)
-        _checks.shape("weights", weights, rows, "one number a row of logits")
+        _checks.shape("weights", weights, rows, "one number per row of logits")
     if chunk_size is not None:
         chunk_size = _checks.integer("chunk_size", chunk_size, at_least=1)
     if not isinstance(logits, LinearLogits):
@@ -215,11 +215,11 @@ def weighted_sum(
     leaves, treedef = jax.tree.flatten(options)
     arrays = [leaf if hasattr(leaf, "dtype") else None for leaf in leaves]
     constants = tuple(leaf if a is None else None for leaf, a in zip(leaves, arrays))
-    # A chunk cannot pass through the loss's own jit, and need not.
+    # A chunk cannot pass through the loss's own jit, which is not needed here.
     loss = inspect.unwrap(loss, stop=lambda f: not isinstance(f, jax.stages.Wrapped))
     if any(map(_trees.is_explicitly_sharded, jax.tree.leaves((logits, by_row, weights, row_masks)))):
         raise ValueError(
-            "logits, labels and weights must not be sharded over Explicit mesh axes, for rows are cut into "
+            "logits, labels and weights must not be sharded over Explicit mesh axes, because rows are cut into "
             "chunks: call weighted_sum inside jax.shard_map, or use the loss itself, (weights * loss(...)).sum()"
         )
     call = _Loss(loss, treedef, constants)
@@ -232,14 +232,14 @@ def _sum(values: Array, weights: Array | None) -> Array:
 
 
 class _ByRow(NamedTuple):
-    """What is cut into chunks with the rows: `[n, ...]` each; of further expressions, what they have by row."""
+    """The operands that are cut into chunks of rows, `[n, ...]` each; of further expressions, their per-row arrays."""
 
     args: tuple
     weights: Any
     where: Any
 
     def is_cut(self) -> _ByRow:
-        """Which leaves are cut."""
+        """Booleans for the leaves: True if the leaf is cut."""
         flags = jax.tree.map(lambda _: True, self)
         return flags._replace(
             args=tuple(
@@ -251,7 +251,7 @@ class _ByRow(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Loss:
-    """A loss with its options; the arrays among them are handed in at the call."""
+    """A loss with its options; options that are arrays are passed at the call."""
 
     loss: Callable
     treedef: Any
@@ -266,7 +266,7 @@ class _Loss:
         if isinstance(logits, ChunkLogits):
             args = [a._block(0, a.vocab_size, None) if isinstance(a, LinearLogits) else a for a in args]
         values = self.loss(logits, *args, **options)
-        _checks.shape("loss(logits, ...)", values, logits.shape[:-1], "one value a row of logits")
+        _checks.shape("loss(logits, ...)", values, logits.shape[:-1], "one value per row of logits")
         return _sum(values, by_row.weights)
 
 
@@ -349,15 +349,15 @@ def _weighted_forward(call: _Loss, chunk: int, *primals):
 
 
 _NO_SECOND_DERIVATIVES = (
-    "weighted_sum and weighted_mean have no second derivatives, for their gradient is taken in the forward "
+    "weighted_sum and weighted_mean have no second derivatives, because their gradient is taken in the forward "
     "pass: write (weights * loss(logits, labels)).sum(), which has derivatives of every order and mode"
 )
 
 
 def _product_gradient(logits, block, hidden, raw, functions, calls, d_probes, row, d_hidden, d_weight):
-    """Adds a chunk's share to the gradients of hidden and weight, a block of columns at a time."""
+    """Adds a chunk's share to the gradients of hidden and weight, one block of columns at a time."""
     all_masks = [c.masks for c in calls]
-    # A row or a column that no call reads may hold NaN; it must not meet a matrix product.
+    # A row or a column that no call reads may hold NaN, which must not enter a matrix product.
     row_keep = _any([row_mask(m) for m in all_masks])
     part = dataclasses.replace(
         logits, hidden=hidden if row_keep is None else jnp.where(row_keep[:, None], hidden, 0)

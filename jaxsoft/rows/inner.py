@@ -1,4 +1,4 @@
-"""What the normalizers, attentions and losses of the library use of the engine, beside its public names.
+"""Internals of the engine that the library's normalizers, attentions and losses use in addition to its public names.
 
 Not for users: these names may change at any time.
 """

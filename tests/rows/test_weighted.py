@@ -147,7 +147,7 @@ def test_bad_input(options, error, words):
 
 
 def test_a_loss_of_the_wrong_shape():
-    with pytest.raises(ValueError, match="one value a row"):
+    with pytest.raises(ValueError, match="one value per row"):
         losses.weighted_sum(
             lambda x, y: losses.cross_entropy(x, y).mean(), jaxsoft.linear_logits(HIDDEN, WEIGHT), LABELS
         )
