@@ -118,12 +118,5 @@ def gumbel_softmax(
     if _checks.is_concrete_number(temperature):
         _checks.number("temperature", temperature, above=0)
     return normalize(
-        _gumbel_softmax,
-        scores,
-        axis=axis,
-        where=where,
-        name="gumbel_softmax",
-        key=key,
-        temperature=temperature,
-        hard=hard,
+        _gumbel_softmax, scores, axis, where, "gumbel_softmax", key=key, temperature=temperature, hard=hard
     )
