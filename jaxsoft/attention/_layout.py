@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
@@ -110,21 +111,15 @@ def streamed(
     """`dot_product_attention` with a mask of keys: output and log-sum-exp. `key_bias`: `[*batch, S, K]`."""
     *batch, _, n, _ = query.shape
 
-    def flat(x):
-        return x.reshape(-1, *x.shape[len(batch) :])
+    def by_head(x):
+        return jnp.moveaxis(x.reshape(-1, *x.shape[len(batch) :]), -1, -2) if hasattr(x, "shape") else x
 
     bias = None
     if key_bias is not None:
         bias = jnp.repeat(jnp.moveaxis(key_bias, -1, -2), n // key.shape[-2], axis=-2)[..., None, :]
     mask = None if where is None else where[..., None, None, :]
     if isinstance(normalizer, functools.partial):
-        normalizer = functools.partial(
-            normalizer.func,
-            **{
-                k: jnp.moveaxis(flat(v), -1, -2) if hasattr(v, "shape") else v
-                for k, v in normalizer.keywords.items()
-            },
-        )
+        normalizer = functools.partial(normalizer.func, **jax.tree.map(by_head, normalizer.keywords))
     return dot_product_attention(
         query, key, value, bias, mask, normalizer=normalizer, return_residual=True, **options
     )

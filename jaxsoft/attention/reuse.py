@@ -134,9 +134,9 @@ def unified_softmax_attention(
       >>> bool(jnp.allclose(reuse_softmax_attention(shared, 2 * x), 2 * out, atol=1e-6))
       True
     """
-    q, k, v, where = prepare(query, key, value, key_where, is_causal)
+    q, k, v, _ = prepare(query, key, value, key_where, is_causal)
     scale = scale_of(scale, query.shape[-1])
-    out, logsumexp = streamed(q, k, v, None if key_where is None else where, is_causal=is_causal, scale=scale)
+    out, logsumexp = streamed(q, k, v, key_where, is_causal=is_causal, scale=scale)
     return out.astype(query.dtype), SharedSoftmax(query, key, logsumexp, key_where, scale, is_causal)
 
 
@@ -180,15 +180,10 @@ def reuse_softmax_attention(
     """
     if not isinstance(shared, SharedSoftmax):
         raise TypeError(f"shared must be a SharedSoftmax, got {_checks.describe(shared)}")
-    query, key, v, where = prepare(shared.query, shared.key, value, shared.key_where, shared.is_causal)
+    query, key, v, _ = prepare(shared.query, shared.key, value, shared.key_where, shared.is_causal)
+    given = functools.partial(_given_softmax, logsumexp=shared.logsumexp)
     out, _ = streamed(
-        query,
-        key,
-        v,
-        None if shared.key_where is None else where,
-        is_causal=shared.is_causal,
-        scale=shared.scale,
-        normalizer=functools.partial(_given_softmax, logsumexp=shared.logsumexp),
+        query, key, v, shared.key_where, is_causal=shared.is_causal, scale=shared.scale, normalizer=given
     )
     if (hidden is None) != (compensation is None):
         raise ValueError("hidden and compensation must be given together, got only one of them")
@@ -331,16 +326,10 @@ def top_k_attention(
       [[[0.268941 0.731059 0.       0.      ]]]
     """
     count = _checks.integer("k", k, at_least=1)
-    q, keys, v, where = prepare(query, key, value, key_where, is_causal)
-    out, _ = streamed(
-        q,
-        keys,
-        v,
-        None if key_where is None else where,
-        is_causal=is_causal,
-        scale=scale_of(scale, q.shape[-1]),
-        normalizer=functools.partial(sparse_softmax, k=min(count, key.shape[-3])),
-    )
+    q, keys, v, _ = prepare(query, key, value, key_where, is_causal)
+    scale = scale_of(scale, q.shape[-1])
+    sparse = functools.partial(sparse_softmax, k=min(count, key.shape[-3]))
+    out, _ = streamed(q, keys, v, key_where, is_causal=is_causal, scale=scale, normalizer=sparse)
     return out.astype(query.dtype)
 
 

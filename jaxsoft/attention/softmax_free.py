@@ -220,14 +220,13 @@ def gaussian_kernel_attention(
       [[0.945 0.886]
        [0.539 0.73 ]]
     """
-    q, k, v, where = prepare(query, key, value, key_where, is_causal)
+    q, k, v, _ = prepare(query, key, value, key_where, is_causal)
     scale = scale_of(scale, q.shape[-1])
 
     def energy(x):
         return scale * jnp.sum(x * x, axis=-1) / 2
 
-    mask = None if key_where is None else where
-    out, logsumexp = streamed(q, k, v, mask, key_bias=-energy(k), is_causal=is_causal, scale=scale)
+    out, logsumexp = streamed(q, k, v, key_where, key_bias=-energy(k), is_causal=is_causal, scale=scale)
     if not normalize:
         out = out * jnp.exp(logsumexp - energy(q))[..., None]
     return out.astype(query.dtype)

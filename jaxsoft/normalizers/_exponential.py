@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
@@ -33,17 +35,22 @@ def _init(like, params):
     return jnp.full_like(like, -jnp.inf), like
 
 
-def _update(state, tile, params):
-    m = running_max(state[0], tile)
-    return m, state[1] * rescale(state, (m,), params) + jnp.sum(exponentials(tile, m, params), axis=-1)
-
-
 def _merge(a, b, params):
     m = jnp.maximum(a[0], b[0])
     return m, a[1] * rescale(a, (m,), params) + b[1] * rescale(b, (m,), params)
 
 
-SUM = RowReduction(_init, _update, _merge, neutral=keep_gauge)
+def gauged_sum(init: Callable, terms: Callable[[Tile, Array, Params], Array]) -> RowReduction:
+    """The state is (m, s): m the largest score, at least that of `init`; s the sum of `terms(tile, m, params)`."""
+
+    def update(state, tile, params):
+        m = running_max(state[0], tile)
+        return m, state[1] * rescale(state, (m,), params) + jnp.sum(terms(tile, m, params), axis=-1)
+
+    return RowReduction(init, update, _merge, neutral=keep_gauge)
+
+
+SUM = gauged_sum(_init, exponentials)
 """The state is (m, s = sum e^(scale (x - m))) with m the largest score; the scale is 0 or more, 1 by default."""
 
 

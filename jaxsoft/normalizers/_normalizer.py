@@ -170,7 +170,7 @@ class DenseRows:
         return jnp.moveaxis(y, -1, self._axis)
 
 
-def normalize(define: Callable, scores: Array, *, axis: int, where: Any, name: str, **options) -> Array:
+def normalize(define: Callable, scores: Array, axis: int, where: Any, name: str, **options) -> Array:
     """The weights that a definition gives to stored scores."""
     rows = DenseRows(scores, axis, where, name)
     return rows.weights(define(rows, **options))

@@ -113,13 +113,9 @@ def log_softmax(
 
 
 def _softmax_n(rows, *, n=1.0):
-    _checks_nonnegative("n", n)
+    if _checks.is_concrete_number(n):
+        _checks.number("n", n, at_least=0)
     return with_sink(SOFTMAX, jnp.log(rows.per_row("n", n)))
-
-
-def _checks_nonnegative(name: str, value: Any) -> None:
-    if _checks.is_concrete_number(value):
-        _checks.number(name, value, at_least=0)
 
 
 @defined_by(_softmax_n)
@@ -156,7 +152,7 @@ def softmax_n(
       >>> print(jaxsoft.softmax_n(jnp.array([1.0, 2.0, -1.0, 0.5]), n=2.0).round(6))
       [0.192459 0.523158 0.026047 0.116732]
     """
-    return normalize(_softmax_n, scores, axis=axis, where=where, name="softmax_n", n=n)
+    return normalize(_softmax_n, scores, axis, where, "softmax_n", n=n)
 
 
 def _softmax_one(rows):
@@ -187,7 +183,7 @@ def softmax_one(scores: Scores, *, axis: int = -1, where: Bool[Array, ...] | Non
       >>> print(jaxsoft.softmax_one(jnp.array([1.0, 2.0, -1.0, 0.5])).round(6))
       [0.207124 0.563021 0.028031 0.125627]
     """
-    return normalize(_softmax_one, scores, axis=axis, where=where, name="softmax_one")
+    return normalize(_softmax_one, scores, axis, where, "softmax_one")
 
 
 def _sink_softmax(rows, *, sink):
@@ -226,7 +222,7 @@ def sink_softmax(
       >>> print(jaxsoft.sink_softmax(jnp.array([1.0, 2.0, -1.0, 0.5]), sink=0.7).round(6))
       [0.192272 0.522649 0.026021 0.116619]
     """
-    return normalize(_sink_softmax, scores, axis=axis, where=where, name="sink_softmax", sink=sink)
+    return normalize(_sink_softmax, scores, axis, where, "sink_softmax", sink=sink)
 
 
 def masked_logit_softmax(
@@ -315,9 +311,7 @@ def scalable_softmax(
       >>> print(jaxsoft.scalable_softmax(jnp.array([1.0, 2.0, -1.0, 0.5]), scale=1.0).round(6))
       [0.179775 0.719101 0.011236 0.089888]
     """
-    return normalize(
-        _scalable_softmax, scores, axis=axis, where=where, name="scalable_softmax", scale=scale, bias=bias
-    )
+    return normalize(_scalable_softmax, scores, axis, where, "scalable_softmax", scale=scale, bias=bias)
 
 
 # Fitted by the authors, highest power first.
@@ -373,9 +367,9 @@ def adaptive_temperature_softmax(
     return normalize(
         _adaptive_temperature_softmax,
         scores,
-        axis=axis,
-        where=where,
-        name="adaptive_temperature_softmax",
+        axis,
+        where,
+        "adaptive_temperature_softmax",
         coefficients=tuple(coefficients),
         threshold=threshold,
         stop_gradient=stop_gradient,
@@ -492,14 +486,7 @@ def entropy_target_softmax(
     """
     if _checks.is_concrete_number(entropy):
         _checks.number("entropy", entropy, above=0)
-    return normalize(
-        _entropy_target_softmax,
-        scores,
-        axis=axis,
-        where=where,
-        name="entropy_target_softmax",
-        entropy=entropy,
-    )
+    return normalize(_entropy_target_softmax, scores, axis, where, "entropy_target_softmax", entropy=entropy)
 
 
 def _weighted_scores(tile, state, params):
@@ -566,14 +553,7 @@ def self_adjust_softmax(
       >>> print(jaxsoft.self_adjust_softmax(jnp.array([1.0, 2.0, -1.0, 0.5])).round(6))
       [0.149472 0.60946  0.       0.067994]
     """
-    return normalize(
-        _self_adjust_softmax,
-        scores,
-        axis=axis,
-        where=where,
-        name="self_adjust_softmax",
-        normalized=normalized,
-    )
+    return normalize(_self_adjust_softmax, scores, axis, where, "self_adjust_softmax", normalized=normalized)
 
 
 # Functions of the probabilities: one pass for the log-sum-exp, one for the weights.
@@ -639,9 +619,7 @@ def clipped_softmax(
       >>> print(jaxsoft.clipped_softmax(jnp.array([1.0, 2.0, -1.0, 0.5])).round(6))
       [0.169049 0.631352 0.       0.063187]
     """
-    return normalize(
-        _clipped_softmax, scores, axis=axis, where=where, name="clipped_softmax", zeta=zeta, gamma=gamma
-    )
+    return normalize(_clipped_softmax, scores, axis, where, "clipped_softmax", zeta=zeta, gamma=gamma)
 
 
 @functools.cache
@@ -698,6 +676,4 @@ def quantized_softmax(
       [0.216667 0.616667 0.016667 0.15    ]
     """
     bits = _checks.integer("bits", bits, at_least=1, at_most=16)
-    return normalize(
-        _quantized_softmax, scores, axis=axis, where=where, name="quantized_softmax", bits=bits, bias=bias
-    )
+    return normalize(_quantized_softmax, scores, axis, where, "quantized_softmax", bits=bits, bias=bias)

@@ -15,32 +15,36 @@ from jaxtyping import Array, Bool, Float
 
 from jaxsoft import _checks
 from jaxsoft._numerics import safe_divide
-from jaxsoft.normalizers._exponential import SOFTMAX, rescale
+from jaxsoft.normalizers._exponential import SOFTMAX, gauged_sum, rescale
 from jaxsoft.normalizers._normalizer import Normalizer, defined_by, normalize
 from jaxsoft.rows import RowReduction, Tile, reductions
-from jaxsoft.rows.inner import keep_gauge, running_max
 
 Scores = Float[Array, "*rows columns"]
 
 
-@functools.cache
-def ratio(f: Callable[[Array], Array]) -> Normalizer:
-    """`f(x_i) / (sum_j f(x_j) + eps)` for an elementwise f; the parameter eps is 0 if absent."""
+def divided_by_sum(numerators: Callable[[Tile, Any], Array]) -> Normalizer:
+    """`t_i / (sum_j t_j + eps)` with t the numerators of a tile; the parameter eps is 0 if absent."""
 
     def init(like, params):
         return like
 
     def update(state, tile, params):
-        return state + tile.sum(f(tile.x))
+        return state + jnp.sum(numerators(tile, params), axis=-1)
 
     def terms(tile, state, params):
-        return (jnp.where(tile.keep, f(tile.x), 0),)
+        return (numerators(tile, params),)
 
     def coefficients(state, params):
         mass = state + params["eps"] if "eps" in params else state
         return (safe_divide(jnp.ones_like(mass), mass),)
 
     return Normalizer(RowReduction(init, update), terms, coefficients)
+
+
+@functools.cache
+def ratio(f: Callable[[Array], Array]) -> Normalizer:
+    """`f(x_i) / (sum_j f(x_j) + eps)` for an elementwise f; the parameter eps is 0 if absent."""
+    return divided_by_sum(lambda tile, params: jnp.where(tile.keep, f(tile.x), 0))
 
 
 # Softpick: (m, d = sum |e^x - 1| e^-m) with m >= 0. |e^x - 1| = (1 - e^-|x|) e^max(x, 0) is accurate for every x, with
@@ -63,15 +67,8 @@ def _softpick_init(like, params):
     return like, like
 
 
-def _softpick_update(state, tile, params):
-    m = running_max(state[0], tile)
-    # An absent entry has x = 0, where the magnitude is 0.
-    return m, state[1] * rescale(state, (m,), params) + jnp.sum(_magnitude(tile.x, m), axis=-1)
-
-
-def _softpick_merge(a, b, params):
-    m = jnp.maximum(a[0], b[0])
-    return m, a[1] * rescale(a, (m,), params) + b[1] * rescale(b, (m,), params)
+def _magnitudes(tile, m, params):
+    return _magnitude(tile.x, m)  # 0 for an absent entry, which has x = 0
 
 
 def _softpick_terms(tile, state, params):
@@ -83,10 +80,7 @@ def _softpick_coefficients(state, params):
 
 
 _SOFTPICK = Normalizer(
-    RowReduction(_softpick_init, _softpick_update, _softpick_merge, neutral=keep_gauge),
-    _softpick_terms,
-    _softpick_coefficients,
-    rescale,
+    gauged_sum(_softpick_init, _magnitudes), _softpick_terms, _softpick_coefficients, rescale
 )
 
 
@@ -124,7 +118,7 @@ def softpick(
       [0.183026 0.680543 0.       0.0691  ]
     """
     _checks.number("eps", eps, at_least=0)
-    return normalize(_softpick, scores, axis=axis, where=where, name="softpick", eps=eps)
+    return normalize(_softpick, scores, axis, where, "softpick", eps=eps)
 
 
 def stable_exponential(x: Array) -> Array:
@@ -162,7 +156,7 @@ def stablemax(scores: Scores, *, axis: int = -1, where: Bool[Array, ...] | None 
       >>> print(jaxsoft.stablemax(jnp.array([1.0, 2.0, -1.0, 0.5])).round(6))
       [0.285714 0.428571 0.071429 0.214286]
     """
-    return normalize(_stablemax, scores, axis=axis, where=where, name="stablemax")
+    return normalize(_stablemax, scores, axis, where, "stablemax")
 
 
 @functools.cache
@@ -215,7 +209,7 @@ def taylor_softmax(
     order = _checks.integer("order", order, at_least=2)
     if order % 2:
         raise ValueError(f"order must be even (an odd polynomial is negative somewhere), got {order}")
-    return normalize(_taylor_softmax, scores, axis=axis, where=where, name="taylor_softmax", order=order)
+    return normalize(_taylor_softmax, scores, axis, where, "taylor_softmax", order=order)
 
 
 # Elementwise weights: each depends on its own score.
@@ -266,7 +260,7 @@ def sigmoid_weights(
       >>> print(jaxsoft.sigmoid_weights(jnp.array([1.0, 2.0, -1.0, 0.5])).round(6))
       [0.40461  0.648786 0.084224 0.291875]
     """
-    return normalize(_sigmoid_weights, scores, axis=axis, where=where, name="sigmoid_weights", bias=bias)
+    return normalize(_sigmoid_weights, scores, axis, where, "sigmoid_weights", bias=bias)
 
 
 @functools.cache
@@ -322,7 +316,7 @@ def relu_weights(
       [0.25  0.5   0.    0.125]
     """
     _checks.number("power", power, above=0)
-    return normalize(_relu_weights, scores, axis=axis, where=where, name="relu_weights", power=power)
+    return normalize(_relu_weights, scores, axis, where, "relu_weights", power=power)
 
 
 def _softplus_attention_weights(rows, *, scale, eps=1e-8):
@@ -371,13 +365,7 @@ def softplus_attention_weights(
     """
     _checks.number("eps", eps, at_least=0)
     return normalize(
-        _softplus_attention_weights,
-        scores,
-        axis=axis,
-        where=where,
-        name="softplus_attention_weights",
-        scale=scale,
-        eps=eps,
+        _softplus_attention_weights, scores, axis, where, "softplus_attention_weights", scale=scale, eps=eps
     )
 
 
@@ -450,9 +438,9 @@ def reweighted_attention_weights(
     return normalize(
         _reweighted_attention_weights,
         scores,
-        axis=axis,
-        where=where,
-        name="reweighted_attention_weights",
+        axis,
+        where,
+        "reweighted_attention_weights",
         scale=scale,
         power=power,
         offset=offset,
@@ -464,34 +452,18 @@ _MPC_STEPS, _MPC_CUTOFF = 5, -14.0
 
 
 def _limit_exponential(tile: Tile, params) -> Array:
-    z = tile.x - params["top"][..., None] - params["eps"][..., None]
+    z = tile.x - params["top"][..., None] - params["shift"][..., None]
     near = tile.keep & (z >= _MPC_CUTOFF)
     return jnp.where(near, (1 + jnp.where(near, z, 0) / 2**_MPC_STEPS) ** (2**_MPC_STEPS), 0)
 
 
-def _mpc_init(like, params):
-    return like
-
-
-def _mpc_update(state, tile, params):
-    return state + jnp.sum(_limit_exponential(tile, params), axis=-1)
-
-
-def _mpc_terms(tile, state, params):
-    return (_limit_exponential(tile, params),)
-
-
-def _mpc_coefficients(state, params):
-    return (safe_divide(jnp.ones_like(state), state),)
-
-
-_MPC = Normalizer(RowReduction(_mpc_init, _mpc_update), _mpc_terms, _mpc_coefficients)
+_MPC = divided_by_sum(_limit_exponential)
 
 
 def _mpc_softmax(rows, *, eps=1e-6):
     top = rows.reduce(reductions.maximum())
     top = jnp.where(top == -jnp.inf, 0, top)
-    return _MPC._replace(params={"top": top, "eps": jnp.full_like(top, eps)})
+    return _MPC._replace(params={"top": top, "shift": jnp.full_like(top, eps)})
 
 
 @defined_by(_mpc_softmax)
@@ -524,4 +496,4 @@ def mpc_softmax(
       [0.22348  0.617253 0.026448 0.132819]
     """
     _checks.number("eps", eps, at_least=0)
-    return normalize(_mpc_softmax, scores, axis=axis, where=where, name="mpc_softmax", eps=eps)
+    return normalize(_mpc_softmax, scores, axis, where, "mpc_softmax", eps=eps)

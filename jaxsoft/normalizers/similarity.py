@@ -116,6 +116,15 @@ def _scaled(logits, similarity, distance, axis, where, name) -> tuple[Array, Arr
     return x * (by_row("distance", distance) * log_base), present, log_base, axis
 
 
+def _present(where: Any, shape: tuple[int, ...], of: str) -> Array:
+    """The entries that count, as an array of this shape, which is that of the argument `of`."""
+    if where is None:
+        return jnp.ones(shape, bool)
+    _checks.boolean("where", where)
+    _checks.broadcastable("where", where, shape, f"the shape of {of}")
+    return jnp.broadcast_to(where, shape)
+
+
 def similarity_count(
     neighbour_labels: Int[Array, "*rows neighbours"],
     neighbour_predictions: Int[Array, "*rows neighbours"],
@@ -163,11 +172,7 @@ def similarity_count(
     _checks.shape("predictions", predictions, shape[:-1], "one class per row of neighbours")
     expected = jnp.asarray(predictions)[..., None]
     agrees = (neighbour_labels == expected) & (neighbour_predictions == expected)
-    present = jnp.ones(shape, bool)
-    if where is not None:
-        _checks.boolean("where", where)
-        _checks.broadcastable("where", where, shape, "the shape of neighbour_labels")
-        present = jnp.broadcast_to(where, shape)
+    present = _present(where, shape, "neighbour_labels")
     run = jnp.cumprod((agrees | ~present).astype(jnp.int32), axis=-1)
     return jnp.sum(run * present, axis=-1).astype(jnp.int32)
 
@@ -212,11 +217,7 @@ def distance_quantile(
         )
     dtype = accumulation_dtype(distances.dtype, calibration.dtype)
     known = lax.stop_gradient(jnp.asarray(calibration)).astype(dtype)
-    present = jnp.ones(known.shape, bool)
-    if where is not None:
-        _checks.boolean("where", where)
-        _checks.broadcastable("where", where, known.shape, "the shape of calibration")
-        present = jnp.broadcast_to(where, known.shape)
+    present = _present(where, known.shape, "calibration")
     d = lax.stop_gradient(jnp.asarray(distances)).astype(dtype)
     known = jnp.sort(jnp.where(present, known, jnp.inf), axis=-1)
     smaller: Any = jax.vmap(jnp.searchsorted, (0, None))(known, d.reshape(-1))  # [classes, rows]

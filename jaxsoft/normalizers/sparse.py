@@ -16,8 +16,8 @@ from jaxtyping import Array, Bool, Float
 from jaxsoft import _checks
 from jaxsoft._numerics import safe_divide
 from jaxsoft.normalizers._exponential import SOFTMAX
-from jaxsoft.normalizers._normalizer import Normalizer, defined_by, normalize
-from jaxsoft.normalizers.rectified import positive_power
+from jaxsoft.normalizers._normalizer import defined_by, normalize
+from jaxsoft.normalizers.rectified import divided_by_sum, positive_power
 from jaxsoft.rows import RowReduction, reductions
 from jaxsoft.rows.inner import check_axis, check_dense
 
@@ -70,7 +70,7 @@ def sparse_softmax(
     columns = scores.shape[axis]
     if k > columns:
         raise ValueError(f"k must be at most the length of a row, which is {columns}, got {k}")
-    return normalize(_sparse_softmax, scores, axis=axis, where=where, name="sparse_softmax", k=k)
+    return normalize(_sparse_softmax, scores, axis, where, "sparse_softmax", k=k)
 
 
 # Threshold sums. With u = relu((alpha - 1) (x - top) - tau) and r = 1 / (alpha - 1), these are the two sums of powers
@@ -100,20 +100,10 @@ def _entmax_functions(exponent: float | None):
         # u^r as u^(r - 1) u: one power instead of two.
         return state[0] + jnp.sum(lower * jnp.maximum(u, 0), axis=-1), state[1] + jnp.sum(lower, axis=-1)
 
-    def sum_init(like, params):
-        return like
+    def powers(tile, params):
+        return positive_power(excess(tile, params), power(params))
 
-    def sum_update(state, tile, params):
-        return state + jnp.sum(positive_power(excess(tile, params), power(params)), axis=-1)
-
-    def terms(tile, state, params):
-        return (positive_power(excess(tile, params), power(params)),)
-
-    def coefficients(state, params):
-        return (safe_divide(jnp.ones_like(state), state),)
-
-    normalizer = Normalizer(RowReduction(sum_init, sum_update), terms, coefficients)
-    return RowReduction(init, update), normalizer
+    return RowReduction(init, update), divided_by_sum(powers)
 
 
 _MOST_STEPS = 64
@@ -200,7 +190,7 @@ def entmax(
     """
     if _checks.is_concrete_number(alpha):
         _checks.number("alpha", alpha, at_least=1)
-    return normalize(define_entmax, scores, axis=axis, where=where, name="entmax", alpha=alpha)
+    return normalize(define_entmax, scores, axis, where, "entmax", alpha=alpha)
 
 
 def _entmax15(rows):
@@ -231,7 +221,7 @@ def entmax15(scores: Scores, *, axis: int = -1, where: Bool[Array, ...] | None =
       >>> print(jaxsoft.entmax15(jnp.array([1.0, 2.0, -1.0, 0.5])).round(4))
       [0.1621 0.8146 0.     0.0233]
     """
-    return normalize(_entmax15, scores, axis=axis, where=where, name="entmax15")
+    return normalize(_entmax15, scores, axis, where, "entmax15")
 
 
 def _sparsemax(rows):
@@ -262,4 +252,4 @@ def sparsemax(scores: Scores, *, axis: int = -1, where: Bool[Array, ...] | None 
       >>> print(jaxsoft.sparsemax(jnp.array([1.0, 1.2, 0.5, -0.3])).round(6))
       [0.4 0.6 0.  0. ]
     """
-    return normalize(_sparsemax, scores, axis=axis, where=where, name="sparsemax")
+    return normalize(_sparsemax, scores, axis, where, "sparsemax")

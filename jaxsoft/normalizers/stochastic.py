@@ -54,24 +54,16 @@ def _ones(state, params):
 
 
 def _gumbel_softmax(rows, *, key, temperature=1.0, hard=False):
-    words = key_words(key)
-    noise = {
-        "key0": jnp.broadcast_to(words[0], rows.shape),
-        "key1": jnp.broadcast_to(words[1], rows.shape),
-        "row": rows.row_number(),
-    }
+    key0, key1 = (jnp.broadcast_to(word, rows.shape) for word in key_words(key))
+    row = rows.row_number()
     sharpness = 1 / rows.per_row("temperature", temperature)
-    soft = scaled(SOFTMAX, sharpness).preceded_by(_with_gumbel_noise, **noise)
+    soft = scaled(SOFTMAX, sharpness).preceded_by(_with_gumbel_noise, key0=key0, key1=key1, row=row)
     if not hard:
         return soft
     state = rows.state(soft)
     index = rows.state(soft._replace(statistics=reductions.argmax()))[1]
-    params = {
-        **soft.params,
-        "gauge": state[0],
-        "unit": soft.coefficients(state, soft.params)[0],
-        "index": index,
-    }
+    (unit,) = soft.coefficients(state, soft.params)
+    params = {**soft.params, "gauge": state[0], "unit": unit, "index": index}
     return Normalizer(None, _straight_through_terms, _ones, before=soft.before, params=params)
 
 
@@ -118,12 +110,5 @@ def gumbel_softmax(
     if _checks.is_concrete_number(temperature):
         _checks.number("temperature", temperature, above=0)
     return normalize(
-        _gumbel_softmax,
-        scores,
-        axis=axis,
-        where=where,
-        name="gumbel_softmax",
-        key=key,
-        temperature=temperature,
-        hard=hard,
+        _gumbel_softmax, scores, axis, where, "gumbel_softmax", key=key, temperature=temperature, hard=hard
     )

@@ -121,6 +121,12 @@ def check_beta(name: str, value: Any) -> None:
     _checks.number(name, value, at_least=0, below=1)
 
 
+def check_learning_rate(value: Any) -> None:
+    """Checks a learning rate; a schedule passes."""
+    if not callable(value):
+        _checks.number("learning_rate", value, at_least=0)
+
+
 def check_steps(name: str, value: Any, *, at_least: int) -> None:
     """Checks a number of steps: an integer or, as from `optax.inject_hyperparams`, an integer scalar."""
     if not isinstance(value, (jax.Array, np.ndarray)):
@@ -143,6 +149,26 @@ def moment_dtype(name: str, value: Any) -> jnp.dtype | None:
     return jnp.dtype(jax.dtypes.canonicalize_dtype(dtype))
 
 
+def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
+    """The matrix product in full precision."""
+    return jnp.matmul(x, y, precision="highest")
+
+
+def masked(tx: optax.GradientTransformationExtraArgs, mask: Mask) -> optax.GradientTransformationExtraArgs:
+    """The transformation of the parameters that the mask names, or of all."""
+    return tx if mask is None else optax.with_extra_args_support(optax.masked(tx, mask))
+
+
+def with_learning_rate(
+    learning_rate: optax.ScalarOrSchedule, *directions: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    """The chain of these transformations and `params <- params - learning_rate u`."""
+    check_learning_rate(learning_rate)
+    return optax.with_extra_args_support(
+        optax.chain(*directions, optax.scale_by_learning_rate(learning_rate))
+    )
+
+
 def descend(
     direction: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
@@ -150,13 +176,5 @@ def descend(
     mask: Mask,
 ) -> optax.GradientTransformationExtraArgs:
     """The ready optimizer of a direction u: `params <- params - learning_rate (u + weight_decay params)`."""
-    if not callable(learning_rate):
-        _checks.number("learning_rate", learning_rate, at_least=0)
     _checks.number("weight_decay", weight_decay, at_least=0)
-    return optax.with_extra_args_support(
-        optax.chain(
-            direction,
-            optax.add_decayed_weights(weight_decay, mask),
-            optax.scale_by_learning_rate(learning_rate),
-        )
-    )
+    return with_learning_rate(learning_rate, direction, optax.add_decayed_weights(weight_decay, mask))

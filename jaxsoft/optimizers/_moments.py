@@ -38,12 +38,6 @@ def _split(path: tuple, x: Any, params: dict[tuple, Any]) -> tuple[tuple, tuple 
     return path, None
 
 
-def _field(path: tuple) -> str | None:
-    """The innermost name on a path."""
-    names = (getattr(key, "name", getattr(key, "key", None)) for key in reversed(path))
-    return next((name for name in names if isinstance(name, str)), None)
-
-
 class Format(NamedTuple):
     """How moments are stored."""
 
@@ -53,7 +47,9 @@ class Format(NamedTuple):
     def locate(self, path: tuple, x: Any, params: dict[tuple, Any]) -> tuple[bool, tuple | None]:
         """Whether this leaf of the state has signs, and the path of its parameter (None: it has none)."""
         prefix, place = _split(path, x, params)
-        return _field(prefix) not in self.unsigned, place
+        names = (getattr(key, "name", getattr(key, "key", None)) for key in reversed(prefix))
+        innermost = next((name for name in names if isinstance(name, str)), None)
+        return innermost not in self.unsigned, place
 
     def map(self, f: Callable[..., Any], state: Any, params: dict[tuple, Any], *rest: Any) -> Any:
         """Maps `f(leaf, signed, path of its parameter, ...)` over the leaves of a state."""

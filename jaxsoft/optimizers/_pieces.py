@@ -24,15 +24,10 @@ def update_in_pieces(
     def part(keep: Callable[[Any], bool]) -> tuple[Any, Any, Any]:
         """Gradients, state and parameters, with all parameters masked except for those to keep."""
 
-        def only(tree):
-            return jax.tree_util.tree_map_with_path(
-                lambda path, x: x if keep(path) else optax.MaskedNode(), tree
-            )
-
         def alone(x, _, place):
             return x if place is None or keep(place) else optax.MaskedNode()
 
-        return only(g), format.map(alone, old, places), only(params)
+        return format.map(alone, g, places), format.map(alone, old, places), format.map(alone, params, places)
 
     results = []
     for number, place in enumerate(place for place in places if place in large):

@@ -218,14 +218,12 @@ def compress_gradients(
             return read(q)
         everyone = lax.all_gather(q, axis_name)
         workers = everyone.scales.shape[0]
+
+        def sent_by(i):
+            return read(jax.tree.map(lambda x: x[i], everyone))
+
         # One worker after the other, so that only one of the gathered gradients exists in float32.
-        total = lax.fori_loop(
-            1,
-            workers,
-            lambda i, total: total + read(jax.tree.map(lambda x: x[i], everyone)),
-            read(jax.tree.map(lambda x: x[0], everyone)),
-        )
-        return total / workers
+        return lax.fori_loop(1, workers, lambda i, total: total + sent_by(i), sent_by(0)) / workers
 
     def init(params: optax.Params) -> CompressGradientsState:
         residual = _common.moments_like(params) if error_feedback else optax.EmptyState()

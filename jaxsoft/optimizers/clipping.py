@@ -205,7 +205,7 @@ class SpikeStatisticsState(NamedTuple):
     variance: jax.Array
 
 
-def _init_statistics() -> SpikeStatisticsState:
+def _init_statistics(params: optax.Params) -> SpikeStatisticsState:
     counts = (jnp.zeros([], jnp.int32) for _ in range(4))  # separate buffers: each is donated once
     return SpikeStatisticsState(*counts, mean=jnp.ones([]), variance=jnp.ones([]))
 
@@ -287,15 +287,11 @@ def spike_statistics(
     """
     _check_spikes(z, decay, min_ratio, warmup_steps)
 
-    def init(params: optax.Params) -> SpikeStatisticsState:
-        del params
-        return _init_statistics()
-
     def update(updates: optax.Updates, state: Any, params: Any = None, **extra: Any):
         del params, extra
         return updates, _judge(updates, state, z, decay, min_ratio, warmup_steps)[1]
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(_init_statistics, update)
 
 
 class SkipSpikesState(NamedTuple):
@@ -348,7 +344,7 @@ def skip_spikes(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> SkipSpikesState:
-        return SkipSpikesState(_init_statistics(), inner.init(params))
+        return SkipSpikesState(_init_statistics(params), inner.init(params))
 
     def update(updates: optax.Updates, state: Any, params: Any = None, **extra: Any):
         spike, statistics = _judge(updates, state.statistics, z, decay, min_ratio, warmup_steps)

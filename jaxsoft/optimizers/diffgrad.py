@@ -15,7 +15,7 @@ import optax
 from jaxsoft import _checks
 from jaxsoft._numerics import safe_divide
 from jaxsoft.optimizers import _common
-from jaxsoft.optimizers._common import Mask, Scalar, bias_correction, moving_average
+from jaxsoft.optimizers._common import Mask, Scalar, bias_correction, moments_like, moving_average
 
 
 class ScaleByDiffgradState(NamedTuple):
@@ -78,12 +78,11 @@ def scale_by_diffgrad(
     previous_dtype = _common.moment_dtype("previous_dtype", previous_dtype)
 
     def init(params: optax.Params) -> ScaleByDiffgradState:
-        moments = _common.moments_like
         return ScaleByDiffgradState(
             count=jnp.zeros([], jnp.int32),
-            mu=moments(params, mu_dtype),
-            nu=moments(params),
-            previous=moments(params, previous_dtype),
+            mu=moments_like(params, mu_dtype),
+            nu=moments_like(params),
+            previous=moments_like(params, previous_dtype),
         )
 
     def update(updates: optax.Updates, state: Any, params: Any = None, **extra: Any):

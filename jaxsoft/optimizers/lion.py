@@ -191,11 +191,11 @@ def kappa_nuclear(steps: int | None = None) -> Kappa:
 
     def newton_schulz(x: jax.Array) -> jax.Array:
         if x.shape[-2] > x.shape[-1]:  # the products below are smaller for a wide matrix
-            return jnp.swapaxes(newton_schulz(jnp.swapaxes(x, -1, -2)), -1, -2)
+            return newton_schulz(x.mT).mT
         a, b, c = _MUON_COEFFICIENTS
         x = _unit(x, axis=(-2, -1))  # singular values into [0, 1]
         for _ in range(steps or 0):
-            gram = x @ jnp.swapaxes(x, -1, -2)
+            gram = x @ x.mT
             x = a * x + (b * gram + c * gram @ gram) @ x
         return x
 
@@ -315,9 +315,7 @@ def scale_by_lion_k(
     mu_dtype = _common.moment_dtype("mu_dtype", mu_dtype)
 
     def init(params: optax.Params) -> optax.ScaleByLionState:
-        return optax.ScaleByLionState(
-            count=jnp.zeros([], jnp.int32), mu=_common.moments_like(params, mu_dtype)
-        )
+        return optax.ScaleByLionState(jnp.zeros([], jnp.int32), _common.moments_like(params, mu_dtype))
 
     def direction(g: jax.Array, mu: jax.Array) -> jax.Array:
         # The textbook formula b1 m + (1 - b1) g and the update of the momentum both read the old momentum; the compiler
@@ -339,10 +337,8 @@ def scale_by_lion_k(
         g = _common.widen(updates)
         mu = _common.moving_average(b2, state.mu, g)
         u = jax.tree.map(direction, g, mu)
-        new_state = optax.ScaleByLionState(
-            count=optax.safe_increment(state.count), mu=_common.cast_like(mu, state.mu)
-        )
-        return _common.cast_like(u, updates), new_state
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return _common.cast_like(u, updates), optax.ScaleByLionState(count, _common.cast_like(mu, state.mu))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -17,7 +17,7 @@ from jax import lax
 from jaxsoft import _checks
 from jaxsoft._numerics import safe_divide
 from jaxsoft.optimizers import _common
-from jaxsoft.optimizers._common import Mask, Scalar, bias_correction, moving_average
+from jaxsoft.optimizers._common import Mask, Scalar, bias_correction, matmul, moving_average
 
 _EPS = 1e-8  # added to norms in denominators, as in the authors' code
 
@@ -131,14 +131,10 @@ class _Side:
         return vt[:rank].T if self.right else u[:, :rank]
 
     def project(self, g: jax.Array, projector: jax.Array) -> jax.Array:
-        return _product(g, projector) if self.right else _product(projector.T, g)
+        return matmul(g, projector) if self.right else matmul(projector.T, g)
 
     def back(self, r: jax.Array, projector: jax.Array) -> jax.Array:
-        return _product(r, projector.T) if self.right else _product(projector, r)
-
-
-def _product(x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.matmul(x, y, precision="highest")
+        return matmul(r, projector.T) if self.right else matmul(projector, r)
 
 
 def scale_by_fira(
@@ -280,13 +276,9 @@ def scale_by_fira(
         nu = moving_average(b2, state.nu, jax.tree.map(jnp.square, r))
 
         psi = jax.tree.map(lambda m, v: safe_divide(m, jnp.sqrt(v) + eps), mu, nu)
-        leaves, treedef = jax.tree.flatten(g)
-        both = [
-            full_rank(*leaf)
-            for leaf in zip(leaves, *map(treedef.flatten_up_to, (projector, r, psi, state.residual_norm)))
-        ]
-        u = treedef.unflatten([u for u, _ in both])
-        residual_norm = treedef.unflatten([norm for _, norm in both])
+        both = jax.tree.map(full_rank, g, projector, r, psi, state.residual_norm)
+        u = jax.tree.map(lambda _, pair: pair[0], g, both)
+        residual_norm = jax.tree.map(lambda _, pair: pair[1], g, both)
         step = jnp.sqrt(bias_correction(b2, count)) / bias_correction(b1, count)
         u = _common.cast_like(jax.tree.map(lambda u: step * u, u), updates)
         return u, ScaleByFiraState(count, projector, mu, nu, residual_norm)

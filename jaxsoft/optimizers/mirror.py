@@ -111,8 +111,7 @@ def optimistic_mirror_descent(
       >>> print((x + updates).round(2))  # twice the rate, the first time
       [0.25 0.75]
     """
-    if not callable(learning_rate):
-        _checks.number("learning_rate", learning_rate, at_least=0)
+    _common.check_learning_rate(learning_rate)
     _checks.option("mirror", mirror, ("euclidean", "entropy"))
     if projection is not None and not callable(projection):
         raise TypeError(f"projection must be a function or None, got {_checks.describe(projection)}")

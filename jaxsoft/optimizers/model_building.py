@@ -85,8 +85,7 @@ def stochastic_model_building(
       >>> print((x + updates).round(2))
       [ 0.55 -1.09]
     """
-    if not callable(learning_rate):
-        _checks.number("learning_rate", learning_rate, at_least=0)
+    _common.check_learning_rate(learning_rate)
     _checks.number("zeta", zeta, above=0, below=1)
     _checks.number("sufficient_decrease", sufficient_decrease, above=0, below=1)
 

@@ -21,10 +21,6 @@ from jaxsoft.optimizers import _common
 from jaxsoft.optimizers._common import Mask, Scalar
 
 
-def _masked(tx: optax.GradientTransformationExtraArgs, mask: Mask) -> optax.GradientTransformationExtraArgs:
-    return tx if mask is None else optax.with_extra_args_support(optax.masked(tx, mask))
-
-
 def _with_params(
     name: str, rule: Callable[[Any, Any], Any], mask: Mask
 ) -> optax.GradientTransformationExtraArgs:
@@ -36,7 +32,7 @@ def _with_params(
         u = rule(_common.widen(updates), _common.widen(params))
         return _common.cast_like(u, updates), state
 
-    return _masked(optax.GradientTransformationExtraArgs(optax.init_empty_state, update), mask)
+    return _common.masked(optax.GradientTransformationExtraArgs(optax.init_empty_state, update), mask)
 
 
 def _unit_norms(p: jax.Array, axis: int) -> jax.Array:
@@ -202,7 +198,7 @@ def add_decayed_deltas(
         u = jax.tree.map(lambda g, p, r: g + weight_decay * (p - r), *wide)
         return _common.cast_like(u, updates), state
 
-    return _masked(optax.GradientTransformationExtraArgs(init, update), mask)
+    return _common.masked(optax.GradientTransformationExtraArgs(init, update), mask)
 
 
 # Adapters and subspaces.
@@ -318,7 +314,7 @@ def project_out_subspace(rank: int, *, mask: Mask = None) -> optax.GradientTrans
         u = jax.tree.map(leaf, _common.widen(updates), _common.widen(state.bases))
         return _common.cast_like(u, updates), state
 
-    return _masked(optax.GradientTransformationExtraArgs(init, update), mask)
+    return _common.masked(optax.GradientTransformationExtraArgs(init, update), mask)
 
 
 # One rate for all.

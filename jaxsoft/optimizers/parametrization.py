@@ -127,7 +127,8 @@ def mup_multipliers(
     if kind == "attention":
         return MupMultipliers(forward=math.sqrt(base_fan_in) / fan_in)
     q = 1.0
-    if optimizer == "sgd" and kind not in ("output", "router"):
+    last = kind in ("output", "router")
+    if optimizer == "sgd" and not last:
         for name, size in (("fan_out", fan_out), ("base_fan_out", base_fan_out)):
             if size is None:
                 raise ValueError(f"{name} must be given for kind={kind!r} with optimizer='sgd', got None")
@@ -140,11 +141,8 @@ def mup_multipliers(
     if kind in ("hidden", "expert"):
         rate = q / r * scaled
         return MupMultipliers(rate, 1 / rate, r**-0.5, 1.0, branch)
-    rate = 1.0
-    if optimizer == "sgd":
-        rate = r if kind in ("output", "router") else q
-    forward = 1 / r if kind in ("output", "router") else 1.0
-    return MupMultipliers(rate * scaled, 1 / (rate * scaled), 1.0, forward, branch)
+    rate = (r if last and optimizer == "sgd" else q) * scaled
+    return MupMultipliers(rate, 1 / rate, 1.0, 1 / r if last else 1.0, branch)
 
 
 def u_mup_multipliers(

@@ -96,5 +96,4 @@ def perpendicular_gradient(
         u = jax.tree.map(lambda g, p: _perpendicular(g, p, rescale), updates, params)
         return _common.cast_like(u, updates), state
 
-    tx = optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
-    return tx if mask is None else optax.with_extra_args_support(optax.masked(tx, mask))
+    return _common.masked(optax.GradientTransformationExtraArgs(optax.init_empty_state, update), mask)

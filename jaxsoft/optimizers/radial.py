@@ -201,13 +201,6 @@ def _momentum(momentum: Scalar, dampening: Scalar, nesterov: bool) -> optax.Grad
     return optax.GradientTransformation(lambda params: optax.TraceState(_common.moments_like(params)), update)
 
 
-def _adamp(
-    b1: Scalar, b2: Scalar, eps: Scalar, nesterov: bool, mu_dtype: Any, **radial: Any
-) -> optax.GradientTransformationExtraArgs:
-    inner = _adam(b1, b2, eps, nesterov, mu_dtype)
-    return project_out_radial(inner, eps=eps, **radial)
-
-
 def scale_by_adamp(
     b1: Scalar = 0.9,
     b2: Scalar = 0.999,
@@ -255,7 +248,8 @@ def scale_by_adamp(
       [[1.2]
        [0.6]]
     """
-    return _adamp(b1, b2, eps, nesterov, mu_dtype, delta=delta, channel_axis=channel_axis)
+    adam = _adam(b1, b2, eps, nesterov, mu_dtype)
+    return project_out_radial(adam, delta=delta, eps=eps, channel_axis=channel_axis)
 
 
 def adamp(
@@ -307,34 +301,16 @@ def adamp(
       [[ 0.88]
        [-2.06]]
     """
-    direction = _adamp(
-        b1,
-        b2,
-        eps,
-        nesterov,
-        mu_dtype,
+    direction = project_out_radial(
+        _adam(b1, b2, eps, nesterov, mu_dtype),
         delta=delta,
         wd_ratio=wd_ratio,
+        eps=eps,
         channel_axis=channel_axis,
         weight_decay=weight_decay,
         mask=mask,
     )
-    return _with_learning_rate(direction, learning_rate)
-
-
-def _with_learning_rate(
-    direction: optax.GradientTransformation, learning_rate: optax.ScalarOrSchedule
-) -> optax.GradientTransformationExtraArgs:
-    """The ready optimizer of a direction that includes its decay."""
-    if not callable(learning_rate):
-        _checks.number("learning_rate", learning_rate, at_least=0)
-    return optax.with_extra_args_support(optax.chain(direction, optax.scale_by_learning_rate(learning_rate)))
-
-
-def _sgdp(
-    momentum: Scalar, dampening: Scalar, nesterov: bool, **radial: Any
-) -> optax.GradientTransformationExtraArgs:
-    return project_out_radial(_momentum(momentum, dampening, nesterov), **radial)
+    return _common.with_learning_rate(learning_rate, direction)
 
 
 def scale_by_sgdp(
@@ -382,7 +358,8 @@ def scale_by_sgdp(
       [[1. ]
        [0.5]]
     """
-    return _sgdp(momentum, dampening, nesterov, eps=eps, delta=delta, channel_axis=channel_axis)
+    sgd = _momentum(momentum, dampening, nesterov)
+    return project_out_radial(sgd, delta=delta, eps=eps, channel_axis=channel_axis)
 
 
 def sgdp(
@@ -435,15 +412,13 @@ def sgdp(
     """
     _checks.number("weight_decay", weight_decay, at_least=0)
     _checks.number("momentum", momentum, at_least=0, below=1)
-    direction = _sgdp(
-        momentum,
-        dampening,
-        nesterov,
-        eps=eps,
+    direction = project_out_radial(
+        _momentum(momentum, dampening, nesterov),
         delta=delta,
         wd_ratio=wd_ratio,
+        eps=eps,
         channel_axis=channel_axis,
         weight_decay=weight_decay / (1 - momentum),
         mask=mask,
     )
-    return _with_learning_rate(direction, learning_rate)
+    return _common.with_learning_rate(learning_rate, direction)

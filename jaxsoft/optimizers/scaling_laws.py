@@ -121,9 +121,8 @@ def critical_batch_size(
       1.069114e+06
     """
     _positive(loss=loss, scale=scale, exponent=exponent)
-    given = {
-        k: v for k, v in (("batch_size", batch_size), ("steps", steps), ("tokens", tokens)) if v is not None
-    }
+    optional = {"batch_size": batch_size, "steps": steps, "tokens": tokens}
+    given = {name: value for name, value in optional.items() if value is not None}
     _positive(**given)
     if batch_size is None and given:
         raise ValueError(f"batch_size must be given with {' and '.join(given)}, got None")

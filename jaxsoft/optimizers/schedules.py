@@ -95,8 +95,6 @@ def record_gradient_norm(steps: int, ord: int = 2) -> optax.GradientTransformati
 
 def _median_filter(x: np.ndarray, half: int) -> np.ndarray:
     """Median over windows of `2 half + 1`, the left end repeated and the right end reflected."""
-    if half == 0:
-        return x
     width = 2 * half + 1
     left = np.full(half, x[0])
     right = np.pad(x, (0, half), mode="symmetric")[x.size :]
@@ -166,9 +164,7 @@ def refined_schedule(
     weights = (smallest / np.maximum(smooth, smallest)) ** power  # in (0, 1]: nothing overflows
     rest = np.append(np.cumsum(weights[:0:-1])[::-1], 0.0)
     shape = weights * rest
-    shape = shape / np.max(shape)
-    old, new = np.linspace(0, 1, norms.size), np.linspace(0, 1, steps)
-    values = np.interp(new, old, shape)
+    values = np.interp(np.linspace(0, 1, steps), np.linspace(0, 1, norms.size), shape / np.max(shape))
 
     def schedule(count: Any) -> jax.Array:
         return peak * jnp.asarray(values)[jnp.clip(count, 0, steps - 1)]

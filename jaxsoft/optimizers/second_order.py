@@ -24,17 +24,9 @@ from jax import lax
 
 from jaxsoft import _checks
 from jaxsoft.optimizers import _common
-from jaxsoft.optimizers._common import Mask, Scalar
+from jaxsoft.optimizers._common import Mask, Scalar, matmul
 
 # Shampoo.
-
-
-def _transpose(x: jax.Array) -> jax.Array:
-    return jnp.swapaxes(x, -1, -2)
-
-
-def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.matmul(x, y, precision="highest")
 
 
 def _damped_eigh(a: jax.Array, eps: Any) -> tuple[jax.Array, jax.Array]:
@@ -53,7 +45,7 @@ def _power(values: jax.Array, exponent: Any) -> jax.Array:
 def _inverse_power(a: jax.Array, exponent: Any, eps: Any) -> jax.Array:
     """`(a + eps max(eigenvalue) I) ** -exponent` of symmetric positive semidefinite matrices; 0 for `a = 0`."""
     values, vectors = _damped_eigh(a, eps)
-    return _matmul(vectors * _power(values, exponent)[..., None, :], _transpose(vectors))
+    return matmul(vectors * _power(values, exponent)[..., None, :], vectors.mT)
 
 
 @_inverse_power.defjvp
@@ -64,7 +56,7 @@ def _inverse_power_jvp(primals, tangents):
     da, dexponent, deps = tangents
     values, vectors = _damped_eigh(a, eps)
     powers = _power(values, exponent)
-    da = _matmul(_matmul(_transpose(vectors), da), vectors)
+    da = matmul(matmul(vectors.mT, da), vectors)
     top = values[..., -1] / (1 + eps)
     ridge = deps * top + eps * da[..., -1, -1]
     da = da + ridge[..., None, None] * jnp.eye(a.shape[-1], dtype=a.dtype)
@@ -77,8 +69,8 @@ def _inverse_power_jvp(primals, tangents):
     tangent = da * jnp.where(close, slope, difference)
     log_values = jnp.log(jnp.where(values > 0, values, 1))
     tangent -= dexponent * (powers * log_values)[..., None] * jnp.eye(a.shape[-1], dtype=a.dtype)
-    out = _matmul(vectors * powers[..., None, :], _transpose(vectors))
-    return out, _matmul(_matmul(vectors, tangent), _transpose(vectors))
+    out = matmul(vectors * powers[..., None, :], vectors.mT)
+    return out, matmul(matmul(vectors, tangent), vectors.mT)
 
 
 def _is_matrix(x: jax.Array) -> bool:
@@ -154,8 +146,8 @@ class _ShampooLeaf(NamedTuple):
         """The whitened gradient, with the length that grafting gives it."""
         if not (_is_matrix(left) or _is_matrix(right)):
             return _by_entry(g, v / correction)
-        u = _matmul(left, g) if _is_matrix(left) else g
-        u = _matmul(u, right) if _is_matrix(right) else u
+        u = matmul(left, g) if _is_matrix(left) else g
+        u = matmul(u, right) if _is_matrix(right) else u
         if self.grafting == "none":
             return u
         norm = _matrix_norm(u)
@@ -261,10 +253,10 @@ def scale_by_shampoo(
         correction = 1 if b2 is None else _common.bias_correction(b2, count)
         g = _common.widen(updates)
         left = jax.tree.map(
-            lambda g, s: accumulate(s, _matmul(g, _transpose(g))) if _is_matrix(s) else s, g, state.left
+            lambda g, s: accumulate(s, matmul(g, g.mT)) if _is_matrix(s) else s, g, state.left
         )
         right = jax.tree.map(
-            lambda g, s: accumulate(s, _matmul(_transpose(g), g)) if _is_matrix(s) else s, g, state.right
+            lambda g, s: accumulate(s, matmul(g.mT, g)) if _is_matrix(s) else s, g, state.right
         )
         nu = jax.tree.map(lambda g, v: accumulate(v, g * g) if v.shape == g.shape else v, g, state.nu)
 
@@ -522,9 +514,7 @@ def gradient_regularized_newton_step(
         new_value = loss_fn(new)
         decrease = jnp.asarray(optax.tree.vdot(g, step))
         accepted = (decrease >= 0) & (new_value <= value - sufficient_decrease * decrease)
-        new, new_value = jax.tree.map(
-            lambda a, b: jnp.where(accepted, a, b), (new, new_value), (params, value)
-        )
+        new, new_value = optax.tree.where(accepted, (new, new_value), (params, value))
         return trial + 1, accepted, radius * jnp.where(accepted, 2, 0.5), new, new_value
 
     def trying(carry):

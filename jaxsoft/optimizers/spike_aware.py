@@ -14,7 +14,14 @@ import optax
 from jaxsoft import _checks
 from jaxsoft._numerics import safe_divide
 from jaxsoft.optimizers import _common
-from jaxsoft.optimizers._common import Mask, Scalar, bias_correction, moving_average
+from jaxsoft.optimizers._common import (
+    Mask,
+    Scalar,
+    bias_correction,
+    moments_like,
+    moving_average,
+    scalars_like,
+)
 
 # The formulas. Trees come in at least float32; `count` is the number of this step, from 1.
 
@@ -34,10 +41,6 @@ def _warmup_factor(count: jax.Array, reset_every: Scalar, warmup_steps: Scalar) 
 
 def _zero_if(condition: jax.Array, tree: Any) -> Any:
     return jax.tree.map(lambda x: jnp.where(condition, jnp.zeros_like(x), x), tree)
-
-
-def _squares(tree: Any) -> Any:
-    return jax.tree.map(jnp.square, tree)
 
 
 def _clip_to_second_moment(
@@ -99,12 +102,8 @@ def _scale_above(g: Any, bound: Any, factor: Any) -> Any:
     return jax.tree.map(clip, g, bound, factor)
 
 
-def _norms(g: Any) -> Any:
-    return jax.tree.map(lambda g: jnp.sqrt(jnp.sum(g * g)), g)
-
-
 def _mean_norm_factor(
-    norm: Any,
+    g: Any,
     norm_mean: Any,
     norm_square: Any,
     gamma1: Scalar,
@@ -120,8 +119,9 @@ def _mean_norm_factor(
     Returns:
       The factors, mu and nu.
     """
+    norm = jax.tree.map(lambda g: jnp.sqrt(jnp.sum(g * g)), g)
     norm_mean = moving_average(gamma1, norm_mean, norm)
-    norm_square = moving_average(gamma2, norm_square, _squares(norm))
+    norm_square = moving_average(gamma2, norm_square, jax.tree.map(jnp.square, norm))
     correction1, correction2 = bias_correction(gamma1, count), bias_correction(gamma2, count)
 
     def factor(norm, mean, var):
@@ -129,10 +129,6 @@ def _mean_norm_factor(
         return jnp.where(norm > 0, length / jnp.where(norm > 0, norm, 1), 0)
 
     return jax.tree.map(factor, norm, norm_mean, norm_square), norm_mean, norm_square
-
-
-def _times(g: Any, factor: Any) -> Any:
-    return jax.tree.map(jnp.multiply, g, factor)
 
 
 # The parts.
@@ -184,7 +180,7 @@ def spike_clip_by_second_moment(
     _common.check_steps("clip_start", clip_start, at_least=0)
 
     def init(params: optax.Params) -> SpikeClipBySecondMomentState:
-        return SpikeClipBySecondMomentState(jnp.zeros([], jnp.int32), _common.moments_like(params))
+        return SpikeClipBySecondMomentState(jnp.zeros([], jnp.int32), moments_like(params))
 
     def update(updates: optax.Updates, state: Any, params: Any = None, **extra: Any):
         del params, extra
@@ -237,16 +233,15 @@ def adaptive_spike_clip(gamma3: Scalar = 0.999) -> optax.GradientTransformationE
     _common.check_beta("gamma3", gamma3)
 
     def init(params: optax.Params) -> AdaptiveSpikeClipState:
-        return AdaptiveSpikeClipState(jnp.zeros([], jnp.int32), _common.scalars_like(params))
+        return AdaptiveSpikeClipState(jnp.zeros([], jnp.int32), scalars_like(params))
 
     def update(updates: optax.Updates, state: Any, params: Any = None, **extra: Any):
         del params, extra
         count = jnp.asarray(optax.safe_increment(state.count))
         g = _common.widen(updates)
         bound, factor, peak_mean = _mean_peak_bound(g, state.peak_mean, gamma3, count)
-        return _common.cast_like(_scale_above(g, bound, factor), updates), AdaptiveSpikeClipState(
-            count, peak_mean
-        )
+        u = _common.cast_like(_scale_above(g, bound, factor), updates)
+        return u, AdaptiveSpikeClipState(count, peak_mean)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -299,17 +294,17 @@ def adaptive_gradient_norm(
     _checks.number("eps", eps, at_least=0)
 
     def init(params: optax.Params) -> AdaptiveGradientNormState:
-        zeros = _common.scalars_like
-        return AdaptiveGradientNormState(jnp.zeros([], jnp.int32), zeros(params), zeros(params))
+        return AdaptiveGradientNormState(jnp.zeros([], jnp.int32), scalars_like(params), scalars_like(params))
 
     def update(updates: optax.Updates, state: Any, params: Any = None, **extra: Any):
         del params, extra
         count = jnp.asarray(optax.safe_increment(state.count))
         g = _common.widen(updates)
         factor, mean, var = _mean_norm_factor(
-            _norms(g), state.norm_mean, state.norm_square, gamma1, gamma2, eps, count
+            g, state.norm_mean, state.norm_square, gamma1, gamma2, eps, count
         )
-        return _common.cast_like(_times(g, factor), updates), AdaptiveGradientNormState(count, mean, var)
+        u = _common.cast_like(optax.tree.mul(g, factor), updates)
+        return u, AdaptiveGradientNormState(count, mean, var)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -465,8 +460,9 @@ def scale_by_spam(
     mu_dtype = _common.moment_dtype("mu_dtype", mu_dtype)
 
     def init(params: optax.Params) -> ScaleBySpamState:
-        moments = _common.moments_like
-        return ScaleBySpamState(jnp.zeros([], jnp.int32), moments(params, mu_dtype), moments(params))
+        return ScaleBySpamState(
+            jnp.zeros([], jnp.int32), moments_like(params, mu_dtype), moments_like(params)
+        )
 
     def update(updates: optax.Updates, state: Any, params: Any = None, **extra: Any):
         del params, extra
@@ -633,14 +629,13 @@ def scale_by_stable_spam(
     mu_dtype = _common.moment_dtype("mu_dtype", mu_dtype)
 
     def init(params: optax.Params) -> ScaleByStableSpamState:
-        zeros, moments = _common.scalars_like, _common.moments_like
         return ScaleByStableSpamState(
             count=jnp.zeros([], jnp.int32),
-            peak_mean=zeros(params),
-            norm_mean=zeros(params),
-            norm_square=zeros(params),
-            mu=moments(params, mu_dtype),
-            nu=moments(params),
+            peak_mean=scalars_like(params),
+            norm_mean=scalars_like(params),
+            norm_square=scalars_like(params),
+            mu=moments_like(params, mu_dtype),
+            nu=moments_like(params),
         )
 
     def update(updates: optax.Updates, state: Any, params: Any = None, **extra: Any):
@@ -658,14 +653,14 @@ def scale_by_stable_spam(
         clip2 = _common.separate(clip1)
         clip3 = _common.separate(clip2)
         length, norm_mean, norm_square = _mean_norm_factor(
-            _norms(_scale_above(*clip1)), state.norm_mean, state.norm_square, gamma1_now, gamma2, eps, count
+            _scale_above(*clip1), state.norm_mean, state.norm_square, gamma1_now, gamma2, eps, count
         )
-        g1 = _times(_scale_above(*clip2), length)
-        g2 = _times(_scale_above(*clip3), length)
+        g1 = optax.tree.mul(_scale_above(*clip2), length)
+        g2 = optax.tree.mul(_scale_above(*clip3), length)
 
         mu, nu = _zero_if(count % reset_every == 0, (state.mu, state.nu))
         mu = _common.cast_like(moving_average(b1_now, mu, g1), state.mu)  # rounded to mu_dtype here: no copy
-        nu = moving_average(b2, nu, _squares(g2))
+        nu = moving_average(b2, nu, jax.tree.map(jnp.square, g2))
         # Scalar inverses: dividing every entry would take as long as reading it.
         correction1, correction2 = (1 / bias_correction(b, since_reset) for b in (b1_now, b2))
 

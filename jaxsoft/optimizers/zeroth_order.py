@@ -111,26 +111,24 @@ def _unit_interval(bits: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type((bits >> np.uint32(9)) | np.uint32(0x3F800000), jnp.float32) - 1
 
 
-def _leaf_direction(
-    key: jax.Array, shape: tuple[int, ...], distribution: Distribution, sparsity: Scalar
-) -> jax.Array:
-    bits = _bits(key, shape)
-    if distribution == "rademacher":
-        z = jnp.where(bits >> np.uint32(31), jnp.float32(1), jnp.float32(-1))
-    else:  # like `jax.random.normal`
-        low = np.nextafter(np.float32(-1), np.float32(0))
-        u = _unit_interval(bits) * (np.float32(1) - low) + low
-        z = np.float32(np.sqrt(2)) * lax.erf_inv(jnp.maximum(low, u))
-    if isinstance(sparsity, float) and sparsity == 0.0:
-        return z
-    return jnp.where(_unit_interval(_bits(jax.random.fold_in(key, 1), shape)) >= sparsity, z, 0)
-
-
 class _Directions(NamedTuple):
     """Draws directions."""
 
     distribution: Distribution
     sparsity: Scalar
+
+    def _draw_leaf(self, key: jax.Array, leaf: Any) -> jax.Array:
+        bits = _bits(key, jnp.shape(leaf))
+        if self.distribution == "rademacher":
+            z = jnp.where(bits >> np.uint32(31), jnp.float32(1), jnp.float32(-1))
+        else:  # like `jax.random.normal`
+            low = np.nextafter(np.float32(-1), np.float32(0))
+            u = _unit_interval(bits) * (np.float32(1) - low) + low
+            z = np.float32(np.sqrt(2)) * lax.erf_inv(jnp.maximum(low, u))
+        if not isinstance(self.sparsity, float) or self.sparsity != 0.0:
+            kept = _unit_interval(_bits(jax.random.fold_in(key, 1), jnp.shape(leaf))) >= self.sparsity
+            z = jnp.where(kept, z, 0)
+        return z.astype(_common.wide(leaf))
 
     def draw(self, key: jax.Array, params: Any) -> Any:
         """One direction, shaped like the parameters, in their `wide` dtypes."""
@@ -138,13 +136,7 @@ class _Directions(NamedTuple):
         if not leaves:
             return params
         keys = jax.random.split(key, len(leaves))
-        draws = [
-            _leaf_direction(keys[i], jnp.shape(leaf), self.distribution, self.sparsity).astype(
-                _common.wide(leaf)
-            )
-            for i, leaf in enumerate(leaves)
-        ]
-        return structure.unflatten(draws)
+        return structure.unflatten([self._draw_leaf(keys[i], leaf) for i, leaf in enumerate(leaves)])
 
     def move(self, params: Any, key: jax.Array, distance: Any) -> Any:
         """`params + distance z`, computed in at least float32, in the dtype of the parameters."""
@@ -258,7 +250,7 @@ def _block_ids(blocks: Any, params: Any) -> tuple[Any, int]:
     except ValueError as error:
         raise ValueError(f"blocks must be a pytree of labels, a prefix of params: {error}") from error
     order: dict[Any, int] = {}
-    return jax.tree.map(lambda label: order.setdefault(label, len(order)), labels), len(order)
+    return jax.tree.map(lambda label: order.setdefault(label, len(order)), labels), max(len(order), 1)
 
 
 def zo_value_and_grad(
@@ -331,10 +323,7 @@ def zo_value_and_grad(
     def value_and_grad(params: Any, key: jax.Array, *args: Any, **kwargs: Any) -> tuple[jax.Array, Any]:
         loss = _scalar_loss(loss_fn, args, kwargs)
         places = jnp.asarray(difference.places(), jnp.result_type(float))
-        if blocks is None:
-            ids, count = jax.tree.map(lambda p: 0, params), 1
-        else:
-            ids, count = _block_ids(blocks, params)
+        ids, count = _block_ids(0 if blocks is None else blocks, params)
 
         def estimate(key):
             def value_at(place_and_block):
@@ -631,8 +620,7 @@ def mezo(
       >>> print(params.round(1))
       [1. 2. 3.]
     """
-    if not callable(learning_rate):
-        _checks.number("learning_rate", learning_rate, at_least=0)
+    _common.check_learning_rate(learning_rate)
     difference = _difference(eps, differences)
     samples = _checks.integer("samples", samples, at_least=1)
     _checks.option("sign", sign, (None, "scalar", "elementwise"))
