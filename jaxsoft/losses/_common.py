@@ -61,11 +61,11 @@ class LabelledRows(NamedTuple):
 def prepare(
     logits: Logits,
     labels: Array,
-    *,
     axis: int,
     where: Bool[Array, ...] | None,
     weights: Float[Array, "*rows"] | None,
     ignore_index: int | None = IGNORE_INDEX,
+    *,
     soft: bool = True,
 ) -> LabelledRows:
     """Checks the arguments that every classification loss takes.
@@ -113,7 +113,7 @@ def prepare(
 
 
 def prepare_positives(
-    logits: Logits, labels: Array, *, axis: int, where: Any, weights: Any, ignore_index: int
+    logits: Logits, labels: Array, axis: int, where: Any, weights: Any, ignore_index: int
 ) -> tuple[LabelledRows, Array | None]:
     """`prepare` for a loss with several positives per row, given as padded ids `[*rows, k]` or as booleans.
 

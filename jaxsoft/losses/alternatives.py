@@ -66,7 +66,7 @@ def squared_error_loss(
       >>> print(jaxsoft.losses.squared_error_loss(logits, jnp.array([0])).round(6))
       [3.26]
     """
-    rows = _prepare(logits, labels, axis, where, weights, ignore_index)
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     score, moments = rows.reduce((label_score(rows.labels), reductions.moments()))
     loss = moments.sum_of_squares - 2 * _or_zero(score) + 1
     return finish(rows, loss, score, moments.count)
@@ -113,7 +113,7 @@ def spherical_softmax_cross_entropy(
       [0.4484]
     """
     _checks.number("eps", eps, at_least=0)
-    rows = _prepare(logits, labels, axis, where, weights, ignore_index)
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     score, moments = rows.reduce((label_score(rows.labels), reductions.moments()))
     own = _or_zero(score) ** 2 + eps
     return _cross_entropy(rows, score, moments.count, own, moments.sum_of_squares + moments.count * eps)
@@ -163,7 +163,7 @@ def taylor_softmax_cross_entropy(
     order = _checks.integer("order", order, at_least=2)
     if order % 2:
         raise ValueError(f"order must be even (an odd polynomial is negative somewhere), got {order}")
-    rows = _prepare(logits, labels, axis, where, weights, ignore_index)
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     t = taylor_exponential(order)
     if order > 2:
         return _normalized(rows, t)
@@ -212,7 +212,7 @@ def stablemax_cross_entropy(
       >>> print(jaxsoft.losses.stablemax_cross_entropy(logits, jnp.array([0])).round(6))
       [1.252763]
     """
-    rows = _prepare(logits, labels, axis, where, weights, ignore_index)
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     return _normalized(rows, stable_exponential)
 
 
@@ -258,18 +258,12 @@ def sparse_softmax_cross_entropy(
       [1.313262 3.313262]
     """
     k = _checks.integer("k", k, at_least=1)
-    rows = _prepare(logits, labels, axis, where, weights, ignore_index)
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     score, best, count = rows.reduce((label_score(rows.labels), reductions.top_k(k), reductions.count()))
     top = finite_gauge(best.values[..., 0])
     mass = jnp.sum(jnp.exp(best.values - top[..., None]), axis=-1)
     loss = (top - _or_zero(score)) + jnp.log(jnp.where(mass == 0, 1, mass))
     return finish(rows, loss, score, count)
-
-
-def _prepare(logits, labels, axis, where, weights, ignore_index) -> LabelledRows:
-    return prepare(
-        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
 
 
 def _or_zero(score: Array) -> Array:

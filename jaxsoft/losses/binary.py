@@ -236,9 +236,7 @@ def one_vs_each_loss(
       >>> print(jaxsoft.losses.one_vs_each_loss(logits, jnp.array([0])).round(6))
       [0.702649]
     """
-    rows = prepare(
-        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     score, count = rows.reduce((reductions.take(rows.labels), reductions.count()))
     absent = score == -jnp.inf
     loss = rows.reduce(reductions.mapped_sum(_against, jnp.where(absent, 0, score), rows.labels))

@@ -69,9 +69,7 @@ def info_nce_loss(
                 f"shape {logits.shape} and axis {axis}"
             )
         labels = jnp.arange(rows, dtype=jnp.int32)
-    prepared = prepare(
-        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
+    prepared = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     return prepared.finish(prepared.reduce(prepared.label_statistics()).nll)
 
 

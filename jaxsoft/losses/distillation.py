@@ -354,9 +354,7 @@ def progressive_self_distillation_loss(
       [0.713424]
     """
     _checks.number("alpha", alpha, at_least=0, at_most=1)
-    rows = prepare(
-        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     _checks.floating("previous", previous)
     _checks.shape("previous", previous, logits.shape, "the shape of the logits")
     previous = jnp.moveaxis(lax.stop_gradient(previous), rows.axis, -1)
@@ -526,9 +524,7 @@ def squared_log_prob_loss(
       >>> print(jaxsoft.losses.squared_log_prob_loss(logits, labels, jnp.log(jnp.array([0.7]))).round(6))
       [0.050961]
     """
-    rows = prepare(
-        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     _checks.floating("teacher_log_prob", teacher_log_prob)
     _checks.shape(
         "teacher_log_prob", teacher_log_prob, rows_of(logits.shape, rows.axis), "one number per row"

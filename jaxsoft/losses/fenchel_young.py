@@ -79,7 +79,7 @@ def entmax_loss(
       [0.064231 0.831366]
     """
     _checks.number("alpha", alpha, at_least=1)
-    rows = prepare(logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index)
+    rows = prepare(logits, labels, axis, where, weights, ignore_index)
     if _checks.is_concrete_number(alpha) and abs(float(alpha) - 1) < 1e-3:
         label = rows.reduce(rows.label_statistics())
         entropy = jnp.where(label.present, -_of_labels(rows, 1.0), 0) if rows.soft else 0

@@ -68,7 +68,7 @@ def one_vs_rest_hinge_loss(
     """
     _checks.option("power", power, (1, 2))
     _checks.number("penalty", penalty, at_least=0)
-    rows = _prepare(logits, labels, axis, where, weights, ignore_index)
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     others = _sum_over_others(rows, jnp.zeros(rows.labels.shape), 1.0, power)
     score, others, count = rows.reduce((label_score(rows.labels), others, reductions.count()))
     own = _relu_power(1 - _finite(score), power)
@@ -119,7 +119,7 @@ def weston_watkins_loss(
     """
     _checks.number("margin", margin, at_least=0)
     _checks.option("power", power, (1, 2))
-    rows = _prepare(logits, labels, axis, where, weights, ignore_index)
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     score, count = rows.reduce((label_score(rows.labels), reductions.count()))
     loss = rows.reduce(_sum_over_others(rows, _finite(score), margin, power))
     return finish(rows, loss, score, count)
@@ -165,7 +165,7 @@ def crammer_singer_loss(
       [0.  1.7]
     """
     _checks.number("margin", margin, at_least=0)
-    rows = _prepare(logits, labels, axis, where, weights, ignore_index)
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     rival = _MAXIMUM._replace(update=_rival_update, args=(rows.labels,))
     score, best, count = rows.reduce((label_score(rows.labels), rival, reductions.count()))
     alone = best == -jnp.inf
@@ -212,12 +212,6 @@ def perceptron_loss(
     """
     return crammer_singer_loss(
         logits, labels, margin=0.0, axis=axis, where=where, weights=weights, ignore_index=ignore_index
-    )
-
-
-def _prepare(logits, labels, axis, where, weights, ignore_index) -> LabelledRows:
-    return prepare(
-        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
     )
 
 

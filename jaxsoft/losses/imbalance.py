@@ -78,9 +78,7 @@ def logit_adjusted_cross_entropy(
         raise ValueError(
             f"exactly one of priors and class_counts must be given, got {'both' if priors is not None else 'neither'}"
         )
-    rows = prepare(
-        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     dtype = accumulation_dtype(logits.dtype)
     frequencies = _frequencies("class_counts", class_counts) if priors is None else priors
     name = "class_counts" if priors is None else "priors"
@@ -210,9 +208,7 @@ def noisy_softmax_cross_entropy(
       [ True]
     """
     _checks.number("alpha", alpha, at_least=0)
-    rows = prepare(
-        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     _checks.floating("norm_product", norm_product)
     _checks.shape("norm_product", norm_product, rows.labels.shape, "one number per example")
     others, score = rows.reduce(
@@ -361,9 +357,7 @@ def emma_loss(
       [0.861509]
     """
     _checks.number("radius", radius, at_least=0)
-    rows = prepare(
-        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     score = rows.reduce(reductions.take(rows.labels))
     _checks.floating("margin_lipschitz", margin_lipschitz)
     if margin_lipschitz.ndim == 1 and len(logits.shape) > 1:

@@ -233,16 +233,8 @@ def normalized_softmax_loss(
       >>> print(jaxsoft.losses.normalized_softmax_loss(cosines, jnp.array([0]), scale=8.0).round(6))
       [0.058966]
     """
-    return additive_margin_loss(
-        cosines,
-        labels,
-        scale=scale,
-        margin=0.0,
-        axis=axis,
-        where=where,
-        weights=weights,
-        ignore_index=ignore_index,
-    )
+    options: dict[str, Any] = dict(axis=axis, where=where, weights=weights, ignore_index=ignore_index)
+    return additive_margin_loss(cosines, labels, scale=scale, margin=0.0, **options)
 
 
 def additive_margin_loss(
@@ -287,9 +279,7 @@ def additive_margin_loss(
     """
     _checks.number("scale", scale, above=0)
     _checks.number("margin", margin, at_least=0)
-    rows = prepare(
-        cosines, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
+    rows = prepare(cosines, labels, axis, where, weights, ignore_index, soft=False)
     s, m = _by_row(rows, scale, margin)
     return _against_target(rows, _scaled, lambda c: (s * c, s * m), s)
 
@@ -343,9 +333,7 @@ def additive_angular_margin_loss(
     _checks.number("scale", scale, above=0)
     _checks.number("margin", margin, at_least=0, at_most=math.pi)
     _checks.option("easy_margin", easy_margin, (False, True))
-    rows = prepare(
-        cosines, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
+    rows = prepare(cosines, labels, axis, where, weights, ignore_index, soft=False)
     s, m = _by_row(rows, scale, margin)
 
     def target(c):
@@ -416,9 +404,7 @@ def wrapped_cauchy_loss(
       [1.307]
     """
     _checks.number("scale", scale, above=0)
-    rows = prepare(
-        cosines, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
+    rows = prepare(cosines, labels, axis, where, weights, ignore_index, soft=False)
     _check_concentration(class_concentration, rows.columns)
     class_concentration = jnp.asarray(class_concentration)
     (s,) = _by_row(rows, scale)
@@ -543,9 +529,7 @@ def sphereface2_loss(
     _checks.option("straight_through", straight_through, (False, True))
     if bias is not None:
         _checks.number("bias", bias)
-    rows = prepare(
-        cosines, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
+    rows = prepare(cosines, labels, axis, where, weights, ignore_index, soft=False)
     if bias is None:
         options = dict(scale=scale, margin=margin, power=power, positive_weight=positive_weight)
         bias = _bias_init(max(rows.columns, 2), **options)
@@ -693,9 +677,7 @@ def circle_loss(
     _checks.number("scale", scale, above=0)
     _checks.number("margin", margin, at_least=0)
     _checks.option("stop_weight_gradient", stop_weight_gradient, (False, True))
-    rows, given = prepare_positives(
-        cosines, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index
-    )
+    rows, given = prepare_positives(cosines, labels, axis, where, weights, ignore_index)
     s, m = _by_row(rows, scale, margin)
     positive, negative = _circle(bool(stop_weight_gradient))
     if given is None:

@@ -66,10 +66,6 @@ class _Positives(NamedTuple):
         return total, jnp.sum(self.given, axis=-1).astype(total.dtype)
 
 
-def _positives(logits, labels, **arguments) -> _Positives:
-    return _Positives(*prepare_positives(logits, labels, **arguments))
-
-
 def _one(x, cols, positive):
     return jnp.where(positive, jnp.ones_like(x), 0)
 
@@ -120,7 +116,7 @@ def multi_positive_softmax_loss(
       [1.33242]
     """
     _checks.option("reduction", reduction, ("mean", "sum"))
-    positives = _positives(logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index)
+    positives = _Positives(*prepare_positives(logits, labels, axis, where, weights, ignore_index))
     partition, scores = positives.rows.reduce((reductions.log_partition(), positives.taken))
     present = partition.log_sum != -jnp.inf
     total, count = positives.sum(
@@ -174,7 +170,7 @@ def decoupled_softmax_loss(
       >>> print(jaxsoft.losses.decoupled_softmax_loss(logits, jnp.array([[0, 4]])).round(6))
       [0.857026]
     """
-    positives = _positives(logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index)
+    positives = _Positives(*prepare_positives(logits, labels, axis, where, weights, ignore_index))
     rows = positives.rows
     if positives.given is None:
         others = reductions.weighted_log_partition((~rows.labels).astype(jnp.float32))
@@ -420,7 +416,7 @@ def soft_top_k_loss(
       >>> print(jaxsoft.losses.soft_top_k_loss(logits, jnp.array([[0, 4]]), k=2).round(6))
       [0.610863]
     """
-    positives = _positives(logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index)
+    positives = _Positives(*prepare_positives(logits, labels, axis, where, weights, ignore_index))
     _check_top_k(k, alpha, positives.rows.columns)
     at, scores = _threshold(positives.rows, k, alpha, positives.taken)
     total, count = positives.sum(scores, _soft_top_k_term, at.top, at.tau, at.alpha)

@@ -167,9 +167,7 @@ def dro_temperature_loss(
       0.759291 0.885319
     """
     _checks.number("rho", rho, at_least=0)
-    rows = prepare(
-        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     t = _per_row(temperature, rows)
     (top, excess), score, count = rows.reduce(
         (_tempered_logsumexp(t), reductions.take(rows.labels), reductions.count())

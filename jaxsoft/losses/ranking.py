@@ -148,9 +148,7 @@ def pairwise_softmax_loss(
     """
     _checks.option("activation", activation, (*_LOG_ACTIVATIONS, "exp"))
     _checks.number("temperature", temperature, above=0)
-    rows = prepare(
-        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     if activation == "exp":
         against, _ = _softmax_against(rows, temperature)
     else:
@@ -235,9 +233,7 @@ def bilateral_softmax_loss(
     """
     _checks.number("positive_temperature", positive_temperature, above=0)
     _checks.number("negative_temperature", negative_temperature, above=0)
-    rows = prepare(
-        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     against, _ = _softmax_against(rows, negative_temperature)
     return rows.finish(negative_temperature / positive_temperature * against.finite())
 
@@ -294,9 +290,7 @@ def softmax_loss_at_k(
     k = _checks.integer("k", k, at_least=1)
     _checks.number("temperature", temperature, above=0)
     _checks.number("weight_temperature", weight_temperature, above=0)
-    rows = prepare(
-        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     if quantile is not None:
         _checks.floating("quantile", quantile)
         _checks.shape("quantile", quantile, rows.labels.shape, "one number per example")

@@ -114,7 +114,7 @@ def tversky_loss(
     _checks.option("log", log, (False, True))
     norm = _checks.integer("norm", norm, at_least=1)
     x, present, axis = present_scores(logits, axis, where, "an overlap loss")
-    rows = prepare(logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index)
+    rows = prepare(logits, labels, axis, where, weights, ignore_index)
     if aggregation != "batch" and x.ndim < 2:
         raise ValueError(f"logits must have an axis of images for aggregation={aggregation!r}, got {x.shape}")
     if class_weights is not None:
