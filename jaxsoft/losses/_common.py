@@ -144,11 +144,16 @@ def prepare_positives(
     return LabelledRows(logits, axis, where, keep, jnp.where(given, labels, 0), False, weights), given
 
 
-def check_weights(weights: Any, rows: tuple[int, ...]) -> None:
+def check_floats(name: str, value: Any, shape: tuple[int, ...], meaning: str) -> None:
+    """Checks that `value` is a floating array of this exact shape; `meaning` says in words what it stands for."""
+    _checks.floating(name, value)
+    _checks.shape(name, value, shape, meaning)
+
+
+def check_weights(weights: Any, rows: tuple[int, ...], meaning: str = "one number per example") -> None:
     """Checks the weights of the examples."""
     if weights is not None:
-        _checks.floating("weights", weights)
-        _checks.shape("weights", weights, rows, "one number per example")
+        check_floats("weights", weights, rows, meaning)
 
 
 def is_zero(value: Any) -> bool:

@@ -17,7 +17,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import safe_divide
-from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, is_zero, miss_of, power_of, prepare
+from jaxsoft.losses._common import (
+    IGNORE_INDEX,
+    LabelledRows,
+    check_floats,
+    is_zero,
+    miss_of,
+    power_of,
+    prepare,
+)
 from jaxsoft.rows import Logits, reductions
 
 Labels = Int[Array, "*rows"] | Float[Array, "*rows columns"]
@@ -122,8 +130,7 @@ def cross_entropy(
 
 def _check_class_weights(class_weights: Any, rows: LabelledRows) -> None:
     if class_weights is not None:
-        _checks.floating("class_weights", class_weights)
-        _checks.shape("class_weights", class_weights, (rows.columns,), "one number per class")
+        check_floats("class_weights", class_weights, (rows.columns,), "one number per class")
 
 
 def _of_labels(per_class: Array, rows: LabelledRows) -> Array:

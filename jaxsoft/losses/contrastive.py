@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, as_ids, safe_divide, weigh
-from jaxsoft.losses._common import IGNORE_INDEX, prepare
+from jaxsoft.losses._common import IGNORE_INDEX, check_weights, prepare
 from jaxsoft.rows import Logits, reduce_rows, reductions
 from jaxsoft.rows.inner import check_axis, reduce_two_ways
 
@@ -239,9 +239,7 @@ def _pairs(logits: Any, where: Any, weights: Any) -> tuple[int, Any]:
     if logits.ndim != 2 or logits.shape[0] != logits.shape[1]:
         raise ValueError(f"logits must be square, [pairs, pairs], got shape {logits.shape}")
     n = logits.shape[0]
-    if weights is not None:
-        _checks.floating("weights", weights)
-        _checks.shape("weights", weights, (n,), "one number per pair")
+    check_weights(weights, (n,), "one number per pair")
     if where is not None:
         _checks.boolean("where", where)
         _checks.shape("where", where, (n,), "one boolean per pair")

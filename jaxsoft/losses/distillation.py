@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, as_ids, safe_divide
-from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, check_weights, prepare
+from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, check_floats, check_weights, prepare
 from jaxsoft.losses._pairs import check_second, of_second, pair_sum
 from jaxsoft.rows import LinearLogits, Logits, reductions
 from jaxsoft.rows import temperature as tempered
@@ -297,8 +297,7 @@ def ensemble_distillation_loss(
     dtype = accumulation_dtype(logits.dtype)
     shares = jnp.full((k,), 1 / k, dtype)
     if teacher_weights is not None:
-        _checks.floating("teacher_weights", teacher_weights)
-        _checks.shape("teacher_weights", teacher_weights, (k,), "one number per teacher")
+        check_floats("teacher_weights", teacher_weights, (k,), "one number per teacher")
         shares = (teacher_weights / jnp.sum(teacher_weights)).astype(dtype)
     each = reductions.log_partition()
     wanted = [each, *(of_second(each, teacher) for teacher in teachers)]
@@ -355,8 +354,7 @@ def progressive_self_distillation_loss(
     """
     _checks.number("alpha", alpha, at_least=0, at_most=1)
     rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
-    _checks.floating("previous", previous)
-    _checks.shape("previous", previous, logits.shape, "the shape of the logits")
+    check_floats("previous", previous, logits.shape, "the shape of the logits")
     previous = jnp.moveaxis(lax.stop_gradient(previous), rows.axis, -1)
     hard, soft = rows.reduce((rows.label_statistics(), reductions.soft_label_statistics(previous)))
     return rows.finish((1 - alpha) * hard.nll + alpha * soft.nll)
@@ -412,8 +410,7 @@ def top_k_distillation_loss(
         raise ValueError(
             f"teacher_ids must have shape {(*shape, 'k')} (k class ids per row), got shape {teacher_ids.shape}"
         )
-    _checks.floating("teacher_probabilities", teacher_probabilities)
-    _checks.shape("teacher_probabilities", teacher_probabilities, teacher_ids.shape, "that of teacher_ids")
+    check_floats("teacher_probabilities", teacher_probabilities, teacher_ids.shape, "that of teacher_ids")
     check_weights(weights, shape)
     check_range("teacher_ids", teacher_ids, logits.shape[axis], None)
     rows = LabelledRows(logits, axis, where, None, as_ids(teacher_ids), False, weights)
@@ -525,10 +522,7 @@ def squared_log_prob_loss(
       [0.050961]
     """
     rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
-    _checks.floating("teacher_log_prob", teacher_log_prob)
-    _checks.shape(
-        "teacher_log_prob", teacher_log_prob, rows_of(logits.shape, rows.axis), "one number per row"
-    )
+    check_floats("teacher_log_prob", teacher_log_prob, rows_of(logits.shape, rows.axis), "one number per row")
     target = lax.stop_gradient(teacher_log_prob)
     if rows.keep is not None:
         target = jnp.where(rows.keep, target, 0)

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, log_or_neg_inf, safe_divide
-from jaxsoft.losses._common import IGNORE_INDEX, poison_of, prepare
+from jaxsoft.losses._common import IGNORE_INDEX, check_floats, poison_of, prepare
 from jaxsoft.losses.classification import cross_entropy
 from jaxsoft.rows import Logits, linear_logits, reductions
 
@@ -82,8 +82,7 @@ def logit_adjusted_cross_entropy(
     dtype = accumulation_dtype(logits.dtype)
     frequencies = _frequencies("class_counts", class_counts) if priors is None else priors
     name = "class_counts" if priors is None else "priors"
-    _checks.floating(name, frequencies)
-    _checks.shape(name, frequencies, (rows.columns,), "one number per class")
+    check_floats(name, frequencies, (rows.columns,), "one number per class")
     frequencies = frequencies.astype(dtype)
 
     some = frequencies > 0
@@ -209,8 +208,7 @@ def noisy_softmax_cross_entropy(
     """
     _checks.number("alpha", alpha, at_least=0)
     rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
-    _checks.floating("norm_product", norm_product)
-    _checks.shape("norm_product", norm_product, rows.labels.shape, "one number per example")
+    check_floats("norm_product", norm_product, rows.labels.shape, "one number per example")
     others, score = rows.reduce(
         (reductions.log_partition_excluding(rows.labels[..., None]), reductions.take(rows.labels))
     )
@@ -277,13 +275,11 @@ def adaptive_margin_cross_entropy(
     _checks.shape("covariances", covariances, (columns, d, d) if full else (columns, d), "one class per row")
     _checks.shape("weight", weight, (d, columns), "the features and the classes of means")
     if bias is not None:
-        _checks.floating("bias", bias)
-        _checks.shape("bias", bias, (columns,), "one number per class")
+        check_floats("bias", bias, (columns,), "one number per class")
     if getattr(variance_scale, "ndim", 0) == 0:
         _checks.number("variance_scale", variance_scale, at_least=0)
     else:
-        _checks.floating("variance_scale", variance_scale)
-        _checks.shape("variance_scale", variance_scale, (columns,), "a number, or one per class")
+        check_floats("variance_scale", variance_scale, (columns,), "a number, or one per class")
     labels = jnp.arange(columns, dtype=jnp.int32)
     if where is not None:
         _checks.boolean("where", where)

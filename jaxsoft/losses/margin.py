@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, finite_gauge, log_or_neg_inf
-from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, prepare, prepare_positives
+from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, check_floats, prepare, prepare_positives
 from jaxsoft.rows import LinearLogits, Logits, linear_logits, reductions
 from jaxsoft.rows.inner import check_axis, check_dense, rows_of
 from jaxsoft.rows.reductions import LogPartition
@@ -357,8 +357,7 @@ def _wrapped_cauchy(x, scale, concentration):
 
 
 def _check_concentration(concentration: Any, columns: int) -> None:
-    _checks.floating("class_concentration", concentration)
-    _checks.shape("class_concentration", concentration, (columns,), "one number per class")
+    check_floats("class_concentration", concentration, (columns,), "one number per class")
 
 
 def wrapped_cauchy_loss(

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, as_ids, safe_divide, weigh
-from jaxsoft.losses._common import IGNORE_INDEX
+from jaxsoft.losses._common import IGNORE_INDEX, check_weights
 from jaxsoft.losses.classification import cross_entropy
 from jaxsoft.losses.margin import cosine_logits, l2_normalize
 from jaxsoft.rows import LinearLogits, Logits, linear_logits, reduce_rows, reductions
@@ -160,9 +160,7 @@ def dot_regression_loss(
         keep &= where
     if ignore_index is not None:
         keep &= labels != _checks.integer("ignore_index", ignore_index)
-    if weights is not None:
-        _checks.floating("weights", weights)
-        _checks.shape("weights", weights, rows, "one number per example")
+    check_weights(weights, rows)
     labels = jnp.where(keep, labels, 0)
     check_range("labels", labels, classes, None)
     dtype = accumulation_dtype(features.dtype, class_vectors.dtype)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, finite_gauge
-from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, poison_of, prepare
+from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, check_weights, poison_of, prepare
 from jaxsoft.rows import Logits, RowReduction, reductions
 from jaxsoft.rows.inner import check_axis, row_scalar, rows_of
 
@@ -231,7 +231,5 @@ def _per_row(temperature: Any, rows: LabelledRows) -> Array:
 def _rows(logits: Logits, axis: int, where: Any, weights: Any) -> LabelledRows:
     """The checked arguments of a loss without labels."""
     axis = check_axis(logits, axis)
-    if weights is not None:
-        _checks.floating("weights", weights)
-        _checks.shape("weights", weights, rows_of(logits.shape, axis), "one number per example")
+    check_weights(weights, rows_of(logits.shape, axis))
     return LabelledRows(logits, axis, where, None, None, False, weights)

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, safe_divide, weigh
-from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, prepare
+from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, check_floats, check_weights, prepare
 from jaxsoft.normalizers.inner import present_scores
 from jaxsoft.rows import LinearLogits, Logits, reductions
 
@@ -292,8 +292,7 @@ def softmax_loss_at_k(
     _checks.number("weight_temperature", weight_temperature, above=0)
     rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     if quantile is not None:
-        _checks.floating("quantile", quantile)
-        _checks.shape("quantile", quantile, rows.labels.shape, "one number per example")
+        check_floats("quantile", quantile, rows.labels.shape, "one number per example")
         quantile = quantile if rows.keep is None else jnp.where(rows.keep, quantile, 0)
     scale = _scalar(temperature, rows)
     against, best = _softmax_against(rows, scale, reductions.top_k(k) if quantile is None else ())
@@ -331,9 +330,7 @@ def _lists(scores, relevance, *, axis, where, weights, name) -> _Lists:
     _checks.shape("relevance", relevance, scores.shape, "the shape of the scores")
     relevance = jnp.where(present, relevance.astype(x.dtype), 0)
     x, relevance, present = (jnp.moveaxis(a, axis, -1) for a in (x, relevance, present))
-    if weights is not None:
-        _checks.floating("weights", weights)
-        _checks.shape("weights", weights, x.shape[:-1], "one number per list")
+    check_weights(weights, x.shape[:-1], "one number per list")
     return _Lists(x, lax.stop_gradient(relevance), present, weights)
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, as_ids, safe_divide, scale_gradient
-from jaxsoft.losses._common import IGNORE_INDEX
+from jaxsoft.losses._common import IGNORE_INDEX, check_floats
 from jaxsoft.losses.classification import cross_entropy
 from jaxsoft.normalizers.inner import present_scores
 from jaxsoft.rows import Logits
@@ -462,8 +462,7 @@ def forward_forward_loss(
     """
     _checks.number("threshold", threshold)
     _checks.floating("positive", positive)
-    _checks.floating("negative", negative)
-    _checks.shape("negative", negative, positive.shape, "the shape of positive")
+    check_floats("negative", negative, positive.shape, "the shape of positive")
 
     def goodness(h):
         h, present, at = present_scores(h, axis, where, "forward_forward_loss")

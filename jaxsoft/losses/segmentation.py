@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import safe_divide
-from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, prepare
+from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, check_floats, prepare
 from jaxsoft.normalizers.inner import present_scores
 from jaxsoft.rows.inner import softmax_with
 
@@ -118,8 +118,7 @@ def tversky_loss(
     if aggregation != "batch" and x.ndim < 2:
         raise ValueError(f"logits must have an axis of images for aggregation={aggregation!r}, got {x.shape}")
     if class_weights is not None:
-        _checks.floating("class_weights", class_weights)
-        _checks.shape("class_weights", class_weights, (rows.columns,), "one number per class")
+        check_floats("class_weights", class_weights, (rows.columns,), "one number per class")
 
     x, present = (jnp.moveaxis(a, axis, -1) for a in (x, present))  # [images, ..., classes]
     if rows.keep is not None:
