@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxsoft import _checks
-from jaxsoft._numerics import as_ids, weigh
-from jaxsoft.rows import Logits, reduce_rows, reductions
+from jaxsoft._numerics import accumulation_dtype, as_ids, weigh
+from jaxsoft.rows import LinearLogits, Logits, reduce_rows, reductions
 from jaxsoft.rows.inner import check_axis, check_ids, check_range, rows_of
 
 IGNORE_INDEX = -100
@@ -156,6 +156,11 @@ def check_weights(weights: Any, rows: tuple[int, ...], meaning: str = "one numbe
         check_floats("weights", weights, rows, meaning)
 
 
+def widened(logits: Logits) -> Logits:
+    """The logits in the dtype of sums, so that a temperature divides them without rounding."""
+    return logits if isinstance(logits, LinearLogits) else logits.astype(accumulation_dtype(logits.dtype))
+
+
 def is_zero(value: Any) -> bool:
     """Whether a hyper-parameter is known to be 0 (a traced one is not)."""
     return _checks.is_concrete_number(value) and float(value) == 0
@@ -181,6 +186,11 @@ def unless_absent(nll: Array, phi: Callable[[Array], Array]) -> Array:
     """`phi(nll)`, or +inf with gradient 0 where the label's class is absent."""
     absent = nll == jnp.inf
     return jnp.where(absent, jnp.inf, phi(jnp.where(absent, 0, nll)))
+
+
+def score_or_zero(score: Array) -> Array:
+    """The label's score, 0 where the label is absent."""
+    return jnp.where(score == -jnp.inf, 0, score)
 
 
 def poison_of(score: Array) -> Array:

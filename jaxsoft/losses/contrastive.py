@@ -204,15 +204,9 @@ def supervised_contrastive_loss(
     others = reductions.log_partition_excluding(own[:, None])
     partition = reduce_rows(logits, others, where=keep, row_where=keep)
     shift = jnp.where(partition.log_sum == -jnp.inf, 0, partition.log_sum)
-    total, count = reduce_rows(
-        logits,
-        (
-            reductions.mapped_sum(_behind, own, labels, partition.shift, shift, col_args=(labels,)),
-            reductions.mapped_sum(_same, own, labels, col_args=(labels,)),
-        ),
-        where=keep,
-        row_where=keep,
-    )
+    behind = reductions.mapped_sum(_behind, own, labels, partition.shift, shift, col_args=(labels,))
+    same = reductions.mapped_sum(_same, own, labels, col_args=(labels,))
+    total, count = reduce_rows(logits, (behind, same), where=keep, row_where=keep)
     return _finish(safe_divide(total, count), keep, weights)
 
 

@@ -22,9 +22,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, as_ids, safe_divide
-from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, check_floats, check_weights, prepare
+from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, check_floats, check_weights, prepare, widened
 from jaxsoft.losses._pairs import check_second, of_second, pair_sum
-from jaxsoft.rows import LinearLogits, Logits, reductions
+from jaxsoft.rows import Logits, reductions
 from jaxsoft.rows import temperature as tempered
 from jaxsoft.rows.inner import check_axis, check_range, rows_of
 
@@ -130,11 +130,7 @@ def low_temperature_distillation_loss(
     """
     rows, teacher = _pair(logits, teacher_logits, 1.0, True, axis, where, weights)
     _checks.number("temperature", temperature, above=0)
-    if isinstance(teacher, LinearLogits):
-        teacher = teacher / temperature
-    else:
-        teacher = teacher.astype(accumulation_dtype(teacher.dtype)) / temperature
-    compared = rows.reduce(reductions.relative_entropy(teacher, reverse=True))
+    compared = rows.reduce(reductions.relative_entropy(widened(teacher) / temperature, reverse=True))
     return rows.finish(compared.divergence + compared.entropy)
 
 
@@ -185,7 +181,7 @@ def alpha_divergence(
       [0.247898]
     """
     alpha = _static("alpha", alpha)
-    clip = _clip(clip)
+    clip = None if clip is None else _static("clip", clip, above=0)
     rows, teacher = _pair(
         logits, teacher_logits, 1.0, stop_teacher_gradient or clip is not None, axis, where, weights
     )
@@ -237,7 +233,7 @@ def adaptive_alpha_divergence_loss(
     alpha_min, alpha_max = _static("alpha_min", alpha_min), _static("alpha_max", alpha_max)
     if alpha_max <= alpha_min:
         raise ValueError(f"alpha_max must be above alpha_min={alpha_min}, got {alpha_max}")
-    clip = _clip(clip)
+    clip = None if clip is None else _static("clip", clip, above=0)
     rows, teacher = _pair(logits, teacher_logits, 1.0, True, axis, where, weights)
     low, high = (_alpha_divergence(rows, teacher, a, clip) for a in (alpha_min, alpha_max))
     return rows.finish(jnp.maximum(low, high))
@@ -599,27 +595,16 @@ def _pair(
     teacher = check_second(name, teacher_logits, logits, axis)
     teacher = lax.stop_gradient(teacher) if stop_teacher else teacher
     if not (_checks.is_concrete_number(temperature) and float(temperature) == 1):
-        if not isinstance(logits, LinearLogits):
-            logits = logits.astype(accumulation_dtype(logits.dtype))
-        if not isinstance(teacher, LinearLogits):
-            teacher = teacher.astype(accumulation_dtype(teacher.dtype))
-        logits, teacher = tempered(logits, temperature, axis=axis), tempered(teacher, temperature)
+        logits = tempered(widened(logits), temperature, axis=axis)
+        teacher = tempered(widened(teacher), temperature)
     return LabelledRows(logits, axis, where, None, None, False, weights), teacher
 
 
-def _static(name: str, value: Any) -> float:
+def _static(name: str, value: Any, **bounds: float) -> float:
     if not _checks.is_concrete_number(value):
         raise TypeError(f"{name} must be a static number, got {_checks.describe(value)}")
-    _checks.number(name, value)
+    _checks.number(name, value, **bounds)
     return float(value)
-
-
-def _clip(clip: Any) -> float | None:
-    if clip is None:
-        return None
-    value = _static("clip", clip)
-    _checks.number("clip", value, above=0)
-    return value
 
 
 def _floored(partition: reductions.LogPartition) -> tuple[Array, Array]:

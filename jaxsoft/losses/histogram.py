@@ -291,11 +291,8 @@ def _expectation_update(state, tile):
     m, s, u = state
     m_new = running_max(m, tile)
     factor, w = rescale(m, m_new), exponentials(tile, m_new)
-    return (
-        m_new,
-        factor * s + jnp.sum(w, axis=-1),
-        factor * u + jnp.sum(w * tile.col_args[0].astype(w.dtype), axis=-1),
-    )
+    c = tile.col_args[0].astype(w.dtype)
+    return m_new, factor * s + jnp.sum(w, axis=-1), factor * u + jnp.sum(w * c, axis=-1)
 
 
 def _expectation_merge(a, b, *args):

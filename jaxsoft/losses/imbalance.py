@@ -88,12 +88,8 @@ def logit_adjusted_cross_entropy(
     some = frequencies > 0
     adjustment = tau * jnp.log(jnp.where(some, frequencies, 1))
     adjustment = adjustment - lax.stop_gradient(jnp.max(jnp.where(some, adjustment, -jnp.inf), initial=-1e30))
-    partition, score = rows.reduce(
-        (
-            reductions.weighted_log_partition(jnp.where(some, jnp.exp(adjustment), 0)),
-            reductions.take(rows.labels),
-        )
-    )
+    adjusted = reductions.weighted_log_partition(jnp.where(some, jnp.exp(adjustment), 0))
+    partition, score = rows.reduce((adjusted, reductions.take(rows.labels)))
     at = jnp.clip(rows.labels, 0, rows.columns - 1)
     absent = (score == -jnp.inf) | ~some[at]
     nll = -partition.log_softmax(jnp.where(absent, partition.shift, score)) - adjustment[at]

@@ -153,7 +153,7 @@ def _chosen(function: Callable, wanted: bool) -> Callable:
     return scores
 
 
-def _mapped_log_partition(function: Callable, *args, **arrays) -> reductions.RowReduction:
+def mapped_log_partition(function: Callable, *args, **arrays) -> reductions.RowReduction:
     """`mapped_logsumexp` that returns its parts."""
     return reductions.mapped_logsumexp(function, *args, **arrays)._replace(
         finalize=reductions.log_partition().finalize
@@ -177,7 +177,7 @@ def _against_target(
 
     The drop is added to the differences of scores, which are small, rather than to the score.
     """
-    others = _mapped_log_partition(_others(function), rows.labels, *args, col_args=col_args)
+    others = mapped_log_partition(_others(function), rows.labels, *args, col_args=col_args)
     negatives, cosine = rows.reduce((others, reductions.take(rows.labels)))
     absent = cosine == -jnp.inf
     score, drop = target(jnp.where(absent, 0, cosine))
@@ -534,13 +534,8 @@ def sphereface2_loss(
         bias = _bias_init(max(rows.columns, 2), **options)
     s, m, t, b = _by_row(rows, scale, margin, power, bias)
     logit, negative = _sphereface2(bool(straight_through))
-    negatives, cosine, count = rows.reduce(
-        (
-            reductions.mapped_sum(negative, rows.labels, s, m, t, b),
-            reductions.take(rows.labels),
-            reductions.count(),
-        )
-    )
+    others = reductions.mapped_sum(negative, rows.labels, s, m, t, b)
+    negatives, cosine, count = rows.reduce((others, reductions.take(rows.labels), reductions.count()))
     absent = cosine == -jnp.inf
     positive = jax.nn.softplus(-logit(jnp.where(absent, 0, cosine), s, -m, t, b))
     loss = (positive_weight * positive + (1 - positive_weight) * negatives) / s
@@ -680,20 +675,13 @@ def circle_loss(
     s, m = _by_row(rows, scale, margin)
     positive, negative = _circle(bool(stop_weight_gradient))
     if given is None:
-        negatives, positives = rows.reduce(
-            tuple(
-                _mapped_log_partition(_chosen(f, wanted), s, m, entry_args=(rows.labels,))
-                for f, wanted in ((negative, False), (positive, True))
-            )
-        )
+        others = mapped_log_partition(_chosen(negative, False), s, m, entry_args=(rows.labels,))
+        own = mapped_log_partition(_chosen(positive, True), s, m, entry_args=(rows.labels,))
+        negatives, positives = rows.reduce((others, own))
         return rows.finish(_compete(negatives, positives, jnp.zeros(s.shape, bool)))
     ids = jnp.moveaxis(jnp.where(given, rows.labels, -1), -1, 0)
-    negatives, taken = rows.reduce(
-        (
-            _mapped_log_partition(_others(negative, len(ids)), *ids, s, m),
-            reductions.take(jnp.where(given, rows.labels, 0)),
-        )
-    )
+    others = mapped_log_partition(_others(negative, len(ids)), *ids, s, m)
+    negatives, taken = rows.reduce((others, reductions.take(jnp.where(given, rows.labels, 0))))
     absent = given & (taken == -jnp.inf)
     scores = positive(jnp.where(absent, 0, taken), s[..., None], m[..., None])
     positives = _log_partition(jnp.where(given & ~absent, scores, -jnp.inf))
@@ -703,6 +691,5 @@ def circle_loss(
 def _log_partition(x: Array) -> LogPartition:
     """The log-sum-exp, in parts, of the positives' few scores; -inf marks an absent one."""
     shift = finite_gauge(jnp.max(x, axis=-1, initial=-jnp.inf))
-    return LogPartition(
-        shift, jnp.zeros_like(shift), log_or_neg_inf(jnp.sum(jnp.exp(x - shift[..., None]), axis=-1))
-    )
+    total = jnp.sum(jnp.exp(x - shift[..., None]), axis=-1)
+    return LogPartition(shift, jnp.zeros_like(shift), log_or_neg_inf(total))

@@ -52,12 +52,8 @@ class _Positives(NamedTuple):
         """
         if self.given is None:
             mask = (self.rows.labels,)
-            return self.rows.reduce(
-                (
-                    reductions.mapped_sum(term, *args, entry_args=mask),
-                    reductions.mapped_sum(_one, entry_args=mask),
-                )
-            )
+            total = reductions.mapped_sum(term, *args, entry_args=mask)
+            return self.rows.reduce((total, reductions.mapped_sum(_one, entry_args=mask)))
         absent = self.given & (scores == -jnp.inf)
         x = jnp.where(self.given & ~absent, scores, 0)
         terms = term(x, None, *(a[..., None] for a in args), self.given & ~absent)
@@ -497,18 +493,9 @@ def proxy_anchor_loss(
     dtype = accumulation_dtype(similarities.dtype)
     proxies = jnp.arange(classes, dtype=labels.dtype)
     numbers = (jnp.broadcast_to(jnp.asarray(a, dtype), classes) for a in (margin, alpha))
-    of_proxy = dict(col_args=(labels,))
     args = (proxies, *numbers)
-    pull, push, n = reduce_rows(
-        similarities,
-        (
-            reductions.mapped_logsumexp(_pull, *args, **of_proxy),
-            reductions.mapped_logsumexp(_push, *args, **of_proxy),
-            reductions.count(),
-        ),
-        axis=axis,
-        where=where,
-    )
+    sums = [reductions.mapped_logsumexp(f, *args, col_args=(labels,)) for f in (_pull, _push)]
+    pull, push, n = reduce_rows(similarities, (*sums, reductions.count()), axis=axis, where=where)
 
     def mean(lse, counted):
         values = jnp.where(counted, jax.nn.softplus(lse), 0)
