@@ -12,7 +12,6 @@ probability that the label is right.
 Example:
   >>> import jax, jax.numpy as jnp, jaxsoft
   >>> from jaxsoft import losses
-from jaxsoft.losses._common import check_floats
   >>> hidden = jax.random.normal(jax.random.key(0), (4, 2, 7, 16))  # 4 pairs of responses of 7 tokens
   >>> weight = jnp.ones((16, 50)) / 16
   >>> tokens, response = jnp.zeros((4, 2, 7), int), jnp.arange(7) > 2  # the prompt does not count
