@@ -62,7 +62,7 @@ def info_nce_loss(
     """
     axis = check_axis(logits, axis)
     if labels is None:
-        rows, candidates = _matrix(logits)
+        rows, candidates = logits.shape if logits.ndim == 2 else (1, 0)
         if axis != 1 or rows > candidates:
             raise ValueError(
                 "labels must be given unless axis=-1 and logits are a matrix with at least one column per row, got "
@@ -222,10 +222,6 @@ def _same(x, cols, own, label, labels):
 def _behind(x, cols, own, label, shift, log_sum, labels):
     """`logsumexp - x` of a positive."""
     return jnp.where((labels == label) & (cols != own), (shift - x) + log_sum, 0)
-
-
-def _matrix(logits: Any) -> tuple[int, int]:
-    return logits.shape if logits.ndim == 2 else (1, 0)
 
 
 def _pairs(logits: Any, where: Any, weights: Any) -> tuple[int, Any]:

@@ -236,16 +236,14 @@ def easy_llp_weights(
       >>> print(w.round(6), (w * 0.3 + (1 - w) * 1.2).round(6))
       1.8 -0.42
     """
-    arrays = []
-    given: dict[str, Any] = {"proportions": proportions, "priors": priors, "bag_size": bag_size}
-    for name, value in given.items():
-        if not hasattr(value, "dtype"):
-            _checks.number(name, value, **({"above": 0} if name == "bag_size" else {}))
-        elif name != "bag_size":
+    for name, value in (("proportions", proportions), ("priors", priors)):
+        if hasattr(value, "dtype"):
             _checks.floating(name, value)
-        elif value.ndim == 0:
-            _checks.number(name, value, above=0)
-        arrays.append(jnp.asarray(value))
+        else:
+            _checks.number(name, value)
+    if getattr(bag_size, "ndim", 0) == 0:
+        _checks.number("bag_size", bag_size, above=0)
+    arrays = [jnp.asarray(value) for value in (proportions, priors, bag_size)]
     try:
         jnp.broadcast_shapes(*(a.shape for a in arrays))
     except ValueError as error:
