@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, weigh
-from jaxsoft.losses._common import check_floats, check_weights
+from jaxsoft.losses._common import check_weights
 
 
 class Samples(NamedTuple):
@@ -37,7 +37,8 @@ def prepare(where: Any, weights: Any = None, **arrays: Any) -> Samples:
     """Checks that the named arrays are floating and have the shape of the first, and masks them."""
     first, *_ = arrays
     for name, array in arrays.items():
-        check_floats(name, array, arrays[first].shape, f"that of {first}")
+        _checks.floating(name, array)
+        _checks.shape(name, array, arrays[first].shape, f"that of {first}")
     shape = arrays[first].shape
     dtype = accumulation_dtype(*(array.dtype for array in arrays.values()))
     values = tuple(jnp.asarray(array, dtype) for array in arrays.values())

@@ -262,7 +262,8 @@ def bin_centers(edges: Float[Array, " bins+1"]) -> Float[Array, " bins"]:
 
 
 def _check_support(name: str, value: Array) -> None:
-    check_floats(name, value, (max(value.size, 1),), "increasing numbers")
+    _checks.floating(name, value)
+    _checks.shape(name, value, (max(value.size, 1),), "increasing numbers")
 
 
 def _constants(target: Array, support: Array) -> tuple[Array, Array]:
