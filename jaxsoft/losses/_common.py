@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxsoft import _checks
-from jaxsoft._numerics import as_ids, weigh
-from jaxsoft.rows import Logits, reduce_rows, reductions
+from jaxsoft._numerics import accumulation_dtype, as_ids, weigh
+from jaxsoft.rows import LinearLogits, Logits, reduce_rows, reductions
 from jaxsoft.rows.inner import check_axis, check_ids, check_range, rows_of
 
 IGNORE_INDEX = -100
@@ -61,11 +61,11 @@ class LabelledRows(NamedTuple):
 def prepare(
     logits: Logits,
     labels: Array,
-    *,
     axis: int,
     where: Bool[Array, ...] | None,
     weights: Float[Array, "*rows"] | None,
     ignore_index: int | None = IGNORE_INDEX,
+    *,
     soft: bool = True,
 ) -> LabelledRows:
     """Checks the arguments that every classification loss takes.
@@ -113,7 +113,7 @@ def prepare(
 
 
 def prepare_positives(
-    logits: Logits, labels: Array, *, axis: int, where: Any, weights: Any, ignore_index: int
+    logits: Logits, labels: Array, axis: int, where: Any, weights: Any, ignore_index: int
 ) -> tuple[LabelledRows, Array | None]:
     """`prepare` for a loss with several positives per row, given as padded ids `[*rows, k]` or as booleans.
 
@@ -144,11 +144,21 @@ def prepare_positives(
     return LabelledRows(logits, axis, where, keep, jnp.where(given, labels, 0), False, weights), given
 
 
-def check_weights(weights: Any, rows: tuple[int, ...]) -> None:
+def check_floats(name: str, value: Any, shape: tuple[int, ...], meaning: str) -> None:
+    """Checks that `value` is a floating array of this exact shape; `meaning` says in words what it stands for."""
+    _checks.floating(name, value)
+    _checks.shape(name, value, shape, meaning)
+
+
+def check_weights(weights: Any, rows: tuple[int, ...], meaning: str = "one number per example") -> None:
     """Checks the weights of the examples."""
     if weights is not None:
-        _checks.floating("weights", weights)
-        _checks.shape("weights", weights, rows, "one number per example")
+        check_floats("weights", weights, rows, meaning)
+
+
+def widened(logits: Logits) -> Logits:
+    """The logits in the dtype of sums, so that a temperature divides them without rounding."""
+    return logits if isinstance(logits, LinearLogits) else logits.astype(accumulation_dtype(logits.dtype))
 
 
 def is_zero(value: Any) -> bool:
@@ -176,6 +186,11 @@ def unless_absent(nll: Array, phi: Callable[[Array], Array]) -> Array:
     """`phi(nll)`, or +inf with gradient 0 where the label's class is absent."""
     absent = nll == jnp.inf
     return jnp.where(absent, jnp.inf, phi(jnp.where(absent, 0, nll)))
+
+
+def score_or_zero(score: Array) -> Array:
+    """The label's score, 0 where the label is absent."""
+    return jnp.where(score == -jnp.inf, 0, score)
 
 
 def poison_of(score: Array) -> Array:

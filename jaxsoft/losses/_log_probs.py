@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, weigh
+from jaxsoft.losses._common import check_weights
 
 
 class Samples(NamedTuple):
@@ -46,10 +47,8 @@ def prepare(where: Any, weights: Any = None, **arrays: Any) -> Samples:
         _checks.broadcastable("where", where, shape, f"that of {first}")
         where = jnp.broadcast_to(where, shape)
         values = tuple(jnp.where(where, array, 0) for array in values)
-    if weights is not None:
-        _checks.floating("weights", weights)
-        _checks.shape("weights", weights, shape, f"that of {first}")
-        weights = jnp.asarray(weights)
+    check_weights(weights, shape, f"that of {first}")
+    weights = None if weights is None else jnp.asarray(weights)
     return Samples(values, where, weights)
 
 

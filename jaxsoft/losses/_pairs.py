@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxsoft import _checks
+from jaxsoft.losses._common import check_floats
 from jaxsoft.rows import LinearLogits, Logits, RowReduction, Tile
 from jaxsoft.rows.inner import check_axis
 from jaxsoft.rows.reductions import LogPartition
@@ -21,8 +21,7 @@ from jaxsoft.rows.reductions import LogPartition
 
 def check_second(name: str, second: Any, logits: Logits, axis: int) -> Logits:
     """Checks a second row of logits, and moves its axis last."""
-    _checks.floating(name, second)
-    _checks.shape(name, second, logits.shape, "the shape of logits")
+    check_floats(name, second, logits.shape, "the shape of logits")
     check_axis(second, axis)
     return second if isinstance(second, LinearLogits) else jnp.moveaxis(jnp.asarray(second), axis, -1)
 

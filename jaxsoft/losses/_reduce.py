@@ -8,9 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, as_ids, safe_divide
-from jaxsoft.losses._common import IGNORE_INDEX
+from jaxsoft.losses._common import IGNORE_INDEX, check_weights
 from jaxsoft.rows import Logits, weighted_sum
 from jaxsoft.rows.inner import check_axis, rows_of
 
@@ -61,8 +60,7 @@ def weighted_mean(
     rows = rows_of(logits.shape, axis)
     if weights is None:
         weights = jnp.ones(rows, accumulation_dtype(logits.dtype))
-    _checks.floating("weights", weights)
-    _checks.shape("weights", weights, rows, "one number per row of logits")
+    check_weights(weights, rows, "one number per row of logits")
     if hasattr(labels, "dtype") and jnp.issubdtype(labels.dtype, jnp.integer) and labels.shape == rows:
         if ignore_index != IGNORE_INDEX:  # which is the losses' own default
             options["ignore_index"] = ignore_index

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import finite_gauge
-from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, prepare
+from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, prepare, score_or_zero
 from jaxsoft.losses._labels import finish, label_score
 from jaxsoft.normalizers.inner import stable_exponential, taylor_exponential
 from jaxsoft.rows import Logits, reductions
@@ -66,9 +66,9 @@ def squared_error_loss(
       >>> print(jaxsoft.losses.squared_error_loss(logits, jnp.array([0])).round(6))
       [3.26]
     """
-    rows = _prepare(logits, labels, axis, where, weights, ignore_index)
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     score, moments = rows.reduce((label_score(rows.labels), reductions.moments()))
-    loss = moments.sum_of_squares - 2 * _or_zero(score) + 1
+    loss = moments.sum_of_squares - 2 * score_or_zero(score) + 1
     return finish(rows, loss, score, moments.count)
 
 
@@ -113,9 +113,9 @@ def spherical_softmax_cross_entropy(
       [0.4484]
     """
     _checks.number("eps", eps, at_least=0)
-    rows = _prepare(logits, labels, axis, where, weights, ignore_index)
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     score, moments = rows.reduce((label_score(rows.labels), reductions.moments()))
-    own = _or_zero(score) ** 2 + eps
+    own = score_or_zero(score) ** 2 + eps
     return _cross_entropy(rows, score, moments.count, own, moments.sum_of_squares + moments.count * eps)
 
 
@@ -163,14 +163,14 @@ def taylor_softmax_cross_entropy(
     order = _checks.integer("order", order, at_least=2)
     if order % 2:
         raise ValueError(f"order must be even (an odd polynomial is negative somewhere), got {order}")
-    rows = _prepare(logits, labels, axis, where, weights, ignore_index)
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     t = taylor_exponential(order)
     if order > 2:
         return _normalized(rows, t)
     score, moments = rows.reduce((label_score(rows.labels), reductions.moments()))
     # t(x) = ((x + 1)^2 + 1) / 2, whose sum does not cancel.
     total = moments.count / 2 * (moments.variance + (moments.mean + 1) ** 2 + 1)
-    return _cross_entropy(rows, score, moments.count, t(_or_zero(score)), total)
+    return _cross_entropy(rows, score, moments.count, t(score_or_zero(score)), total)
 
 
 def stablemax_cross_entropy(
@@ -212,7 +212,7 @@ def stablemax_cross_entropy(
       >>> print(jaxsoft.losses.stablemax_cross_entropy(logits, jnp.array([0])).round(6))
       [1.252763]
     """
-    rows = _prepare(logits, labels, axis, where, weights, ignore_index)
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     return _normalized(rows, stable_exponential)
 
 
@@ -258,23 +258,12 @@ def sparse_softmax_cross_entropy(
       [1.313262 3.313262]
     """
     k = _checks.integer("k", k, at_least=1)
-    rows = _prepare(logits, labels, axis, where, weights, ignore_index)
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     score, best, count = rows.reduce((label_score(rows.labels), reductions.top_k(k), reductions.count()))
     top = finite_gauge(best.values[..., 0])
     mass = jnp.sum(jnp.exp(best.values - top[..., None]), axis=-1)
-    loss = (top - _or_zero(score)) + jnp.log(jnp.where(mass == 0, 1, mass))
+    loss = (top - score_or_zero(score)) + jnp.log(jnp.where(mass == 0, 1, mass))
     return finish(rows, loss, score, count)
-
-
-def _prepare(logits, labels, axis, where, weights, ignore_index) -> LabelledRows:
-    return prepare(
-        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
-
-
-def _or_zero(score: Array) -> Array:
-    """The label's score, 0 where the label is absent."""
-    return jnp.where(score == -jnp.inf, 0, score)
 
 
 @functools.cache
@@ -288,7 +277,7 @@ def _normalized(rows: LabelledRows, f: Callable[[Array], Array]) -> Array:
     score, total, count = rows.reduce(
         (label_score(rows.labels), reductions.mapped_sum(_term(f)), reductions.count())
     )
-    return _cross_entropy(rows, score, count, f(_or_zero(score)), total)
+    return _cross_entropy(rows, score, count, f(score_or_zero(score)), total)
 
 
 def _cross_entropy(rows: LabelledRows, score: Array, count: Array, own: Array, total: Array) -> Array:

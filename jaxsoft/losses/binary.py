@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype
-from jaxsoft.losses._common import IGNORE_INDEX, poison_of, power_of, prepare
+from jaxsoft.losses._common import IGNORE_INDEX, check_floats, poison_of, power_of, prepare
 from jaxsoft.rows import Logits, reductions
 from jaxsoft.rows.inner import rows_of
 
@@ -236,9 +236,7 @@ def one_vs_each_loss(
       >>> print(jaxsoft.losses.one_vs_each_loss(logits, jnp.array([0])).round(6))
       [0.702649]
     """
-    rows = prepare(
-        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     score, count = rows.reduce((reductions.take(rows.labels), reductions.count()))
     absent = score == -jnp.inf
     loss = rows.reduce(reductions.mapped_sum(_against, jnp.where(absent, 0, score), rows.labels))
@@ -290,8 +288,7 @@ def quality_focal_loss(
     if alpha is not None:
         _checks.number("alpha", alpha, at_least=0, at_most=1)
     _checks.floating("logits", logits)
-    _checks.floating("targets", targets)
-    _checks.shape("targets", targets, tuple(logits.shape), "the shape of the logits")
+    check_floats("targets", targets, tuple(logits.shape), "the shape of the logits")
     dtype = accumulation_dtype(logits.dtype, targets.dtype)
     x, t = jnp.asarray(logits, dtype), jnp.asarray(targets, dtype)
     if where is not None:
@@ -319,8 +316,7 @@ def _sum_over_classes(
     if class_weights is None:
         class_weights = jnp.ones(rows.columns, dtype)
     else:
-        _checks.floating("class_weights", class_weights)
-        _checks.shape("class_weights", class_weights, (rows.columns,), "one number per class")
+        check_floats("class_weights", class_weights, (rows.columns,), "one number per class")
     args = tuple(
         jnp.broadcast_to(jnp.asarray(p, dtype), rows_of(logits.shape, rows.axis)) for p in parameters
     )

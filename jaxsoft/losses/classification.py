@@ -17,7 +17,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import safe_divide
-from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, is_zero, miss_of, power_of, prepare
+from jaxsoft.losses._common import (
+    IGNORE_INDEX,
+    LabelledRows,
+    check_floats,
+    is_zero,
+    miss_of,
+    power_of,
+    prepare,
+)
 from jaxsoft.rows import Logits, reductions
 
 Labels = Int[Array, "*rows"] | Float[Array, "*rows columns"]
@@ -84,7 +92,7 @@ def cross_entropy(
     _checks.number("label_smoothing", label_smoothing, at_least=0, at_most=1)
     _checks.option("smoothing", smoothing, ("uniform", "others"))
     _checks.number("z_loss", z_loss, at_least=0)
-    rows = prepare(logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index)
+    rows = prepare(logits, labels, axis, where, weights, ignore_index)
     if smoothing == "others" and rows.soft and not is_zero(label_smoothing):
         raise ValueError(
             "smoothing='others' needs class ids as labels, got distributions; smooth the distributions themselves, or "
@@ -122,8 +130,7 @@ def cross_entropy(
 
 def _check_class_weights(class_weights: Any, rows: LabelledRows) -> None:
     if class_weights is not None:
-        _checks.floating("class_weights", class_weights)
-        _checks.shape("class_weights", class_weights, (rows.columns,), "one number per class")
+        check_floats("class_weights", class_weights, (rows.columns,), "one number per class")
 
 
 def _of_labels(per_class: Array, rows: LabelledRows) -> Array:
@@ -178,7 +185,7 @@ def poly_loss(
     for j, e in enumerate(coefficients):
         _checks.number(f"epsilon[{j}]" if isinstance(epsilon, Sequence) else "epsilon", e)
     _checks.number("label_smoothing", label_smoothing, at_least=0, at_most=1)
-    rows = prepare(logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index)
+    rows = prepare(logits, labels, axis, where, weights, ignore_index)
     smooth = not is_zero(label_smoothing)
     wanted = {"label": rows.label_statistics()}
     if rows.soft:
@@ -281,9 +288,7 @@ def focal_loss(
       [0.113503]
     """
     _checks.number("gamma", gamma, at_least=0)
-    rows = prepare(
-        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     _check_class_weights(class_weights, rows)
     loss = rows.reduce(rows.label_statistics()).nll
     focus = power_of(miss_of(loss), gamma)
@@ -336,9 +341,7 @@ def poly1_focal_loss(
     """
     _checks.number("gamma", gamma, at_least=0)
     _checks.number("epsilon", epsilon)
-    rows = prepare(
-        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     loss = rows.reduce(rows.label_statistics()).nll
     miss = miss_of(loss)
     focus = power_of(miss, gamma)
@@ -385,9 +388,7 @@ def dual_focal_loss(
       [0.065998]
     """
     _checks.number("gamma", gamma, at_least=0)
-    rows = prepare(
-        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     (loss, partition), score = rows.reduce((rows.label_statistics(), reductions.take(rows.labels)))
     below = rows.reduce(reductions.maximum_below(score, rows.labels))
     any_below = below > -jnp.inf
@@ -434,9 +435,7 @@ def max_suppression_loss(
       [1.523958]
     """
     _checks.number("suppression", suppression, at_least=0)
-    rows = prepare(
-        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     label, top, mean = rows.reduce((rows.label_statistics(), reductions.maximum(), reductions.mean()))
     excess = jnp.where(label.present, top, 0) - mean  # 0 for an empty row
     return rows.finish(label.nll + suppression * excess)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, as_ids, safe_divide, weigh
-from jaxsoft.losses._common import IGNORE_INDEX, prepare
+from jaxsoft.losses._common import IGNORE_INDEX, check_weights, prepare
 from jaxsoft.rows import Logits, reduce_rows, reductions
 from jaxsoft.rows.inner import check_axis, reduce_two_ways
 
@@ -62,16 +62,14 @@ def info_nce_loss(
     """
     axis = check_axis(logits, axis)
     if labels is None:
-        rows, candidates = _matrix(logits)
+        rows, candidates = logits.shape if logits.ndim == 2 else (1, 0)
         if axis != 1 or rows > candidates:
             raise ValueError(
                 "labels must be given unless axis=-1 and logits are a matrix with at least one column per row, got "
                 f"shape {logits.shape} and axis {axis}"
             )
         labels = jnp.arange(rows, dtype=jnp.int32)
-    prepared = prepare(
-        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
+    prepared = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     return prepared.finish(prepared.reduce(prepared.label_statistics()).nll)
 
 
@@ -206,15 +204,9 @@ def supervised_contrastive_loss(
     others = reductions.log_partition_excluding(own[:, None])
     partition = reduce_rows(logits, others, where=keep, row_where=keep)
     shift = jnp.where(partition.log_sum == -jnp.inf, 0, partition.log_sum)
-    total, count = reduce_rows(
-        logits,
-        (
-            reductions.mapped_sum(_behind, own, labels, partition.shift, shift, col_args=(labels,)),
-            reductions.mapped_sum(_same, own, labels, col_args=(labels,)),
-        ),
-        where=keep,
-        row_where=keep,
-    )
+    behind = reductions.mapped_sum(_behind, own, labels, partition.shift, shift, col_args=(labels,))
+    same = reductions.mapped_sum(_same, own, labels, col_args=(labels,))
+    total, count = reduce_rows(logits, (behind, same), where=keep, row_where=keep)
     return _finish(safe_divide(total, count), keep, weights)
 
 
@@ -232,18 +224,12 @@ def _behind(x, cols, own, label, shift, log_sum, labels):
     return jnp.where((labels == label) & (cols != own), (shift - x) + log_sum, 0)
 
 
-def _matrix(logits: Any) -> tuple[int, int]:
-    return logits.shape if logits.ndim == 2 else (1, 0)
-
-
 def _pairs(logits: Any, where: Any, weights: Any) -> tuple[int, Any]:
     """Checks square logits, and the mask and weights of their pairs; returns the number of pairs and the mask."""
     if logits.ndim != 2 or logits.shape[0] != logits.shape[1]:
         raise ValueError(f"logits must be square, [pairs, pairs], got shape {logits.shape}")
     n = logits.shape[0]
-    if weights is not None:
-        _checks.floating("weights", weights)
-        _checks.shape("weights", weights, (n,), "one number per pair")
+    check_weights(weights, (n,), "one number per pair")
     if where is not None:
         _checks.boolean("where", where)
         _checks.shape("where", where, (n,), "one boolean per pair")

@@ -22,9 +22,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, as_ids, safe_divide
-from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, check_weights, prepare
+from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, check_floats, check_weights, prepare, widened
 from jaxsoft.losses._pairs import check_second, of_second, pair_sum
-from jaxsoft.rows import LinearLogits, Logits, reductions
+from jaxsoft.rows import Logits, reductions
 from jaxsoft.rows import temperature as tempered
 from jaxsoft.rows.inner import check_axis, check_range, rows_of
 
@@ -130,11 +130,7 @@ def low_temperature_distillation_loss(
     """
     rows, teacher = _pair(logits, teacher_logits, 1.0, True, axis, where, weights)
     _checks.number("temperature", temperature, above=0)
-    if isinstance(teacher, LinearLogits):
-        teacher = teacher / temperature
-    else:
-        teacher = teacher.astype(accumulation_dtype(teacher.dtype)) / temperature
-    compared = rows.reduce(reductions.relative_entropy(teacher, reverse=True))
+    compared = rows.reduce(reductions.relative_entropy(widened(teacher) / temperature, reverse=True))
     return rows.finish(compared.divergence + compared.entropy)
 
 
@@ -185,7 +181,7 @@ def alpha_divergence(
       [0.247898]
     """
     alpha = _static("alpha", alpha)
-    clip = _clip(clip)
+    clip = None if clip is None else _static("clip", clip, above=0)
     rows, teacher = _pair(
         logits, teacher_logits, 1.0, stop_teacher_gradient or clip is not None, axis, where, weights
     )
@@ -237,7 +233,7 @@ def adaptive_alpha_divergence_loss(
     alpha_min, alpha_max = _static("alpha_min", alpha_min), _static("alpha_max", alpha_max)
     if alpha_max <= alpha_min:
         raise ValueError(f"alpha_max must be above alpha_min={alpha_min}, got {alpha_max}")
-    clip = _clip(clip)
+    clip = None if clip is None else _static("clip", clip, above=0)
     rows, teacher = _pair(logits, teacher_logits, 1.0, True, axis, where, weights)
     low, high = (_alpha_divergence(rows, teacher, a, clip) for a in (alpha_min, alpha_max))
     return rows.finish(jnp.maximum(low, high))
@@ -297,8 +293,7 @@ def ensemble_distillation_loss(
     dtype = accumulation_dtype(logits.dtype)
     shares = jnp.full((k,), 1 / k, dtype)
     if teacher_weights is not None:
-        _checks.floating("teacher_weights", teacher_weights)
-        _checks.shape("teacher_weights", teacher_weights, (k,), "one number per teacher")
+        check_floats("teacher_weights", teacher_weights, (k,), "one number per teacher")
         shares = (teacher_weights / jnp.sum(teacher_weights)).astype(dtype)
     each = reductions.log_partition()
     wanted = [each, *(of_second(each, teacher) for teacher in teachers)]
@@ -354,11 +349,8 @@ def progressive_self_distillation_loss(
       [0.713424]
     """
     _checks.number("alpha", alpha, at_least=0, at_most=1)
-    rows = prepare(
-        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
-    _checks.floating("previous", previous)
-    _checks.shape("previous", previous, logits.shape, "the shape of the logits")
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
+    check_floats("previous", previous, logits.shape, "the shape of the logits")
     previous = jnp.moveaxis(lax.stop_gradient(previous), rows.axis, -1)
     hard, soft = rows.reduce((rows.label_statistics(), reductions.soft_label_statistics(previous)))
     return rows.finish((1 - alpha) * hard.nll + alpha * soft.nll)
@@ -414,8 +406,7 @@ def top_k_distillation_loss(
         raise ValueError(
             f"teacher_ids must have shape {(*shape, 'k')} (k class ids per row), got shape {teacher_ids.shape}"
         )
-    _checks.floating("teacher_probabilities", teacher_probabilities)
-    _checks.shape("teacher_probabilities", teacher_probabilities, teacher_ids.shape, "that of teacher_ids")
+    check_floats("teacher_probabilities", teacher_probabilities, teacher_ids.shape, "that of teacher_ids")
     check_weights(weights, shape)
     check_range("teacher_ids", teacher_ids, logits.shape[axis], None)
     rows = LabelledRows(logits, axis, where, None, as_ids(teacher_ids), False, weights)
@@ -526,13 +517,8 @@ def squared_log_prob_loss(
       >>> print(jaxsoft.losses.squared_log_prob_loss(logits, labels, jnp.log(jnp.array([0.7]))).round(6))
       [0.050961]
     """
-    rows = prepare(
-        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
-    _checks.floating("teacher_log_prob", teacher_log_prob)
-    _checks.shape(
-        "teacher_log_prob", teacher_log_prob, rows_of(logits.shape, rows.axis), "one number per row"
-    )
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
+    check_floats("teacher_log_prob", teacher_log_prob, rows_of(logits.shape, rows.axis), "one number per row")
     target = lax.stop_gradient(teacher_log_prob)
     if rows.keep is not None:
         target = jnp.where(rows.keep, target, 0)
@@ -609,27 +595,16 @@ def _pair(
     teacher = check_second(name, teacher_logits, logits, axis)
     teacher = lax.stop_gradient(teacher) if stop_teacher else teacher
     if not (_checks.is_concrete_number(temperature) and float(temperature) == 1):
-        if not isinstance(logits, LinearLogits):
-            logits = logits.astype(accumulation_dtype(logits.dtype))
-        if not isinstance(teacher, LinearLogits):
-            teacher = teacher.astype(accumulation_dtype(teacher.dtype))
-        logits, teacher = tempered(logits, temperature, axis=axis), tempered(teacher, temperature)
+        logits = tempered(widened(logits), temperature, axis=axis)
+        teacher = tempered(widened(teacher), temperature)
     return LabelledRows(logits, axis, where, None, None, False, weights), teacher
 
 
-def _static(name: str, value: Any) -> float:
+def _static(name: str, value: Any, **bounds: float) -> float:
     if not _checks.is_concrete_number(value):
         raise TypeError(f"{name} must be a static number, got {_checks.describe(value)}")
-    _checks.number(name, value)
+    _checks.number(name, value, **bounds)
     return float(value)
-
-
-def _clip(clip: Any) -> float | None:
-    if clip is None:
-        return None
-    value = _static("clip", clip)
-    _checks.number("clip", value, above=0)
-    return value
 
 
 def _floored(partition: reductions.LogPartition) -> tuple[Array, Array]:

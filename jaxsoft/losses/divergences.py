@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, finite_gauge, safe_divide
+from jaxsoft.losses._common import check_floats
 from jaxsoft.losses.regularizers import _mask, _sqrt, _vectors
 from jaxsoft.rows import LinearLogits, Logits, reduce_rows, reductions
 from jaxsoft.rows.inner import check_axis, check_dense
@@ -204,8 +205,7 @@ def weighted_mmd(
     def weights_of(name, weights, keep):
         if weights is None:
             weights = safe_divide(keep.astype(x.dtype), jnp.sum(keep, axis=-1, keepdims=True).astype(x.dtype))
-        _checks.floating(name, weights)
-        _checks.shape(name, weights, keep.shape, "one number per sample")
+        check_floats(name, weights, keep.shape, "one number per sample")
         return jnp.where(keep, weights.astype(x.dtype), 0)
 
     w, v = weights_of("weights_x", weights_x, keep_x), weights_of("weights_y", weights_y, keep_y)
@@ -258,8 +258,7 @@ def optimal_mmd_weights(
     _checks.number("bandwidth", bandwidth, above=0)
     _checks.number("ridge", ridge, at_least=0)
     x, keep = _vectors("x", x, where)
-    _checks.floating("kernel_mean", kernel_mean)
-    _checks.shape("kernel_mean", kernel_mean, keep.shape, "one number per vector of x")
+    check_floats("kernel_mean", kernel_mean, keep.shape, "one number per vector of x")
     identity = jnp.eye(x.shape[-2], dtype=x.dtype)
     pair = keep[..., :, None] & keep[..., None, :]
     kernel = jnp.where(pair, jnp.exp(_log_kernel(x, x, bandwidth)) + ridge * identity, identity)
@@ -316,8 +315,7 @@ def cauchy_schwarz_divergence(
       1.19224
     """
     axis = check_axis(logits, axis)
-    _checks.floating("other", other)
-    _checks.shape("other", other, logits.shape, "the shape of the logits")
+    check_floats("other", other, logits.shape, "the shape of the logits")
     if not isinstance(other, LinearLogits):
         other = jnp.moveaxis(other, axis, -1)
     wanted = [
@@ -337,8 +335,7 @@ def _same_shape(where: Any, **arrays: Any) -> tuple[list[Array], Any]:
     """Floating arrays of one shape, in their common accumulation dtype, 0 where masked; and the mask."""
     first, shape = next((name, jnp.shape(a)) for name, a in arrays.items())
     for name, a in arrays.items():
-        _checks.floating(name, a)
-        _checks.shape(name, a, shape, f"the shape of {first}")
+        check_floats(name, a, shape, f"the shape of {first}")
     dtype = accumulation_dtype(*(a.dtype for a in arrays.values()))
     values = [jnp.asarray(a, dtype) for a in arrays.values()]
     if where is None:

@@ -26,7 +26,7 @@ from jaxsoft.losses._labels import label_score
 from jaxsoft.losses.classification import Labels
 from jaxsoft.normalizers.inner import define_entmax, excess, per_row, positive_power
 from jaxsoft.rows import Logits, RowReduction, reductions
-from jaxsoft.rows.inner import detached
+from jaxsoft.rows.inner import detached, rows_of
 
 
 def entmax_loss(
@@ -79,7 +79,7 @@ def entmax_loss(
       [0.064231 0.831366]
     """
     _checks.number("alpha", alpha, at_least=1)
-    rows = prepare(logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index)
+    rows = prepare(logits, labels, axis, where, weights, ignore_index)
     if _checks.is_concrete_number(alpha) and abs(float(alpha) - 1) < 1e-3:
         label = rows.reduce(rows.label_statistics())
         entropy = jnp.where(label.present, -_of_labels(rows, 1.0), 0) if rows.soft else 0
@@ -190,8 +190,7 @@ class _Fixed:
         return self
 
     def per_row(self, name: str, value: Any) -> Array:
-        shape = self._rows.logits.shape
-        return per_row(name, value, shape[: self._rows.axis] + shape[self._rows.axis + 1 :], self.dtype)
+        return per_row(name, value, rows_of(self._rows.logits.shape, self._rows.axis), self.dtype)
 
 
 @functools.cache

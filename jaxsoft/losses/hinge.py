@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
-from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, prepare
+from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, prepare, score_or_zero
 from jaxsoft.losses._labels import finish, label_score
 from jaxsoft.rows import Logits, RowReduction, reductions
 
@@ -68,10 +68,10 @@ def one_vs_rest_hinge_loss(
     """
     _checks.option("power", power, (1, 2))
     _checks.number("penalty", penalty, at_least=0)
-    rows = _prepare(logits, labels, axis, where, weights, ignore_index)
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     others = _sum_over_others(rows, jnp.zeros(rows.labels.shape), 1.0, power)
     score, others, count = rows.reduce((label_score(rows.labels), others, reductions.count()))
-    own = _relu_power(1 - _finite(score), power)
+    own = _relu_power(1 - score_or_zero(score), power)
     return finish(rows, penalty * (own + others), score, count)
 
 
@@ -119,9 +119,9 @@ def weston_watkins_loss(
     """
     _checks.number("margin", margin, at_least=0)
     _checks.option("power", power, (1, 2))
-    rows = _prepare(logits, labels, axis, where, weights, ignore_index)
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     score, count = rows.reduce((label_score(rows.labels), reductions.count()))
-    loss = rows.reduce(_sum_over_others(rows, _finite(score), margin, power))
+    loss = rows.reduce(_sum_over_others(rows, score_or_zero(score), margin, power))
     return finish(rows, loss, score, count)
 
 
@@ -165,11 +165,11 @@ def crammer_singer_loss(
       [0.  1.7]
     """
     _checks.number("margin", margin, at_least=0)
-    rows = _prepare(logits, labels, axis, where, weights, ignore_index)
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     rival = _MAXIMUM._replace(update=_rival_update, args=(rows.labels,))
     score, best, count = rows.reduce((label_score(rows.labels), rival, reductions.count()))
     alone = best == -jnp.inf
-    lead = _finite(score) - jnp.where(alone, 0, best)
+    lead = score_or_zero(score) - jnp.where(alone, 0, best)
     loss = jnp.where(alone, 0, _relu_power(margin - lead, 1))
     return finish(rows, loss, score, count)
 
@@ -215,12 +215,6 @@ def perceptron_loss(
     )
 
 
-def _prepare(logits, labels, axis, where, weights, ignore_index) -> LabelledRows:
-    return prepare(
-        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
-
-
 def _relu_power(u: Array, power: int) -> Array:
     """`relu(u) ** power`; unlike `maximum` it passes on NaN in value and gradient."""
     u = jnp.where(u <= 0, 0, u)
@@ -250,8 +244,3 @@ _MAXIMUM = reductions.maximum()
 def _rival_update(state, tile, labels):
     others = tile.with_scores(jnp.where(tile.cols == labels[..., None], -jnp.inf, tile.scores))
     return _MAXIMUM.update(state, others)
-
-
-def _finite(score: Array) -> Array:
-    """The label's score, 0 where the label is absent."""
-    return jnp.where(score == -jnp.inf, 0, score)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, safe_divide
+from jaxsoft.losses._common import check_floats, check_weights
 from jaxsoft.losses.classification import cross_entropy
 from jaxsoft.rows import Logits, RowReduction, reduce_rows
 from jaxsoft.rows.inner import check_axis, exponentials, keep_gauge, rescale, rows_of, running_max
@@ -66,8 +67,7 @@ def histogram_loss(
     """
     axis = check_axis(logits, axis)
     rows, bins = rows_of(logits.shape, axis), logits.shape[axis]
-    _checks.floating("target", target)
-    _checks.shape("target", target, rows, "one number per example")
+    check_floats("target", target, rows, "one number per example")
     _check_support("edges", edges)
     _checks.shape("edges", edges, (bins + 1,), "one more than there are logits in a row")
     counts = jnp.ones(rows, bool)
@@ -75,9 +75,8 @@ def histogram_loss(
         _checks.boolean("where", where)
         _checks.broadcastable("where", where, logits.shape, "the shape of the logits")
         counts = jnp.any(jnp.broadcast_to(where, logits.shape), axis=axis)
+    check_weights(weights, rows)
     if weights is not None:
-        _checks.floating("weights", weights)
-        _checks.shape("weights", weights, rows, "one number per example")
         counts = counts & (weights != 0)
     # Ignored examples need a valid distribution as well: a NaN would reach the gradient of the logits.
     q = hl_gauss_targets(jnp.where(counts, target, edges[0]), edges, sigma=sigma)
@@ -293,11 +292,8 @@ def _expectation_update(state, tile):
     m, s, u = state
     m_new = running_max(m, tile)
     factor, w = rescale(m, m_new), exponentials(tile, m_new)
-    return (
-        m_new,
-        factor * s + jnp.sum(w, axis=-1),
-        factor * u + jnp.sum(w * tile.col_args[0].astype(w.dtype), axis=-1),
-    )
+    c = tile.col_args[0].astype(w.dtype)
+    return m_new, factor * s + jnp.sum(w, axis=-1), factor * u + jnp.sum(w * c, axis=-1)
 
 
 def _expectation_merge(a, b, *args):

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, log_or_neg_inf, safe_divide
-from jaxsoft.losses._common import IGNORE_INDEX, poison_of, prepare
+from jaxsoft.losses._common import IGNORE_INDEX, check_floats, poison_of, prepare
 from jaxsoft.losses.classification import cross_entropy
 from jaxsoft.rows import Logits, linear_logits, reductions
 
@@ -78,25 +78,18 @@ def logit_adjusted_cross_entropy(
         raise ValueError(
             f"exactly one of priors and class_counts must be given, got {'both' if priors is not None else 'neither'}"
         )
-    rows = prepare(
-        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     dtype = accumulation_dtype(logits.dtype)
     frequencies = _frequencies("class_counts", class_counts) if priors is None else priors
     name = "class_counts" if priors is None else "priors"
-    _checks.floating(name, frequencies)
-    _checks.shape(name, frequencies, (rows.columns,), "one number per class")
+    check_floats(name, frequencies, (rows.columns,), "one number per class")
     frequencies = frequencies.astype(dtype)
 
     some = frequencies > 0
     adjustment = tau * jnp.log(jnp.where(some, frequencies, 1))
     adjustment = adjustment - lax.stop_gradient(jnp.max(jnp.where(some, adjustment, -jnp.inf), initial=-1e30))
-    partition, score = rows.reduce(
-        (
-            reductions.weighted_log_partition(jnp.where(some, jnp.exp(adjustment), 0)),
-            reductions.take(rows.labels),
-        )
-    )
+    adjusted = reductions.weighted_log_partition(jnp.where(some, jnp.exp(adjustment), 0))
+    partition, score = rows.reduce((adjusted, reductions.take(rows.labels)))
     at = jnp.clip(rows.labels, 0, rows.columns - 1)
     absent = (score == -jnp.inf) | ~some[at]
     nll = -partition.log_softmax(jnp.where(absent, partition.shift, score)) - adjustment[at]
@@ -210,11 +203,8 @@ def noisy_softmax_cross_entropy(
       [ True]
     """
     _checks.number("alpha", alpha, at_least=0)
-    rows = prepare(
-        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
-    _checks.floating("norm_product", norm_product)
-    _checks.shape("norm_product", norm_product, rows.labels.shape, "one number per example")
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
+    check_floats("norm_product", norm_product, rows.labels.shape, "one number per example")
     others, score = rows.reduce(
         (reductions.log_partition_excluding(rows.labels[..., None]), reductions.take(rows.labels))
     )
@@ -281,13 +271,11 @@ def adaptive_margin_cross_entropy(
     _checks.shape("covariances", covariances, (columns, d, d) if full else (columns, d), "one class per row")
     _checks.shape("weight", weight, (d, columns), "the features and the classes of means")
     if bias is not None:
-        _checks.floating("bias", bias)
-        _checks.shape("bias", bias, (columns,), "one number per class")
+        check_floats("bias", bias, (columns,), "one number per class")
     if getattr(variance_scale, "ndim", 0) == 0:
         _checks.number("variance_scale", variance_scale, at_least=0)
     else:
-        _checks.floating("variance_scale", variance_scale)
-        _checks.shape("variance_scale", variance_scale, (columns,), "a number, or one per class")
+        check_floats("variance_scale", variance_scale, (columns,), "a number, or one per class")
     labels = jnp.arange(columns, dtype=jnp.int32)
     if where is not None:
         _checks.boolean("where", where)
@@ -361,9 +349,7 @@ def emma_loss(
       [0.861509]
     """
     _checks.number("radius", radius, at_least=0)
-    rows = prepare(
-        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     score = rows.reduce(reductions.take(rows.labels))
     _checks.floating("margin_lipschitz", margin_lipschitz)
     if margin_lipschitz.ndim == 1 and len(logits.shape) > 1:

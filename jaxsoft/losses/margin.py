@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, finite_gauge, log_or_neg_inf
-from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, prepare, prepare_positives
+from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, check_floats, prepare, prepare_positives
 from jaxsoft.rows import LinearLogits, Logits, linear_logits, reductions
 from jaxsoft.rows.inner import check_axis, check_dense, rows_of
 from jaxsoft.rows.reductions import LogPartition
@@ -153,7 +153,7 @@ def _chosen(function: Callable, wanted: bool) -> Callable:
     return scores
 
 
-def _mapped_log_partition(function: Callable, *args, **arrays) -> reductions.RowReduction:
+def mapped_log_partition(function: Callable, *args, **arrays) -> reductions.RowReduction:
     """`mapped_logsumexp` that returns its parts."""
     return reductions.mapped_logsumexp(function, *args, **arrays)._replace(
         finalize=reductions.log_partition().finalize
@@ -177,7 +177,7 @@ def _against_target(
 
     The drop is added to the differences of scores, which are small, rather than to the score.
     """
-    others = _mapped_log_partition(_others(function), rows.labels, *args, col_args=col_args)
+    others = mapped_log_partition(_others(function), rows.labels, *args, col_args=col_args)
     negatives, cosine = rows.reduce((others, reductions.take(rows.labels)))
     absent = cosine == -jnp.inf
     score, drop = target(jnp.where(absent, 0, cosine))
@@ -233,16 +233,8 @@ def normalized_softmax_loss(
       >>> print(jaxsoft.losses.normalized_softmax_loss(cosines, jnp.array([0]), scale=8.0).round(6))
       [0.058966]
     """
-    return additive_margin_loss(
-        cosines,
-        labels,
-        scale=scale,
-        margin=0.0,
-        axis=axis,
-        where=where,
-        weights=weights,
-        ignore_index=ignore_index,
-    )
+    options: dict[str, Any] = dict(axis=axis, where=where, weights=weights, ignore_index=ignore_index)
+    return additive_margin_loss(cosines, labels, scale=scale, margin=0.0, **options)
 
 
 def additive_margin_loss(
@@ -287,9 +279,7 @@ def additive_margin_loss(
     """
     _checks.number("scale", scale, above=0)
     _checks.number("margin", margin, at_least=0)
-    rows = prepare(
-        cosines, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
+    rows = prepare(cosines, labels, axis, where, weights, ignore_index, soft=False)
     s, m = _by_row(rows, scale, margin)
     return _against_target(rows, _scaled, lambda c: (s * c, s * m), s)
 
@@ -343,9 +333,7 @@ def additive_angular_margin_loss(
     _checks.number("scale", scale, above=0)
     _checks.number("margin", margin, at_least=0, at_most=math.pi)
     _checks.option("easy_margin", easy_margin, (False, True))
-    rows = prepare(
-        cosines, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
+    rows = prepare(cosines, labels, axis, where, weights, ignore_index, soft=False)
     s, m = _by_row(rows, scale, margin)
 
     def target(c):
@@ -369,8 +357,7 @@ def _wrapped_cauchy(x, scale, concentration):
 
 
 def _check_concentration(concentration: Any, columns: int) -> None:
-    _checks.floating("class_concentration", concentration)
-    _checks.shape("class_concentration", concentration, (columns,), "one number per class")
+    check_floats("class_concentration", concentration, (columns,), "one number per class")
 
 
 def wrapped_cauchy_loss(
@@ -416,9 +403,7 @@ def wrapped_cauchy_loss(
       [1.307]
     """
     _checks.number("scale", scale, above=0)
-    rows = prepare(
-        cosines, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
+    rows = prepare(cosines, labels, axis, where, weights, ignore_index, soft=False)
     _check_concentration(class_concentration, rows.columns)
     class_concentration = jnp.asarray(class_concentration)
     (s,) = _by_row(rows, scale)
@@ -543,21 +528,14 @@ def sphereface2_loss(
     _checks.option("straight_through", straight_through, (False, True))
     if bias is not None:
         _checks.number("bias", bias)
-    rows = prepare(
-        cosines, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
+    rows = prepare(cosines, labels, axis, where, weights, ignore_index, soft=False)
     if bias is None:
         options = dict(scale=scale, margin=margin, power=power, positive_weight=positive_weight)
         bias = _bias_init(max(rows.columns, 2), **options)
     s, m, t, b = _by_row(rows, scale, margin, power, bias)
     logit, negative = _sphereface2(bool(straight_through))
-    negatives, cosine, count = rows.reduce(
-        (
-            reductions.mapped_sum(negative, rows.labels, s, m, t, b),
-            reductions.take(rows.labels),
-            reductions.count(),
-        )
-    )
+    others = reductions.mapped_sum(negative, rows.labels, s, m, t, b)
+    negatives, cosine, count = rows.reduce((others, reductions.take(rows.labels), reductions.count()))
     absent = cosine == -jnp.inf
     positive = jax.nn.softplus(-logit(jnp.where(absent, 0, cosine), s, -m, t, b))
     loss = (positive_weight * positive + (1 - positive_weight) * negatives) / s
@@ -693,26 +671,17 @@ def circle_loss(
     _checks.number("scale", scale, above=0)
     _checks.number("margin", margin, at_least=0)
     _checks.option("stop_weight_gradient", stop_weight_gradient, (False, True))
-    rows, given = prepare_positives(
-        cosines, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index
-    )
+    rows, given = prepare_positives(cosines, labels, axis, where, weights, ignore_index)
     s, m = _by_row(rows, scale, margin)
     positive, negative = _circle(bool(stop_weight_gradient))
     if given is None:
-        negatives, positives = rows.reduce(
-            tuple(
-                _mapped_log_partition(_chosen(f, wanted), s, m, entry_args=(rows.labels,))
-                for f, wanted in ((negative, False), (positive, True))
-            )
-        )
+        others = mapped_log_partition(_chosen(negative, False), s, m, entry_args=(rows.labels,))
+        own = mapped_log_partition(_chosen(positive, True), s, m, entry_args=(rows.labels,))
+        negatives, positives = rows.reduce((others, own))
         return rows.finish(_compete(negatives, positives, jnp.zeros(s.shape, bool)))
     ids = jnp.moveaxis(jnp.where(given, rows.labels, -1), -1, 0)
-    negatives, taken = rows.reduce(
-        (
-            _mapped_log_partition(_others(negative, len(ids)), *ids, s, m),
-            reductions.take(jnp.where(given, rows.labels, 0)),
-        )
-    )
+    others = mapped_log_partition(_others(negative, len(ids)), *ids, s, m)
+    negatives, taken = rows.reduce((others, reductions.take(jnp.where(given, rows.labels, 0))))
     absent = given & (taken == -jnp.inf)
     scores = positive(jnp.where(absent, 0, taken), s[..., None], m[..., None])
     positives = _log_partition(jnp.where(given & ~absent, scores, -jnp.inf))
@@ -722,6 +691,5 @@ def circle_loss(
 def _log_partition(x: Array) -> LogPartition:
     """The log-sum-exp, in parts, of the positives' few scores; -inf marks an absent one."""
     shift = finite_gauge(jnp.max(x, axis=-1, initial=-jnp.inf))
-    return LogPartition(
-        shift, jnp.zeros_like(shift), log_or_neg_inf(jnp.sum(jnp.exp(x - shift[..., None]), axis=-1))
-    )
+    total = jnp.sum(jnp.exp(x - shift[..., None]), axis=-1)
+    return LogPartition(shift, jnp.zeros_like(shift), log_or_neg_inf(total))

@@ -18,9 +18,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, as_ids, safe_divide, weigh
-from jaxsoft.losses._common import IGNORE_INDEX
+from jaxsoft.losses._common import IGNORE_INDEX, check_weights
 from jaxsoft.losses.classification import cross_entropy
-from jaxsoft.losses.margin import cosine_logits, l2_normalize
+from jaxsoft.losses.margin import cosine_logits, l2_normalize, mapped_log_partition
 from jaxsoft.rows import LinearLogits, Logits, linear_logits, reduce_rows, reductions
 from jaxsoft.rows.inner import check_range
 
@@ -160,9 +160,7 @@ def dot_regression_loss(
         keep &= where
     if ignore_index is not None:
         keep &= labels != _checks.integer("ignore_index", ignore_index)
-    if weights is not None:
-        _checks.floating("weights", weights)
-        _checks.shape("weights", weights, rows, "one number per example")
+    check_weights(weights, rows)
     labels = jnp.where(keep, labels, 0)
     check_range("labels", labels, classes, None)
     dtype = accumulation_dtype(features.dtype, class_vectors.dtype)
@@ -362,11 +360,8 @@ def neural_collapse_regularizer(
     k = jnp.sum(present).astype(h.dtype)
     centred = jnp.where(present[:, None], means - safe_divide(jnp.sum(means, axis=0), k), 0)
     cosines = cosine_logits(centred, centred, transpose_weight=True)
-    own_id, target = (
-        jnp.arange(num_classes),
-        jnp.broadcast_to(safe_divide(jnp.ones_like(k), k - 1), present.shape),
-    )
-    squares = reductions.mapped_sum(_off_simplex, own_id, target)
+    target = jnp.broadcast_to(safe_divide(jnp.ones_like(k), k - 1), present.shape)
+    squares = reductions.mapped_sum(_off_simplex, jnp.arange(num_classes), target)
     total = jnp.sum(reduce_rows(cosines, squares, where=present, row_where=present))
     return poison * within, poison * safe_divide(total, k * (k - 1))
 
@@ -430,18 +425,11 @@ def stationary_representation_loss(
     _checks.shape("old_features", old_features, features.shape, "the shape of features")
     ce = cross_entropy(logits, ids, where=keep[:, None], ignore_index=None)
     cosines = cosine_logits(old, new, scale=scale, transpose_weight=True)
-    partition = reductions.mapped_logsumexp(
+    partition = mapped_log_partition(
         _other_classes if mode == "clean" else _same_as_zero, ids, col_args=(ids,)
     )
-    others, own = reduce_rows(
-        cosines,
-        (
-            partition._replace(finalize=reductions.log_partition().finalize),
-            reductions.take(jnp.arange(len(ids))),
-        ),
-        where=keep,
-        row_where=keep,
-    )
+    wanted = partition, reductions.take(jnp.arange(len(ids)))
+    others, own = reduce_rows(cosines, wanted, where=keep, row_where=keep)
     some = others.log_sum > -jnp.inf
     gap = (others.shift - jnp.where(keep, own, 0)) + jnp.where(some, others.log_sum, 0)
     if mode == "clean":

@@ -52,22 +52,14 @@ class _Positives(NamedTuple):
         """
         if self.given is None:
             mask = (self.rows.labels,)
-            return self.rows.reduce(
-                (
-                    reductions.mapped_sum(term, *args, entry_args=mask),
-                    reductions.mapped_sum(_one, entry_args=mask),
-                )
-            )
+            total = reductions.mapped_sum(term, *args, entry_args=mask)
+            return self.rows.reduce((total, reductions.mapped_sum(_one, entry_args=mask)))
         absent = self.given & (scores == -jnp.inf)
         x = jnp.where(self.given & ~absent, scores, 0)
         terms = term(x, None, *(a[..., None] for a in args), self.given & ~absent)
         terms = terms * jnp.where(jnp.isnan(x), jnp.nan, 1)  # an id out of range: NaN in the whole gradient
         total = jnp.sum(jnp.where(absent, jnp.inf, terms), axis=-1)
         return total, jnp.sum(self.given, axis=-1).astype(total.dtype)
-
-
-def _positives(logits, labels, **arguments) -> _Positives:
-    return _Positives(*prepare_positives(logits, labels, **arguments))
 
 
 def _one(x, cols, positive):
@@ -120,7 +112,7 @@ def multi_positive_softmax_loss(
       [1.33242]
     """
     _checks.option("reduction", reduction, ("mean", "sum"))
-    positives = _positives(logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index)
+    positives = _Positives(*prepare_positives(logits, labels, axis, where, weights, ignore_index))
     partition, scores = positives.rows.reduce((reductions.log_partition(), positives.taken))
     present = partition.log_sum != -jnp.inf
     total, count = positives.sum(
@@ -174,7 +166,7 @@ def decoupled_softmax_loss(
       >>> print(jaxsoft.losses.decoupled_softmax_loss(logits, jnp.array([[0, 4]])).round(6))
       [0.857026]
     """
-    positives = _positives(logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index)
+    positives = _Positives(*prepare_positives(logits, labels, axis, where, weights, ignore_index))
     rows = positives.rows
     if positives.given is None:
         others = reductions.weighted_log_partition((~rows.labels).astype(jnp.float32))
@@ -420,7 +412,7 @@ def soft_top_k_loss(
       >>> print(jaxsoft.losses.soft_top_k_loss(logits, jnp.array([[0, 4]]), k=2).round(6))
       [0.610863]
     """
-    positives = _positives(logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index)
+    positives = _Positives(*prepare_positives(logits, labels, axis, where, weights, ignore_index))
     _check_top_k(k, alpha, positives.rows.columns)
     at, scores = _threshold(positives.rows, k, alpha, positives.taken)
     total, count = positives.sum(scores, _soft_top_k_term, at.top, at.tau, at.alpha)
@@ -501,18 +493,9 @@ def proxy_anchor_loss(
     dtype = accumulation_dtype(similarities.dtype)
     proxies = jnp.arange(classes, dtype=labels.dtype)
     numbers = (jnp.broadcast_to(jnp.asarray(a, dtype), classes) for a in (margin, alpha))
-    of_proxy = dict(col_args=(labels,))
     args = (proxies, *numbers)
-    pull, push, n = reduce_rows(
-        similarities,
-        (
-            reductions.mapped_logsumexp(_pull, *args, **of_proxy),
-            reductions.mapped_logsumexp(_push, *args, **of_proxy),
-            reductions.count(),
-        ),
-        axis=axis,
-        where=where,
-    )
+    sums = [reductions.mapped_logsumexp(f, *args, col_args=(labels,)) for f in (_pull, _push)]
+    pull, push, n = reduce_rows(similarities, (*sums, reductions.count()), axis=axis, where=where)
 
     def mean(lse, counted):
         values = jnp.where(counted, jax.nn.softplus(lse), 0)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, finite_gauge
-from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, poison_of, prepare
+from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, check_weights, poison_of, prepare
 from jaxsoft.rows import Logits, RowReduction, reductions
 from jaxsoft.rows.inner import check_axis, row_scalar, rows_of
 
@@ -167,9 +167,7 @@ def dro_temperature_loss(
       0.759291 0.885319
     """
     _checks.number("rho", rho, at_least=0)
-    rows = prepare(
-        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     t = _per_row(temperature, rows)
     (top, excess), score, count = rows.reduce(
         (_tempered_logsumexp(t), reductions.take(rows.labels), reductions.count())
@@ -233,7 +231,5 @@ def _per_row(temperature: Any, rows: LabelledRows) -> Array:
 def _rows(logits: Logits, axis: int, where: Any, weights: Any) -> LabelledRows:
     """The checked arguments of a loss without labels."""
     axis = check_axis(logits, axis)
-    if weights is not None:
-        _checks.floating("weights", weights)
-        _checks.shape("weights", weights, rows_of(logits.shape, axis), "one number per example")
+    check_weights(weights, rows_of(logits.shape, axis))
     return LabelledRows(logits, axis, where, None, None, False, weights)

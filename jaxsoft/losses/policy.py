@@ -212,14 +212,8 @@ def f_dpg_loss(
     proposal = {} if proposal_log_prob is None else {"proposal_log_prob": proposal_log_prob}
     samples = prepare(where, weights, log_prob=log_prob, log_target=log_target, **proposal)
     log_prob, log_target, *proposals = samples.arrays
-    reward = f_dpg_reward(
-        log_prob,
-        log_target,
-        divergence=divergence,
-        alpha=alpha,
-        log_partition=log_partition,
-        max_log_ratio=max_log_ratio,
-    )
+    options: dict[str, Any] = dict(divergence=divergence, alpha=alpha, log_partition=log_partition)
+    reward = f_dpg_reward(log_prob, log_target, max_log_ratio=max_log_ratio, **options)
     factor = reward - spread("baseline", baseline, log_prob)
     for proposal_log_prob in proposals:
         factor = factor * jnp.exp(jnp.minimum(log_prob - proposal_log_prob, MAX_EXPONENT))
@@ -417,13 +411,8 @@ def _ratios(log_prob: Any, old_log_prob: Any, advantages: Any, max_log_ratio: An
     _checks.number("max_log_ratio", max_log_ratio, above=0)
     _checks.floating("log_prob", log_prob)
     _checks.floating("advantages", advantages)
-    tokens = prepare(
-        where,
-        weights,
-        log_prob=log_prob,
-        old_log_prob=old_log_prob,
-        advantages=spread("advantages", advantages, log_prob),
-    )
+    advantages = spread("advantages", advantages, log_prob)
+    tokens = prepare(where, weights, log_prob=log_prob, old_log_prob=old_log_prob, advantages=advantages)
     log_prob, old_log_prob, advantage = tokens.arrays
     log_ratio = log_prob - lax.stop_gradient(old_log_prob)
     ratio = jnp.exp(jnp.clip(log_ratio, -max_log_ratio, max_log_ratio))

@@ -33,6 +33,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, safe_divide, weigh
+from jaxsoft.losses._common import check_floats
 from jaxsoft.losses._divergences import DIVERGENCES
 from jaxsoft.losses._log_probs import Samples, prepare
 from jaxsoft.normalizers import log_softmax
@@ -63,17 +64,20 @@ def _dpo(kind: str, r_w: Array, r_l: Array, beta: Any, right: Any, wrong: Any) -
     return _mixed("hinge" if kind == "hinge" else "sigmoid", beta * (r_w - r_l), right, wrong)
 
 
-def _pairs(where: Any, weights: Any, **arrays: Any) -> tuple[Samples, Array, Array, tuple[Array, ...]]:
+def _pairs(
+    where: Any, weights: Any, *log_probs: Any, names: tuple[str, str] = ("chosen", "rejected"), **others: Any
+) -> tuple[Samples, Array, Array, tuple[Array, ...]]:
     """The checked arguments, the log-ratios `log pi - log ref` of the two responses, and the other arrays.
 
-    The first four arrays are the log-probabilities of the two responses under the policy, then under the reference,
-    which is a constant to the gradient.
+    `log_probs` are the log-probabilities of the two responses under the policy, then under the reference, which is a
+    constant to the gradient. `names` are the argument names of the first two.
     """
-    pairs = prepare(where, weights, **arrays)
-    policy_w, policy_l, reference_w, reference_l, *others = pairs.arrays
+    named = zip((*names, *(f"reference_{name}" for name in names)), log_probs)
+    pairs = prepare(where, weights, **dict(named), **others)
+    policy_w, policy_l, reference_w, reference_l, *rest = pairs.arrays
     r_w = policy_w - lax.stop_gradient(reference_w)
     r_l = policy_l - lax.stop_gradient(reference_l)
-    return pairs, r_w, r_l, tuple(others)
+    return pairs, r_w, r_l, tuple(rest)
 
 
 def _judged(r_w: Array, r_l: Array, beta: Any, gap: Array) -> Array:
@@ -204,14 +208,7 @@ def dpo_loss(
         right, wrong = (e / (1 - 2 * label_smoothing) for e in (1 - label_smoothing, -label_smoothing))
     else:
         right, wrong = _smoothing(label_smoothing)
-    pairs, r_w, r_l, _ = _pairs(
-        where,
-        weights,
-        chosen=chosen,
-        rejected=rejected,
-        reference_chosen=reference_chosen,
-        reference_rejected=reference_rejected,
-    )
+    pairs, r_w, r_l, _ = _pairs(where, weights, chosen, rejected, reference_chosen, reference_rejected)
     return pairs.finish(_dpo(kind, r_w, r_l, beta, right, wrong))
 
 
@@ -276,14 +273,7 @@ def f_dpo_loss(
     _checks.option("divergence", divergence, ("reverse_kl", "forward_kl", "jensen_shannon", "alpha"))
     _checks.number("alpha", alpha, above=0)
     coefficients = _smoothing(label_smoothing)
-    pairs, r_w, r_l, _ = _pairs(
-        where,
-        weights,
-        chosen=chosen,
-        rejected=rejected,
-        reference_chosen=reference_chosen,
-        reference_rejected=reference_rejected,
-    )
+    pairs, r_w, r_l, _ = _pairs(where, weights, chosen, rejected, reference_chosen, reference_rejected)
     derivative = DIVERGENCES[divergence].derivative
     margin = beta * (derivative(r_w, alpha) - derivative(r_l, alpha))
     return pairs.finish(_mixed("sigmoid", margin, *coefficients))
@@ -391,15 +381,8 @@ def xpo_loss(
     _checks.number("beta", beta, above=0)
     _checks.number("alpha", alpha, at_least=0)
     _checks.option("kind", kind, ("sigmoid", "ipo"))
-    pairs, r_w, r_l, (sample,) = _pairs(
-        where,
-        weights,
-        chosen=chosen,
-        rejected=rejected,
-        reference_chosen=reference_chosen,
-        reference_rejected=reference_rejected,
-        reference_sample=reference_sample,
-    )
+    log_probs = chosen, rejected, reference_chosen, reference_rejected
+    pairs, r_w, r_l, (sample,) = _pairs(where, weights, *log_probs, reference_sample=reference_sample)
     return pairs.finish(_dpo(kind, r_w, r_l, beta, 1, 0) + alpha * sample)
 
 
@@ -455,15 +438,9 @@ def margin_matching_loss(
     """
     _checks.number("bt_beta", bt_beta, at_least=0)
     _checks.number("beta", beta, above=0)
+    log_probs = chosen, rejected, reference_chosen, reference_rejected
     pairs, r_w, r_l, (score_w, score_l) = _pairs(
-        where,
-        weights,
-        chosen=chosen,
-        rejected=rejected,
-        reference_chosen=reference_chosen,
-        reference_rejected=reference_rejected,
-        chosen_score=chosen_score,
-        rejected_score=rejected_score,
+        where, weights, *log_probs, chosen_score=chosen_score, rejected_score=rejected_score
     )
     return pairs.finish(_judged(r_w, r_l, beta, bt_beta * (score_w - score_l)))
 
@@ -521,16 +498,10 @@ def direct_nash_loss(
     """
     _checks.number("eta", eta, at_least=0)
     _checks.number("beta", beta, above=0)
-    pairs, r_1, r_2, (rho_1, rho_2) = _pairs(
-        where,
-        weights,
-        first=first,
-        second=second,
-        reference_first=reference_first,
-        reference_second=reference_second,
-        first_win_rate=first_win_rate,
-        second_win_rate=second_win_rate,
-    )
+    log_probs = first, second, reference_first, reference_second
+    rates = dict(first_win_rate=first_win_rate, second_win_rate=second_win_rate)
+    names = "first", "second"
+    pairs, r_1, r_2, (rho_1, rho_2) = _pairs(where, weights, *log_probs, names=names, **rates)
     return pairs.finish(_judged(r_1, r_2, beta, eta * (rho_1 - rho_2)))
 
 
@@ -595,28 +566,20 @@ def sparse_po_loss(
       0.652221
     """
     _checks.number("beta", beta, above=0)
-    score_w = _sparse_score(
-        chosen=chosen,
-        reference_chosen=reference_chosen,
-        chosen_kl=chosen_kl,
-        chosen_mask=chosen_mask,
-        chosen_kl_mask=chosen_mask if chosen_kl_mask is None else chosen_kl_mask,
-    )
+    score_w = _sparse_score("chosen", chosen, reference_chosen, chosen_kl, chosen_mask, chosen_kl_mask)
     score_l = _sparse_score(
-        rejected=rejected,
-        reference_rejected=reference_rejected,
-        rejected_kl=rejected_kl,
-        rejected_mask=rejected_mask,
-        rejected_kl_mask=rejected_mask if rejected_kl_mask is None else rejected_kl_mask,
+        "rejected", rejected, reference_rejected, rejected_kl, rejected_mask, rejected_kl_mask
     )
     pairs = prepare(where, weights, chosen=score_w, rejected=score_l)
     score_w, score_l = pairs.arrays
     return pairs.finish(_mixed("sigmoid", beta * (score_w - score_l), 1, 0))
 
 
-def _sparse_score(**arrays: Any) -> Array:
-    """`sum_t m r + n KL`; `arrays` are the log-probabilities, the reference's, the divergences, the masks m and n."""
-    _check_tokens(*next(iter(arrays.items())))
+def _sparse_score(name: str, log_prob: Any, reference: Any, kl: Any, m: Any, n: Any) -> Array:
+    """`sum_t m r + n KL` of one response, with the masks m and n (m where n is None)."""
+    _check_tokens(name, log_prob)
+    arrays = {name: log_prob, f"reference_{name}": reference, f"{name}_kl": kl, f"{name}_mask": m}
+    arrays[f"{name}_kl_mask"] = m if n is None else n
     log_prob, reference, kl, m, n = prepare(None, **arrays).arrays
     return jnp.sum(weigh(log_prob - lax.stop_gradient(reference), m) + weigh(kl, n), axis=-1)
 
@@ -821,8 +784,7 @@ def oreo_loss(
     _check_tokens("log_prob", log_prob)
     tokens = prepare(where, log_prob=log_prob, reference=reference, values=values)
     log_prob, reference, values = tokens.arrays
-    _checks.floating("reward", reward)
-    _checks.shape("reward", reward, log_prob.shape[:-1], "one number per sequence")
+    check_floats("reward", reward, log_prob.shape[:-1], "one number per sequence")
     state = jnp.ones(log_prob.shape, bool) if tokens.where is None else tokens.where
     if states is not None:
         _checks.boolean("states", states)

@@ -21,7 +21,15 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, safe_divide, weigh
-from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, prepare
+from jaxsoft.losses._common import (
+    IGNORE_INDEX,
+    LabelledRows,
+    check_floats,
+    check_weights,
+    prepare,
+    score_or_zero,
+    widened,
+)
 from jaxsoft.normalizers.inner import present_scores
 from jaxsoft.rows import LinearLogits, Logits, reductions
 
@@ -49,35 +57,23 @@ class _Against(NamedTuple):
         return jnp.where(none, 0, value) * jnp.where(jnp.isnan(self.score), jnp.nan, 1)
 
 
-def _present(score: Array) -> Array:
-    return jnp.where(score == -jnp.inf, 0, score)
-
-
 def _scalar(value: Any, rows: LabelledRows) -> Array:
     return jnp.asarray(value, accumulation_dtype(rows.logits.dtype)).reshape(())
 
 
 def _softmax_against(rows: LabelledRows, temperature: Any, wanted: Any = ()) -> tuple[_Against, Any]:
     """`logsumexp_{j != y} (d_j / temperature)` in one pass; `score` and other results are for `x / temperature`."""
-    temperature = _scalar(temperature, rows)
-    logits = rows.logits
-    if not isinstance(logits, LinearLogits):
-        logits = logits.astype(temperature.dtype)
-    negatives, score, results = rows._replace(logits=logits / temperature).reduce(
-        (
-            reductions.log_partition_excluding(rows.labels[..., None]),
-            reductions.take(rows.labels),
-            wanted,
-        )
-    )
-    return _Against((negatives.shift - _present(score)) + negatives.log_sum, score), results
+    tempered = rows._replace(logits=widened(rows.logits) / _scalar(temperature, rows))
+    others = reductions.log_partition_excluding(rows.labels[..., None])
+    negatives, score, results = tempered.reduce((others, reductions.take(rows.labels), wanted))
+    return _Against((negatives.shift - score_or_zero(score)) + negatives.log_sum, score), results
 
 
 def _mapped_against(rows: LabelledRows, log_activation: Callable, temperature: Any) -> _Against:
     """`logsumexp_{j != y} (log act(d_j) / temperature)` in two passes."""
     score = rows.reduce(reductions.take(rows.labels))
     temperature = jnp.broadcast_to(_scalar(temperature, rows), score.shape)
-    mapped = reductions.mapped_logsumexp(log_activation, _present(score), rows.labels, temperature)
+    mapped = reductions.mapped_logsumexp(log_activation, score_or_zero(score), rows.labels, temperature)
     return _Against(rows.reduce(mapped), score)
 
 
@@ -148,9 +144,7 @@ def pairwise_softmax_loss(
     """
     _checks.option("activation", activation, (*_LOG_ACTIVATIONS, "exp"))
     _checks.number("temperature", temperature, above=0)
-    rows = prepare(
-        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     if activation == "exp":
         against, _ = _softmax_against(rows, temperature)
     else:
@@ -235,9 +229,7 @@ def bilateral_softmax_loss(
     """
     _checks.number("positive_temperature", positive_temperature, above=0)
     _checks.number("negative_temperature", negative_temperature, above=0)
-    rows = prepare(
-        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     against, _ = _softmax_against(rows, negative_temperature)
     return rows.finish(negative_temperature / positive_temperature * against.finite())
 
@@ -294,18 +286,15 @@ def softmax_loss_at_k(
     k = _checks.integer("k", k, at_least=1)
     _checks.number("temperature", temperature, above=0)
     _checks.number("weight_temperature", weight_temperature, above=0)
-    rows = prepare(
-        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     if quantile is not None:
-        _checks.floating("quantile", quantile)
-        _checks.shape("quantile", quantile, rows.labels.shape, "one number per example")
+        check_floats("quantile", quantile, rows.labels.shape, "one number per example")
         quantile = quantile if rows.keep is None else jnp.where(rows.keep, quantile, 0)
     scale = _scalar(temperature, rows)
     against, best = _softmax_against(rows, scale, reductions.top_k(k) if quantile is None else ())
     beta = lax.stop_gradient(scale * best.values[..., -1] if quantile is None else quantile)
     few = beta == -jnp.inf
-    lead = scale * _present(against.score) - jnp.where(few, 0, beta)
+    lead = scale * score_or_zero(against.score) - jnp.where(few, 0, beta)
     weight = jnp.where(few, 1, jax.nn.sigmoid(lead / weight_temperature))
     return rows.finish(weight * against.finite())
 
@@ -337,9 +326,7 @@ def _lists(scores, relevance, *, axis, where, weights, name) -> _Lists:
     _checks.shape("relevance", relevance, scores.shape, "the shape of the scores")
     relevance = jnp.where(present, relevance.astype(x.dtype), 0)
     x, relevance, present = (jnp.moveaxis(a, axis, -1) for a in (x, relevance, present))
-    if weights is not None:
-        _checks.floating("weights", weights)
-        _checks.shape("weights", weights, x.shape[:-1], "one number per list")
+    check_weights(weights, x.shape[:-1], "one number per list")
     return _Lists(x, lax.stop_gradient(relevance), present, weights)
 
 

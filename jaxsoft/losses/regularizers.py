@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, as_ids, safe_divide, scale_gradient, shape_by_moments
-from jaxsoft.losses._common import IGNORE_INDEX
+from jaxsoft.losses._common import IGNORE_INDEX, check_floats, is_zero
 from jaxsoft.losses.classification import cross_entropy
 from jaxsoft.normalizers.inner import present_scores
 from jaxsoft.rows import Logits
@@ -303,7 +303,7 @@ def infomax_code_loss(
     entropy = _entropy(jnp.einsum("n,ngk->gk", share, p), -1)
     information = entropy - jnp.einsum("n,ng->g", share, _entropy(by_label, -1))
     loss = -jnp.mean(information)
-    if groups > 1 and not (_checks.is_concrete_number(redundancy) and float(redundancy) == 0):
+    if groups > 1 and not is_zero(redundancy):
         joint = jnp.einsum("n,ngk,nhl->gkhl", share, p, p)
         shared = entropy[:, None] + entropy - _entropy(joint, (1, 3))
         pairs = shared * (1 - jnp.eye(groups, dtype=p.dtype))
@@ -446,8 +446,7 @@ def forward_forward_loss(
     """
     _checks.number("threshold", threshold)
     _checks.floating("positive", positive)
-    _checks.floating("negative", negative)
-    _checks.shape("negative", negative, positive.shape, "the shape of positive")
+    check_floats("negative", negative, positive.shape, "the shape of positive")
 
     def goodness(h):
         h, present, at = present_scores(h, axis, where, "forward_forward_loss")

@@ -178,12 +178,9 @@ def dynamic_contrastive_distillation_loss(
             raise ValueError(f"{name} must be square, of the same shape as logits, got shape {x.shape}")
     n = logits.shape[0]
     k = _checks.integer("k", k, at_least=1, at_most=n - 1)
-    for name, value in (
-        ("margin", margin),
-        ("margin_weight", margin_weight),
-        ("distillation_weight", distillation_weight),
-    ):
-        _checks.number(name, value, at_least=0)
+    _checks.number("margin", margin, at_least=0)
+    _checks.number("margin_weight", margin_weight, at_least=0)
+    _checks.number("distillation_weight", distillation_weight, at_least=0)
     dtype = accumulation_dtype(logits.dtype)
     x, t = logits.astype(dtype), lax.stop_gradient(teacher_logits).astype(dtype)
     own = jnp.eye(n, dtype=bool)

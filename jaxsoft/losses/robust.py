@@ -52,9 +52,8 @@ def _reverse(nll: Array, label_floor: Any) -> Array:
     return -jnp.log(label_floor) * miss_of(nll)
 
 
-def _loss_of_nll(phi: Callable[[Array], Array], logits: Logits, labels: Array, **arguments: Any) -> Array:
-    """The loss `phi(l)`; the arguments are those of `prepare`."""
-    rows = prepare(logits, labels, soft=False, **arguments)
+def _loss_of_nll(rows: LabelledRows, phi: Callable[[Array], Array]) -> Array:
+    """The loss `phi(nll)` of the rows."""
     return rows.finish(unless_absent(rows.reduce(rows.label_statistics()).nll, phi))
 
 
@@ -101,15 +100,8 @@ def comp_sum_loss(
       [0.505282]
     """
     _checks.number("tau", tau, at_least=0)
-    return _loss_of_nll(
-        lambda nll: _box_cox(nll, tau - 1),
-        logits,
-        labels,
-        axis=axis,
-        where=where,
-        weights=weights,
-        ignore_index=ignore_index,
-    )
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
+    return _loss_of_nll(rows, lambda nll: _box_cox(nll, tau - 1))
 
 
 def generalized_cross_entropy(
@@ -154,15 +146,8 @@ def generalized_cross_entropy(
       [0.478311]
     """
     _checks.number("q", q, at_least=0)
-    return _loss_of_nll(
-        lambda nll: _box_cox(nll, q),
-        logits,
-        labels,
-        axis=axis,
-        where=where,
-        weights=weights,
-        ignore_index=ignore_index,
-    )
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
+    return _loss_of_nll(rows, lambda nll: _box_cox(nll, q))
 
 
 def mean_absolute_error_loss(
@@ -204,9 +189,8 @@ def mean_absolute_error_loss(
       >>> print(jaxsoft.losses.mean_absolute_error_loss(logits, jnp.array([0])).round(6))
       [0.441455]
     """
-    return _loss_of_nll(
-        miss_of, logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index
-    )
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
+    return _loss_of_nll(rows, miss_of)
 
 
 def reverse_cross_entropy(
@@ -250,15 +234,8 @@ def reverse_cross_entropy(
       [4.065949]
     """
     _checks.number("label_floor", label_floor, above=0, below=1)
-    return _loss_of_nll(
-        lambda nll: _reverse(nll, label_floor),
-        logits,
-        labels,
-        axis=axis,
-        where=where,
-        weights=weights,
-        ignore_index=ignore_index,
-    )
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
+    return _loss_of_nll(rows, lambda nll: _reverse(nll, label_floor))
 
 
 def symmetric_cross_entropy(
@@ -307,15 +284,8 @@ def symmetric_cross_entropy(
     _checks.number("alpha", alpha, at_least=0)
     _checks.number("beta", beta, at_least=0)
     _checks.number("label_floor", label_floor, above=0, below=1)
-    return _loss_of_nll(
-        lambda nll: alpha * nll + beta * _reverse(nll, label_floor),
-        logits,
-        labels,
-        axis=axis,
-        where=where,
-        weights=weights,
-        ignore_index=ignore_index,
-    )
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
+    return _loss_of_nll(rows, lambda nll: alpha * nll + beta * _reverse(nll, label_floor))
 
 
 # --- losses divided by their sum over all labels ---------------------------------------------------------
@@ -426,9 +396,7 @@ def normalized_loss(
     _checks.option("loss", loss, _ACTIVE + _PASSIVE)
     _checks.number("q", q, above=0)
     _checks.number("gamma", gamma, at_least=0)
-    rows = prepare(
-        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     return rows.finish(unless_absent(*_normalized(rows, loss, q, gamma)))
 
 
@@ -495,9 +463,7 @@ def active_passive_loss(
     _checks.number("q", q, above=0)
     _checks.number("gamma", gamma, at_least=0)
     _checks.number("label_floor", label_floor, above=0, below=1)
-    rows = prepare(
-        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     nll, normalized = _normalized(rows, active, q, gamma)
 
     def phi(nll):
@@ -565,9 +531,7 @@ def smooth_adversarial_comp_sum_loss(
     """
     _checks.number("tau", tau, at_least=0)
     _checks.number("nu", nu, at_least=0)
-    rows = prepare(
-        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     second = check_second("adversarial_logits", adversarial_logits, logits, rows.axis)
     label = rows.label_statistics()
     (nll, partition), (other_nll, other) = rows.reduce((label, of_second(label, second)))
@@ -627,7 +591,7 @@ def trades_loss(
       [0.80112]
     """
     _checks.number("beta", beta, at_least=0)
-    rows = prepare(logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index)
+    rows = prepare(logits, labels, axis, where, weights, ignore_index)
     second = check_second("adversarial_logits", adversarial_logits, logits, rows.axis)
     (nll, partition), other = rows.reduce(
         (rows.label_statistics(), of_second(reductions.log_partition(), second))

@@ -141,7 +141,7 @@ def brier_loss(
       >>> print(jaxsoft.losses.brier_loss(logits, jnp.full((1, 5), 0.2)).round(6))
       [0.177478]
     """
-    rows = prepare(logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index)
+    rows = prepare(logits, labels, axis, where, weights, ignore_index)
     return rows.finish(_error(rows, "squared l2")[0])
 
 
@@ -194,7 +194,7 @@ def adversarial_brier_loss(
       [0.359392]
     """
     _checks.number("beta", beta, at_least=0)
-    rows = prepare(logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index)
+    rows = prepare(logits, labels, axis, where, weights, ignore_index)
     second = check_second("adversarial_logits", adversarial_logits, logits, rows.axis)
     partition = reductions.log_partition()
     error, out = _error(rows, "squared l2", first=partition, second=of_second(partition, second))
@@ -237,9 +237,7 @@ def spherical_score_loss(
       >>> print(jaxsoft.losses.spherical_score_loss(logits, jnp.array([0])).round(6))
       [-0.909101]
     """
-    rows = prepare(
-        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     label, squares = rows.reduce((rows.label_statistics(), reductions.sum_of_squared_probabilities()))
     norm = jnp.sqrt(jnp.where(label.present, squares, 1))
     loss = unless_absent(label.nll, lambda nll: -jnp.exp(-nll) / norm)
@@ -284,7 +282,7 @@ def confidence_penalty_loss(
       [0.46072]
     """
     _checks.number("beta", beta)
-    rows = prepare(logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index)
+    rows = prepare(logits, labels, axis, where, weights, ignore_index)
     label, moments = rows.reduce((rows.label_statistics(), reductions.softmax_moments(variance=False)))
     return rows.finish(label.nll - beta * moments.entropy)
 
@@ -336,7 +334,7 @@ def el2n_score(
       [-0.353068  0.251503]
     """
     _checks.option("norm", norm, ("l2", "l1", "margin"))
-    rows = prepare(logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index)
+    rows = prepare(logits, labels, axis, where, weights, ignore_index)
     if norm == "margin" and rows.soft:
         raise ValueError("norm='margin' needs class ids as labels, got distributions")
     if norm != "margin":
@@ -391,7 +389,7 @@ def grand_score_linear(
       >>> print(jaxsoft.losses.grand_score_linear(logits, jnp.array([0]), h).round(6))
       [1.530846]
     """
-    rows = prepare(logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index)
+    rows = prepare(logits, labels, axis, where, weights, ignore_index)
     shape = tuple(n for i, n in enumerate(logits.shape) if i != rows.axis)
     _checks.floating("features", features)
     if features.ndim != len(shape) + 1 or features.shape[:-1] != shape:

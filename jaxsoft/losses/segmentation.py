@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import safe_divide
-from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, prepare
+from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, check_floats, prepare
 from jaxsoft.normalizers.inner import present_scores
 from jaxsoft.rows.inner import softmax_with
 
@@ -114,12 +114,11 @@ def tversky_loss(
     _checks.option("log", log, (False, True))
     norm = _checks.integer("norm", norm, at_least=1)
     x, present, axis = present_scores(logits, axis, where, "an overlap loss")
-    rows = prepare(logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index)
+    rows = prepare(logits, labels, axis, where, weights, ignore_index)
     if aggregation != "batch" and x.ndim < 2:
         raise ValueError(f"logits must have an axis of images for aggregation={aggregation!r}, got {x.shape}")
     if class_weights is not None:
-        _checks.floating("class_weights", class_weights)
-        _checks.shape("class_weights", class_weights, (rows.columns,), "one number per class")
+        check_floats("class_weights", class_weights, (rows.columns,), "one number per class")
 
     x, present = (jnp.moveaxis(a, axis, -1) for a in (x, present))  # [images, ..., classes]
     if rows.keep is not None:

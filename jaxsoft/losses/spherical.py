@@ -65,9 +65,7 @@ def spherical_z_loss(
     _checks.number("a", a, above=0)
     _checks.number("b", b)
     _checks.number("eps", eps, at_least=0)
-    rows = prepare(
-        logits, labels, axis=axis, where=where, weights=weights, ignore_index=ignore_index, soft=False
-    )
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     score, moments = rows.reduce((reductions.take(rows.labels), reductions.moments()))
     spread = moments.variance > 0
     std = jnp.where(spread, jnp.sqrt(jnp.where(spread, moments.variance, 1)), 0)

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, as_ids, finite_gauge, log_or_neg_inf, weigh
-from jaxsoft.losses._common import IGNORE_INDEX
+from jaxsoft.losses._common import IGNORE_INDEX, check_weights
 from jaxsoft.rows import Logits, reduce_rows, reductions
 from jaxsoft.rows.inner import check_axis, check_range
 
@@ -214,9 +214,7 @@ def transducer_lattice_loss(
     input_length, input_ok = _lengths("input_lengths", input_lengths, batch, frames)
     label_length, label_ok = _lengths("label_lengths", label_lengths, batch, nodes - 1)
     dtype = accumulation_dtype(blank_log_probs.dtype, label_log_probs.dtype)
-    if weights is not None:
-        _checks.floating("weights", weights)
-        _checks.shape("weights", weights, batch, "one number per example")
+    check_weights(weights, batch)
 
     # After its last frame an alignment waits, with blanks of probability 1 and no labels. The lattice has one more
     # frame and one more label, where every alignment can wait.
@@ -388,9 +386,7 @@ def proportional_odds_loss(
         _checks.shape("scores", scores, (*labels.shape, count), meaning)
     else:
         scores = scores[..., None]
-    if weights is not None:
-        _checks.floating("weights", weights)
-        _checks.shape("weights", weights, labels.shape, "one number per example")
+    check_weights(weights, labels.shape)
     if ignore_index is not None:
         ignore_index = _checks.integer("ignore_index", ignore_index)
     check_range("labels", labels, count + 1, ignore_index)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, safe_divide, weigh
-from jaxsoft.losses._common import prepare
+from jaxsoft.losses._common import check_floats, prepare
 from jaxsoft.losses.classification import cross_entropy
 from jaxsoft.rows import Logits
 from jaxsoft.rows.inner import check_axis, rows_of
@@ -195,13 +195,11 @@ def feasible_dual_update(
 def _constraints(losses, multipliers, epsilon, where) -> tuple[Array, Array, Array]:
     """`l - epsilon` (0 where masked), the multipliers, and the mask."""
     x, keep = _values("losses", losses, where)
-    _checks.floating("multipliers", multipliers)
-    _checks.shape("multipliers", multipliers, x.shape, "the shape of losses")
+    check_floats("multipliers", multipliers, x.shape, "the shape of losses")
     if getattr(epsilon, "ndim", 0) == 0:
         _checks.number("epsilon", epsilon)
     else:
-        _checks.floating("epsilon", epsilon)
-        _checks.shape("epsilon", epsilon, x.shape, "a number, or the shape of losses")
+        check_floats("epsilon", epsilon, x.shape, "a number, or the shape of losses")
         epsilon = jnp.where(keep, epsilon, 0)
     return x - jnp.where(keep, epsilon, 0).astype(x.dtype), jnp.asarray(multipliers, x.dtype), keep
 
@@ -238,16 +236,14 @@ def easy_llp_weights(
       >>> print(w.round(6), (w * 0.3 + (1 - w) * 1.2).round(6))
       1.8 -0.42
     """
-    arrays = []
-    given: dict[str, Any] = {"proportions": proportions, "priors": priors, "bag_size": bag_size}
-    for name, value in given.items():
-        if not hasattr(value, "dtype"):
-            _checks.number(name, value, **({"above": 0} if name == "bag_size" else {}))
-        elif name != "bag_size":
+    for name, value in (("proportions", proportions), ("priors", priors)):
+        if hasattr(value, "dtype"):
             _checks.floating(name, value)
-        elif value.ndim == 0:
-            _checks.number(name, value, above=0)
-        arrays.append(jnp.asarray(value))
+        else:
+            _checks.number(name, value)
+    if getattr(bag_size, "ndim", 0) == 0:
+        _checks.number("bag_size", bag_size, above=0)
+    arrays = [jnp.asarray(value) for value in (proportions, priors, bag_size)]
     try:
         jnp.broadcast_shapes(*(a.shape for a in arrays))
     except ValueError as error:
@@ -304,10 +300,8 @@ def easy_llp_loss(
       [-0.62297]
     """
     axis = check_axis(logits, axis)
-    _checks.floating("proportions", proportions)
-    _checks.shape("proportions", proportions, logits.shape, "the shape of the logits")
-    _checks.floating("priors", priors)
-    _checks.shape("priors", priors, (logits.shape[axis],), "one number per class")
+    check_floats("proportions", proportions, logits.shape, "the shape of the logits")
+    check_floats("priors", priors, (logits.shape[axis],), "one number per class")
     if getattr(bag_size, "ndim", 0) > 0:
         _checks.shape("bag_size", bag_size, rows_of(logits.shape, axis), "a number, or one per example")
         bag_size = jnp.expand_dims(bag_size, -1)
@@ -361,8 +355,7 @@ def shrink_class_space_loss(
     """
     _checks.number("threshold", threshold, above=0, at_most=1)
     axis = check_axis(strong_logits, axis)
-    _checks.floating("weak_probabilities", weak_probabilities)
-    _checks.shape("weak_probabilities", weak_probabilities, strong_logits.shape, "the shape of the logits")
+    check_floats("weak_probabilities", weak_probabilities, strong_logits.shape, "the shape of the logits")
     p, present = _values("weak_probabilities", lax.stop_gradient(weak_probabilities), where)
     p, present = jnp.moveaxis(p, axis, -1), jnp.moveaxis(present, axis, -1)
 

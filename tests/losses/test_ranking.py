@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import close, kinds, logits_of
+from helpers import close, fails, kinds, logits_of
 
 import jaxsoft
 from jaxsoft import losses
