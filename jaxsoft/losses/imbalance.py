@@ -4,7 +4,7 @@ For classes of unequal frequency or spread: cross-entropies with a margin on the
 `cross_entropy` takes `class_weights` too. Its class mask `where` is the masked softmax of continual learning: only the
 classes of the current task compete, and the others get no gradient ("Revisiting Softmax Masking for Stability in
 Continual Learning"). For `linear_logits` without a mask, adding `tau * log(priors)` to the `bias` equals
-`logit_adjusted_cross_entropy`. `examples/imbalanced_losses.py` trains with several of them on long-tailed digits.
+`logit_adjusted_cross_entropy`. `examples/losses/imbalanced.py` trains with several of them on long-tailed digits.
 
 In the formulas `x` are the logits of a row, `y` its label, and `pi` the classes' shares of the training set.
 """

@@ -4,7 +4,7 @@ Terms against unfounded confidence, to be added to the cross-entropy: they shape
 `E = -T logsumexp(x / T)` of inputs inside and outside the distribution. `dro_temperature_loss` trains a
 `jaxsoft.normalizers.temperature_network`.
 
-`examples/out_of_distribution_losses.py` trains with them on some of the digits and measures how well the other digits
+`examples/losses/out_of_distribution.py` trains with them on some of the digits and measures how well the other digits
 are detected. There the energy of plain cross-entropy already separates known from unknown digits best; training with
 two kinds of outliers does not help to detect two others.
 """

@@ -5,7 +5,7 @@ adversarial neighbour.
 
 `generalized_cross_entropy`, `mean_absolute_error_loss`, `reverse_cross_entropy` and `symmetric_cross_entropy` are
 functions of the label's probability alone, all of them sums of members of the family `comp_sum_loss`; `normalized_loss`
-and `active_passive_loss` read the other classes, too. `examples/robust_losses.py` compares them on digits of which 40%
+and `active_passive_loss` read the other classes, too. `examples/losses/robust.py` compares them on digits of which 40%
 have wrong labels.
 
 `smooth_adversarial_comp_sum_loss` and `trades_loss` take the logits of the examples and of their perturbed copies,

@@ -2,7 +2,7 @@
 
 The Jaccard index, the Dice score and the Tversky index of soft counts, per class. They are functions of all pixels
 together, not of single pixels, take class ids or soft labels, and are usually added to a cross-entropy.
-`examples/segmentation_losses.py` trains with each of them, side by side.
+`examples/losses/segmentation.py` trains with each of them, side by side.
 
 For one class, `x` are the probabilities of its pixels and `t` its labels, 0, 1 or anything between. With soft
 counts of true positives `tp`, false positives `fp` and false negatives `fn`,

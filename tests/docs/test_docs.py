@@ -222,6 +222,15 @@ def test_the_citation_is_of_this_version():
     assert f"\nversion: {jaxsoft.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
+def test_files_that_are_named_exist():
+    """In code of the pages and of the docstrings: `examples/losses/robust.py`, ..."""
+    folders = "examples|benchmarks|tests|docs|jaxsoft"
+    named = re.compile(rf"`[^`\n]*?\b((?:{folders})/[\w/.-]*\.(?:py|md|json|toml|txt))\b[^`\n]*`")
+    for path in (README, ROOT / "CONTRIBUTING.md", *PAGES, *(ROOT / "jaxsoft").rglob("*.py")):
+        for name in named.findall(path.read_text(encoding="utf-8")):
+            assert (ROOT / name).exists(), f"{relative(path)} names {name}"
+
+
 def test_the_license_is_apache():
     text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert "Apache License" in text and "END OF TERMS AND CONDITIONS" in text
