@@ -104,7 +104,7 @@ def dense_soft(q, v, landmarks, scale, ridge, symmetric):
     if symmetric:
         d = np.diag(inner.sum(-1) ** -0.5)
         inverse = d @ inverse @ d
-    return near_landmarks @ inverse @ near.T @ v
+    return near_landmarks @ inverse @ near_landmarks.T @ v
 
 
 def arrays(length, seed=0):

@@ -163,7 +163,7 @@ class TestProcesses:
         assert run.dropped == ["the rest of attention: the process ended with -6 in x: jaxsoft"]
 
     def test_what_there_is_no_time_for(self, benchmark, tmp_path, monkeypatch, capsys):
-        monkeypatch.setattr(benchmark._choice, "device", lambda: ("tpu", "TPU v5 lite"))
+        monkeypatch.setattr(benchmark, "device", lambda: ("tpu", "TPU v5 lite"))
         benchmark.main(["--seconds", "1", "--out", str(tmp_path / "r.json")])
         record = json.loads((tmp_path / "r.json").read_text())
         assert record["left_out"] == [f"{name}: no time was left" for name in benchmark.parts()]
