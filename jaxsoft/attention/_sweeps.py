@@ -189,6 +189,8 @@ def _tile(spec: AttentionSpec, block: Block, raw: Array, rows: dict, cols: dict,
         keeps.append(rows["segment"][:, None] == cols["segment"][None, :])
     if entries["keep"] is not None:
         keeps.append(entries["keep"] != 0)
+    if block.inside is not None:  # the backend's tile may be larger than the caller's blocks
+        keeps.append(block.inside)
     if keeps:
         x = jnp.where(functools.reduce(jnp.logical_and, keeps), x, -jnp.inf)
     at = block.col + spec.key_offset if k is None else jnp.broadcast_to(k, x.shape)

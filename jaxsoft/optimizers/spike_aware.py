@@ -26,17 +26,16 @@ from jaxsoft.optimizers._common import (
 # The formulas. Trees come in at least float32; `count` is the number of this step, from 1.
 
 
-def _cosine_decay(step: jax.Array, steps: Scalar, high: Scalar, low: Scalar) -> jax.Array:
-    """`high` at step 0, falling along half a cosine, `low` from step `steps` on."""
-    cosine = jnp.cos(jnp.pi * step / (jnp.asarray(steps) + 1))
-    return jnp.where(step < steps, low + (jnp.asarray(high) - low) * (1 + cosine) / 2, low)
+def _half_cosine(step: jax.Array, steps: Scalar) -> jax.Array:
+    """1 at step 0, falling along the half cosine that reaches 0 at step `steps + 1`."""
+    return (1 + jnp.cos(jnp.pi * step / (jnp.asarray(steps) + 1))) / 2
 
 
 def _warmup_factor(count: jax.Array, reset_every: Scalar, warmup_steps: Scalar) -> jax.Array:
     """1 before the first reset; 0.01 at a reset (a multiple of `reset_every`), 1 again `warmup_steps` later."""
-    return jnp.where(
-        count < reset_every, 1.0, 1 - _cosine_decay(count % reset_every, warmup_steps, 0.99, 0.0)
-    )
+    step = count % reset_every
+    lacking = jnp.where(step < warmup_steps, 0.99 * _half_cosine(step, warmup_steps), 0)
+    return jnp.where(count < reset_every, 1.0, 1 - lacking)
 
 
 def _zero_if(condition: jax.Array, tree: Any) -> Any:
@@ -580,8 +579,8 @@ def scale_by_stable_spam(
         m <- s b1 m + (1 - s b1) g        v <- b2 v + (1 - b2) g^2
         direction = m / (1 - (s b1)^q) / (sqrt(v / (1 - b2^q)) + eps)
 
-    where s is 1 or, with `total_steps`, falls from 1 to `eta_min` along half a cosine. Without `total_steps`
-    it is `optax.chain(adaptive_spike_clip(gamma3), adaptive_gradient_norm(gamma1, gamma2, eps),
+    where s is 1 or, with `total_steps`, falls from 1 to `eta_min` along a half cosine that ends one step later.
+    Without `total_steps` it is `optax.chain(adaptive_spike_clip(gamma3), adaptive_gradient_norm(gamma1, gamma2, eps),
     momentum_reset(optax.scale_by_adam(b1, b2, eps), reset_every, reset_counts=True))`.
 
     The trajectory does not depend on the scale of the gradients, up to `eps`. A leaf with nothing but tiny noise takes
@@ -642,7 +641,11 @@ def scale_by_stable_spam(
         del params, extra
         count = jnp.asarray(optax.safe_increment(state.count))
         since_reset = jnp.where(count < reset_every, count, count % reset_every + 1)
-        s = 1.0 if total_steps is None else _cosine_decay(count, total_steps, 1.0, eta_min)
+        s: Any = 1.0
+        if total_steps is not None:  # the last step still has the cosine's factor
+            s = eta_min + (1 - jnp.asarray(eta_min)) * jnp.where(
+                count <= total_steps, _half_cosine(count, total_steps), 0
+            )
         b1_now, gamma1_now = s * b1, s * rate1
 
         g = _common.widen(updates)

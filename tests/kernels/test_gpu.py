@@ -299,6 +299,18 @@ def test_attention(normalizer, batch, heads, width):
     agree(got, want, 1.5e-2)
 
 
+@interpreter
+@pytest.mark.parametrize(("keys", "blocks"), [(8, (None, None)), (64, (None, None)), (192, (64, 64))])
+def test_attention_to_keys_that_do_not_fill_the_tile(keys, blocks):
+    """The backend's tile has 128 columns; those beyond the last key have no weight."""
+    shapes = (1, 70, 1, 64), (1, keys, 1, 64), (1, keys, 1, 64)
+    q, k, v = (normal(i, shape).astype(jnp.bfloat16) for i, shape in enumerate(shapes))
+    want = _attention(q, k, v, "xla", block_sizes=blocks)
+    with jaxsoft.kernels.interpreted():
+        got = _attention(q, k, v, "mosaic_gpu", block_sizes=blocks)
+    agree(got, want, 1.5e-2)
+
+
 # --- what it refuses ---------------------------------------------------------------------------------------------
 
 

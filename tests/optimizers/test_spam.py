@@ -284,6 +284,11 @@ def test_stable_spam_worked_example_with_total_steps():
     close(out, expected, 1e-11)
 
 
+def test_stable_spam_the_last_step_still_has_the_factor_of_the_cosine():
+    out = worked(o.stable_spam(0.1, weight_decay=0.1, total_steps=3), steps=3)
+    close(out[2], [0.81740719, -2.12113625], 1e-8)
+
+
 @pytest.mark.parametrize("gap", [1000, 13])
 def test_stable_spam_equals_pytorch_optimizer(gap):
     start, grads = random_problem()
