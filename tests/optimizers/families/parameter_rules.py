@@ -12,8 +12,8 @@ def norm_loss_descent(coefficient=0.1, target=1.0):
     return optax.chain(o.add_norm_loss_gradient(coefficient, target=target), optax.sgd(1e-2))
 
 
-def rate_descent(coefficient=0.1, epsilon=1e-4):
-    return optax.chain(o.add_rate_gradient(coefficient, epsilon=epsilon), optax.sgd(1e-2))
+def rate_descent(coefficient=0.1, eps=1e-4):
+    return optax.chain(o.add_rate_gradient(coefficient, eps=eps), optax.sgd(1e-2))
 
 
 def delta_descent(weight_decay=0.1):

@@ -23,6 +23,6 @@ CASES = {
         exports=("scale_by_multipliers",),
     ),
     "scale_by_multipliers_refreshed": Case(
-        functools.partial(o.scale_by_multipliers, multipliers=by_spectrum, every=2),
+        functools.partial(o.scale_by_multipliers, multipliers=by_spectrum, update_every=2),
     ),
 }
