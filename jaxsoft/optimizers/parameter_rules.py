@@ -136,9 +136,11 @@ def add_rate_gradient(
         if not jax.tree.leaves(p):
             return g
         s = shape_by_moments(jax.tree.leaves(p)) if shape is None else shape
-        return jax.tree.map(
-            lambda g, w: g + coefficient * (s * jnp.sign(w) * (jnp.abs(w) + eps) ** (s - 1)), g, p
-        )
+
+        def leaf(g, w):  # not jnp.abs(w), which the compiler would store, since the moments need it first
+            return g + coefficient * (s * jnp.sign(w) * (w * jnp.sign(w) + eps) ** (s - 1))
+
+        return jax.tree.map(leaf, g, p)
 
     return _with_params("add_rate_gradient", rule, mask)
 
