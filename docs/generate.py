@@ -14,6 +14,7 @@ import inspect
 import pathlib
 import re
 import sys
+import textwrap
 from collections.abc import Iterable
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -133,9 +134,13 @@ def address(module: str) -> str:
     return f"{path}/index.md" if module in PACKAGES else f"{path}.md"
 
 
+_EXAMPLE = re.compile(r"^Example:\n((?:  .*\n|\n)+)", re.MULTILINE)
+
+
 def heading(module: str) -> tuple[str, str]:
     """Title and introduction of a page: the first line of the module's docstring, and the rest."""
     first, _, rest = (inspect.getdoc(importlib.import_module(module)) or module).partition("\n")
+    rest = _EXAMPLE.sub(lambda m: f"```pycon\n{textwrap.dedent(m[1]).strip()}\n```\n", f"{rest.strip()}\n")
     return first.rstrip("."), rest.strip()
 
 

@@ -128,6 +128,12 @@ def test_every_module_with_exports_has_a_page_in_the_navigation():
     assert generate.address("jaxsoft.rows._weighted") == "api/rows/weighted.md"
 
 
+def test_examples_of_modules_are_code():
+    fenced = re.compile(r"^```pycon\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    pages = [page for page in generate.pages().values() if ">>>" in page]
+    assert pages and all(">>>" not in fenced.sub("", page) for page in pages)
+
+
 def test_names_in_the_text_become_links():
     linked = '<autoref identifier="jaxsoft.losses.focal_loss" optional><code>focal_loss</code></autoref>'
     assert generate.linked("<p><code>focal_loss</code></p>") == f"<p>{linked}</p>"
