@@ -1,22 +1,20 @@
 """Settings of all tests: two virtual devices, a persistent compilation cache, a float64 switch."""
 
 import contextlib
+import gc
 import importlib.metadata
 import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiling dominates the tests; with few XLA optimizations it takes a third of the time. The newest versions lack
-# one of the flags; there the tests run with the default optimizations, as users do.
-os.environ["XLA_FLAGS"] = " ".join(
-    ["--xla_force_host_platform_device_count=2"]
-    + (
-        ["--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"]
-        if importlib.metadata.version("jaxlib").startswith("0.10.")
-        else []
-    )
-    + [os.environ.get("XLA_FLAGS", "")]
-)
+# Compiling dominates the tests; with few optimizations and no pieces compiled side by side it takes a third of the time.
+# One flag exists in the oldest versions only. `JAXSOFT_OPTIMIZED=1` runs the tests with the code that users run.
+_FLAGS = ["--xla_force_host_platform_device_count=2"]
+if not os.environ.get("JAXSOFT_OPTIMIZED"):
+    _FLAGS += ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
+    if importlib.metadata.version("jaxlib").startswith("0.10."):
+        _FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
+os.environ["XLA_FLAGS"] = " ".join([*_FLAGS, os.environ.get("XLA_FLAGS", "")])
 
 import jax
 import numpy as np
@@ -27,6 +25,8 @@ jax.config.update(
     "jax_compilation_cache_dir", os.environ.get("JAXSOFT_CACHE", str(_ROOT / ".venv" / "jax_cache"))
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_traceback_in_locations_limit", 0)  # a tenth of the time of lowering
+gc.set_threshold(50_000, 20, 20)  # tracing makes millions of objects, few of them in cycles
 
 
 @contextlib.contextmanager
