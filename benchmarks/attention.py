@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import pathlib
-import platform
 import time
 
 import jax
 import jax.numpy as jnp
+import machine
 from rich.console import Console
 from rich.table import Table
 
@@ -101,11 +100,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     console = Console(width=120)
-    results = {
-        "jax": jax.__version__,
-        "machine": f"{platform.machine()}, {jax.default_backend()}",
-        "runs": [],
-    }
+    runs = []
     some = ["softmax", "softpick"]
     for length, causal, names in ((4096, False, list(NORMALIZERS)), (4096, True, some), (8192, True, some)):
         rows = measure(length, args.heads, args.dim, causal, names, args.repeats)
@@ -127,10 +122,8 @@ def main() -> None:
                 f"1/{1 / memory['memory_ratio']:.0f}",
             )
         console.print(table)
-        results["runs"].append(dict(length=length, causal=causal, heads=args.heads, dim=args.dim, rows=rows))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(results, indent=1) + "\n")
-    console.print(f"written to {args.out}")
+        runs.append(dict(length=length, causal=causal, heads=args.heads, dim=args.dim, rows=rows))
+    machine.save(args.out, {"runs": runs})
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import concurrent.futures
 import json
 import math
 import pathlib
-import platform
 import re
 import sys
 import time
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import machine
 import numpy as np
 from rich.console import Console
 
@@ -92,8 +92,7 @@ class Run:
         """Writes the record."""
         record = {
             "device": jax.devices()[0].device_kind,
-            "machine": f"{platform.machine()}, {jax.default_backend()}",
-            "jax": jax.__version__,
+            "machine": machine.description(),
             "implementation": self.implementation,
             "smoke": self.smoke,
             "ceilings": self.ceilings,

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import math
 import pathlib
 import statistics
@@ -33,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
+import machine
 import train_lm
 
 from jaxsoft import losses, optimizers
@@ -180,9 +180,8 @@ def write(args: argparse.Namespace, rows: list[dict], curves: dict) -> None:
     import matplotlib.pyplot as plt
 
     args.results.mkdir(parents=True, exist_ok=True)
-    settings = {"sizes": SIZES, "options": sys.argv[1:], "jax": jax.__version__, "optax": optax.__version__}
     path = args.results / "hostile_training.json"
-    path.write_text(json.dumps({**settings, "rows": rows}, indent=1) + "\n")
+    machine.save(path, {"sizes": SIZES, "options": sys.argv[1:], "rows": rows})
     figure, axes = plt.subplots(1, len(args.settings), figsize=(4.2 * len(args.settings), 3.6), squeeze=False)
     for axis, kind in zip(axes[0], args.settings):
         for name in OPTIMIZERS:

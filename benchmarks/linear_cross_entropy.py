@@ -9,13 +9,12 @@ same run) and writes benchmarks/results/linear_cross_entropy.json.
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
-import platform
 import statistics
 import time
 
 import jax
+import machine
 import optax
 from rich.console import Console
 from rich.table import Table
@@ -116,11 +115,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     console = Console()
-    results = {
-        "jax": jax.__version__,
-        "machine": f"{platform.machine()}, {jax.default_backend()}",
-        "runs": [],
-    }
+    runs = []
     for tokens in args.tokens:
         rows = measure(
             tokens, args.dim, args.vocab, args.repeats if tokens <= 4096 else max(3, args.repeats // 2)
@@ -137,10 +132,8 @@ def main() -> None:
                 f"1/{1 / row['memory_ratio']:.1f}",
             )
         console.print(table)
-        results["runs"].append(dict(tokens=tokens, dim=args.dim, vocab=args.vocab, rows=rows))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(results, indent=1) + "\n")
-    console.print(f"written to {args.out}")
+        runs.append(dict(tokens=tokens, dim=args.dim, vocab=args.vocab, rows=rows))
+    machine.save(args.out, {"runs": runs})
 
 
 if __name__ == "__main__":

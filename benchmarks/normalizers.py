@@ -10,16 +10,14 @@ number of threads.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import pathlib
-import platform
 import statistics
 import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import machine
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -146,17 +144,8 @@ def main() -> None:
     for name, values in cells.items():
         table.add_row(name, *values)
     console.print(table)
-    results = {
-        "jax": jax.__version__,
-        "machine": f"{platform.machine()}, {jax.default_backend()}, {os.cpu_count()} cores",
-        "rows": args.rows,
-        "columns": args.columns,
-        "spread": args.spread,
-        "results": measured,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(results, indent=1) + "\n")
-    console.print(f"written to {args.out}")
+    sizes = {"rows": args.rows, "columns": args.columns, "spread": args.spread}
+    machine.save(args.out, {**sizes, "results": measured})
 
 
 if __name__ == "__main__":

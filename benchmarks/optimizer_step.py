@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import pathlib
 import time
@@ -22,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import machine
 import optax
 
 from jaxsoft import optimizers
@@ -168,15 +168,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{args.params / 1e6:g}M float32 parameters, {jax.devices()[0]}, jax {jax.__version__}, median ms")
     print(f"{'step':<30}{'ms':>9}{'floor':>9}{'ratio':>8}{'state B/param':>15}{'temp B/param':>14}")
     rows = {}
-    if args.only and args.out.exists():
-        rows = {row["step"]: row for row in json.loads(args.out.read_text())["rows"]}
-    context = {
-        "device": str(jax.devices()[0]),
-        "jax": jax.__version__,
-        "optax": optax.__version__,
-        "bar": BAR,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    if args.only:
+        rows = {row["step"]: row for row in machine.own(machine.load(args.out)).get("rows", [])}
     for name in args.only or CONTESTANTS:
         rows[name] = {"step": name, "repeats": args.repeats}
         rows[name] |= measure(CONTESTANTS[name], args.params, args.repeats)
@@ -186,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
             line.format(**rows[name]) + ("" if rows[name]["ratio"] <= BAR else "  above the bar"), flush=True
         )
         ordered = [rows[name] for name in CONTESTANTS if name in rows]
-        args.out.write_text(json.dumps(context | {"rows": ordered}, indent=2) + "\n")
+        machine.save(args.out, {"bar": BAR, "rows": ordered})
 
 
 if __name__ == "__main__":

@@ -8,15 +8,14 @@ that of softmax, time per step) and writes benchmarks/results/train_normalizers.
 
 from __future__ import annotations
 
-import json
 import pathlib
 import sys
 
-import jax
 from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
+import machine
 import train_lm
 
 SIZES = "--steps 150 --batch 8 --sequence 128 --width 128 --layers 2 --heads 4 --vocab 4096 --source-mb 1"
@@ -51,9 +50,7 @@ def main() -> None:
         )
     Console(width=100).print(table)
     out = pathlib.Path(__file__).parent / "results" / "train_normalizers.json"
-    settings = {"sizes": SIZES, "options": sys.argv[1:], "jax": jax.__version__}
-    out.write_text(json.dumps({**settings, "rows": rows}, indent=1) + "\n")
-    print(f"written to {out}")
+    machine.save(out, {"sizes": SIZES, "options": sys.argv[1:], "rows": rows})
 
 
 if __name__ == "__main__":

@@ -9,14 +9,12 @@ to the dense form of the same run; writes benchmarks/results/two_heads.json.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import pathlib
-import platform
 import time
 
 import jax
 import jax.numpy as jnp
+import machine
 import optax
 from rich.console import Console
 from rich.table import Table
@@ -121,13 +119,7 @@ def main() -> None:
             )
         Console(highlight=False).print(table)
     path = pathlib.Path(__file__).parent / "results" / "two_heads.json"
-    machine = dict(
-        backend=jax.default_backend(),
-        cpus=os.cpu_count(),
-        jax=jax.__version__,
-        python=platform.python_version(),
-    )
-    path.write_text(json.dumps(dict(machine=machine, results=results), indent=1) + "\n")
+    machine.save(path, {"results": results})
 
 
 if __name__ == "__main__":

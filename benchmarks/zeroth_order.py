@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import pathlib
 import time
 
 import jax
 import jax.numpy as jnp
+import machine
 import optax
 
 from jaxsoft import optimizers
@@ -161,9 +161,8 @@ def main():
                 print(line.format(**row), flush=True)
                 rows.append(row)
 
-    args.out.parent.mkdir(exist_ok=True)
-    context = vars(args) | {"out": None, "device": str(jax.devices()[0]), "jax": jax.__version__}
-    args.out.write_text(json.dumps(context | {"optax": optax.__version__, "rows": rows}, indent=2) + "\n")
+    sizes = {name: value for name, value in vars(args).items() if name != "out"}
+    machine.save(args.out, {**sizes, "rows": rows})
 
 
 if __name__ == "__main__":
