@@ -30,6 +30,8 @@ PACKAGES = ["jaxsoft"] + [
 ]
 MODULES = ["jaxsoft.rows.reductions"]  # public modules that are no packages: their public names are exports
 TABLE = "losses-table.md"
+SOUGHT = ["jaxsoft.losses.classification", "jaxsoft.attention._dot_product"]
+LISTS = "---\nsearch:\n  boost: 0.3\n---\n"  # pages of lists come after what they list
 
 
 class Export(NamedTuple):
@@ -144,17 +146,23 @@ def heading(module: str) -> tuple[str, str]:
     return first.rstrip("."), rest.strip()
 
 
+def found_first(module: str) -> bool:
+    """Whether the search ranks a module's page above others: what is used first, and what the top level exports."""
+    return module in SOUGHT or any(e.names[0].count(".") == 1 for e in by_module(exports())[module])
+
+
 def module_page(module: str) -> str:
     """The page of a module: its docstring and its exports."""
     title, text = heading(module)
     members = [f"::: {export.names[0]}\n" for export in by_module(exports())[module]]
-    return "\n".join([f"# {title}\n", f"{text}\n", *members])
+    front = ["---\nsearch:\n  boost: 4\n---\n"] if found_first(module) else []
+    return "\n".join([*front, f"# {title}\n", f"{text}\n", *members])
 
 
 def overview_page(package: str) -> str:
     """The page of a package: its docstring, and a table of its exports for each module that defines some."""
     title, text = heading(package)
-    lines = [f"# {package}\n", f"{title}.\n", f"{text}\n"]
+    lines = [LISTS, f"# {package}\n", f"{title}.\n", f"{text}\n"]
     up = "../" * address(package).count("/")
     if package == PACKAGES[0]:
         lines.append("| | |\n| --- | --- |")
@@ -196,6 +204,8 @@ def navigation() -> list[Any]:
 HEAD = """\
 ---
 hide: [toc]
+search:
+  boost: 0.3
 ---
 
 # Table of losses
