@@ -77,6 +77,11 @@ def value_and_gradient(entry):
     return both
 
 
+def shared_value(entry):
+    """The results alone, by the program of another law: less time than a program of its own."""
+    return lambda x, given: value_and_gradient(entry)(x, given, {})[0]
+
+
 def row_mask(entry, given, leading=LEADING, columns=V):
     """A mask that differs by row and keeps at least two columns, the labels among them."""
     mask = np.array(np.random.default_rng(seed_of(entry) + 2).random((*leading, columns)) < 0.6)
@@ -126,22 +131,26 @@ def test_derivatives_are_those_of_finite_differences(entry, x64):
     rng = np.random.default_rng(1)
     point = (x, real)
     direction = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape) * (np.asarray(a) != 0)), point)
-    value_and_grad = jax.jit(jax.value_and_grad(f))
     step = 1e-5
-
-    def at(t):
-        return value_and_grad(jax.tree.map(lambda a, d: a + t * d, point, direction))
 
     def dot(a, b):
         return sum(jnp.vdot(u, v) for u, v in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
 
-    (low, g_low), (high, g_high), (_, gradient) = at(-step), at(step), at(0.0)
+    @jax.jit
+    def at(t):
+        """Gradient, value and derivative along the direction, and that of the gradient."""
+        moved = jax.tree.map(lambda a, d: a + t * d, point, direction)
+        if entry.second_order:
+            gradient, curvature = jax.jvp(jax.grad(f), (moved,), (direction,))
+        else:
+            gradient, curvature = jax.grad(f)(moved), None
+        return gradient, *jax.jvp(f, (moved,), (direction,)), curvature
+
+    (g_low, low, *_), (g_high, high, *_), (gradient, _, forward, curvature) = map(at, (-step, step, 0.0))
     slope = (high - low) / (2 * step)
     np.testing.assert_allclose(dot(gradient, direction), slope, rtol=1e-6, atol=1e-8)
-    _, forward = jax.jvp(jax.jit(f), (point,), (direction,))
     np.testing.assert_allclose(forward, slope, rtol=1e-6, atol=1e-8)
     if entry.second_order:
-        _, curvature = jax.jvp(jax.jit(jax.grad(f)), (point,), (direction,))
         numeric = jax.tree.map(lambda h, lo: (h - lo) / (2 * step), g_high, g_low)
         trees_close(curvature, numeric, 1e-5)
         if entry.thorough:
@@ -192,16 +201,14 @@ def test_a_row_without_entries(entry):
             assert jnp.all(gradient[0, 1] == 0) and jnp.all(jnp.isfinite(gradient))
 
 
-def exact(entry, x, given):
-    """The float results for the same numbers in float64."""
+def exact(x, given, program):
+    """The float results of a program for the same numbers in float64."""
     with float64():
         given = {
             k: jnp.asarray(np.asarray(a, np.float64)) if a.dtype == np.float32 else a
             for k, a in given.items()
         }
-        return [
-            np.asarray(a) for a in floats(value(entry)(jnp.asarray(np.asarray(x, np.float64)), given, {}))
-        ]
+        return [np.asarray(a) for a in floats(program(jnp.asarray(np.asarray(x, np.float64)), given))]
 
 
 @pytest.mark.parametrize(
@@ -215,7 +222,7 @@ def test_half_precision_is_accumulated_in_float32(entry, dtype):
     given = inputs_of(entry, columns=columns)
     result, gradient = value_and_gradient(entry)(x, given, {})
     keeps_dtype = entry.dense_only or entry.export.endswith("softmax_top_k")
-    for a, b in zip(floats(result), exact(entry, x, given)):
+    for a, b in zip(floats(result), exact(x, given, lambda x, given: value(entry)(x, given, {}))):
         assert a.dtype == (dtype if keeps_dtype else jnp.float32)
         error = np.abs(np.asarray(a, np.float64) - b) / np.maximum(1, np.abs(b))
         assert error.max() <= entry.low, error.max()
@@ -229,7 +236,7 @@ def test_huge_logits(entry, offset):
     x = scores(entry) + jnp.float32(offset)
     given = inputs_of(entry)
     result, gradient = value_and_gradient(entry)(x, given, {})
-    for a, b in zip(floats(result), exact(entry, x, given)):
+    for a, b in zip(floats(result), exact(x, given, shared_value(entry))):
         assert np.all(np.abs(np.asarray(a, np.float64) - b) <= entry.huge * np.maximum(1, np.abs(b)))
     if entry.differentiable:
         assert jnp.all(jnp.isfinite(gradient))
@@ -248,7 +255,7 @@ def test_rows_of_size_one(entry):
 @every
 def test_invariances(entry, x64):
     x, given = scores(entry, dtype=np.float64), inputs_of(entry, dtype=np.float64)
-    f = lambda x, given: value(entry)(x, given, {})
+    f = shared_value(entry)
     base = floats(f(x, given))
     if entry.shift is not None:
         shift = jnp.asarray(np.random.default_rng(5).normal(size=LEADING))
@@ -414,7 +421,7 @@ def test_weighted_sum_is_the_sum_of_weighted_losses(entry, x64):
 def test_ignored_and_unweighted_examples(entry):
     x, given = scores(entry), inputs_of(entry)
     name = entry.inputs[0]
-    plain = value(entry)(x, given, {})
+    plain = shared_value(entry)(x, given)
     weights = jnp.asarray(np.random.default_rng(9).random(LEADING), jnp.float32).at[1, 0].set(0)
     spoiled = x.at[1, 0].set(jnp.nan)
     np.testing.assert_allclose(value(entry)(spoiled, given, {"weights": weights}), weights * plain, rtol=1e-6)
