@@ -1,4 +1,9 @@
-"""The matrix product of linear logits, in one dtype forward and backward."""
+"""The matrix product of linear logits, in one dtype forward and backward.
+
+JAX differentiates `lax.dot_general` into products with the cotangent of the result. If half-precision matrices have a
+float32 result, those multiply in float32; if the result is in half precision, theirs are, too. `_product_p` multiplies
+in half precision with a float32 result, and its derivatives are products of the same kind.
+"""
 
 from __future__ import annotations
 
@@ -8,39 +13,97 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jaxsoft._numerics import accumulation_dtype
+from jaxsoft._trees import align_varying
 
 
 def product(a: Array, b: Array, contract: tuple[int, int], dtype: Any, precision: Any) -> Array:
-    """`a @ b` over one axis of each: multiplied in `dtype`, with all its derivatives; summed in float32 or wider."""
-    a, b = a.astype(dtype), b.astype(dtype)
+    """`a @ b` over one axis of each: multiplied in `dtype`, as are its derivatives; summed in float32 or wider."""
+    dimension_numbers = (((contract[0],), (contract[1],)), ((), ()))
+    if dtype == accumulation_dtype(dtype):
+        return _dot(a, b, dimension_numbers=dimension_numbers, dtype=dtype, precision=precision, sharding=None)
+    a, b = align_varying((a, b))
+    return _product_p.bind(a, b, dimension_numbers=dimension_numbers, dtype=dtype, precision=precision, sharding=None)
+
+
+def _dot(a: Array, b: Array, *, dimension_numbers, dtype, precision, sharding, multiply_in=None) -> Array:
+    """`lax.dot_general` of operands rounded to `dtype`."""
+    a, b = (x.astype(dtype).astype(multiply_in or dtype) for x in (a, b))
     wide = accumulation_dtype(dtype)
-    return (_dot if dtype == wide else _half)(a, b, contract, precision, wide)
+    return lax.dot_general(
+        a, b, dimension_numbers, precision=precision, preferred_element_type=wide, out_sharding=sharding
+    )
 
 
-def _dot(a: Array, b: Array, contract: tuple[int, int], precision: Any, dtype: Any) -> Array:
-    dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=dtype)
+# --- the primitive -------------------------------------------------------------------------------------------
 
 
-# JAX transposes a product into one of the result's cotangent, whose dtype is that of the result. For a float32 result
-# of half-precision matrices, it would multiply in float32. So the tangents have half-precision results: their
-# transposes round the cotangent, and XLA sums in float32 within them.
-_half = jax.custom_jvp(_dot, nondiff_argnums=(2, 3, 4))
+def _abstract(a, b, **options):
+    return jax.make_jaxpr(functools.partial(_dot, **options))(a, b).out_avals[0]
 
 
-def _half_jvp(contract, precision, wide, primals, tangents):
-    (a, b), (da, db) = primals, tangents
-    out = _half(a, b, contract, precision, wide)
-    terms = [
-        _dot(*pair, contract, precision, a.dtype).astype(wide)
-        for pair in ((da, b), (a, db))
-        if not any(isinstance(factor, SymbolicZero) for factor in pair)
-    ]
-    return out, functools.reduce(jnp.add, terms) if terms else jnp.zeros_like(out)
+def _batched(operands, axes, *, dimension_numbers, sharding, **options) -> tuple[Array, int]:
+    (a, b), contract, batch = operands, *dimension_numbers
+    spec = None if sharding is None else list(sharding.spec)
+    moved = [x if axis is None else jnp.moveaxis(x, axis, 0) for x, axis in zip((a, b), axes)]
+    shift = [0 if axis is None else 1 for axis in axes]
+    contract, batch = (
+        tuple(tuple(i + s for i in own) for own, s in zip(pair, shift)) for pair in (contract, batch)
+    )
+    if None not in axes:
+        batch, out = tuple((0, *own) for own in batch), 0
+    else:  # one more free axis of one operand, the first of them
+        out = len(batch[0]) + (0 if axes[1] is None else a.ndim - len(batch[0]) - len(contract[0]))
+    if sharding is not None:
+        x = moved[0] if axes[1] is None else moved[1]
+        spec.insert(out, jax.typeof(x).sharding.spec[0])
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec))
+    return _product_p.bind(*moved, dimension_numbers=(contract, batch), sharding=sharding, **options), out
 
 
-_half.defjvp(_half_jvp, symbolic_zeros=True)
+def _pull(cotangent, x, y, y_axes, x_dims, y_dims, options) -> Array:
+    """The cotangent of one operand, x; `y_axes` are the axes of the product's cotangent that are free axes of y."""
+    (x_contract, x_batch), (y_contract, y_batch) = x_dims, y_dims
+    x_free = [i for i in range(x.aval.ndim) if i not in (*x_contract, *x_batch)]
+    y_free = tuple(i for i in range(y.ndim) if i not in (*y_contract, *y_batch))
+    dimension_numbers = ((tuple(y_axes), y_free), (tuple(range(len(y_batch))), y_batch))
+    order = (*x_batch, *x_free, *(i for _, i in sorted(zip(y_contract, x_contract))))
+    to = x.aval.sharding
+    sharding = None if to.mesh.empty else NamedSharding(to.mesh, PartitionSpec(*(to.spec[i] for i in order)))
+    options = {**options, "dimension_numbers": dimension_numbers, "sharding": sharding}
+    out = _product_p.bind(cotangent, y, **options)
+    return jnp.transpose(out, [order.index(i) for i in range(len(order))]).astype(x.aval.dtype)
+
+
+def _pull_left(cotangent, a, b, **options) -> Array:
+    a_dims, b_dims = zip(*options["dimension_numbers"])
+    axes = range(a.aval.ndim - len(a_dims[0]), cotangent.ndim)
+    return _pull(cotangent, a, b, axes, a_dims, b_dims, options)
+
+
+def _pull_right(cotangent, a, b, **options) -> Array:
+    a_dims, b_dims = zip(*options["dimension_numbers"])
+    axes = range(len(a_dims[1]), a.ndim - len(a_dims[0]))
+    return _pull(cotangent, b, a, axes, b_dims, a_dims, options)
+
+
+@functools.partial(jax.jit, static_argnames=("dimension_numbers", "dtype", "precision", "sharding"))
+def _run(a, b, **options):
+    return _product_p.bind(a, b, **options)
+
+
+_product_p = Primitive("half_precision_product")
+_product_p.def_impl(_run)
+_product_p.def_abstract_eval(_abstract)
+ad.defbilinear(_product_p, _pull_left, _pull_right)
+batching.primitive_batchers[_product_p] = _batched
+mlir.register_lowering(_product_p, mlir.lower_fun(_dot, multiple_results=False))
+# XLA's CPU backend fails on some half-precision products with a float32 result ("Unsupported element type for
+# DotThunk"), and multiplies in float32 as fast.
+_on_cpu = functools.partial(_dot, multiply_in=jnp.float32)
+mlir.register_lowering(_product_p, mlir.lower_fun(_on_cpu, multiple_results=False), platform="cpu")
