@@ -26,9 +26,13 @@ def product(a: Array, b: Array, contract: tuple[int, int], dtype: Any, precision
     """`a @ b` over one axis of each: multiplied in `dtype`, as are its derivatives; summed in float32 or wider."""
     dimension_numbers = (((contract[0],), (contract[1],)), ((), ()))
     if dtype == accumulation_dtype(dtype):
-        return _dot(a, b, dimension_numbers=dimension_numbers, dtype=dtype, precision=precision, sharding=None)
+        return _dot(
+            a, b, dimension_numbers=dimension_numbers, dtype=dtype, precision=precision, sharding=None
+        )
     a, b = align_varying((a, b))
-    return _product_p.bind(a, b, dimension_numbers=dimension_numbers, dtype=dtype, precision=precision, sharding=None)
+    return _product_p.bind(
+        a, b, dimension_numbers=dimension_numbers, dtype=dtype, precision=precision, sharding=None
+    )
 
 
 def _dot(a: Array, b: Array, *, dimension_numbers, dtype, precision, sharding, multiply_in=None) -> Array:
