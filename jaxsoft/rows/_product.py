@@ -52,22 +52,23 @@ def _abstract(a, b, **options):
 
 
 def _batched(operands, axes, *, dimension_numbers, sharding, **options) -> tuple[Array, int]:
-    (a, b), contract, batch = operands, *dimension_numbers
-    spec = None if sharding is None else list(sharding.spec)
-    moved = [x if axis is None else jnp.moveaxis(x, axis, 0) for x, axis in zip((a, b), axes)]
-    shift = [0 if axis is None else 1 for axis in axes]
+    """Under `vmap`: one more batch axis if both operands are mapped, else one more free axis of one of them."""
+    contract, batch = dimension_numbers
+    mapped = [axis is not None for axis in axes]
+    a, b = (x if axis is None else jnp.moveaxis(x, axis, 0) for x, axis in zip(operands, axes))
     contract, batch = (
-        tuple(tuple(i + s for i in own) for own, s in zip(pair, shift)) for pair in (contract, batch)
+        tuple(tuple(i + m for i in own) for own, m in zip(pair, mapped)) for pair in (contract, batch)
     )
-    if None not in axes:
-        batch, out = tuple((0, *own) for own in batch), 0
-    else:  # one more free axis of one operand, the first of them
-        out = len(batch[0]) + (0 if axes[1] is None else a.ndim - len(batch[0]) - len(contract[0]))
+    out = 0
+    if all(mapped):
+        batch = tuple((0, *own) for own in batch)
+    else:  # the first free axis of its operand, after the batch axes and the other's free axes if those come first
+        out = len(batch[0]) + (a.ndim - len(batch[0]) - len(contract[0]) if mapped[1] else 0)
     if sharding is not None:
-        x = moved[0] if axes[1] is None else moved[1]
-        spec.insert(out, jax.typeof(x).sharding.spec[0])
+        spec = list(sharding.spec)
+        spec.insert(out, jax.typeof(a if mapped[0] else b).sharding.spec[0])
         sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec))
-    return _product_p.bind(*moved, dimension_numbers=(contract, batch), sharding=sharding, **options), out
+    return _product_p.bind(a, b, dimension_numbers=(contract, batch), sharding=sharding, **options), out
 
 
 def _pull(cotangent, x, y, y_axes, x_dims, y_dims, options) -> Array:
