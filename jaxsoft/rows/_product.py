@@ -1,8 +1,9 @@
 """The matrix product of linear logits, in one dtype forward and backward.
 
-JAX differentiates `lax.dot_general` into products with the cotangent of the result. If half-precision matrices have a
-float32 result, those multiply in float32; if the result is in half precision, theirs are, too. `_product_p` multiplies
-in half precision with a float32 result, and its derivatives are products of the same kind.
+JAX differentiates `lax.dot_general` into products with the cotangent of the result, which has the result's dtype, and
+whose results have that dtype, too. If half-precision matrices have a float32 result, these products multiply in
+float32; if it is in half precision, they round what they sum. `_product_p` multiplies in half precision with a float32
+result, and its derivatives are products of the same kind.
 """
 
 from __future__ import annotations
