@@ -210,21 +210,22 @@ class LinearLogits(Source):
         n_safe = jnp.maximum(n, 1)
         mean_w, mean_b = w / n_safe, b / n_safe
 
-        weight = self.weight if self.transpose_weight else self.weight.T
-        weight = weight.astype(self.dtype).astype(w.dtype)
-        columns = jnp.where(col_keep[:, None], weight - mean_w, 0)
-        if self.bias is not None:
-            offset = jnp.where(col_keep, self.bias.astype(w.dtype) - mean_b, 0)
-            columns = jnp.concatenate([columns, offset[:, None]], axis=1)
+        weight = (self.weight if self.transpose_weight else self.weight.T).astype(self.dtype)
+        # In half precision, a product of the differences from the mean would round them; the weights are exact.
+        exact = self.dtype != w.dtype
+        columns = jnp.where(col_keep[:, None], weight if exact else weight - mean_w, 0)
         gram = self._multiply(columns, columns, (0, 0))
+        if exact:
+            gram = gram - n * mean_w[:, None] * mean_w
         # [d, d], and not rounded: where hidden lies in a direction of small variance, large entries of it cancel.
         h = self.hidden.astype(self.dtype).astype(w.dtype)
         if self.scale is not None:
             h = h * self.scale[..., None]
         mean = h @ mean_w + mean_b
-        if self.bias is not None:
-            h = jnp.concatenate([h, jnp.ones((*h.shape[:-1], 1), h.dtype)], axis=-1)
         centred = jnp.sum((h @ gram) * h, axis=-1)
+        if self.bias is not None:
+            offset = jnp.where(col_keep, self.bias.astype(w.dtype) - mean_b, 0)
+            centred = centred + 2 * (h @ (offset @ columns.astype(w.dtype))) + jnp.sum(offset**2)
         if self.temperature is not None:
             mean, centred = mean / self.temperature, centred / self.temperature**2
         return n, mean, jnp.maximum(centred, 0)

@@ -412,6 +412,29 @@ def test_bfloat16_gradients_over_many_blocks(single):
             assert jnp.mean(got[1] == rounded) < 0.1
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_closed_forms_in_half_precision(bias):
+    """The sums without logits are those of the logits, which read the same rounded operands; not of rounded sums."""
+    rng = np.random.default_rng(3)
+    n, d, columns = 20, 8, 300
+    hidden, weight = rng.normal(size=(n, d)), rng.normal(size=(d, columns)) + 0.5
+    arrays = dict(hidden=hidden, weight=weight, bias=rng.normal(size=columns) if bias else None)
+    arrays = {k: None if a is None else jnp.asarray(a, jnp.float32) for k, a in arrays.items()}
+
+    @jax.jit
+    def variance_and_sum(arrays):
+        logits = jaxsoft.linear_logits(**arrays, dtype=jnp.bfloat16)
+        moments, total = reduce_rows(logits, (reductions.moments(), reductions.sum()))
+        return moments.variance, total
+
+    rounded = {k: arrays[k].astype(jnp.bfloat16) for k in ("hidden", "weight")}
+    rounded = {k: np.asarray(a, np.float64) for k, a in rounded.items()}
+    x = rounded["hidden"] @ rounded["weight"] + (np.asarray(arrays["bias"], np.float64) if bias else 0)
+    variance, total = variance_and_sum(arrays)
+    np.testing.assert_allclose(variance, x.var(1), rtol=3e-6)
+    np.testing.assert_allclose(total, x.sum(1), rtol=1e-5, atol=1e-4)
+
+
 def _half(*, transpose=False, softcap=None, filter_eps=None, dtype=jnp.bfloat16):
     def logits(p):
         weight = p["weight"].T if transpose else p["weight"]
