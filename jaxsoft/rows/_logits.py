@@ -31,7 +31,8 @@ class LinearLogits(Source):
 
     Nothing is computed until a function reads the rows, and then block by block. Created by `linear_logits`. It is a
     pytree, so it passes through `jit`, `grad` (also as the argument to differentiate), `vmap` and `scan` like an
-    array. Dividing or multiplying it by a positive number changes `temperature`.
+    array. Dividing or multiplying it by a positive number changes `temperature`. Its `dtype` is that of the matrix
+    products, and of `dense()`.
     """
 
     hidden: Any
