@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec as P
 from helpers import matrix_products
+from jax.sharding import PartitionSpec as P
 from kernels.compare import close, run, same
 from rows.test_reductions import CASES, given_of, make_scores, some_function
 
