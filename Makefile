@@ -52,6 +52,7 @@ bench: .venv/ready
 	.venv/bin/python benchmarks/normalizers.py
 	.venv/bin/python benchmarks/train_normalizers.py
 	.venv/bin/python benchmarks/two_heads.py
+	.venv/bin/python benchmarks/mixed_precision.py
 	.venv/bin/python benchmarks/optimizer_step.py
 	.venv/bin/python benchmarks/zeroth_order.py
 	.venv/bin/python benchmarks/hostile_training.py

@@ -99,6 +99,19 @@ def floating(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be an array of floating dtype, got {describe(value)}")
 
 
+def floating_dtype(name: str, value: Any) -> jnp.dtype | None:
+    """Checks that `value` is a floating dtype, in any form that numpy takes, and returns the dtype; None for None."""
+    if value is None:
+        return None
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be a floating dtype or None, got {describe(value)}") from error
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{name} must be a floating dtype or None, got {dtype}")
+    return jnp.dtype(jax.dtypes.canonicalize_dtype(dtype))
+
+
 def integers(name: str, value: Any) -> None:
     """Checks that `value` is an array of integer dtype (booleans are not ids)."""
     if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.integer):

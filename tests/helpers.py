@@ -113,6 +113,38 @@ def with_gradient(f, point):
     return result, gradient
 
 
+# --- programs --------------------------------------------------------------------------------------------
+
+
+def equations(jaxpr):
+    """All equations of a jaxpr, those of its sub-jaxprs included."""
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        yield equation
+        leaves = jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr)
+        for sub in filter(_is_jaxpr, leaves):
+            yield from equations(sub)
+
+
+def matrix_products(jaxpr, columns):
+    """The dtypes that are multiplied in each product of two matrices, one of which has an axis of the columns.
+
+    Not among them: vectors times matrices and outer products (the sums over columns of affine logits), sums of products
+    along the columns (`Tile.dot`), and the `[d, d]` covariance of the weight times hidden. All of these are in float32.
+    """
+    for equation in equations(jaxpr):
+        if equation.primitive.name not in ("dot_general", "half_precision_product"):
+            continue
+        a, b = (v.aval for v in equation.invars)
+        contract, batch = equation.params["dimension_numbers"]
+        free = [x.ndim - len(c) - len(k) for x, c, k in zip((a, b), contract, batch)]
+        if 0 not in (*free, len(contract[0])) and columns in (*a.shape, *b.shape):
+            yield {jnp.dtype(equation.params.get("dtype", x.dtype)) for x in (a, b)}
+
+
+def _is_jaxpr(a):
+    return hasattr(a, "eqns") or hasattr(a, "jaxpr")
+
+
 # --- dense formulas in numpy -----------------------------------------------------------------------------
 
 

@@ -74,6 +74,7 @@ def cosine_logits(
     block_size: int | None = None,
     filter_eps: float | None = None,
     precision: Any = None,
+    dtype: Any = None,
 ) -> LinearLogits:
     """The cosines of features and a head's weight times `scale`, as an expression that is never stored.
 
@@ -88,6 +89,7 @@ def cosine_logits(
       block_size: as in `linear_logits`.
       filter_eps: as in `linear_logits`.
       precision: as in `linear_logits`.
+      dtype: as in `linear_logits`. Features and weight are normalized in float32, and rounded for the product.
 
     Returns:
       A `LinearLogits`. A zero vector has cosine 0 with every vector.
@@ -118,6 +120,7 @@ def cosine_logits(
         block_size=block_size,
         filter_eps=filter_eps,
         precision=precision,
+        dtype=dtype,
     )
 
 

@@ -136,19 +136,6 @@ def check_steps(name: str, value: Any, *, at_least: int) -> None:
     _checks.number(name, value, at_least=at_least)
 
 
-def moment_dtype(name: str, value: Any) -> jnp.dtype | None:
-    """Checks the dtype of a moment."""
-    if value is None:
-        return None
-    try:
-        dtype = jnp.dtype(value)
-    except TypeError as error:
-        raise TypeError(f"{name} must be a floating dtype or None, got {_checks.describe(value)}") from error
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"{name} must be a floating dtype or None, got {dtype}")
-    return jnp.dtype(jax.dtypes.canonicalize_dtype(dtype))
-
-
 def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
     """The matrix product in full precision."""
     return jnp.matmul(x, y, precision="highest")

@@ -74,8 +74,8 @@ def scale_by_diffgrad(
     _common.check_beta("b1", b1)
     _common.check_beta("b2", b2)
     _checks.number("eps", eps, at_least=0)
-    mu_dtype = _common.moment_dtype("mu_dtype", mu_dtype)
-    previous_dtype = _common.moment_dtype("previous_dtype", previous_dtype)
+    mu_dtype = _checks.floating_dtype("mu_dtype", mu_dtype)
+    previous_dtype = _checks.floating_dtype("previous_dtype", previous_dtype)
 
     def init(params: optax.Params) -> ScaleByDiffgradState:
         return ScaleByDiffgradState(

@@ -312,7 +312,7 @@ def scale_by_lion_k(
     if axis_name is not None and vote == "majority" and kappa != "l1":
         raise ValueError(f"kappa must be 'l1' for a majority vote (or vote='mean'), got {kappa!r}")
     gradient = _kappa_gradient(kappa)
-    mu_dtype = _common.moment_dtype("mu_dtype", mu_dtype)
+    mu_dtype = _checks.floating_dtype("mu_dtype", mu_dtype)
 
     def init(params: optax.Params) -> optax.ScaleByLionState:
         return optax.ScaleByLionState(jnp.zeros([], jnp.int32), _common.moments_like(params, mu_dtype))

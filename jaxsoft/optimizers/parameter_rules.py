@@ -185,7 +185,7 @@ def add_decayed_deltas(
       [0.25 0.  ]
     """
     _checks.number("weight_decay", weight_decay, at_least=0)
-    dtype = _common.moment_dtype("reference_dtype", reference_dtype)
+    dtype = _checks.floating_dtype("reference_dtype", reference_dtype)
 
     def init(params: optax.Params) -> AddDecayedDeltasState:
         def copied(p):  # a separate buffer: parameters are donated

@@ -160,7 +160,7 @@ def _adam(b1: Scalar, b2: Scalar, eps: Scalar, nesterov: bool, mu_dtype: Any) ->
     _common.check_beta("b1", b1)
     _common.check_beta("b2", b2)
     _checks.number("eps", eps, at_least=0)
-    mu_dtype = _common.moment_dtype("mu_dtype", mu_dtype)
+    mu_dtype = _checks.floating_dtype("mu_dtype", mu_dtype)
 
     def init(params: optax.Params) -> optax.ScaleByAdamState:
         moments = _common.moments_like

@@ -456,7 +456,7 @@ def scale_by_spam(
     _common.check_steps("reset_every", reset_every, at_least=1)
     _common.check_steps("warmup_steps", warmup_steps, at_least=0)
     _common.check_steps("clip_start", clip_start, at_least=0)
-    mu_dtype = _common.moment_dtype("mu_dtype", mu_dtype)
+    mu_dtype = _checks.floating_dtype("mu_dtype", mu_dtype)
 
     def init(params: optax.Params) -> ScaleBySpamState:
         return ScaleBySpamState(
@@ -625,7 +625,7 @@ def scale_by_stable_spam(
     if total_steps is not None:
         _common.check_steps("total_steps", total_steps, at_least=1)
     _checks.number("eta_min", eta_min, at_least=0, at_most=1)
-    mu_dtype = _common.moment_dtype("mu_dtype", mu_dtype)
+    mu_dtype = _checks.floating_dtype("mu_dtype", mu_dtype)
 
     def init(params: optax.Params) -> ScaleByStableSpamState:
         return ScaleByStableSpamState(

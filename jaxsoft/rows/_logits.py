@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -15,6 +14,7 @@ from jaxtyping import Array, Float
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype
 from jaxsoft.kernels.inner import IMPLEMENTATIONS, Work
+from jaxsoft.rows._product import product
 from jaxsoft.rows._source import Source, cut
 
 # Default block of logits: about `_BLOCK_ENTRIES` entries, which bounds the temporary memory for any number of rows, and
@@ -31,7 +31,8 @@ class LinearLogits(Source):
 
     Nothing is computed until a function reads the rows, and then block by block. Created by `linear_logits`. It is a
     pytree, so it passes through `jit`, `grad` (also as the argument to differentiate), `vmap` and `scan` like an
-    array. Dividing or multiplying it by a positive number changes `temperature`.
+    array. Dividing or multiplying it by a positive number changes `temperature`. Its `dtype` is that of the matrix
+    products, and of `dense()`.
     """
 
     hidden: Any
@@ -44,6 +45,7 @@ class LinearLogits(Source):
     block_size: int | None = dataclasses.field(metadata=dict(static=True))
     filter_eps: float | None = dataclasses.field(metadata=dict(static=True))
     precision: Any = dataclasses.field(metadata=dict(static=True))
+    dtype: Any = dataclasses.field(metadata=dict(static=True))
     implementation: str | None = dataclasses.field(metadata=dict(static=True))
 
     kind = "linear"
@@ -68,11 +70,6 @@ class LinearLogits(Source):
     def size(self) -> int:
         """The number of entries the dense logits would have."""
         return math.prod(self.shape)
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """The dtype of `hidden @ weight`, which `dense()` returns."""
-        return jnp.promote_types(self.hidden.dtype, self.weight.dtype)
 
     def dense(self) -> Float[Array, "*rows vocab"]:
         """Computes and stores all logits, in `dtype` (accumulated in at least float32)."""
@@ -137,7 +134,7 @@ class LinearLogits(Source):
 
     @property
     def _accumulation_dtype(self):
-        return accumulation_dtype(self.hidden.dtype, self.weight.dtype)
+        return accumulation_dtype(self.dtype)
 
     def _like(self) -> Array:
         return jnp.full_like(self.hidden[..., 0], 0, dtype=self._accumulation_dtype)
@@ -154,31 +151,18 @@ class LinearLogits(Source):
             block = jnp.where(jnp.expand_dims(col_keep, 1 - axis), block, 0)
         return block
 
+    def _multiply(self, a: Array, b: Array, contract: tuple[int, int]) -> Array:
+        return product(a, b, contract, self.dtype, self.precision)
+
     def _product(self, weight_block: Array) -> Array:
         """A block of `hidden @ weight`."""
-        contract = 1 if self.transpose_weight else 0
-        hidden, weight_block = (a.astype(self.dtype) for a in (self.hidden, weight_block))
-        return lax.dot_general(
-            hidden,
-            weight_block,
-            (((hidden.ndim - 1,), (contract,)), ((), ())),
-            precision=self.precision,
-            preferred_element_type=self._accumulation_dtype,
-        )
+        return self._multiply(self.hidden, weight_block, (self.hidden.ndim - 1, int(self.transpose_weight)))
 
     def _pull_product(self, d_raw: Array, weight_block: Array) -> tuple[Array, Array]:
         """The cotangents of `hidden` and of a block of the weight, from the cotangent of their product."""
-        d_raw = d_raw.astype(self.dtype)
-        product = functools.partial(
-            lax.dot_general, precision=self.precision, preferred_element_type=self._accumulation_dtype
-        )
-        over_columns = (((1,), (0 if self.transpose_weight else 1,)), ((), ()))
-        d_hidden = product(d_raw, weight_block.astype(self.dtype), over_columns)
-        hidden, over_rows = self.hidden.astype(self.dtype), (((0,), (0,)), ((), ()))
-        d_weight = (
-            product(d_raw, hidden, over_rows) if self.transpose_weight else product(hidden, d_raw, over_rows)
-        )
-        return d_hidden, d_weight
+        d_hidden = self._multiply(d_raw, weight_block, (1, int(not self.transpose_weight)))
+        pair = (d_raw, self.hidden) if self.transpose_weight else (self.hidden, d_raw)
+        return d_hidden, self._multiply(*pair, (0, 0))
 
     def _raw_scores(self) -> Array | None:
         return None
@@ -195,7 +179,8 @@ class LinearLogits(Source):
 
     def _affine_columns(self, col_weights: Array, col_keep: Array) -> tuple[Array, Array, Array]:
         """`(n, w, b)`: `sum_j k_j`, and the k-weighted sums of the present columns of weight and bias."""
-        weight = jnp.where(jnp.expand_dims(col_keep, 1 if self.transpose_weight else 0), self.weight, 0)
+        weight = self.weight.astype(self.dtype)  # the entries that the products read, summed in float32
+        weight = jnp.where(jnp.expand_dims(col_keep, 1 if self.transpose_weight else 0), weight, 0)
         axis = 0 if self.transpose_weight else 1
         w = lax.dot_general(
             weight,
@@ -214,7 +199,7 @@ class LinearLogits(Source):
     def _column_sums(self, col_weights: Array, col_keep: Array) -> tuple[Array, Array]:
         """`sum_j k_j x_j` of every row and `sum_j k_j`, without a pass; k (`col_weights`) is 0 for absent columns."""
         n, w, b = self._affine_columns(col_weights, col_keep)
-        total = self.hidden.astype(w.dtype) @ w
+        total = self.hidden.astype(self.dtype).astype(w.dtype) @ w
         if self.scale is not None:
             total = total * self.scale
         total = total + b
@@ -226,19 +211,22 @@ class LinearLogits(Source):
         n_safe = jnp.maximum(n, 1)
         mean_w, mean_b = w / n_safe, b / n_safe
 
-        weight = (self.weight if self.transpose_weight else self.weight.T).astype(w.dtype)
-        columns = jnp.where(col_keep[:, None], weight - mean_w, 0)
-        if self.bias is not None:
-            offset = jnp.where(col_keep, self.bias.astype(w.dtype) - mean_b, 0)
-            columns = jnp.concatenate([columns, offset[:, None]], axis=1)
-        gram = lax.dot_general(columns, columns, (((0,), (0,)), ((), ())), precision=self.precision)
-        h = self.hidden.astype(w.dtype)
+        weight = (self.weight if self.transpose_weight else self.weight.T).astype(self.dtype)
+        # In half precision, a product of the differences from the mean would round them; the weights are exact.
+        exact = self.dtype != w.dtype
+        columns = jnp.where(col_keep[:, None], weight if exact else weight - mean_w, 0)
+        gram = self._multiply(columns, columns, (0, 0))
+        if exact:
+            gram = gram - n * mean_w[:, None] * mean_w
+        # [d, d], and not rounded: where hidden lies in a direction of small variance, large entries of it cancel.
+        h = self.hidden.astype(self.dtype).astype(w.dtype)
         if self.scale is not None:
             h = h * self.scale[..., None]
         mean = h @ mean_w + mean_b
-        if self.bias is not None:
-            h = jnp.concatenate([h, jnp.ones((*h.shape[:-1], 1), h.dtype)], axis=-1)
         centred = jnp.sum((h @ gram) * h, axis=-1)
+        if self.bias is not None:
+            offset = jnp.where(col_keep, self.bias.astype(w.dtype) - mean_b, 0)
+            centred = centred + 2 * (h @ (offset @ columns.astype(w.dtype))) + jnp.sum(offset**2)
         if self.temperature is not None:
             mean, centred = mean / self.temperature, centred / self.temperature**2
         return n, mean, jnp.maximum(centred, 0)
@@ -330,6 +318,7 @@ def linear_logits(
     block_size: int | None = None,
     filter_eps: float | None = None,
     precision: Any = None,
+    dtype: Any = None,
     implementation: str | None = None,
 ) -> LinearLogits:
     """The logits of a linear output layer as an expression; no array `[*rows, vocab]` is stored.
@@ -351,6 +340,11 @@ def linear_logits(
       filter_eps: the backward pass skips blocks of logits in which no gradient exceeds `filter_eps` times the largest
         cotangent in magnitude; None, the default, is exact. Reverse mode only.
       precision: of the matrix products, as in `jax.lax.dot_general`; they accumulate in float32 at least.
+      dtype: of the matrix products, forward and backward, as in a Flax layer: hidden, weight and the gradient of the
+        logits are rounded to it before they are multiplied. None: the promoted dtype of hidden and weight, which
+        is float32 for bfloat16 activations and float32 parameters; write `dtype=jnp.bfloat16` for such a model.
+        The sums, everything after the product (bias, softcap, the loss) and the gradients' sums over blocks
+        are in float32; the gradients have the dtypes of hidden and weight.
       implementation: `"xla"`, or the kernels `"pallas_tpu"` or `"mosaic_gpu"` (reverse mode and first order only);
         None picks the best one that can run the case (see `jaxsoft.kernels.explain`).
 
@@ -421,8 +415,16 @@ def linear_logits(
         block_size=block_size,
         filter_eps=filter_eps,
         precision=precision,
+        dtype=_product_dtype(dtype, hidden, weight),
         implementation=implementation,
     )
+
+
+def _product_dtype(dtype: Any, hidden: Array, weight: Array) -> Any:
+    if (dtype := _checks.floating_dtype("dtype", dtype)) is None:
+        return jnp.promote_types(hidden.dtype, weight.dtype)
+    _checks.option("dtype", dtype.name, ("bfloat16", "float16", "float32", "float64"))
+    return dtype
 
 
 def _to_array(name: str, value: Any) -> Any:

@@ -177,8 +177,8 @@ def _attach_jvp(functions, block, primals, tangents):
             block = read_block(source, start, size, masks, arrays)
             return block_sums(functions, states, block, [a.args for a in arrays])
 
-        primals = [leaves[i] for i in active]
-        return jax.jvp(sums, (primals,), ([d.astype(p.dtype) for d, p in zip(dactive, primals)],))[1]
+        primals = [leaves[i].astype(d.dtype) for i, d in zip(active, dactive)]
+        return jax.jvp(sums, (primals,), (list(dactive),))[1]
 
     def body(total, start, size, looped):
         # Without the barrier of prevent_cse, XLA would keep the forward pass's block for the backward pass.

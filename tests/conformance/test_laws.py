@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import float64
-from helpers import contract, floats, trees_close
+from helpers import contract, floats, matrix_products, trees_close
 from jax.experimental import checkify
 from jax.sharding import PartitionSpec as P
 
@@ -346,6 +346,31 @@ def test_streamed_is_dense(entry, x64):
             for dense in (False, True)
         ]
         trees_close(*tangents, 1e-10)
+
+
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if not e.dense_only], ids=lambda e: e.id)
+def test_products_are_in_the_dtype_asked_for(entry):
+    """No product of hidden, weight and the scores' gradient is in float32, by row or weighted, forward or backward."""
+    operands, given = head(entry, np.float32), inputs_of(entry)
+    by_row = {name: a for name, a in given.items() if name not in PER_COLUMN}
+
+    def by_rows(operands):
+        return contract(entry.call(expression(operands, dtype=jnp.bfloat16), given))
+
+    def weighted(operands):
+        def loss(logits, *by_row_of_chunk, axis=-1):
+            return entry.call(logits, {**given, **dict(zip(by_row, by_row_of_chunk))}, axis=axis)
+
+        logits = expression(operands, dtype=jnp.bfloat16)
+        return losses.weighted_sum(loss, logits, *by_row.values())
+
+    for f in (by_rows, weighted) if entry.loss and entry.thorough else (by_rows,):
+        traced = jax.make_jaxpr(jax.grad(f) if entry.differentiable else f)(operands)
+        products = list(matrix_products(traced, V))
+        assert all(dtypes == {jnp.dtype(jnp.bfloat16)} for dtypes in products)
+        assert len(products) >= (3 if entry.differentiable else 1), len(products)
+        if entry.differentiable:
+            assert all(a.dtype == jnp.float32 for a in traced.out_avals)
 
 
 @pytest.mark.parametrize("entry", [e for e in ENTRIES if e.thorough and not e.dense_only], ids=lambda e: e.id)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import matrix_products
 from jax.sharding import PartitionSpec as P
 from kernels.compare import close, run, same
 from rows.test_reductions import CASES, given_of, make_scores, some_function
@@ -165,6 +166,20 @@ def test_linear_logits(transposed, mask, dtype):
     for a, b in products.values():
         close(a, b, 16 if dtype == jnp.float32 else 2)
     assert_clean(gradient | {name: a for name, (a, _) in products.items()})
+
+
+def test_products_are_in_the_dtype_asked_for():
+    """Those of the kernels and those of XLA on the stored gradients of the scores, for float32 operands."""
+
+    def f(hidden, weight):
+        logits = jaxsoft.linear_logits(hidden, weight, dtype=jnp.bfloat16, implementation="pallas_tpu")
+        return jnp.sum(losses.cross_entropy(logits, jnp.zeros(8, jnp.int32)))
+
+    with jaxsoft.kernels.interpreted(), jaxsoft.kernels.block_sizes(**BLOCKS):
+        traced = jax.make_jaxpr(jax.grad(f, (0, 1)))(jnp.ones((8, 16)), jnp.ones((16, 128)))
+    products = list(matrix_products(traced, 128))
+    assert len(products) == 4 and all(dtypes == {jnp.dtype(jnp.bfloat16)} for dtypes in products)
+    assert all(a.dtype == jnp.float32 for a in traced.out_avals)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

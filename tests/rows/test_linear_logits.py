@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import float64
-from helpers import fails, trees_close
+from helpers import fails, matrix_products, trees_close
 
 import jaxsoft
 from jaxsoft import losses
@@ -372,19 +372,25 @@ def test_mixed_half_and_single(h, w):
         np.testing.assert_allclose(np.asarray(g, np.float64), e, rtol=rtol, atol=5e-7)
 
 
-def test_bfloat16_gradients_over_many_blocks():
-    """64 blocks: adding them up in bfloat16 would give 7e-3; one rounding of the sum is 1.7e-3."""
+@pytest.mark.parametrize("single", [False, True], ids=["half", "single"])
+def test_bfloat16_gradients_over_many_blocks(single):
+    """64 blocks: adding them up in bfloat16 would give 7e-3; one rounding of the sum is 1.7e-3.
+
+    The gradient of a float32 weight is not rounded. Of its terms `H^T G`, G is, by 2**-8 of its size at most.
+    """
     n, d, columns = 16, 32, 4096
     rng = np.random.default_rng(0)
     hidden = jnp.asarray(rng.normal(size=(n, d)), jnp.bfloat16)
     weight = jnp.asarray(rng.normal(size=(d, columns)) / np.sqrt(d) * 3, jnp.bfloat16)
+    weight = weight.astype(jnp.float32) if single else weight
     labels = labels_of((n,), columns)
 
     def f(hidden, weight):
-        return jnp.sum(cross_entropy(jaxsoft.linear_logits(hidden, weight, block_size=64), labels))
+        logits = jaxsoft.linear_logits(hidden, weight, dtype=jnp.bfloat16, block_size=64)
+        return jnp.sum(cross_entropy(logits, labels))
 
     def mean(hidden, weight):
-        logits = jaxsoft.linear_logits(hidden, weight, block_size=64)
+        logits = jaxsoft.linear_logits(hidden, weight, dtype=jnp.bfloat16, block_size=64)
         return losses.weighted_sum(cross_entropy, logits, labels, chunk_size=8)
 
     results = [jax.jit(jax.grad(g, (0, 1)))(hidden, weight) for g in (f, mean)]
@@ -392,11 +398,99 @@ def test_bfloat16_gradients_over_many_blocks():
         wide = [jnp.asarray(np.asarray(a, np.float64)) for a in (hidden, weight)]
         exact = jax.grad(lambda h, w: jnp.sum(plain_loss(h @ w, labels)), (0, 1))(*wide)
         exact = [np.asarray(a) for a in exact]
+        scores = np.asarray(wide[0] @ wide[1])
     for got in results:
+        assert [g.dtype for g in got] == [hidden.dtype, weight.dtype]
         for g, e in zip(got, exact):
-            assert g.dtype == jnp.bfloat16
             error = np.linalg.norm(np.asarray(g, np.float64) - e) / np.linalg.norm(e)
             assert error <= 4e-3, error
+        if single:
+            error = np.abs(np.asarray(got[1], np.float64) - exact[1])
+            g = np.exp(scores) / np.exp(scores).sum(1, keepdims=True) - np.eye(columns)[labels]
+            assert np.all(error <= 2**-8 * np.abs(np.asarray(wide[0])).T @ np.abs(g) + 1e-6)
+            rounded = got[1].astype(jnp.bfloat16).astype(jnp.float32)
+            assert jnp.mean(got[1] == rounded) < 0.1
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_closed_forms_in_half_precision(bias):
+    """The sums without logits are those of the logits, which read the same rounded operands; not of rounded sums."""
+    rng = np.random.default_rng(3)
+    n, d, columns = 20, 8, 300
+    hidden, weight = rng.normal(size=(n, d)), rng.normal(size=(d, columns)) + 0.5
+    arrays = dict(hidden=hidden, weight=weight, bias=rng.normal(size=columns) if bias else None)
+    arrays = {k: None if a is None else jnp.asarray(a, jnp.float32) for k, a in arrays.items()}
+
+    @jax.jit
+    def variance_and_sum(arrays):
+        logits = jaxsoft.linear_logits(**arrays, dtype=jnp.bfloat16)
+        moments, total = reduce_rows(logits, (reductions.moments(), reductions.sum()))
+        return moments.variance, total
+
+    rounded = {k: arrays[k].astype(jnp.bfloat16) for k in ("hidden", "weight")}
+    rounded = {k: np.asarray(a, np.float64) for k, a in rounded.items()}
+    x = rounded["hidden"] @ rounded["weight"] + (np.asarray(arrays["bias"], np.float64) if bias else 0)
+    variance, total = variance_and_sum(arrays)
+    np.testing.assert_allclose(variance, x.var(1), rtol=3e-6)
+    np.testing.assert_allclose(total, x.sum(1), rtol=1e-5, atol=1e-4)
+
+
+def _half(*, transpose=False, softcap=None, filter_eps=None, dtype=jnp.bfloat16):
+    def logits(p):
+        weight = p["weight"].T if transpose else p["weight"]
+        arrays = dict(hidden=p["hidden"], weight=weight, bias=p["bias"], scale=p["scale"])
+        options = dict(transpose_weight=transpose, softcap=softcap, filter_eps=filter_eps)
+        return jaxsoft.linear_logits(**arrays, **options, dtype=dtype, block_size=BLOCK)
+
+    return logits
+
+
+def _nll(p, logits):
+    return jnp.sum(cross_entropy(logits(p), labels_of()))
+
+
+def _distilled(p):
+    return jnp.sum(losses.distillation_loss(_half()(p), _half()({**p, "hidden": p["hidden"] + 1})))
+
+
+def _contrasted(p):
+    pair = jaxsoft.linear_logits(p["hidden"], p["weight"][:, :N], dtype="bfloat16", block_size=3)
+    return jnp.sum(losses.clip_loss(pair))
+
+
+def _cosines(p):
+    logits = losses.cosine_logits(p["hidden"], p["weight"], dtype="bfloat16", block_size=BLOCK)
+    return jnp.sum(cross_entropy(logits, labels_of()))
+
+
+def _moments(p):
+    """With more rows than features, from the covariance of the weights."""
+    assert N > D
+    return sum(jnp.sum(m) for m in reduce_rows(_half()(p), reductions.moments())[1:])
+
+
+@pytest.mark.parametrize(
+    ("f", "columns", "reverse_only"),
+    [
+        (functools.partial(_nll, logits=_half()), BLOCK, False),
+        (functools.partial(_nll, logits=_half(transpose=True, softcap=3.0)), BLOCK, False),
+        (functools.partial(_nll, logits=_half(filter_eps=0.1)), BLOCK, True),
+        (functools.partial(_nll, logits=lambda p: _half()(p).dense()), V, False),
+        (_distilled, BLOCK, False),
+        (_contrasted, 3, False),
+        (_cosines, BLOCK, False),
+        (_moments, V, False),
+    ],
+    ids=["rows", "transposed", "filter", "dense", "two_heads", "two_ways", "cosines", "moments"],
+)
+def test_every_product_is_in_the_dtype_asked_for(f, columns, reverse_only):
+    """Of float32 operands, in either mode and in second derivatives; `test_laws.py` holds it for every loss."""
+    p = {k: a for k, a in operands(dtype=np.float32).items() if k != "temperature"}
+    both = lambda p: (jax.jvp(jax.grad(f), (p,), (p,)), jax.jvp(f, (p,), (p,)))
+    traced = jax.make_jaxpr(jax.grad(f) if reverse_only else both)(p)
+    products = list(matrix_products(traced, columns))
+    assert len(products) >= 3 and all(dtypes == {jnp.dtype(jnp.bfloat16)} for dtypes in products)
+    assert all(a.dtype == jnp.float32 for a in traced.out_avals)
 
 
 # --- nothing is stored -----------------------------------------------------------------------------------
@@ -588,6 +682,10 @@ BAD_INPUT = [
     (bad(_logits, block_size=True), TypeError, ["block_size", "integer", "True"]),
     (bad(_logits, filter_eps=-1e-3), ValueError, ["filter_eps", ">= 0", "-0.001"]),
     (bad(_logits, filter_eps="no"), TypeError, ["filter_eps", ">= 0", "'no'"]),
+    (bad(_logits, dtype="bf16"), TypeError, ["dtype", "floating dtype or None", "'bf16'"]),
+    (bad(_logits, dtype=16), TypeError, ["dtype", "floating dtype or None", "16"]),
+    (bad(_logits, dtype=jnp.int8), TypeError, ["dtype", "floating dtype or None", "int8"]),
+    (bad(_logits, dtype=jnp.float8_e4m3fn), ValueError, ["dtype", "'bfloat16'", "'float8_e4m3fn'"]),
     (lambda: _logits() / 0, ValueError, ["temperature", "> 0", "0.0"]),
     (lambda: _logits() / None, TypeError, ["temperature", "None"]),
     (lambda: _logits() * None, TypeError, ["scale", "None"]),
