@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -32,6 +34,27 @@ def safe_divide(a: jax.Array, b: jax.Array) -> jax.Array:
     """`a / b`, and 0 with gradient 0 where `b` is 0."""
     nonzero = b != 0
     return jnp.where(nonzero, a / jnp.where(nonzero, b, 1), 0)
+
+
+def _ratio(function, y: jax.Array, small: float, coefficients) -> jax.Array:
+    """`function(y) / y`, by its power series where `|y| < small`, so that its derivatives do not cancel."""
+    coefficients = coefficients[: 6 if y.dtype.itemsize <= 4 else 11]
+    near = jnp.abs(y) < small
+    s, far = jnp.where(near, y, 0), jnp.where(near, 1, y)
+    series = jnp.full_like(y, coefficients[-1])
+    for c in coefficients[-2::-1]:
+        series = series * s + c
+    return jnp.where(near, series, function(far) / far)
+
+
+def log1p_ratio(y: jax.Array) -> jax.Array:
+    """`log(1 + y) / y` for y > -1, and 1 at 0: exact near 0, in its derivatives too."""
+    return _ratio(jnp.log1p, y, 0.03, [(-1) ** k / (k + 1) for k in range(11)])
+
+
+def expm1_ratio(y: jax.Array) -> jax.Array:
+    """`(e^y - 1) / y`, and 1 at 0: exact near 0, in its derivatives too."""
+    return _ratio(jnp.expm1, y, 0.1, [1 / math.factorial(k + 1) for k in range(11)])
 
 
 def weigh(values: jax.Array, weights: jax.Array) -> jax.Array:

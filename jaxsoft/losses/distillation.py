@@ -24,7 +24,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
-from jaxsoft._numerics import accumulation_dtype, as_ids, safe_divide
+from jaxsoft._numerics import accumulation_dtype, as_ids, expm1_ratio, safe_divide
 from jaxsoft.losses._common import (
     IGNORE_INDEX,
     LabelledRows,
@@ -676,16 +676,24 @@ def _ratio(log_q, log_p, alpha: float, clip: float):
 
 @functools.cache
 def _exact_terms(alpha: float) -> PairTerm:
+    """The terms, up to a sum of 0: of `sum q - p`, which makes them small near the limits alpha 0 and 1."""
     scale = alpha * (alpha - 1)
+    if abs(alpha - 1) < 0.1:
+
+        def terms(log_q, log_p):
+            x = log_p - log_q
+            return jnp.exp(log_p) * x * expm1_ratio(jnp.minimum((alpha - 1) * x, 80)) / alpha
+
+        return PairTerm(terms, per_mass(0), per_mass(math.inf if alpha > 1 else -1 / scale))
 
     def terms(log_q, log_p):
+        if abs(alpha) < 0.1:
+            x = log_p - log_q
+            return jnp.exp(log_q) * x * expm1_ratio(jnp.minimum(alpha * x, 80)) / (alpha - 1)
         return (jnp.exp(alpha * log_p + (1 - alpha) * log_q) - jnp.exp(log_q)) / scale
 
-    return PairTerm(
-        terms,
-        first_only=per_mass(-1 / scale if alpha > 0 else math.inf),
-        second_only=per_mass(math.inf if alpha > 1 else 0),
-    )
+    first_only = per_mass(-1 / scale if alpha > 0 else math.inf)
+    return PairTerm(terms, first_only, per_mass(math.inf if alpha > 1 else 0))
 
 
 @functools.cache

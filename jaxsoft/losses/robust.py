@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
-from jaxsoft._numerics import accumulation_dtype, safe_divide
+from jaxsoft._numerics import accumulation_dtype, expm1_ratio, safe_divide
 from jaxsoft.losses._common import (
     IGNORE_INDEX,
     LabelledRows,
@@ -44,9 +44,9 @@ from jaxsoft.rows import Logits, reductions
 
 def _box_cox(nll: Array, q: Any) -> Array:
     """`(1 - p_y^q) / q`, and its limit `l` at q = 0; for q < 0 the exponent is at most 80."""
-    zero = jnp.asarray(q) == 0
-    limit = nll * (1 - q * nll / 2)  # has the right derivative for q
-    return jnp.where(zero, limit, -jnp.expm1(jnp.minimum(-q * nll, 80.0)) / jnp.where(zero, 1, q))
+    beyond = -q * nll > 80
+    nll = jnp.where(beyond, 80 / jnp.where(beyond, -q, 1), nll)
+    return nll * expm1_ratio(-q * nll)
 
 
 def _reverse(nll: Array, label_floor: Any) -> Array:
