@@ -55,8 +55,8 @@ def _alpha_term(a: Array, b: Array, alpha: Any) -> Array:
 
 
 def _alpha_derivative(x: Array, alpha: Any) -> Array:
-    beyond = -alpha * x > MAX_EXPONENT
-    x = jnp.where(beyond, -MAX_EXPONENT / jnp.where(beyond, alpha, 1), x)
+    beyond = jnp.abs(alpha * x) > MAX_EXPONENT
+    x = jnp.where(beyond, jnp.sign(x) * MAX_EXPONENT / jnp.where(beyond, alpha, 1), x)
     return x * expm1_ratio(-alpha * x)
 
 

@@ -213,7 +213,13 @@ def _weighted_score(x, cols, top, q):
 
 
 def _of_labels(rows: LabelledRows, alpha: Any) -> Array:
-    """`Omega(q)` of the label distributions, `sum_c q_c (q_c^(alpha - 1) - 1) / (alpha (alpha - 1))`."""
+    """`Omega(q)` of the label distributions; near alpha = 1 as `sum_c q_c (q_c^(alpha - 1) - 1)`, which needs no 1."""
     q = rows.labels.astype(accumulation_dtype(rows.labels.dtype))
-    log_q = jnp.log(jnp.where(q > 0, q, 1))
-    return jnp.sum(q * log_q * expm1_ratio((alpha - 1) * log_q), axis=-1) / alpha
+    safe = jnp.where(q > 0, q, 1)
+    slope = jnp.asarray(alpha, q.dtype) - 1
+    near = is_near_softmax(slope, None)
+    gap = jnp.where(near, 1, slope)
+    far = (jnp.sum(jnp.where(q > 0, safe ** (gap + 1), 0), axis=-1) - 1) / gap
+    log_q = jnp.log(safe)
+    limit = jnp.sum(q * log_q * expm1_ratio(jnp.where(near, slope, 0) * log_q), axis=-1)
+    return jnp.where(near, limit, far) / alpha

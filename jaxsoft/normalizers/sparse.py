@@ -99,27 +99,23 @@ def entmax_powers(tile, params, exponent: float | None) -> tuple[Array, Array, A
     `exponent` is `1 / (alpha - 1)` if alpha is static. The parameters are `slope`, `top` and `threshold`.
     """
     slope, top, t = (params[name][..., None] for name in ("slope", "top", "threshold"))
-    shifted = tile.x - top
-
-    def far(slope):
+    shifted = jnp.where(tile.keep, tile.x - top, 0)
+    near = is_near_softmax(slope, exponent)
+    if near is False:
         u = jnp.where(tile.keep, slope * shifted - t, -1)
-        r = 1 / slope if exponent is None else exponent
-        lower = (u > 0).astype(u.dtype) if exponent == 1 else positive_power(u, r - 1)
-        return jnp.maximum(u, 0), positive_power(u, r), lower
-
-    def near(slope):
-        z = jnp.maximum(shifted - t, -1e3)  # where the weight is 0, and z^2 is finite
-        support = tile.keep & (slope * z > -1)
-        z = jnp.where(support, z, 0)
-        u = 1 + slope * z
-        p = jnp.where(support, jnp.exp(z * log1p_ratio(slope * z)), 0)
-        return jnp.where(support, u, 0), p, p / u
-
-    is_near = is_near_softmax(slope, exponent)
-    if isinstance(is_near, bool):
-        return near(slope) if is_near else far(slope)
-    both = near(jnp.where(is_near, slope, 0)), far(jnp.where(is_near, 1, slope))
-    return tuple(jnp.where(is_near, a, b) for a, b in zip(*both))
+        lower = (u > 0).astype(u.dtype) if exponent == 1 else positive_power(u, exponent - 1)
+        return jnp.maximum(u, 0), positive_power(u, exponent), lower
+    z = jnp.maximum(shifted - t, -1e3)  # below, the weight is 0
+    u = _select(near, 1 + slope * z, slope * shifted - t)
+    support = tile.keep & (u > 0)
+    u = jnp.where(support, u, 1)
+    # For a slope below 1e-4, y is always small.
+    y = slope * z
+    small = near & (jnp.abs(y) < 0.1)
+    direct = jnp.log(u) / jnp.where(slope < 1e-4, 1, slope)
+    log_p = jnp.where(small, jnp.where(small, z, 0) * log1p_ratio(jnp.where(small, y, 0)), direct)
+    p = jnp.where(support, jnp.exp(log_p), 0)
+    return jnp.where(support, u, 0), p, p / u
 
 
 @functools.cache
