@@ -80,6 +80,47 @@ def jacobian(loss, x):
     return values, pullback(jnp.ones_like(values))[0]
 
 
+def rows_and_gradients(loss, x, other, where):
+    """The loss of each row of two arrays, and the gradients with respect to both rows."""
+    values, pullback = jax.vjp(lambda x, other: loss(x, other, where), x, other)
+    return values, pullback(jnp.ones_like(values))
+
+
+def absent_in_one_row(run, x, other, first, second):
+    """The law of two rows `[2, 3, columns]`: -inf in one is the limit of ever lower scores; a mask takes from both.
+
+    `run(x, other, where)` is `rows_and_gradients` of a loss in float64; `first` and `second` are the columns to take.
+    """
+    taken_x, taken_other = np.zeros((2, *x.shape), bool)
+    taken_x[0, 0, first] = taken_x[0, 2, first] = True
+    taken_other[0, 1, first] = taken_other[0, 2, second] = True
+
+    def at(score, where=True):
+        rows = (np.where(taken, score, a) for taken, a in ((taken_x, x), (taken_other, other)))
+        values, gradients = run(*map(jnp.asarray, rows), jnp.broadcast_to(where, x.shape))
+        return np.asarray(values), [np.asarray(g) for g in gradients]
+
+    (low, _), (lower, expected), (values, gradients) = map(at, (-1500.0, -3000.0, -np.inf))
+    has_limit = np.isfinite(lower) & np.isclose(low, lower, rtol=1e-12, atol=1e-12)
+    assert np.all(has_limit[1])  # unchanged rows
+    near(values[has_limit], lower[has_limit])
+    assert np.all(values[~has_limit] == np.inf)
+    for taken, gradient, limit in zip((taken_x, taken_other), gradients, expected):
+        near(gradient[has_limit], limit[has_limit])
+        assert not np.any(gradient[~has_limit]) and not np.any(gradient[taken])
+
+    # Masked classes, NaN in both rows
+    either = taken_x | taken_other
+    taken_x = taken_other = either
+    masked, absent = at(np.nan, ~either), at(-np.inf)
+    trees_close(masked, absent)
+    # A row of -inf is empty.
+    taken_x, taken_other = np.zeros((2, *x.shape), bool)
+    taken_x[0, 0] = taken_other[1, 1] = True
+    values, gradients = at(-np.inf)
+    return values[[0, 1], [0, 1]], [g[[0, 1], [0, 1]] for g in gradients]
+
+
 def is_float(a):
     """Whether an array has a floating dtype."""
     return jnp.issubdtype(a.dtype, jnp.floating)

@@ -196,7 +196,7 @@ def _tile(spec: AttentionSpec, block: Block, raw: Array, rows: dict, cols: dict,
     at = block.col + spec.key_offset if k is None else jnp.broadcast_to(k, x.shape)
     columns = spec.keys + spec.key_offset if spec.offset is not None else jnp.iinfo(jnp.int32).max
     values = () if cols["value"] is None else (cols["value"],)
-    return Tile.of(x, at, columns, values, (), True)
+    return Tile.of(x, at, columns, values, (), None, True)
 
 
 def _live(spec: AttentionSpec) -> Callable | None:

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.nn import softplus
 from jaxtyping import Array
 
+from jaxsoft._numerics import expm1_ratio
+
 _LOG_2 = math.log(2)
 MAX_EXPONENT = 80.0  # e^80 is finite in float32, and so are the products it enters
 
@@ -44,8 +46,18 @@ def _js_term(a: Array, b: Array, alpha: Any) -> Array:
 
 
 def _alpha_term(a: Array, b: Array, alpha: Any) -> Array:
-    geometric = jnp.exp((1 - alpha) * a + alpha * b)
-    return ((1 - alpha) * jnp.exp(a) + alpha * jnp.exp(b) - geometric) / (alpha * (1 - alpha))
+    # Written about the nearer one of the two limits, so that nothing cancels there.
+    x, near_1 = a - b, jnp.asarray(alpha) > 0.5
+    e = jnp.where(near_1, 1 - alpha, alpha)
+    first, second, x = jnp.where(near_1, b, a), jnp.where(near_1, a, b), jnp.where(near_1, -x, x)
+    change = jnp.exp(first) * x * expm1_ratio(_clamp(-e * x))
+    return (change - (jnp.exp(first) - jnp.exp(second))) / (1 - e)
+
+
+def _alpha_derivative(x: Array, alpha: Any) -> Array:
+    beyond = jnp.abs(alpha * x) > MAX_EXPONENT
+    x = jnp.where(beyond, jnp.sign(x) * MAX_EXPONENT / jnp.where(beyond, alpha, 1), x)
+    return x * expm1_ratio(-alpha * x)
 
 
 DIVERGENCES = {
@@ -68,7 +80,7 @@ DIVERGENCES = {
         slope=lambda alpha: _LOG_2,
     ),
     "alpha": Divergence(  # f = ((1 - a) t + a - t^(1 - a)) / (a (1 - a))
-        derivative=lambda x, alpha: -jnp.expm1(_clamp(-alpha * x)) / alpha,
+        derivative=_alpha_derivative,
         term=_alpha_term,
         at_zero=lambda alpha: 1 / (1 - alpha),
         slope=lambda alpha: 1 / alpha,

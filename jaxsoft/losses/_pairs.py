@@ -1,14 +1,15 @@
 """Reductions over two rows of logits at once: of student and teacher, or of an example and its adversarial version.
 
-The second row is an entry argument of the reduction, so that either row may be an expression. An entry absent from
-the first row is absent from the second as well.
+The second row is an entry argument of the reduction, so that either row may be an expression. A masked class is absent
+from both rows. A logit of -inf in one row is probability 0 in that row; the other row keeps the class.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -26,18 +27,13 @@ def check_second(name: str, second: Any, logits: Logits, axis: int) -> Logits:
     return second if isinstance(second, LinearLogits) else jnp.moveaxis(jnp.asarray(second), axis, -1)
 
 
-def _second_tile(tile: Tile) -> Tile:
-    second = tile.entry_args[0].astype(tile.x.dtype)
-    return tile.with_scores(jnp.where(tile.keep, second, -jnp.inf))
-
-
 @functools.cache
 def _on_second(function: Callable | None) -> Callable | None:
     if function is None:
         return None
 
     def run(state, tile, *args):
-        return function(state, _second_tile(tile), *args)
+        return function(state, tile.second_row(), *args)
 
     return run
 
@@ -60,33 +56,66 @@ def zero_init(like, *args):
     return like
 
 
+class PairTerm(NamedTuple):
+    """A term of a sum over the classes of two rows, by the log-probabilities of a class in both.
+
+    The functions are module-level or cached.
+
+    Attributes:
+      both: `(log_p, log_q, *args) -> term` of a class that both rows have.
+      first_only: `log_p -> term` of a class of the first row that the second lacks, its limit as q goes to 0.
+      second_only: `log_q -> term` of a class of the second row that the first lacks, its limit as p goes to 0.
+    """
+
+    both: Callable
+    first_only: Callable
+    second_only: Callable
+
+
 @functools.cache
-def _pair_update(term: Callable, lacking: float) -> Callable:
+def per_mass(cost: float) -> Callable:
+    """The term `cost * p`, by log p: of a class that one row lacks, where it is proportional to the other's mass."""
+
+    def term(log_p):
+        return jnp.full_like(log_p, cost) if cost in (0, math.inf) else cost * jnp.exp(log_p)
+
+    return term
+
+
+@functools.cache
+def _pair_update(term: PairTerm) -> Callable:
     def update(state, tile, first, second, *args):
-        other = _second_tile(tile)
-        values = term(
-            log_softmax_of(tile, first), log_softmax_of(other, second), *(a[..., None] for a in args)
+        other = tile.second_row()
+        both = tile.keep & other.keep
+        log_p, log_q = log_softmax_of(tile, first), log_softmax_of(other, second)
+        # 0 where a row lacks the class: finite values, so that no gradient is NaN
+        values = term.both(*(jnp.where(both, a, 0) for a in (log_p, log_q)), *(a[..., None] for a in args))
+        alone = jnp.where(
+            tile.keep, term.first_only(log_p), jnp.where(other.keep, term.second_only(log_q), 0)
         )
-        return state + tile.sum(jnp.where(tile.keep & ~other.keep, lacking, values))
+        return state + jnp.sum(jnp.where(both, values, alone), axis=-1)
 
     return update
 
 
+def _pair_finalize(total, first, second, *args):
+    """0 where either row has no classes; +inf has gradient 0."""
+    present = (first.log_sum > -jnp.inf) & (second.log_sum > -jnp.inf)
+    return jnp.where(present, jnp.where(total == jnp.inf, jnp.inf, total), 0)
+
+
 def pair_sum(
-    term: Callable,
+    term: PairTerm,
     second: Logits,
     first_partition: LogPartition,
     second_partition: LogPartition,
     *args: Array,
-    lacking: float = float("inf"),
 ) -> RowReduction:
-    """`sum_c term(log p_c, log p'_c, *args)` over two rows of logits.
-
-    A class absent from the second row alone adds `lacking`. `term` is a module-level or cached function.
-    """
+    """The sum of a term over the classes of two rows of logits; 0 where either row has no classes."""
     return RowReduction(
         zero_init,
-        _pair_update(term, lacking),
+        _pair_update(term),
+        finalize=_pair_finalize,
         args=(first_partition, second_partition, *args),
         entry_args=(second,),
     )

@@ -5,13 +5,16 @@ Losses that compare a row of student logits with a teacher's. Both may be `linea
 `weighted_mean(distillation_loss, student, teacher, temperature=2.0)` computes each chunk of rows once for value and
 gradient.
 
-In the formulas `p` is the teacher's softmax, `q` the student's. A class that is absent (masked, or a logit of -inf) in
-one of the two rows is left out of both.
+In the formulas `p` is the teacher's softmax, `q` the student's. A logit of -inf is probability 0 in its own row: a
+teacher may be stored as its largest logits with -inf elsewhere. Where a formula divides by that 0, as `log(p / q)` does
+at a class that only the student lacks, the loss is +inf, with gradient 0. A masked class is left out of both rows. The
+loss is 0 where either row has no classes.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,10 +24,26 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
-from jaxsoft._numerics import accumulation_dtype, as_ids, safe_divide
-from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, check_floats, check_weights, prepare, widened
-from jaxsoft.losses._pairs import check_second, of_second, pair_sum
-from jaxsoft.rows import Logits, reductions
+from jaxsoft._numerics import accumulation_dtype, as_ids, expm1_ratio, safe_divide
+from jaxsoft.losses._common import (
+    IGNORE_INDEX,
+    LabelledRows,
+    check_floats,
+    check_weights,
+    prepare,
+    unless_absent,
+    widened,
+)
+from jaxsoft.losses._pairs import (
+    PairTerm,
+    check_second,
+    log_softmax_of,
+    of_second,
+    pair_sum,
+    per_mass,
+    zero_init,
+)
+from jaxsoft.rows import Logits, RowReduction, reductions
 from jaxsoft.rows import temperature as tempered
 from jaxsoft.rows.inner import check_axis, check_range, rows_of
 
@@ -85,7 +104,7 @@ def distillation_loss(
     if divergence.endswith("kl"):
         loss = compared.divergence
     else:
-        terms = _jensen_shannon if divergence == "jensen_shannon" else _total_variation
+        terms = _JENSEN_SHANNON if divergence == "jensen_shannon" else _TOTAL_VARIATION
         loss = rows.reduce(_second_pass(terms, compared, teacher))
     return rows.finish(temperature * temperature * loss)
 
@@ -131,7 +150,7 @@ def low_temperature_distillation_loss(
     rows, teacher = _pair(logits, teacher_logits, 1.0, True, axis, where, weights)
     _checks.number("temperature", temperature, above=0)
     compared = rows.reduce(reductions.relative_entropy(widened(teacher) / temperature, reverse=True))
-    return rows.finish(compared.divergence + compared.entropy)
+    return rows.finish(compared.cross_entropy)
 
 
 def alpha_divergence(
@@ -257,8 +276,7 @@ def ensemble_distillation_loss(
       teacher_logits: a list with each teacher's logits, of the same shape, arrays or `linear_logits`; constants.
       teacher_weights: `[teachers]`, non-negative, normalized to sum to 1; uniform by default.
       axis: the axis of the classes.
-      where: mask that broadcasts to the logits, True = counts. A class that is -inf for one teacher has
-        probability 0 for that teacher only.
+      where: mask that broadcasts to the logits, True = counts.
       weights: `[*rows]`, multiply the losses.
 
     Returns:
@@ -297,12 +315,16 @@ def ensemble_distillation_loss(
         shares = (teacher_weights / jnp.sum(teacher_weights)).astype(dtype)
     each = reductions.log_partition()
     wanted = [each, *(of_second(each, teacher) for teacher in teachers)]
-    partitions = rows.reduce(wanted)
-    parts = [a for partition in partitions for a in _floored(partition)]
-    log_shares = [jnp.broadcast_to(a, parts[0].shape) for a in jnp.log(shares)]
-    return rows.finish(
-        rows.reduce(reductions.mapped_sum(_to_mixture, *parts, *log_shares, entry_args=teachers))
+    partition, *partitions = rows.reduce(wanted)
+    log_shares = jnp.broadcast_to(jnp.log(shares), (*partition.shift.shape, k))
+    divergence = RowReduction(
+        zero_init,
+        _to_mixture,
+        finalize=_mixture_finalize,
+        args=(partition, partitions, log_shares),
+        entry_args=teachers,
     )
+    return rows.finish(rows.reduce(divergence))
 
 
 def progressive_self_distillation_loss(
@@ -445,7 +467,8 @@ def binary_distillation_loss(
     """BCKD: `sum_c |sigmoid(t_c) - sigmoid(s_c)|^beta BCE(s_c, sigmoid(t_c))`, each class a binary problem.
 
     For detectors and other models trained with sigmoids, which softmax distillation does not match. BCE is the binary
-    cross-entropy. The factor before it is differentiated as well. For beta > 0 terms with s = t are 0.
+    cross-entropy. The factor before it is differentiated as well. For beta > 0 terms with s = t are 0. A class that is
+    -inf for the student alone costs +inf.
 
     Args:
       logits: the student's s, `[*rows, classes]`, a floating array or `linear_logits`.
@@ -475,7 +498,14 @@ def binary_distillation_loss(
     rows, teacher = _pair(logits, teacher_logits, 1.0, True, axis, where, weights)
     shape = rows_of(logits.shape, rows.axis)
     exponent = jnp.broadcast_to(jnp.asarray(beta, accumulation_dtype(logits.dtype)), shape)
-    return rows.finish(rows.reduce(reductions.mapped_sum(_binary_terms, exponent, entry_args=(teacher,))))
+    loss, own, others = rows.reduce(
+        (
+            RowReduction(zero_init, _binary_update, args=(exponent,), entry_args=(teacher,)),
+            reductions.count(),
+            of_second(reductions.count(), teacher),
+        )
+    )
+    return rows.finish(jnp.where((own > 0) & (others > 0), unless_absent(loss, lambda loss: loss), 0))
 
 
 def squared_log_prob_loss(
@@ -607,24 +637,23 @@ def _static(name: str, value: Any, **bounds: float) -> float:
     return float(value)
 
 
-def _floored(partition: reductions.LogPartition) -> tuple[Array, Array]:
-    """Shift and log-sum, with a log-sum of 0 for an empty row."""
-    empty = partition.log_sum == -jnp.inf
-    return partition.shift, jnp.where(empty, 0, partition.log_sum)
-
-
 def _second_pass(terms, compared: reductions.RelativeEntropy, teacher):
-    """The sum of `terms(log q, log p)`, from `relative_entropy(teacher, reverse=True)`."""
-    return pair_sum(terms, teacher, compared.other_partition, compared.partition, lacking=0.0)
+    """The sum of the terms of `(log q, log p)`, from `relative_entropy(teacher, reverse=True)`."""
+    return pair_sum(terms, teacher, compared.other_partition, compared.partition)
 
 
-def _jensen_shannon(log_q, log_p):
+def _jensen_shannon_terms(log_q, log_p):
     log_mean = jnp.logaddexp(log_q, log_p) - jnp.log(2.0)
     return 0.5 * (jnp.exp(log_p) * (log_p - log_mean) + jnp.exp(log_q) * (log_q - log_mean))
 
 
-def _total_variation(log_q, log_p):
+def _total_variation_terms(log_q, log_p):
     return 0.5 * jnp.abs(jnp.exp(log_p) - jnp.exp(log_q))
+
+
+_HALF_LOG_2 = per_mass(math.log(2) / 2)
+_JENSEN_SHANNON = PairTerm(_jensen_shannon_terms, _HALF_LOG_2, _HALF_LOG_2)
+_TOTAL_VARIATION = PairTerm(_total_variation_terms, per_mass(0.5), per_mass(0.5))
 
 
 def _alpha_divergence(rows: LabelledRows, teacher, alpha: float, clip: float | None) -> Array:
@@ -636,7 +665,7 @@ def _alpha_divergence(rows: LabelledRows, teacher, alpha: float, clip: float | N
     value, surrogate = rows.reduce(
         [_second_pass(terms(alpha, clip), compared, teacher) for terms in (_clipped_terms, _surrogate_terms)]
     )
-    return surrogate + lax.stop_gradient(value - surrogate)
+    return jnp.where(value == jnp.inf, jnp.inf, surrogate + lax.stop_gradient(value - surrogate))
 
 
 def _ratio(log_q, log_p, alpha: float, clip: float):
@@ -646,24 +675,39 @@ def _ratio(log_q, log_p, alpha: float, clip: float):
 
 
 @functools.cache
-def _exact_terms(alpha: float):
-    def terms(log_q, log_p):
-        return (jnp.exp(alpha * log_p + (1 - alpha) * log_q) - jnp.exp(log_q)) / (alpha * (alpha - 1))
+def _exact_terms(alpha: float) -> PairTerm:
+    """The terms, up to a sum of 0: of `sum q - p`, which makes them small near the limits alpha 0 and 1."""
+    scale = alpha * (alpha - 1)
+    if abs(alpha - 1) < 0.1:
 
-    return terms
+        def terms(log_q, log_p):
+            x = log_p - log_q
+            return jnp.exp(log_p) * x * expm1_ratio(jnp.minimum((alpha - 1) * x, 80)) / alpha
+
+        return PairTerm(terms, per_mass(0), per_mass(math.inf if alpha > 1 else -1 / scale))
+
+    def terms(log_q, log_p):
+        if abs(alpha) < 0.1:
+            x = log_p - log_q
+            return jnp.exp(log_q) * x * expm1_ratio(jnp.minimum(alpha * x, 80)) / (alpha - 1)
+        return (jnp.exp(alpha * log_p + (1 - alpha) * log_q) - jnp.exp(log_q)) / scale
+
+    first_only = per_mass(-1 / scale if alpha > 0 else math.inf)
+    return PairTerm(terms, first_only, per_mass(math.inf if alpha > 1 else 0))
 
 
 @functools.cache
-def _clipped_terms(alpha: float, clip: float):
+def _clipped_terms(alpha: float, clip: float) -> PairTerm:
     def terms(log_q, log_p):
         r = _ratio(log_q, log_p, alpha, clip)
         return jnp.exp(log_q) * (-jnp.log(r) if alpha == 0 else (r - 1) / (alpha * (alpha - 1)))
 
-    return terms
+    limit = math.inf if alpha == 0 else (_ratio_limit(alpha, clip) - 1) / (alpha * (alpha - 1))
+    return PairTerm(terms, per_mass(limit), per_mass(0))
 
 
 @functools.cache
-def _surrogate_terms(alpha: float, clip: float):
+def _surrogate_terms(alpha: float, clip: float) -> PairTerm:
     """The terms with the paper's gradient: `-w log q` with constant weights."""
 
     def terms(log_q, log_p):
@@ -671,32 +715,42 @@ def _surrogate_terms(alpha: float, clip: float):
         weight = jnp.log(r) - 1 if alpha == 0 else r / alpha + 1 / (alpha * (alpha - 1))
         return -lax.stop_gradient(jnp.exp(log_q) * weight) * log_q
 
-    return terms
+    # The gradient of `-weight q` is that of `-w log q`.
+    weight = -math.inf if alpha == 0 else _ratio_limit(alpha, clip) / alpha + 1 / (alpha * (alpha - 1))
+    return PairTerm(terms, per_mass(-weight), per_mass(0))
 
 
-def _to_mixture(x, cols, *args):
-    """`p log(p / q)` for the mixture p of k teachers.
+def _ratio_limit(alpha: float, clip: float) -> float:
+    """The clipped `(p / q)^alpha` as p goes to 0, for alpha other than 0."""
+    return 0.0 if alpha > 0 else clip
 
-    `args` are the shift and log-sum of the student and of each teacher, the log-shares, and the teachers' logits.
-    """
-    k = (len(args) - 2) // 4
-    parts, log_shares, teachers = args[: 2 * k + 2], args[2 * k + 2 : 3 * k + 2], args[3 * k + 2 :]
-    log_q = (x - parts[0]) - parts[1]
-    log_each = [
-        (t.astype(x.dtype) - parts[2 * i + 2]) - parts[2 * i + 3] + log_shares[i]
-        for i, t in enumerate(teachers)
-    ]
+
+def _to_mixture(total, tile, partition, partitions, log_shares):
+    """Adds `p log(p / q)` for the mixture p of k teachers."""
+    log_each = []
+    for i, part in enumerate(partitions):
+        teacher = tile.second_row(i)
+        log_p = log_softmax_of(teacher, part) + log_shares[..., i, None]
+        log_each.append(jnp.where(teacher.keep, log_p, -jnp.inf))
     log_p = functools.reduce(jnp.logaddexp, log_each)
     some = log_p > -jnp.inf
-    return jnp.where(some, jnp.exp(log_p) * (jnp.where(some, log_p, 0) - log_q), 0)
+    terms = jnp.exp(log_p) * (jnp.where(some, log_p, 0) - log_softmax_of(tile, partition))
+    return total + jnp.sum(jnp.where(some, jnp.where(tile.keep, terms, jnp.inf), 0), axis=-1)
 
 
-def _binary_terms(x, cols, beta, t):
-    t = t.astype(x.dtype)
-    absent = t == -jnp.inf
-    t = jnp.where(absent, 0, t)
-    p = jax.nn.sigmoid(t)
-    distance = jnp.abs(p - jax.nn.sigmoid(x))
+def _mixture_finalize(total, partition, *args):
+    """0 where the student has no classes; +inf has gradient 0."""
+    present = partition.log_sum > -jnp.inf
+    return jnp.where(present, jnp.where(total == jnp.inf, jnp.inf, total), 0)
+
+
+def _binary_update(total, tile, beta):
+    teacher, beta = tile.second_row(), beta[..., None]
+    p, q = (jnp.where(row.keep, jax.nn.sigmoid(row.x), 0) for row in (teacher, tile))
+    distance = jnp.abs(p - q)
     apart = distance > 0
     factor = jnp.where(beta == 0, 1, jnp.where(apart, jnp.where(apart, distance, 1) ** beta, 0))
-    return jnp.where(absent, 0, factor * (jax.nn.softplus(x) - p * x))
+    terms = jnp.where(
+        tile.keep, factor * (jax.nn.softplus(tile.x) - p * tile.x), jnp.where(p > 0, jnp.inf, 0)
+    )
+    return total + jnp.sum(terms, axis=-1)

@@ -16,8 +16,9 @@ from jaxtyping import Array, Bool, Float
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, finite_gauge, safe_divide
 from jaxsoft.losses._common import check_floats
+from jaxsoft.losses._pairs import check_second, of_second
 from jaxsoft.losses.regularizers import _mask, _sqrt, _vectors
-from jaxsoft.rows import LinearLogits, Logits, reduce_rows, reductions
+from jaxsoft.rows import Logits, reduce_rows, reductions
 from jaxsoft.rows.inner import check_axis, check_dense
 from jaxsoft.rows.reductions import partition_of
 
@@ -270,16 +271,12 @@ def optimal_mmd_weights(
 # --- two rows of logits ----------------------------------------------------------------------------------
 
 
-def _twice(x, cols, other):
-    return jnp.where(other == -jnp.inf, -jnp.inf, 2 * x)
-
-
-def _twice_other(x, cols, other):
-    return 2 * other
+def _twice(x, cols, *other):
+    return 2 * x
 
 
 def _both(x, cols, other):
-    return x + other
+    return x + other.astype(x.dtype)
 
 
 def cauchy_schwarz_divergence(
@@ -287,19 +284,19 @@ def cauchy_schwarz_divergence(
 ) -> Float[Array, "*rows"]:
     """Cauchy-Schwarz divergence of `p = softmax(logits)` and `q = softmax(other)`: `-log((p q)^2 / (p p q q))`.
 
-    The partition functions cancel: it is `lse(2 x) + lse(2 z) - 2 lse(x + z)` for logits x and z. Symmetric, 0 for
-    equal distributions, always finite. Its rounding error is of the size of that of `x + z`. (For two samples there is
-    `kernel_cauchy_schwarz_divergence`.)
+    The partition functions cancel: it is `lse(2 x) + lse(2 z) - 2 lse(x + z)` for logits x and z. Symmetric, and 0 for
+    equal distributions; +inf, with gradient 0, for rows without a common entry, and finite otherwise. Its rounding
+    error is of the size of that of `x + z`. (For two samples there is `kernel_cauchy_schwarz_divergence`.)
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
       other: the same shape, an array or `linear_logits`.
       axis: the axis of the columns.
-      where: booleans that broadcast to the logits, True = counts, for both rows. An entry that is -inf in one row is
-        left out of both.
+      where: booleans that broadcast to the logits, True = counts, for both rows. An entry of -inf has probability 0
+        in its own row.
 
     Returns:
-      `[*rows]`, float32 or wider; 0 for a row without entries.
+      `[*rows]`, float32 or wider; 0 where either row has no entries.
 
     Raises:
       TypeError: an argument of a wrong type or dtype.
@@ -315,17 +312,16 @@ def cauchy_schwarz_divergence(
       1.19224
     """
     axis = check_axis(logits, axis)
-    check_floats("other", other, logits.shape, "the shape of the logits")
-    if not isinstance(other, LinearLogits):
-        other = jnp.moveaxis(other, axis, -1)
-    wanted = [
-        reductions.mapped_logsumexp(f, entry_args=(other,))._replace(finalize=partition_of)
-        for f in (_twice, _twice_other, _both)
-    ]
-    xx, zz, xz = reduce_rows(logits, wanted, axis=axis, where=where)
-    some = xz.log_sum > -jnp.inf
-    log_xx, log_zz, log_xz = (jnp.where(some, part.log_sum, 0) for part in (xx, zz, xz))
-    return ((xx.shift - xz.shift) + (zz.shift - xz.shift)) + ((log_xx - log_xz) + (log_zz - log_xz))
+    other = check_second("other", other, logits, axis)
+    own = reductions.mapped_logsumexp(_twice)
+    wanted = [own, of_second(own, other), reductions.mapped_logsumexp(_both, entry_args=(other,))]
+    parts = reduce_rows(logits, [w._replace(finalize=partition_of) for w in wanted], axis=axis, where=where)
+    xx, zz, xz = parts
+    present = (xx.log_sum > -jnp.inf) & (zz.log_sum > -jnp.inf)
+    common = xz.log_sum > -jnp.inf
+    log_xx, log_zz, log_xz = (jnp.where(common, part.log_sum, 0) for part in parts)
+    divergence = ((xx.shift - xz.shift) + (zz.shift - xz.shift)) + ((log_xx - log_xz) + (log_zz - log_xz))
+    return jnp.where(common, divergence, jnp.where(present, jnp.inf, 0))
 
 
 # --- regression, energies and consistency ----------------------------------------------------------------

@@ -20,11 +20,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from jaxsoft import _checks
-from jaxsoft._numerics import accumulation_dtype, safe_divide
+from jaxsoft._numerics import accumulation_dtype, expm1_ratio, safe_divide
 from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, prepare
 from jaxsoft.losses._labels import label_score
 from jaxsoft.losses.classification import Labels
-from jaxsoft.normalizers.inner import define_entmax, excess, per_row, positive_power
+from jaxsoft.normalizers.inner import define_entmax, entmax_powers, is_near_softmax, per_row, static_exponent
 from jaxsoft.rows import Logits, RowReduction, reductions
 from jaxsoft.rows.inner import detached, rows_of
 
@@ -55,8 +55,8 @@ def entmax_loss(
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
       labels: class ids `[*rows]`, or distributions of the logits' shape, as in `cross_entropy`.
-      alpha: a number of 1 or more. 2 is `sparsemax_loss`, 1 is cross-entropy (minus the entropy of q). A number
-        closer to 1 than 1e-3 is taken as 1. A traced alpha is differentiable; it must be at least 1 + 1e-3.
+      alpha: a number of 1 or more. 2 is `sparsemax_loss`, 1 is cross-entropy (minus the entropy of q). It may be
+        traced, and is differentiable, also at 1.
       axis: the axis of the classes.
       where: class mask that broadcasts to the logits, True = counts.
       weights: `[*rows]`, multiply the losses.
@@ -80,32 +80,32 @@ def entmax_loss(
     """
     _checks.number("alpha", alpha, at_least=1)
     rows = prepare(logits, labels, axis, where, weights, ignore_index)
-    if _checks.is_concrete_number(alpha) and abs(float(alpha) - 1) < 1e-3:
+    if _checks.is_concrete_number(alpha) and float(alpha) == 1:
         label = rows.reduce(rows.label_statistics())
         entropy = jnp.where(label.present, -_of_labels(rows, 1.0), 0) if rows.soft else 0
         return rows.finish(label.nll - entropy)
 
     # Only the three sums of the last pass are differentiated.
     params = lax.stop_gradient(define_entmax(_Fixed(rows), alpha=alpha).params)
-    top, tau = params["top"], params["tau"]
-    exponent = 1 / (float(alpha) - 1) if _checks.is_concrete_number(alpha) else None
-    a = jnp.asarray(alpha, tau.dtype).reshape(())
-    params["slope"] = jnp.broadcast_to(a - 1, tau.shape)
+    top, t = params["top"], params["threshold"]
+    a = jnp.asarray(alpha, t.dtype).reshape(())
+    params["slope"] = jnp.broadcast_to(a - 1, t.shape)
+    exponent = static_exponent(alpha)
     conjugate = _conjugate(exponent)._replace(args=(params,))
     wanted = {"conjugate": conjugate, "count": reductions.count()}
     if rows.soft:
         q = rows.labels
         wanted["score"] = reductions.mapped_sum(_weighted_score, top, entry_args=(q,))
-        wanted["support"] = reductions.weighted_sum((q > 0).astype(tau.dtype))
+        wanted["support"] = reductions.weighted_sum((q > 0).astype(t.dtype))
     else:
         wanted["score"] = label_score(rows.labels)
     out = rows.reduce(wanted)
 
     powers, mass, curvature = out["conjugate"]
-    # Relative to the largest logit, t + 1 / (alpha (alpha - 1)) = (tau + 1) / (alpha - 1) - 1 / alpha, which does not
-    # cancel.
-    value = (tau + 1) / (a - 1) + (powers - 1) / a
-    # In t, `value` is a parabola near its minimum: corrects for the error of tau, from the second derivative.
+    # The threshold of the logits themselves, relative to the largest one, plus 1 / (alpha - 1), which does not cancel
+    near = is_near_softmax(a - 1, exponent)
+    value = jnp.where(near, t, (t + 1) / jnp.where(near, 1, a - 1)) + (powers - 1) / a
+    # In the threshold, `value` is a parabola near its minimum: corrects for the error of t, from the second derivative.
     value = value - safe_divide((mass - 1) ** 2, 2 * curvature)
     if rows.soft:
         total = jnp.sum(q, axis=-1)
@@ -201,11 +201,8 @@ def _conjugate(exponent: float | None) -> RowReduction:
         return like, like, like
 
     def update(state, tile, params):
-        u = excess(tile, params)
-        r = 1 / params["slope"][..., None] if exponent is None else exponent
-        p = positive_power(u, r)
-        lower = (u > 0).astype(u.dtype) if exponent == 1 else positive_power(lax.stop_gradient(u), r - 1)
-        sums = (p * jnp.maximum(u, 0), p, lax.stop_gradient(lower))
+        u, p, lower = entmax_powers(tile, params, exponent)
+        sums = (p * u, p, lax.stop_gradient(lower))
         return tuple(s + jnp.sum(part, axis=-1) for s, part in zip(state, sums))
 
     return RowReduction(init, update)
@@ -216,9 +213,13 @@ def _weighted_score(x, cols, top, q):
 
 
 def _of_labels(rows: LabelledRows, alpha: Any) -> Array:
-    """`Omega(q)` of the label distributions."""
+    """`Omega(q)` of the label distributions; near alpha = 1 as `sum_c q_c (q_c^(alpha - 1) - 1)`, which needs no 1."""
     q = rows.labels.astype(accumulation_dtype(rows.labels.dtype))
     safe = jnp.where(q > 0, q, 1)
-    if _checks.is_concrete_number(alpha) and alpha == 1:
-        return jnp.sum(jnp.where(q > 0, q * jnp.log(safe), 0), axis=-1)
-    return (jnp.sum(jnp.where(q > 0, safe**alpha, 0), axis=-1) - 1) / (alpha * (alpha - 1))
+    slope = jnp.asarray(alpha, q.dtype) - 1
+    near = is_near_softmax(slope, None)
+    gap = jnp.where(near, 1, slope)
+    far = (jnp.sum(jnp.where(q > 0, safe ** (gap + 1), 0), axis=-1) - 1) / gap
+    log_q = jnp.log(safe)
+    limit = jnp.sum(q * log_q * expm1_ratio(jnp.where(near, slope, 0) * log_q), axis=-1)
+    return jnp.where(near, limit, far) / alpha

@@ -18,6 +18,7 @@ short definition `phi(l)`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
-from jaxsoft._numerics import accumulation_dtype, safe_divide
+from jaxsoft._numerics import accumulation_dtype, expm1_ratio, safe_divide
 from jaxsoft.losses._common import (
     IGNORE_INDEX,
     LabelledRows,
@@ -35,7 +36,7 @@ from jaxsoft.losses._common import (
     root_of,
     unless_absent,
 )
-from jaxsoft.losses._pairs import check_second, of_second, pair_sum
+from jaxsoft.losses._pairs import PairTerm, check_second, of_second, pair_sum, per_mass
 from jaxsoft.rows import Logits, reductions
 
 # --- functions of the negative log-likelihood ------------------------------------------------------------
@@ -43,9 +44,9 @@ from jaxsoft.rows import Logits, reductions
 
 def _box_cox(nll: Array, q: Any) -> Array:
     """`(1 - p_y^q) / q`, and its limit `l` at q = 0; for q < 0 the exponent is at most 80."""
-    zero = jnp.asarray(q) == 0
-    limit = nll * (1 - q * nll / 2)  # has the right derivative for q
-    return jnp.where(zero, limit, -jnp.expm1(jnp.minimum(-q * nll, 80.0)) / jnp.where(zero, 1, q))
+    beyond = -q * nll > 80
+    nll = jnp.where(beyond, 80 / jnp.where(beyond, -q, 1), nll)
+    return nll * expm1_ratio(-q * nll)
 
 
 def _reverse(nll: Array, label_floor: Any) -> Array:
@@ -481,6 +482,9 @@ def _squared_margin_change(log_p, log_q, change):
     return jnp.square((log_q - log_p) + change)
 
 
+_SQUARED_MARGIN_CHANGE = PairTerm(_squared_margin_change, per_mass(math.inf), per_mass(math.inf))
+
+
 def smooth_adversarial_comp_sum_loss(
     logits: Logits,
     adversarial_logits: Logits,
@@ -502,8 +506,8 @@ def smooth_adversarial_comp_sum_loss(
 
     Args:
       logits: `[*rows, columns]` of the examples, a floating array or `linear_logits`.
-      adversarial_logits: logits of the perturbed examples, of the same shape. A class that is absent only here costs
-        +inf.
+      adversarial_logits: logits of the perturbed examples, of the same shape. A class of -inf
+        in one row alone has an infinite margin there, and costs +inf.
       labels: class ids `[*rows]`, as in `cross_entropy`.
       tau: as in `comp_sum_loss`.
       nu: coefficient of the norm, 0 or more; the paper tunes it between 1 and 10.
@@ -537,7 +541,7 @@ def smooth_adversarial_comp_sum_loss(
     (nll, partition), (other_nll, other) = rows.reduce((label, of_second(label, second)))
     absent = (nll == jnp.inf) | (other_nll == jnp.inf)
     change = jnp.where(absent, 0, other_nll - nll)
-    square = rows.reduce(pair_sum(_squared_margin_change, second, partition, other, change))
+    square = rows.reduce(pair_sum(_SQUARED_MARGIN_CHANGE, second, partition, other, change))
     lacking = absent | (square == jnp.inf)
     loss = _box_cox(jnp.where(absent, 0, nll), tau - 1) + nu * root_of(jnp.where(lacking, 0, square))
     return rows.finish(jnp.where(lacking, jnp.inf, loss))
@@ -545,6 +549,9 @@ def smooth_adversarial_comp_sum_loss(
 
 def _kl(log_p, log_q):
     return jnp.exp(log_p) * (log_p - log_q)
+
+
+_KL = PairTerm(_kl, per_mass(math.inf), per_mass(0))
 
 
 def trades_loss(
@@ -565,8 +572,8 @@ def trades_loss(
 
     Args:
       logits: `[*rows, columns]` of the examples, a floating array or `linear_logits`.
-      adversarial_logits: logits of the perturbed examples, of the same shape. A class that is absent only here costs
-        +inf.
+      adversarial_logits: logits of the perturbed examples, of the same shape. A class of -inf
+        here alone costs +inf.
       labels: class ids `[*rows]` or distributions of the logits' shape, as in `cross_entropy`.
       beta: coefficient of the divergence, 0 or more.
       axis: the axis of the classes.
@@ -596,5 +603,5 @@ def trades_loss(
     (nll, partition), other = rows.reduce(
         (rows.label_statistics(), of_second(reductions.log_partition(), second))
     )
-    divergence = rows.reduce(pair_sum(_kl, second, partition, other))
+    divergence = rows.reduce(pair_sum(_KL, second, partition, other))
     return rows.finish(unless_absent(divergence, lambda divergence: nll + beta * divergence))

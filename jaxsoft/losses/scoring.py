@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, finite_gauge, log_or_neg_inf
 from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, prepare, root_of, unless_absent
-from jaxsoft.losses._pairs import check_second, log_softmax_of, of_second, pair_sum, zero_init
+from jaxsoft.losses._pairs import PairTerm, check_second, log_softmax_of, of_second, pair_sum, zero_init
 from jaxsoft.losses.classification import Labels
 from jaxsoft.rows import Logits, RowReduction, reductions
 from jaxsoft.rows.reductions import LogPartition
@@ -149,6 +149,13 @@ def _squared_change(log_p, log_q):
     return jnp.square(jnp.exp(log_q) - jnp.exp(log_p))
 
 
+def _square(log_p):
+    return jnp.exp(2 * log_p)
+
+
+_SQUARED_CHANGE = PairTerm(_squared_change, _square, _square)
+
+
 def adversarial_brier_loss(
     logits: Logits,
     adversarial_logits: Logits,
@@ -168,8 +175,8 @@ def adversarial_brier_loss(
 
     Args:
       logits: `[*rows, columns]` of the examples, a floating array or `linear_logits`.
-      adversarial_logits: logits of the perturbed examples, of the same shape. A class that is absent only here costs
-        +inf.
+      adversarial_logits: logits of the perturbed examples, of the same shape. A class of -inf has probability 0
+        there.
       labels: class ids `[*rows]` or distributions of the logits' shape, as in `cross_entropy`.
       beta: coefficient of the second term, 0 or more: 4 in the authors' runs (1 by default in their code).
       axis: the axis of the classes.
@@ -198,8 +205,8 @@ def adversarial_brier_loss(
     second = check_second("adversarial_logits", adversarial_logits, logits, rows.axis)
     partition = reductions.log_partition()
     error, out = _error(rows, "squared l2", first=partition, second=of_second(partition, second))
-    change = rows.reduce(pair_sum(_squared_change, second, out["first"], out["second"]))
-    return rows.finish(unless_absent(change, lambda change: error + beta * change))
+    change = rows.reduce(pair_sum(_SQUARED_CHANGE, second, out["first"], out["second"]))
+    return rows.finish(error + beta * change)
 
 
 def spherical_score_loss(

@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from jaxsoft import _checks
-from jaxsoft._numerics import safe_divide
+from jaxsoft._numerics import expm1_ratio, log1p_ratio, safe_divide
 from jaxsoft.normalizers._exponential import SOFTMAX
 from jaxsoft.normalizers._normalizer import defined_by, normalize
 from jaxsoft.normalizers.rectified import divided_by_sum, positive_power
@@ -73,35 +73,65 @@ def sparse_softmax(
     return normalize(_sparse_softmax, scores, axis, where, "sparse_softmax", k=k)
 
 
-# Threshold sums. With u = relu((alpha - 1) (x - top) - tau) and r = 1 / (alpha - 1), these are the two sums of powers
-# that Newton's method needs to solve sum u^r = 1. It starts at tau = -1, where the largest entry alone gives 1, and
-# rises to the root without overshooting, since the sum is convex and decreasing in tau (alpha <= 2).
+# Two sums over a row find the threshold by Newton's method. It rises to the root without overshooting, since the sum of
+# the weights is convex and decreasing in the threshold (alpha <= 2). With e = alpha - 1 the weights are u^(1 / e), and
+# the threshold has one of two forms:
+#
+#   alpha >= 1.1:  u = e (x - top) - t, from t = -1, where the largest entry alone has weight 1;
+#   else:          u = 1 + e z with z = (x - top) - t, from t = 0, and u^(1 / e) = exp(z log(1 + e z) / (e z)), which is
+#                  e^z at e = 0. The first form is exact for small u, the second for small e.
+
+_NEAR = 0.1
 
 
-def excess(tile, params) -> Array:
-    """`(alpha - 1) (x - top) - tau`, below 0 for absent entries."""
-    shifted = params["slope"][..., None] * (tile.x - params["top"][..., None])
-    return jnp.where(tile.keep, shifted - params["tau"][..., None], -1)
+def _select(condition: Any, a: Any, b: Any) -> Any:
+    return (a if condition else b) if isinstance(condition, bool) else jnp.where(condition, a, b)
+
+
+def is_near_softmax(slope: Array, exponent: float | None) -> Any:
+    """Whether the threshold has the second form: a bool if alpha is static, else booleans of the slope's shape."""
+    return slope < _NEAR if exponent is None else 1 / exponent < _NEAR
+
+
+def entmax_powers(tile, params, exponent: float | None) -> tuple[Array, Array, Array]:
+    """`u`, its power p (the weight), and `p / u`; 0 outside the support.
+
+    `exponent` is `1 / (alpha - 1)` if alpha is static. The parameters are `slope`, `top` and `threshold`.
+    """
+    slope, top, t = (params[name][..., None] for name in ("slope", "top", "threshold"))
+    shifted = jnp.where(tile.keep, tile.x - top, 0)
+    near = is_near_softmax(slope, exponent)
+    if near is False:
+        u = jnp.where(tile.keep, slope * shifted - t, -1)
+        lower = (u > 0).astype(u.dtype) if exponent == 1 else positive_power(u, exponent - 1)
+        return jnp.maximum(u, 0), positive_power(u, exponent), lower
+    z = jnp.maximum(shifted - t, -1e3)  # below, the weight is 0
+    u = _select(near, 1 + slope * z, slope * shifted - t)
+    support = tile.keep & (u > 0)
+    u = jnp.where(support, u, 1)
+    # For a slope below 1e-4, y is always small.
+    y = slope * z
+    small = near & (jnp.abs(y) < 0.1)
+    direct = jnp.log(u) / jnp.where(slope < 1e-4, 1, slope)
+    log_p = jnp.where(small, jnp.where(small, z, 0) * log1p_ratio(jnp.where(small, y, 0)), direct)
+    p = jnp.where(support, jnp.exp(log_p), 0)
+    return jnp.where(support, u, 0), p, p / u
 
 
 @functools.cache
 def _entmax_functions(exponent: float | None):
     """The two sums and the normalizer; with `exponent=None` it is read from the parameters."""
 
-    def power(params):
-        return params["exponent"][..., None] if exponent is None else exponent
-
     def init(like, params):
         return like, like
 
     def update(state, tile, params):
-        u, r = excess(tile, params), power(params)
-        lower = (u > 0).astype(u.dtype) if exponent == 1 else positive_power(u, r - 1)
+        u, _, lower = entmax_powers(tile, params, exponent)
         # u^r as u^(r - 1) u: one power instead of two.
-        return state[0] + jnp.sum(lower * jnp.maximum(u, 0), axis=-1), state[1] + jnp.sum(lower, axis=-1)
+        return state[0] + jnp.sum(lower * u, axis=-1), state[1] + jnp.sum(lower, axis=-1)
 
     def powers(tile, params):
-        return positive_power(excess(tile, params), power(params))
+        return entmax_powers(tile, params, exponent)[1]
 
     return RowReduction(init, update), divided_by_sum(powers)
 
@@ -109,50 +139,58 @@ def _entmax_functions(exponent: float | None):
 _MOST_STEPS = 64
 
 
+def static_exponent(alpha: Any) -> float | None:
+    """`1 / (alpha - 1)` for a static alpha above 1, an integer if it is one up to rounding; else None."""
+    if not _checks.is_concrete_number(alpha):
+        return None
+    exponent = 1 / (float(alpha) - 1)
+    return float(round(exponent)) if abs(exponent - round(exponent)) < 1e-12 else exponent
+
+
 def define_entmax(rows, *, alpha: Any = 1.5):
-    """The definition of `entmax`; the threshold `tau` is in the `params`."""
-    if _checks.is_concrete_number(alpha) and abs(float(alpha) - 1) < 1e-3:
+    """The definition of `entmax`; the threshold is in the `params`, in the form that `is_near_softmax` says."""
+    if _checks.is_concrete_number(alpha) and float(alpha) == 1:
         return SOFTMAX
+    exponent = static_exponent(alpha)
     slope = rows.per_row("alpha", alpha) - 1
-    exponent = 1 / (float(alpha) - 1) if _checks.is_concrete_number(alpha) else None
-    if exponent is not None and abs(exponent - round(exponent)) < 1e-12:
-        exponent = float(round(exponent))
     sums, normalizer = _entmax_functions(exponent)
     fixed = rows.detached()
     top, n = fixed.reduce((reductions.maximum(), reductions.count()))
     top = jnp.where(jnp.isfinite(top), top, 0)
-
-    def newton(source, tau, slope):
-        params = {"slope": slope, "top": top, "tau": tau, "exponent": 1 / slope}
-        total, lower = source.reduce(sums._replace(args=(params,)))
-        return tau + safe_divide((total - 1) * slope, lower), total
-
     still = lax.stop_gradient(slope)
+    near = is_near_softmax(still, exponent)
+
+    def newton(source, t, slope):
+        params = {"slope": slope, "top": top, "threshold": t}
+        total, lower = source.reduce(sums._replace(args=(params,)))
+        return t + safe_divide(total - 1, lower) * _select(near, 1, slope), total
+
     # After a step this small, the error is of the order of its square; two more steps follow.
     eps = float(jnp.finfo(rows.dtype).eps)
     tolerance = jnp.where(still > 1, 2 * eps, 0.1 * eps**0.5)
 
     # Where a Newton step would leave the interval that holds the root (alpha > 2), the interval is halved.
     def search(carry):
-        step, lo, hi, tau, _ = carry
-        proposal, total = newton(fixed, tau, still)
-        lo, hi = jnp.where(total >= 1, tau, lo), jnp.where(total >= 1, hi, tau)
+        step, lo, hi, t, _ = carry
+        proposal, total = newton(fixed, t, still)
+        lo, hi = jnp.where(total >= 1, t, lo), jnp.where(total >= 1, hi, t)
         new = jnp.where((proposal >= lo) & (proposal <= hi), proposal, (lo + hi) / 2)
-        return step + 1, lo, hi, new, jnp.max(jnp.abs(new - tau) / tolerance, initial=0)
+        return step + 1, lo, hi, new, jnp.max(jnp.abs(new - t) / tolerance, initial=0)
 
     def unfinished(carry):
         return (carry[0] < _MOST_STEPS) & (carry[-1] > 1)
 
-    lo = -jnp.ones_like(top)
-    hi = -(safe_divide(jnp.ones_like(n), n) ** still)
+    # The root for a single entry, and for n equal ones
+    log_n = jnp.log(jnp.maximum(n, 1))
+    lo = _select(near, jnp.zeros_like(top), -jnp.ones_like(top))
+    hi = _select(near, log_n * expm1_ratio(-still * log_n), -(safe_divide(jnp.ones_like(n), n) ** still))
     far = jnp.max(jnp.full_like(top, jnp.inf), initial=0)  # varies over the rows' mesh axes
-    _, _, _, tau, _ = lax.while_loop(unfinished, search, (jnp.int32(0), lo, hi, lo, far))
-    # Two differentiated steps give tau its derivatives, to third order.
-    tau = lax.stop_gradient(tau)
+    _, _, _, t, _ = lax.while_loop(unfinished, search, (jnp.int32(0), lo, hi, lo, far))
+    # Two differentiated steps give the threshold its derivatives, to third order.
+    t = lax.stop_gradient(t)
     for _ in range(2):
-        tau, _ = newton(rows, tau, slope)
-    params = {"slope": slope, "top": top, "tau": tau, "exponent": 1 / slope}
-    return normalizer._replace(params=params)
+        t, _ = newton(rows, t, slope)
+    return normalizer._replace(params={"slope": slope, "top": top, "threshold": t})
 
 
 @defined_by(define_entmax)
@@ -167,8 +205,8 @@ def entmax(
 
     Args:
       scores: `[*rows, columns]`, floating.
-      alpha: a number of 1 or more, or an array that broadcasts to `[*rows]`, of numbers above 1 (by at least 1e-3 in
-        float32); differentiable. 1 is softmax, 2 is sparsemax.
+      alpha: a number of 1 or more, or an array of them that broadcasts to `[*rows]`; differentiable, also at 1. 1 is
+        softmax, 2 is sparsemax.
       axis: the axis that holds a row.
       where: booleans that broadcast to the scores, True = counts.
 

@@ -55,14 +55,13 @@ def col_mask(masks: Masks, start, size: int) -> Array | None:
     return None
 
 
-def masked(x: Array, masks: Masks) -> Array:
-    """The scores with -inf for masked entries."""
-    keeps = []
+def unmasked(masks: Masks, *more: Array | None) -> Array | None:
+    """Booleans that broadcast to the scores, False for masked entries; None without a mask."""
+    keeps = [keep for keep in more if keep is not None]
     if masks.rows is not None:
         keeps.append(masks.rows[..., None])
     if masks.cols is not None:
         keeps.append(masks.cols)
     if masks.entries is not None:
         keeps.append(masks.entries)
-    # Without a mask, the scores are left as they are: XLA's reductions on the CPU do not fuse a select.
-    return jnp.where(functools.reduce(jnp.logical_and, keeps), x, -jnp.inf) if keeps else x
+    return functools.reduce(jnp.logical_and, keeps) if keeps else None

@@ -24,7 +24,7 @@ from jaxtyping import Array
 
 from jaxsoft._trees import combine, partition
 from jaxsoft.rows._logits import LinearLogits
-from jaxsoft.rows._masks import Masks, col_mask, masked, row_mask
+from jaxsoft.rows._masks import Masks, col_mask, row_mask, unmasked
 from jaxsoft.rows._reduction import Arrays, RowReduction, Tile, block_sums
 from jaxsoft.rows._source import Source, cut
 
@@ -95,9 +95,9 @@ def tiles(x: Array, start, masks: Masks, cut_arrays: list[tuple[tuple, tuple]], 
         None if masks.cols is None else cut(masks.cols, start, size, 0),
         None if masks.entries is None else cut(masks.entries, start, size, x.ndim - 1),
     )
-    scores = masked(x, cut_masks)
+    where = unmasked(cut_masks)
     cols = jnp.arange(size, dtype=jnp.int32) + start
-    return [Tile.of(scores, cols, columns, *c) for c in cut_arrays]
+    return [Tile.of(x, cols, columns, *c, where) for c in cut_arrays]
 
 
 def read_block(source: Source, start, size: int, masks: Masks, arrays: list[Arrays]) -> list[Tile]:

@@ -26,6 +26,8 @@ class Tile(NamedTuple):
       columns: the number of columns of the whole row (static).
       col_args: the reduction's `col_args`, each cut to `[block, ...]`.
       entry_args: the reduction's `entry_args`, each cut to `[*rows, block]`.
+      where: booleans that broadcast to the scores, False for masked entries; None if no entry is masked. `second_row`
+        applies the same mask.
       in_kernel: whether the tile is in the registers of a kernel, where gathers and sorting are unavailable (static).
       finished: whether the state it meets is finished, so that its gauge no longer changes (static).
     """
@@ -37,18 +39,35 @@ class Tile(NamedTuple):
     columns: int
     col_args: tuple[jax.Array, ...] = ()
     entry_args: tuple[jax.Array, ...] = ()
+    where: Any = None
     in_kernel: bool = False
     finished: bool = False
 
     @classmethod
-    def of(cls, scores: jax.Array, cols: jax.Array, columns: int, *rest: Any) -> Tile:
-        """The tile of scores in which -inf marks the absent entries."""
+    def of(
+        cls,
+        scores: jax.Array,
+        cols: jax.Array,
+        columns: int,
+        col_args=(),
+        entry_args=(),
+        where=None,
+        *flags: bool,
+    ) -> Tile:
+        """The tile of scores; an entry is absent if `where` masks it or its score is -inf."""
+        # Without a mask, the scores are left as they are: XLA's reductions on the CPU do not fuse a select.
+        scores = scores if where is None else jnp.where(where, scores, -jnp.inf)
         keep = is_present(scores, None)
-        return cls(jnp.where(keep, scores, 0), scores, keep, cols, columns, *rest)
+        x = jnp.where(keep, scores, 0)
+        return cls(x, scores, keep, cols, columns, col_args, entry_args, where, *flags)
 
     def with_scores(self, scores: jax.Array) -> Tile:
         """The same tile with other scores, in which -inf marks the absent entries."""
         return Tile.of(scores, *self[3:])
+
+    def second_row(self, i: int = 0) -> Tile:
+        """The tile of the scores in `entry_args[i]`: the same mask, but its own entries of -inf."""
+        return self.with_scores(self.entry_args[i].astype(self.x.dtype))
 
     def with_values(self, x: jax.Array) -> Tile:
         """The same tile with other scores for the present entries."""
@@ -137,7 +156,7 @@ class RowReduction(NamedTuple):
       args: arrays with the rows' leading axes, `[*rows, ...]`, or trees of them.
       col_args: arrays with one leading axis over the columns, `[columns, ...]`.
       entry_args: arrays of the scores' shape, `[*rows, columns]`, or `linear_logits` of that shape, which are
-        never stored either: a second row of scores, read together with the first.
+        never stored either: a second row of scores, read together with the first. `Tile.second_row` gives its tile.
 
     Example (the sum of softplus(x - theta) over each row, with its gradients for the scores and for theta):
 

@@ -21,7 +21,7 @@ from jaxsoft.kernels.inner import Block, Kernel, Operands, Out, Plan, Scores, ob
 from jaxsoft.rows import _pass
 from jaxsoft.rows._cotangents import Parts, operand_cotangents, parts_of
 from jaxsoft.rows._logits import LinearLogits
-from jaxsoft.rows._masks import Masks, col_mask, masked
+from jaxsoft.rows._masks import Masks, col_mask, unmasked
 from jaxsoft.rows._pass import empty_masked_rows, over_blocks
 from jaxsoft.rows._reduction import Arrays, Tile, block_sums
 from jaxsoft.rows._source import Source, cut, finish
@@ -114,10 +114,9 @@ def _tiles(softcap: float | None, columns: int, block: Block, raw, parts: Parts)
     x: Any = clean(raw)
     if keeps.cols is not None:  # a masked column may hold NaN
         x = jnp.where(keeps.cols, x, 0)
-    x = masked(finish(x, softcap, cols["bias"], rows["scale"], rows["temperature"]), keeps)
-    if block.inside is not None:
-        x = jnp.where(block.inside, x, -jnp.inf)
-    return [Tile.of(x, block.col, columns, c, e, True) for c, e in zip(cols["args"], entries["args"])]
+    x = finish(x, softcap, cols["bias"], rows["scale"], rows["temperature"])
+    where = unmasked(keeps, block.inside)
+    return [Tile.of(x, block.col, columns, c, e, where, True) for c, e in zip(cols["args"], entries["args"])]
 
 
 # --- the forward pass ----------------------------------------------------------------------------------------

@@ -561,55 +561,55 @@ def soft_label_statistics(labels: jax.Array) -> RowReduction:
 
 
 # Two rows of scores, a and b, with the softmaxes p and q: (m, S, U = sum w (a-m), n, Z = sum e^(b-n),
-# V = sum w (b-n)) with w = e^(a-m). A new gauge n adds (n_old - n_new) S to V.
+# V = sum w (b-n), lost) with w = e^(a-m). A new gauge n adds (n_old - n_new) S to V. `lost` counts the entries that
+# are absent from b alone; V leaves them out.
 
 
 class RelativeEntropy(NamedTuple):
     """How the softmax p of one row of scores differs from the softmax q of another, each `[*rows]`.
 
     Attributes:
-      divergence: `KL(p || q) = sum p log(p / q)`; 0 for an empty row.
-      entropy: the entropy of p.
+      divergence: `KL(p || q) = sum p log(p / q)`; +inf, with gradient 0, where q lacks an entry of p; 0 where either
+        row is empty.
+      cross_entropy: `-sum p log q`, with the same limits.
       partition: the log-partition function of p's scores, in parts.
       other_partition: the same for q's scores.
     """
 
     divergence: jax.Array
-    entropy: jax.Array
+    cross_entropy: jax.Array
     partition: LogPartition
     other_partition: LogPartition
 
 
 def _pair_init(like):
     low = jnp.full_like(like, -jnp.inf)
-    return low, like, like, low, like, like
+    return low, like, like, low, like, like, jnp.zeros_like(like, dtype=jnp.int32)
 
 
 def _pair_shift(state, m_new, n_new):
-    m, s, u, n, z, v = state
+    m, s, u, n, z, v, lost = state
     c = rescale(m, m_new)
     d, e = (
         jnp.where(m == -jnp.inf, 0, finite_gauge(a) - finite_gauge(b)) for a, b in ((m, m_new), (n, n_new))
     )
-    return c * s, c * (u + d * s), z * rescale(n, n_new), c * (v + e * s)
+    return c * s, c * (u + d * s), z * rescale(n, n_new), c * (v + e * s), lost
 
 
 def _pair_update(state, tile, swapped):
-    other = tile.entry_args[0].astype(tile.x.dtype)
-    keep = tile.keep & (other != -jnp.inf)
-    a, b = (jnp.where(keep, x, -jnp.inf) for x in ((other, tile.x) if swapped else (tile.x, other)))
-    tile_a, tile_b = tile._replace(scores=a), tile._replace(scores=b)
-    m, n = running_max(state[0], tile_a), running_max(state[3], tile_b)
-    w = exponentials(tile_a, m)
-    ya, yb = (jnp.where(keep, x - finite_gauge(g)[..., None], 0) for x, g in ((a, m), (b, n)))
-    s, u, z, v = _pair_shift(state, m, n)
+    a, b = (tile.second_row(), tile) if swapped else (tile, tile.second_row())
+    m, n = running_max(state[0], a), running_max(state[3], b)
+    w = exponentials(a, m)
+    ya, yb = (jnp.where(t.keep, t.x - finite_gauge(g)[..., None], 0) for t, g in ((a, m), (b, n)))
+    s, u, z, v, lost = _pair_shift(state, m, n)
     return (
         m,
         s + jnp.sum(w, axis=-1),
         u + tile.dot(w, ya),
         n,
-        z + jnp.sum(exponentials(tile_b, n), axis=-1),
+        z + jnp.sum(exponentials(b, n), axis=-1),
         v + tile.dot(w, yb),
+        lost + jnp.sum(a.keep & ~b.keep, axis=-1, dtype=lost.dtype),
     )
 
 
@@ -623,31 +623,34 @@ def _update_under_other(state, tile):
 
 def _pair_merge(a, b):
     m, n = jnp.maximum(a[0], b[0]), jnp.maximum(a[3], b[3])
-    s, u, z, v = map(jnp.add, _pair_shift(a, m, n), _pair_shift(b, m, n))
-    return m, s, u, n, z, v
+    s, u, z, v, lost = map(jnp.add, _pair_shift(a, m, n), _pair_shift(b, m, n))
+    return m, s, u, n, z, v, lost
 
 
 def _pair_neutral(state):
-    m, n = state[0], state[3]
-    zero = jnp.zeros_like(m)
-    return m, zero, zero, n, zero, zero
+    zeros = [jnp.zeros_like(a) for a in state]
+    return state[0], *zeros[1:3], state[3], *zeros[4:]
 
 
 def _pair_finalize(state):
-    m, s, u, n, z, v = state
+    m, s, u, n, z, v, lost = state
     p, q = partition_of((m, s)), partition_of((n, z))
-    some = s > 0
-    log_s, log_z = (jnp.where(some, a.log_sum, 0) for a in (p, q))
-    mean_a, mean_b = safe_divide(u, s), safe_divide(v, s)
-    entropy = log_s - mean_a
-    return RelativeEntropy((log_z - mean_b) - entropy, entropy, p, q)
+    both = (s > 0) & (z > 0)
+    log_s, log_z = (jnp.where(both, a.log_sum, 0) for a in (p, q))
+    cross = log_z - safe_divide(v, s)
+    divergence = cross - (log_s - safe_divide(u, s))
+
+    def limits(a):
+        return jnp.where(both, jnp.where(lost > 0, jnp.inf, a), 0)
+
+    return RelativeEntropy(limits(divergence), limits(cross), p, q)
 
 
 def relative_entropy(other: Any, *, reverse: bool = False) -> RowReduction:
     """`KL(softmax(scores) || softmax(other))`, or `KL(softmax(other) || softmax(scores))` with `reverse`.
 
-    See `RelativeEntropy`. `other` is `[*rows, columns]`, an array or `linear_logits`. An entry that is absent in one
-    row is left out of both.
+    See `RelativeEntropy`. `other` is `[*rows, columns]`, an array or `linear_logits`. An entry of -inf in one row has
+    probability 0 there, and the other row keeps it; a masked entry is absent from both.
     """
     update = _update_under_other if reverse else _update_under_scores
     return RowReduction(_pair_init, update, _pair_merge, _pair_finalize, _pair_neutral, entry_args=(other,))

@@ -128,7 +128,8 @@ def loss_entry(function, variant="", labels="labels", arrays=(), **options):
 
     def call(logits, inputs, *, where=None, axis=-1, **more):
         def given(name):
-            return jnp.moveaxis(inputs[name], -1, axis) if name in PER_ENTRY else inputs[name]
+            moved = name in PER_ENTRY and axis != -1
+            return jnp.moveaxis(inputs[name], -1, axis) if moved else inputs[name]
 
         extra = {option: given(source) for option, source in sources.items()}
         return function(logits, given(labels), where=where, axis=axis, **options, **extra, **more)

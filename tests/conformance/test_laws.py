@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import float64
-from helpers import contract, floats, matrix_products, trees_close
+from helpers import absent_in_one_row, contract, floats, matrix_products, rows_and_gradients, trees_close
 from jax.experimental import checkify
 from jax.sharding import PartitionSpec as P
 
@@ -476,6 +476,21 @@ def test_ignored_and_unweighted_examples(entry):
 
         np.testing.assert_allclose(mean(ignoring[name]), (jnp.sum(plain) - plain[1, 0]) / 5, rtol=1e-6)
         assert mean(none[name]) == 0
+
+
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if "teacher" in e.inputs], ids=lambda e: e.id)
+def test_an_absent_class_in_one_of_two_rows(entry, x64):
+    """-inf in one row is probability 0 in that row alone; a masked class is absent from both."""
+    x, given = scores(entry, dtype=np.float64), inputs_of(entry, dtype=np.float64)
+    teacher = given.pop("teacher")
+
+    def call(x, teacher, where):
+        return entry.call(x, {**given, "teacher": teacher}, where=where)
+
+    run = jax.jit(functools.partial(rows_and_gradients, call))
+    empty, gradients = absent_in_one_row(run, x, teacher, 5, 6)
+    if entry.inputs[0] == "teacher":
+        assert not np.any(empty) and not np.any(gradients)
 
 
 @pytest.mark.parametrize(

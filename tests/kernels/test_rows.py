@@ -64,6 +64,10 @@ def chosen(p, columns, *names):
         "mapped": reductions.mapped_sum(
             some_function, p["theta"], col_args=(p["by_column"],), entry_args=(p["by_entry"],)
         ),
+        # A row that lacks entries of its own; those absent from it alone cost nothing in this direction.
+        "second": reductions.relative_entropy(
+            jnp.where(p["by_entry"] < 0.3, -INF, 3 * p["by_entry"]), reverse=True
+        ),
     }
     return {name: wanted[name] for name in names or wanted}
 
@@ -104,6 +108,7 @@ def assert_clean(gradients):
         (13, 300, None, jnp.float32, ("label", "take", "moments", "best", "mapped")),
         (1, 1, "rows", jnp.float32, ("label", "best")),
         (8, 128, "entries", jnp.bfloat16, ("label", "mapped")),
+        (9, 129, "entries", jnp.float32, ("second",)),
         (9, 129, "rows and columns", jnp.float16, ("moments", "mapped")),
     ],
 )

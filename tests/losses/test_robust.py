@@ -318,14 +318,16 @@ def test_equal_rows_and_lacking_classes(loss):
     for a, b in zip(run(x, x, 5.0, every), first):
         close(a, b)
     assert jnp.all(first[0] > 0) and jnp.any(first[1] != 0) and not jnp.any(first[2])
-    # A class, or the label, that the second row lacks; a class that both lack, or that is masked
+    # A class, or the label, that the second row lacks, which costs the Brier score no more than its mass; a class that
+    # both lack, or that is masked
     other = jnp.flip(x, 1)
     column = (jnp.arange(6) == (y[0] + 1) % 6) & (jnp.arange(4) == 0)[:, None]
     lacking = jnp.where(column, -jnp.inf, other)
     for coefficient in (0.0, 5.0):
         values, *gradients = run(x, lacking.at[1, y[1]].set(-jnp.inf), coefficient, every)
-        np.testing.assert_array_equal(jnp.isposinf(values), [True, True, False, False])
-        assert all(jnp.all(jnp.isfinite(g)) and not jnp.any(g[:2]) for g in gradients)
+        costs = loss is not SCORE
+        np.testing.assert_array_equal(jnp.isposinf(values), [costs, costs, False, False])
+        assert all(jnp.all(jnp.isfinite(g)) and (not costs or not jnp.any(g[:2])) for g in gradients)
     absent = run(jnp.where(column, -jnp.inf, x), lacking, 5.0, every)
     for a, b in zip(absent, run(x, other, 5.0, ~column)):
         assert jnp.all(jnp.isfinite(a))

@@ -7,7 +7,8 @@ from jaxsoft import losses
 
 
 def _cauchy_schwarz(logits, inputs, *, where=None, axis=-1):
-    other = jnp.moveaxis(inputs["teacher"], -1, axis)
+    other = inputs["teacher"]
+    other = other if axis == -1 else jnp.moveaxis(other, -1, axis)
     return losses.cauchy_schwarz_divergence(logits, other, where=where, axis=axis)
 
 
