@@ -357,27 +357,35 @@ def skip_spikes(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-# Around directions.
+# Around optimizers.
 
 
 def cautious(
     inner: optax.GradientTransformation,
     *,
+    ready: bool,
     eps: Scalar = 1e-3,
     normalization: Literal["mean", "count"] = "mean",
 ) -> optax.GradientTransformationExtraArgs:
-    """Drops the entries of any direction that point against the gradient, and scales the others up.
+    """Drops the entries of any update that would raise the loss to first order, and scales the others up.
 
     With u the direction that `inner` computes from the gradient g, for each leaf of n entries:
 
         mask = [u g > 0]        u <- u mask / max(mean(mask), eps)
 
-    Unlike momentum, the result never points uphill: `<u, g> >= 0`. `inner` must be a direction, without learning
-    rate and sign: `optax.chain(cautious(optax.scale_by_adam()), optax.scale_by_learning_rate(1e-3))`.
+    Unlike momentum, the result never points uphill: `<u, g> >= 0`. A ready optimizer returns steps, which have the
+    opposite sign: there the mask is `[u g < 0]`. Both take the same steps, except that the mask and the scale of a
+    ready optimizer act on its weight decay, too:
+
+        optax.chain(cautious(optax.scale_by_adam(), ready=False), optax.scale_by_learning_rate(1e-3))
+        cautious(optax.adam(1e-3), ready=True)
+
     Under `jit` a leaf may be sharded; inside `shard_map` the mean is that of the local shard.
 
     Args:
-      inner: The direction.
+      inner: A direction or a ready optimizer.
+      ready: Whether `inner` is ready, that is, its updates are multiplied by minus a learning rate. With the wrong
+        value every entry that lowers the loss is dropped.
       eps: Smallest mean to divide by, positive.
       normalization: "mean" as above; "count" multiplies by `n / (sum(mask) + 1)`, as in the authors' Lion.
 
@@ -385,6 +393,7 @@ def cautious(
       A gradient transformation with the state of `inner`. Updates keep the dtype of the gradients.
 
     Raises:
+      TypeError: for a `ready` that is not a bool.
       ValueError: for an `eps` that is not positive, or an unknown normalization.
 
     References:
@@ -392,17 +401,19 @@ def cautious(
 
     Examples:
       >>> import jax.numpy as jnp
-      >>> tx = cautious(optax.trace(0.9))
+      >>> tx = cautious(optax.trace(0.9), ready=False)
       >>> _, state = tx.update(jnp.array([1.0, 1.0]), tx.init(jnp.zeros(2)))
       >>> print(tx.update(jnp.array([1.0, -0.5]), state)[0].round(4))
       [3.8 0. ]
     """
+    _checks.flag("ready", ready)
     _checks.number("eps", eps, above=0)
     _checks.option("normalization", normalization, ("mean", "count"))
     inner = optax.with_extra_args_support(inner)
 
     def leaf(u, g):
         u, g = jnp.asarray(u, _common.wide(u)), jnp.asarray(g, _common.wide(g))
+        g = -g if ready else g
         # The number of entries with u g > 0, from signs, since the product may underflow; and without comparisons
         # or constants, which a sum on a CPU would read from arrays of the size of the leaf.
         sign = jnp.sign(u) * jnp.sign(g)

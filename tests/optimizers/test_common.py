@@ -195,6 +195,26 @@ def test_nan_is_not_hidden(name):
         assert all_finite((updates, state))
 
 
+WRAPPERS = {
+    "cautious": lambda inner, ready: o.cautious(inner, ready=ready),
+    "momentum_reset": lambda inner, ready: o.momentum_reset(inner, 2, 1),
+    "project_out_radial": lambda inner, ready: o.project_out_radial(inner, ready=ready, delta=10.0),
+    "quantize_state": lambda inner, ready: o.quantize_state(inner, block_size=4, min_size=6),
+    "skip_spikes": lambda inner, ready: o.skip_spikes(inner, 0.0, min_ratio=1.0, warmup_steps=1),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_wrapper_takes_the_same_steps_around_a_direction_and_a_ready_optimizer(name):
+    wrap, params = WRAPPERS[name], params_tree()
+    direction, rate = optax.trace(0.9), optax.scale_by_learning_rate(0.1)
+    ready, _ = run(wrap(optax.chain(direction, rate), ready=True), params, 4)
+    expected, _ = run(optax.chain(wrap(direction, ready=False), rate), params, 4)
+    chex.assert_trees_all_close(ready, expected, rtol=1e-5, atol=1e-6)
+    plain, _ = run(optax.chain(direction, rate), params, 4)
+    assert np.max(np.abs(plain["matrix"] - ready["matrix"])) > 1e-3  # the wrapper does something
+
+
 @every
 def test_multi_steps(name):
     inner, params = CASES[name].make(), params_tree()
