@@ -104,10 +104,26 @@ def test_bfloat16_parameters_follow_float32(name):
 
 
 @every
-def test_jit_is_eager(name):
+def test_jit_and_the_optimizer_of_flax_are_eager(name):
+    """One compiled step of `nnx.Optimizer`, whose states have one leaf per parameter, against `apply_updates`."""
+    nnx = pytest.importorskip("flax.nnx")
+
+    class Model(nnx.Module):
+        def __init__(self, tree):
+            self.tree = nnx.data(jax.tree.map(nnx.Param, tree))
+
+    @nnx.jit
+    def step(model, optimizer, grads):
+        optimizer.update(model, grads)
+
     tx, params = CASES[name].make(), params_tree()
     eager = run(tx, params, 3, update=tx.update)
-    chex.assert_trees_all_close(run(tx, params, 3), eager, rtol=1e-5, atol=1e-6)
+    model = Model(params)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    for i in range(3):
+        step(model, optimizer, Model(gradients(i, params)))
+    ours = nnx.as_pure((nnx.state(model, nnx.Param), optimizer.opt_state))
+    chex.assert_trees_all_close(jax.tree.leaves(ours), jax.tree.leaves(eager), rtol=1e-5, atol=1e-6)
 
 
 @every
