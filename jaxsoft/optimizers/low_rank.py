@@ -97,7 +97,7 @@ class ScaleByFiraState(NamedTuple):
     """State of `scale_by_fira`: steps taken, and statistics of each leaf.
 
     For a matrix: the projector, both moments of the projected gradient, and the norm of the previous
-    residual. For other leaves the moments are those of Adam, and the projector is empty.
+    residual. For other leaves the moments are those of Adam, and the projector is a scalar 0.
     """
 
     count: jax.Array
@@ -228,7 +228,7 @@ def scale_by_fira(
             return jnp.zeros(_Side(p.shape, projection).projected_shape(rank), _common.wide(p))
 
         def projector(p):
-            shape = _Side(p.shape, projection).projector_shape(rank) if _is_matrix(p) else (0,)
+            shape = _Side(p.shape, projection).projector_shape(rank) if _is_matrix(p) else ()
             return jnp.zeros(shape, _common.wide(p))
 
         return ScaleByFiraState(

@@ -251,7 +251,7 @@ def scale_by_inverse_param_norm(
 
 
 class ProjectOutSubspaceState(NamedTuple):
-    """State of `project_out_subspace`: the protected directions of each kernel, as columns."""
+    """State of `project_out_subspace`: the protected directions of each kernel, as columns; 0 for other leaves."""
 
     bases: optax.Updates
 
@@ -297,7 +297,7 @@ def project_out_subspace(rank: int, *, mask: Mask = None) -> optax.GradientTrans
     rank = _checks.integer("rank", rank, at_least=1)
 
     def basis_shape(p: Any) -> tuple[int, ...]:
-        return (math.prod(p.shape[:-1]), rank) if jnp.ndim(p) >= 2 else (0,)
+        return (math.prod(p.shape[:-1]), rank) if jnp.ndim(p) >= 2 else ()
 
     def init(params: optax.Params) -> ProjectOutSubspaceState:
         zeros = jax.tree.map(lambda p: jnp.zeros(basis_shape(p), _common.wide(p)), params)
