@@ -80,7 +80,7 @@ def limit_norm_growth(
         g = _common.widen(updates)
         squares = jax.tree.map(lambda g: jnp.sum(g * g), g)
         if not per_leaf:
-            total = jnp.asarray(sum(jax.tree.leaves(squares)))
+            total = _common.total(squares)
             squares = jax.tree.map(lambda s: total.astype(s.dtype), squares)
         norms = jax.tree.map(jnp.sqrt, squares)
         factors = jax.tree.map(lambda n, p: _growth_factor(n, p, gamma), norms, state.norm)

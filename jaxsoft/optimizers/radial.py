@@ -194,7 +194,9 @@ def _adam(b1: Scalar, b2: Scalar, eps: Scalar, nesterov: bool, mu_dtype: Any) ->
             m = b1 * m + (1 - b1) * g if nesterov else m
             return safe_divide(c1 * m, jnp.sqrt(c2 * v) + eps)
 
-        return jax.tree.map(direction, g, _common.widen(mu), nu), optax.ScaleByAdamState(count, mu, nu)
+        return jax.tree.map(direction, g, _common.cast_like(mu, nu), nu), optax.ScaleByAdamState(
+            count, mu, nu
+        )
 
     return optax.GradientTransformation(init, update)
 

@@ -80,7 +80,7 @@ def _is_matrix(x: jax.Array) -> bool:
 
 def _matrix_norm(x: jax.Array) -> jax.Array:
     square = jnp.sum(x * x, axis=(-2, -1), keepdims=True)
-    return jnp.sqrt(jnp.where(square > 0, square, 1)) * (square > 0)
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
 
 
 def _by_entry(g: jax.Array, v: jax.Array) -> jax.Array:
@@ -417,7 +417,7 @@ def scale_by_mfac(window: int = 32, damping: Scalar = 1e-3) -> optax.GradientTra
             return gram.at[k].set(new).at[:, k].set(new)
 
         gram = jax.tree.map(products, state.gram, rows, g)
-        total = sum(jax.tree.leaves(gram), start=jnp.zeros((m, m)))
+        total = jnp.broadcast_to(_common.total(gram), (m, m))
         rounding = jnp.finfo(total.dtype).eps * m * jnp.trace(total)
         matrix = total + jnp.maximum(m * damping, rounding) * jnp.eye(m, dtype=total.dtype)
         unit = jnp.zeros(m, total.dtype).at[k].set(1)

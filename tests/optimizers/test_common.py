@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import optimizers.families
 import pytest
-from helpers import descend, params_tree, temporary_bytes
+from helpers import descend, is_float, params_tree, temporary_bytes
 
 from jaxsoft import optimizers as o
 
@@ -87,6 +87,20 @@ def test_keeps_structure_and_dtypes_with_float32_state(name, dtype):
     chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
     low = [x for x in jax.tree.leaves(state) if x.dtype == jnp.bfloat16]
     assert bool(low) == CASES[name].low_precision
+
+
+@every
+def test_keeps_dtypes_with_64_bits_and_strict_promotion(name, x64):
+    tx = CASES[name].make()
+    with jax.numpy_dtype_promotion("strict" if CASES[name].strict else "standard"):
+        for dtype in (jnp.float32, jnp.bfloat16, jnp.float64):
+            params, wide = params_tree(dtype), jnp.float64 if dtype == jnp.float64 else jnp.float32
+            state = jax.eval_shape(tx.init, params)
+            updates, new_state = jax.eval_shape(tx.update, params, state, params)
+            chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+            chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+            floats = {x.dtype for x in jax.tree.leaves(state) if is_float(x) and x.shape}
+            assert floats <= {jnp.dtype(wide), jnp.dtype(jnp.bfloat16 if CASES[name].low_precision else wide)}
 
 
 @every
