@@ -103,9 +103,11 @@ CodeMap: TypeAlias = DynamicMap | LinearMap
 def _round_stochastically(y: jax.Array, code_map: CodeMap, key: jax.Array) -> jax.Array:
     """The code of one of the two neighbours of `y`, the nearer more often, so that the mean value is `y`."""
     nearest = code_map.encode(y)
-    below = jnp.clip(nearest.astype(jnp.int32) - (code_map.decode(nearest, y.dtype) > y), 0, 254)
+    above = (code_map.decode(nearest, y.dtype) > y).astype(jnp.int32)
+    below = jnp.clip(nearest.astype(jnp.int32) - above, 0, 254)
     low, high = (code_map.decode((below + i).astype(jnp.uint8), y.dtype) for i in (0, 1))
-    return (below + (jax.random.uniform(key, y.shape, y.dtype) * (high - low) < y - low)).astype(jnp.uint8)
+    upwards = jax.random.uniform(key, y.shape, y.dtype) * (high - low) < y - low
+    return jnp.where(upwards, below + 1, below).astype(jnp.uint8)
 
 
 # Blocks.

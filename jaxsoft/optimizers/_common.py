@@ -21,7 +21,8 @@ Mask: TypeAlias = Any
 
 def wide(*leaves: Any) -> jnp.dtype:
     """The dtype of statistics and moments: that of the leaves, but at least float32."""
-    dtype = jnp.result_type(*leaves, jnp.float32)
+    with jax.numpy_dtype_promotion("standard"):  # also where the user forbids it: the promotion is explicit
+        dtype = jnp.result_type(*leaves, jnp.float32)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"updates and params must be real, got a leaf of dtype {dtype}")
     return jnp.dtype(dtype)
@@ -61,6 +62,19 @@ def moving_average(decay: Scalar, old: Any, new: Any) -> Any:
     return jax.tree.map(step, old, new)
 
 
+def total(tree: Any) -> jax.Array:
+    """The sum of the leaves, arrays of one shape, in their common `wide` dtype; a scalar 0 without leaves."""
+    leaves = jax.tree.leaves(tree)
+    dtype = wide(*leaves)
+    return jnp.asarray(sum((jnp.asarray(x, dtype) for x in leaves), jnp.zeros([], dtype)))
+
+
+def to_float(x: jax.Array) -> jax.Array:
+    """An integer or a bool as a float of weak type: results have the dtype of the arrays that it is combined with."""
+    with jax.numpy_dtype_promotion("standard"):
+        return x * 1.0
+
+
 def bias_correction(decay: Scalar, count: jax.Array) -> jax.Array:
     """`1 - decay ** count`, for `count >= 1`.
 
@@ -72,7 +86,7 @@ def bias_correction(decay: Scalar, count: jax.Array) -> jax.Array:
             log_decay: Any = float(np.log(decay))
     else:
         log_decay = jnp.log(decay)
-    return -jnp.expm1(count * log_decay)
+    return -jnp.expm1(to_float(count) * log_decay)
 
 
 def separate(scalars: Any) -> Any:

@@ -27,7 +27,33 @@ def paths(tree: Any) -> dict[tuple, Any]:
     return dict(jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_quantized))
 
 
-def _split(path: tuple, x: Any, params: dict[tuple, Any]) -> tuple[tuple, tuple | None]:
+def split(state: Any) -> tuple[Any, list[Any]]:
+    """The codes of the moments in place of these, and the scales of each leaf: a scalar 1 if it is not in 8 bits."""
+    codes = jax.tree.map(lambda x: x.codes if is_quantized(x) else x, state, is_leaf=is_quantized)
+    leaves = jax.tree.leaves(state, is_leaf=is_quantized)
+    return codes, [x.scales if is_quantized(x) else jnp.ones([], jnp.float32) for x in leaves]
+
+
+def join(codes: Any, scales: list[Any]) -> Any:
+    """The state that was split."""
+    leaves, treedef = jax.tree.flatten(codes)
+    return treedef.unflatten(
+        [QuantizedArray(x, s) if jnp.ndim(s) else x for x, s in zip(leaves, scales, strict=True)]
+    )
+
+
+def without_names(tree: Any, params: Any) -> Any:
+    """The tree with lists in place of all nodes but those of copies of the parameters' tree.
+
+    `optax.tree.get` finds a field by its name, so no name may occur twice in a state.
+    """
+    if jax.tree.structure(tree) == jax.tree.structure(params):
+        return tree
+    children = jax.tree.leaves(tree, is_leaf=lambda x: x is not tree)
+    return [without_names(x, params) for x in children] if any(x is not tree for x in children) else tree
+
+
+def _split_path(path: tuple, x: Any, params: dict[tuple, Any]) -> tuple[tuple, tuple | None]:
     """Splits a path in the state into the path of a copy of the parameters' tree and the path in this tree, or None."""
     shape = jnp.shape(x.codes if is_quantized(x) else x)
     for i in range(len(path) + 1):
@@ -46,7 +72,7 @@ class Format(NamedTuple):
 
     def locate(self, path: tuple, x: Any, params: dict[tuple, Any]) -> tuple[bool, tuple | None]:
         """Whether this leaf of the state has signs, and the path of its parameter (None: it has none)."""
-        prefix, place = _split(path, x, params)
+        prefix, place = _split_path(path, x, params)
         names = (getattr(key, "name", getattr(key, "key", None)) for key in reversed(prefix))
         innermost = next((name for name in names if isinstance(name, str)), None)
         return innermost not in self.unsigned, place

@@ -35,8 +35,7 @@ _SAMPLE = 65536  # sample size of quantiles
 
 def _global_norm(tree: Any) -> jax.Array:
     """The norm of all leaves together, in at least float32."""
-    leaves = [jnp.asarray(x, _common.wide(x)) for x in jax.tree.leaves(tree)]
-    return jnp.sqrt(jnp.asarray(sum((jnp.sum(x * x) for x in leaves), jnp.zeros([], jnp.float32))))
+    return jnp.sqrt(_common.total(jax.tree.map(lambda x: jnp.sum(x * x), _common.widen(tree))))
 
 
 # By entry.
@@ -161,23 +160,25 @@ def clip_by_percentile(percentile: Scalar = 10.0, window: int = 100) -> optax.Gr
     window = _checks.integer("window", window, at_least=1)
 
     def init(params: optax.Params) -> ClipByPercentileState:
-        del params  # the initial values of the ring do not matter
-        return ClipByPercentileState(jnp.zeros([], jnp.int32), jnp.ones(window))
+        # The initial values of the ring do not matter.
+        dtype = _common.wide(*jax.tree.leaves(params))
+        return ClipByPercentileState(jnp.zeros([], jnp.int32), jnp.ones(window, dtype))
 
     def update(updates: optax.Updates, state: Any, params: Any = None, **extra: Any):
         del params, extra
         norm = _global_norm(updates)
         finite = jnp.isfinite(norm)
-        place = jnp.arange(window) == state.count % window
+        place = jnp.arange(window, dtype=jnp.int32) == state.count % window
         norms = jnp.where(place & finite, norm.astype(state.norms.dtype), state.norms)
         count = jnp.where(finite, optax.safe_increment(state.count), state.count)
         known = jnp.minimum(count, window)
 
-        history = jnp.sort(jnp.where(jnp.arange(window) < known, norms, jnp.inf))
-        position = jnp.asarray(percentile) / 100 * jnp.maximum(known - 1, 0)
+        history = jnp.sort(jnp.where(jnp.arange(window, dtype=jnp.int32) < known, norms, jnp.inf))
+        position = jnp.asarray(percentile) / 100 * _common.to_float(jnp.maximum(known - 1, 0))
         low = jnp.floor(position).astype(jnp.int32)
         below, above = history[low], history[jnp.minimum(low + 1, jnp.maximum(known - 1, 0))]
-        bound = below + (position - low) * (above - below)
+        bound = below + (position - jnp.floor(position)) * (above - below)
+        bound = bound.astype(norm.dtype)
         factor = jnp.where(norm > bound, bound / jnp.where(norm > 0, norm, 1), 1)
         u = jax.tree.map(lambda g: jnp.asarray(g, _common.wide(g)) * factor, updates)
         return _common.cast_like(u, updates), ClipByPercentileState(count, norms)
@@ -207,7 +208,8 @@ class SpikeStatisticsState(NamedTuple):
 
 def _init_statistics(params: optax.Params) -> SpikeStatisticsState:
     counts = (jnp.zeros([], jnp.int32) for _ in range(4))  # separate buffers: each is donated once
-    return SpikeStatisticsState(*counts, mean=jnp.ones([]), variance=jnp.ones([]))
+    dtype = _common.wide(*jax.tree.leaves(params))
+    return SpikeStatisticsState(*counts, mean=jnp.ones([], dtype), variance=jnp.ones([], dtype))
 
 
 def _check_spikes(z: Scalar, decay: Scalar, min_ratio: Scalar, warmup_steps: Scalar) -> None:
@@ -243,7 +245,7 @@ def _judge(
     dtype = state.mean.dtype
     return spike, SpikeStatisticsState(
         count=count,
-        spike_count=state.spike_count + spike,
+        spike_count=state.spike_count + spike.astype(jnp.int32),
         consecutive_count=jnp.where(spike, state.consecutive_count + 1, 0),
         last_spike_count=jnp.where(spike, count, state.last_spike_count),
         mean=jnp.where(finite, mean, state.mean).astype(dtype),
@@ -357,27 +359,35 @@ def skip_spikes(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-# Around directions.
+# Around optimizers.
 
 
 def cautious(
     inner: optax.GradientTransformation,
     *,
+    ready: bool,
     eps: Scalar = 1e-3,
     normalization: Literal["mean", "count"] = "mean",
 ) -> optax.GradientTransformationExtraArgs:
-    """Drops the entries of any direction that point against the gradient, and scales the others up.
+    """Drops the entries of any update that would raise the loss to first order, and scales the others up.
 
     With u the direction that `inner` computes from the gradient g, for each leaf of n entries:
 
         mask = [u g > 0]        u <- u mask / max(mean(mask), eps)
 
-    Unlike momentum, the result never points uphill: `<u, g> >= 0`. `inner` must be a direction, without learning
-    rate and sign: `optax.chain(cautious(optax.scale_by_adam()), optax.scale_by_learning_rate(1e-3))`.
+    Unlike momentum, the result never points uphill: `<u, g> >= 0`. A ready optimizer returns steps, which have the
+    opposite sign: there the mask is `[u g < 0]`. Both take the same steps, except that the mask and the scale of a
+    ready optimizer act on its weight decay, too:
+
+        optax.chain(cautious(optax.scale_by_adam(), ready=False), optax.scale_by_learning_rate(1e-3))
+        cautious(optax.adam(1e-3), ready=True)
+
     Under `jit` a leaf may be sharded; inside `shard_map` the mean is that of the local shard.
 
     Args:
-      inner: The direction.
+      inner: A direction or a ready optimizer.
+      ready: Whether `inner` is ready, that is, its updates are multiplied by minus a learning rate. With the wrong
+        value every entry that lowers the loss is dropped.
       eps: Smallest mean to divide by, positive.
       normalization: "mean" as above; "count" multiplies by `n / (sum(mask) + 1)`, as in the authors' Lion.
 
@@ -385,6 +395,7 @@ def cautious(
       A gradient transformation with the state of `inner`. Updates keep the dtype of the gradients.
 
     Raises:
+      TypeError: for a `ready` that is not a bool.
       ValueError: for an `eps` that is not positive, or an unknown normalization.
 
     References:
@@ -392,17 +403,19 @@ def cautious(
 
     Examples:
       >>> import jax.numpy as jnp
-      >>> tx = cautious(optax.trace(0.9))
+      >>> tx = cautious(optax.trace(0.9), ready=False)
       >>> _, state = tx.update(jnp.array([1.0, 1.0]), tx.init(jnp.zeros(2)))
       >>> print(tx.update(jnp.array([1.0, -0.5]), state)[0].round(4))
       [3.8 0. ]
     """
+    _checks.flag("ready", ready)
     _checks.number("eps", eps, above=0)
     _checks.option("normalization", normalization, ("mean", "count"))
     inner = optax.with_extra_args_support(inner)
 
     def leaf(u, g):
         u, g = jnp.asarray(u, _common.wide(u)), jnp.asarray(g, _common.wide(g))
+        g = -g if ready else g
         # The number of entries with u g > 0, from signs, since the product may underflow; and without comparisons
         # or constants, which a sum on a CPU would read from arrays of the size of the leaf.
         sign = jnp.sign(u) * jnp.sign(g)

@@ -63,7 +63,7 @@ def _products(x: Any, y: Any) -> jax.Array:
         x, y = (jnp.reshape(jnp.asarray(z, dtype), (jnp.shape(z)[0], -1)) for z in (x, y))
         return jnp.matmul(x, y.T, precision="highest")
 
-    return sum(jax.tree.leaves(jax.tree.map(leaf, x, y)), start=jnp.zeros([]))
+    return _common.total(jax.tree.map(leaf, x, y))
 
 
 def _combine(weights: jax.Array, grads: Any) -> Any:
@@ -399,7 +399,7 @@ def gradient_coherence(grads: Any) -> jax.Array:
         g = jnp.asarray(g, _common.wide(g))
         return jnp.stack([jnp.sum(jnp.mean(g, axis=0) ** 2), jnp.sum(g * g) / m])
 
-    of_mean, mean = sum((norms(g) for g in jax.tree.leaves(grads)), start=jnp.zeros(2))
+    of_mean, mean = _common.total([norms(g) for g in jax.tree.leaves(grads)])
     return jnp.where(mean > 0, of_mean / jnp.where(mean > 0, mean, 1), 0)
 
 

@@ -97,7 +97,7 @@ def scale_by_diffgrad(
             friction = jax.nn.sigmoid(jnp.abs(previous.astype(g.dtype) - g))
             return safe_divide(step * m * friction, jnp.sqrt(v) + eps)
 
-        u = jax.tree.map(direction, g, state.previous, _common.widen(mu), nu)
+        u = jax.tree.map(direction, g, state.previous, _common.cast_like(mu, nu), nu)
         previous = _common.cast_like(g, state.previous)
         return _common.cast_like(u, updates), ScaleByDiffgradState(count, mu, nu, previous)
 

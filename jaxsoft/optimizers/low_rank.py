@@ -80,7 +80,7 @@ def limit_norm_growth(
         g = _common.widen(updates)
         squares = jax.tree.map(lambda g: jnp.sum(g * g), g)
         if not per_leaf:
-            total = jnp.asarray(sum(jax.tree.leaves(squares)))
+            total = _common.total(squares)
             squares = jax.tree.map(lambda s: total.astype(s.dtype), squares)
         norms = jax.tree.map(jnp.sqrt, squares)
         factors = jax.tree.map(lambda n, p: _growth_factor(n, p, gamma), norms, state.norm)
@@ -97,7 +97,7 @@ class ScaleByFiraState(NamedTuple):
     """State of `scale_by_fira`: steps taken, and statistics of each leaf.
 
     For a matrix: the projector, both moments of the projected gradient, and the norm of the previous
-    residual. For other leaves the moments are those of Adam, and the projector is empty.
+    residual. For other leaves the moments are those of Adam, and the projector is a scalar 0.
     """
 
     count: jax.Array
@@ -228,7 +228,7 @@ def scale_by_fira(
             return jnp.zeros(_Side(p.shape, projection).projected_shape(rank), _common.wide(p))
 
         def projector(p):
-            shape = _Side(p.shape, projection).projector_shape(rank) if _is_matrix(p) else (0,)
+            shape = _Side(p.shape, projection).projector_shape(rank) if _is_matrix(p) else ()
             return jnp.zeros(shape, _common.wide(p))
 
         return ScaleByFiraState(

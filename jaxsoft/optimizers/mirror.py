@@ -124,7 +124,7 @@ def optimistic_mirror_descent(
         base = learning_rate(count) if callable(learning_rate) else learning_rate
         if not adaptive:
             return base
-        return base / jnp.sqrt(delta + sum(jax.tree.leaves(variation), start=jnp.zeros([])))
+        return base / jnp.sqrt(delta + _common.total(variation))
 
     def change(old: jax.Array, g: jax.Array) -> jax.Array:
         if mirror == "euclidean":

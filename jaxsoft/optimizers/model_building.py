@@ -116,10 +116,12 @@ def stochastic_model_building(
         rate = _rate(learning_rate, state.count)
         g = _common.widen(updates)
         squares = _square_norms(g)
-        trial = jax.tree.map(lambda p, g: (p - rate * g).astype(jnp.result_type(p)), params, g)
+        trial = _common.cast_like(jax.tree.map(lambda p, g: p - rate * g, _common.widen(params), g), params)
         before = value_fn(params) if value is None else value
-        bound = before - sufficient_decrease * rate * sum(jax.tree.leaves(squares))
-        passed = value_fn(trial) <= bound
+        square = _common.total(squares)
+        dtype = _common.wide(before, square)
+        bound = jnp.asarray(before, dtype) - sufficient_decrease * rate * square.astype(dtype)
+        passed = jnp.asarray(value_fn(trial), dtype) <= bound
 
         def plain():
             return jax.tree.map(lambda g: (-rate * g).astype(g.dtype), g)
@@ -205,8 +207,8 @@ def scale_by_truncated_model(
                 "scale_by_truncated_model needs value, the loss: call update(updates, state, params, value=loss); "
                 "got value=None"
             )
-        square = sum(jax.tree.leaves(_square_norms(_common.widen(updates))), start=jnp.zeros([]))
-        room = jnp.maximum(value - lower_bound, 0)
+        square = _common.total(_square_norms(_common.widen(updates)))
+        room = jnp.maximum(jnp.asarray(value, square.dtype) - lower_bound, 0)
         drop = _rate(learning_rate, state.count) * square
         # Compares before dividing, which may overflow. If the gradient is not finite, the result is not finite either.
         whole = drop <= room

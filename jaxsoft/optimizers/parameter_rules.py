@@ -196,8 +196,10 @@ def add_decayed_deltas(
     def update(updates: optax.Updates, state: Any, params: Any = None, **extra: Any):
         del extra
         _common.check_params("add_decayed_deltas", params)
-        wide = map(_common.widen, (updates, params, state.reference))
-        u = jax.tree.map(lambda g, p, r: g + weight_decay * (p - r), *wide)
+        g, p = _common.widen(updates), _common.widen(params)
+        u = jax.tree.map(
+            lambda g, p, r: g + weight_decay * (p - r), g, p, _common.cast_like(state.reference, p)
+        )
         return _common.cast_like(u, updates), state
 
     return _common.masked(optax.GradientTransformationExtraArgs(init, update), mask)
@@ -251,7 +253,7 @@ def scale_by_inverse_param_norm(
 
 
 class ProjectOutSubspaceState(NamedTuple):
-    """State of `project_out_subspace`: the protected directions of each kernel, as columns."""
+    """State of `project_out_subspace`: the protected directions of each kernel, as columns; 0 for other leaves."""
 
     bases: optax.Updates
 
@@ -297,7 +299,7 @@ def project_out_subspace(rank: int, *, mask: Mask = None) -> optax.GradientTrans
     rank = _checks.integer("rank", rank, at_least=1)
 
     def basis_shape(p: Any) -> tuple[int, ...]:
-        return (math.prod(p.shape[:-1]), rank) if jnp.ndim(p) >= 2 else (0,)
+        return (math.prod(p.shape[:-1]), rank) if jnp.ndim(p) >= 2 else ()
 
     def init(params: optax.Params) -> ProjectOutSubspaceState:
         zeros = jax.tree.map(lambda p: jnp.zeros(basis_shape(p), _common.wide(p)), params)
@@ -360,15 +362,14 @@ def scale_by_adagrad_norm(initial: Scalar = 1.0) -> optax.GradientTransformation
     _checks.number("initial", initial, at_least=0)
 
     def init(params: optax.Params) -> ScaleByAdagradNormState:
-        leaves = jax.tree.leaves(params)
-        dtype = _common.wide(*leaves) if leaves else jnp.float32
+        dtype = _common.wide(*jax.tree.leaves(params))
         return ScaleByAdagradNormState(jnp.square(jnp.asarray(initial, dtype)))
 
     def update(updates: optax.Updates, state: Any, params: Any = None, **extra: Any):
         del params, extra
         g = _common.widen(updates)
-        total = sum((jnp.sum(x * x) for x in jax.tree.leaves(g)), state.sum_of_squares)
-        total = jnp.asarray(total, state.sum_of_squares.dtype)
+        squares = jax.tree.map(lambda x: jnp.sum(x * x), g)
+        total = _common.total((squares, state.sum_of_squares)).astype(state.sum_of_squares.dtype)
         root = jnp.sqrt(jnp.where(total == 0, 1, total))  # with 0, all gradients are 0
         u = _common.cast_like(jax.tree.map(lambda g: g / root, g), updates)
         return u, ScaleByAdagradNormState(total)

@@ -342,8 +342,9 @@ def hill_alpha(weight: jax.Array, *, tile: tuple[int, int] | None = None, floor:
     tail = jnp.arange(size) >= start
     logs = jnp.log(jnp.where(tail, values, 1))
     count = size - start
-    spread = jnp.sum(logs) - count * logs[jnp.minimum(start, size - 1)]
-    return jnp.where(spread > 0, 1 + count / jnp.where(spread > 0, spread, 1), jnp.inf).astype(values.dtype)
+    number = _common.to_float(count)
+    spread = jnp.sum(logs) - number * logs[jnp.minimum(start, size - 1)]
+    return jnp.where(spread > 0, 1 + number / jnp.where(spread > 0, spread, 1), jnp.inf).astype(values.dtype)
 
 
 def temp_balance_multipliers(

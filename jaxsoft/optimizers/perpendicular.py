@@ -20,7 +20,7 @@ def _perpendicular(g: jax.Array, p: jax.Array, rescale: bool) -> jax.Array:
     """One leaf of `perpendicular_gradient`."""
     dtype = _common.wide(g, p)
     # A shorter q, relative to g, is only noise: of the sums here, or of a g in lower precision.
-    noise_level = max(8 * jnp.finfo(dtype).eps, jnp.finfo(jnp.result_type(g)).eps)
+    noise_level = max(float(8 * jnp.finfo(dtype).eps), float(jnp.finfo(jnp.result_type(g)).eps))
     g, p = jnp.asarray(g, dtype), jnp.asarray(p, dtype)
 
     pp, gg, gp = jnp.sum(p * p), jnp.sum(g * g), jnp.sum(g * p)

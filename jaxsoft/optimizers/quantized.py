@@ -16,7 +16,7 @@ def not_embeddings(params):
 
 tx = quantize_state(optax.adamw(1e-3), mask=not_embeddings)
 state = jax.jit(tx.init)(params)
-print(state.inner_state[0].mu["layer"]["kernel"].codes.dtype, state.inner_state[0].mu["embed"]["table"].dtype)
+print(state.inner_state[0].mu["layer"]["kernel"].dtype, state.inner_state[0].mu["embed"]["table"].dtype)
 ```
 
 The paper keeps the states of embeddings in 32 bits, as above, and normalizes right after the lookup, as
@@ -41,7 +41,16 @@ from jax import lax
 from jaxsoft import _checks
 from jaxsoft.optimizers import _codes, _common
 from jaxsoft.optimizers._common import Mask
-from jaxsoft.optimizers._moments import Format, Run, is_entrywise, is_quantized, paths
+from jaxsoft.optimizers._moments import (
+    Format,
+    Run,
+    is_entrywise,
+    is_quantized,
+    join,
+    paths,
+    split,
+    without_names,
+)
 from jaxsoft.optimizers._pieces import update_in_pieces
 
 _SECOND_MOMENTS = ("nu", "nu_max", "sum_of_squares", "grad_sum_of_squares")
@@ -52,11 +61,15 @@ class QuantizedState(NamedTuple):
 
     Attributes:
       rounding_count: number of updates, part of the key of stochastic rounding.
-      inner_state: the state of the inner transformation, with a `QuantizedArray` for each large moment.
+      inner_state: the state of the inner transformation, with the codes in the place of each large moment: one array
+        per parameter, as flax's `nnx.Optimizer` expects.
+      scales: the scales of each moment, or a scalar 1 for a leaf that is not in 8 bits, in the order of `inner_state`,
+        with lists in place of its nodes. A moment is `dequantize_blockwise(QuantizedArray(codes, scales))`.
     """
 
     rounding_count: jax.Array
     inner_state: Any
+    scales: Any
 
 
 def quantize_state(
@@ -95,8 +108,7 @@ def quantize_state(
     Sharding: codes are sharded like the parameter. Scales have as many axes, so the same `PartitionSpec` fits unless it
     splits the last axis within a block:
 
-        optax.tree_map_params(tx, lambda q, s: jax.tree.map(lambda x: jax.device_put(x, s), q), state,
-                              shardings, is_leaf=lambda x: isinstance(x, QuantizedArray))
+        optax.tree_map_params(tx, lambda x, s: jax.device_put(x, s) if x.ndim else x, state, shardings)
 
     Args:
       inner: any gradient transformation; extra arguments of `update` reach it.
@@ -129,7 +141,7 @@ def quantize_state(
       >>> tx, params = quantize_state(optax.adam(0.1)), jnp.ones(8192)
       >>> state = tx.init(params)
       >>> print(sum(x.nbytes for x in jax.tree.leaves(state)) / 8192)
-      2.0322265625
+      2.03271484375
       >>> updates, state = tx.update(0.5 * params, state, params)
       >>> print(round(float(updates[0]), 4))
       -0.1
@@ -163,20 +175,24 @@ def quantize_state(
             # Without the barrier the compiler folds the constant zeros, which takes minutes.
             return format.encode(lax.optimization_barrier(x), signed) if moment else x
 
-        return QuantizedState(jnp.zeros([], jnp.int32), format.map(store, inner.init(params), places))
+        codes, scales = split(format.map(store, inner.init(params), places))
+        scales = without_names(jax.tree.structure(codes).unflatten(scales), params)
+        return QuantizedState(jnp.zeros([], jnp.int32), codes, scales)
 
     def update(updates: optax.Updates, state: Any, params: Any = None, **extra: Any):
         def run(g, inner_state, params):
             return inner.update(g, inner_state, params, **extra)
 
-        args = _common.widen(updates), state.inner_state, _common.widen(params)
+        scales, treedef = jax.tree.flatten(state.scales)
+        args = _common.widen(updates), join(state.inner_state, scales), _common.widen(params)
         draws = _common.fold(_common.as_key(key), state.rounding_count) if stochastic_rounding else None
         if chunk_size is None:
             u, new = _update_whole(format, run, *args, draws)
         else:
             u, new = update_in_pieces(format, run, *args, draws, chunk_size)
         count = jnp.asarray(optax.safe_increment(state.rounding_count))
-        return _common.cast_like(u, updates), QuantizedState(count, new)
+        codes, scales = split(new)
+        return _common.cast_like(u, updates), QuantizedState(count, codes, treedef.unflatten(scales))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

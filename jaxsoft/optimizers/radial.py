@@ -73,6 +73,7 @@ def _radial_part(
 def project_out_radial(
     inner: optax.GradientTransformation,
     *,
+    ready: bool,
     delta: Scalar = 0.1,
     wd_ratio: Scalar = 0.1,
     eps: Scalar = 1e-8,
@@ -94,11 +95,17 @@ def project_out_radial(
     and full decay.
 
     `scale_by_adamp` and `scale_by_sgdp` wrap Adam and momentum in it. Around others:
-    `optax.chain(project_out_radial(optax.scale_by_lion(), weight_decay=0.1), optax.scale_by_learning_rate(1e-4))`.
+
+        optax.chain(project_out_radial(optax.scale_by_lion(), ready=False, weight_decay=0.1),
+                    optax.scale_by_learning_rate(1e-4))
+        project_out_radial(optax.lion(1e-4), ready=True)  # projects its weight decay, too, and takes none here
+
     Under `jit` a leaf may be sharded; inside `shard_map` the products are those of the local shard.
 
     Args:
-      inner: The transformation from raw gradients to updates, without learning rate.
+      inner: The transformation from raw gradients to updates: a direction or a ready optimizer.
+      ready: Whether `inner` is ready, that is, its updates are multiplied by minus a learning rate. `weight_decay` must
+        then be 0: added to such a step it would let the weights grow.
       delta: Bound on the cosine, at least 0. 0 never projects.
       wd_ratio: Factor on the decay of projected leaves, at least 0.
       eps: Lower bound of the product of norms in the cosine, also added to the norm of the weights; at least 0.
@@ -112,8 +119,9 @@ def project_out_radial(
       computed in at least float32; updates keep the dtype of the gradients.
 
     Raises:
-      ValueError: for a number out of range, an axis that a leaf of two axes or more does not have, or if
-        `update` is called without the parameters.
+      TypeError: for a `ready` that is not a bool.
+      ValueError: for a number out of range, weight decay with `ready=True`, an axis that a leaf of two axes or more
+        does not have, or if `update` is called without the parameters.
 
     References:
       "AdamP: Slowing Down the Slowdown for Momentum Optimizers on Scale-invariant Weights". As a wrapper of
@@ -121,17 +129,23 @@ def project_out_radial(
 
     Examples:
       >>> import jax.numpy as jnp
-      >>> tx = project_out_radial(optax.trace(0.9))
+      >>> tx = project_out_radial(optax.trace(0.9), ready=False)
       >>> params = jnp.array([[1.0], [0.0]])
       >>> state = tx.init(params)._replace(trace=jnp.array([[5.0], [0.0]]))
       >>> print(tx.update(jnp.array([[0.0], [2.0]]), state, params)[0].round(4))
       [[0.]
        [2.]]
     """
+    _checks.flag("ready", ready)
     _checks.number("delta", delta, at_least=0)
     _checks.number("wd_ratio", wd_ratio, at_least=0)
     _checks.number("eps", eps, at_least=0)
     _checks.number("weight_decay", weight_decay, at_least=0)
+    if ready and not (_checks.is_concrete_number(weight_decay) and weight_decay == 0):
+        raise ValueError(
+            f"weight_decay must be 0 for ready=True, got {_checks.describe(weight_decay)}: wrap the direction with "
+            "ready=False, and put optax.scale_by_learning_rate after it"
+        )
     channel_axes = _channel_axes(channel_axis)
     inner = optax.with_extra_args_support(inner)
 
@@ -180,7 +194,9 @@ def _adam(b1: Scalar, b2: Scalar, eps: Scalar, nesterov: bool, mu_dtype: Any) ->
             m = b1 * m + (1 - b1) * g if nesterov else m
             return safe_divide(c1 * m, jnp.sqrt(c2 * v) + eps)
 
-        return jax.tree.map(direction, g, _common.widen(mu), nu), optax.ScaleByAdamState(count, mu, nu)
+        return jax.tree.map(direction, g, _common.cast_like(mu, nu), nu), optax.ScaleByAdamState(
+            count, mu, nu
+        )
 
     return optax.GradientTransformation(init, update)
 
@@ -249,7 +265,7 @@ def scale_by_adamp(
        [0.6]]
     """
     adam = _adam(b1, b2, eps, nesterov, mu_dtype)
-    return project_out_radial(adam, delta=delta, eps=eps, channel_axis=channel_axis)
+    return project_out_radial(adam, ready=False, delta=delta, eps=eps, channel_axis=channel_axis)
 
 
 def adamp(
@@ -303,6 +319,7 @@ def adamp(
     """
     direction = project_out_radial(
         _adam(b1, b2, eps, nesterov, mu_dtype),
+        ready=False,
         delta=delta,
         wd_ratio=wd_ratio,
         eps=eps,
@@ -359,7 +376,7 @@ def scale_by_sgdp(
        [0.5]]
     """
     sgd = _momentum(momentum, dampening, nesterov)
-    return project_out_radial(sgd, delta=delta, eps=eps, channel_axis=channel_axis)
+    return project_out_radial(sgd, ready=False, delta=delta, eps=eps, channel_axis=channel_axis)
 
 
 def sgdp(
@@ -414,6 +431,7 @@ def sgdp(
     _checks.number("momentum", momentum, at_least=0, below=1)
     direction = project_out_radial(
         _momentum(momentum, dampening, nesterov),
+        ready=False,
         delta=delta,
         wd_ratio=wd_ratio,
         eps=eps,

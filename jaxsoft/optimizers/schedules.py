@@ -78,16 +78,16 @@ def record_gradient_norm(steps: int, ord: int = 2) -> optax.GradientTransformati
     _checks.option("ord", ord, (1, 2))
 
     def init(params: optax.Params) -> RecordGradientNormState:
-        del params
-        return RecordGradientNormState(jnp.zeros([], jnp.int32), jnp.zeros(steps, jnp.float32))
+        dtype = _common.wide(*jax.tree.leaves(params))
+        return RecordGradientNormState(jnp.zeros([], jnp.int32), jnp.zeros(steps, dtype))
 
     def update(updates: optax.Updates, state: Any, params: Any = None, **extra: Any):
         del params, extra
         wide = jax.lax.stop_gradient(_common.widen(updates))  # a root has no derivative at 0
         size = jnp.abs if ord == 1 else jnp.square
-        total = sum((jnp.sum(size(g)) for g in jax.tree.leaves(wide)), jnp.float32(0))
+        total = _common.total(jax.tree.map(lambda g: jnp.sum(size(g)), wide))
         norm = total if ord == 1 else jnp.sqrt(total)
-        norms = state.norms_by_count.at[state.count % steps].set(norm.astype(jnp.float32))
+        norms = state.norms_by_count.at[state.count % steps].set(norm.astype(state.norms_by_count.dtype))
         return updates, RecordGradientNormState(jnp.asarray(optax.safe_increment(state.count)), norms)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -74,13 +74,13 @@ def _inverse_power_jvp(primals, tangents):
 
 
 def _is_matrix(x: jax.Array) -> bool:
-    """Whether a statistic of `ScaleByShampooState` is used; an unused one has shape (0,)."""
+    """Whether a statistic of `ScaleByShampooState` is a matrix; one that is not needed is a scalar 0."""
     return x.ndim >= 2
 
 
 def _matrix_norm(x: jax.Array) -> jax.Array:
     square = jnp.sum(x * x, axis=(-2, -1), keepdims=True)
-    return jnp.sqrt(jnp.where(square > 0, square, 1)) * (square > 0)
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
 
 
 def _by_entry(g: jax.Array, v: jax.Array) -> jax.Array:
@@ -92,7 +92,7 @@ class ScaleByShampooState(NamedTuple):
     """State of `scale_by_shampoo`: steps taken, momentum (or None), and statistics like the parameters.
 
     `left` and `right` hold the matrices of each leaf, `left_root` and `right_root` their cached roots, and `nu` the
-    squares of the entries. Statistics that a leaf does not need have shape (0,).
+    squares of the entries. Statistics that a leaf does not need are a scalar 0.
     """
 
     count: jax.Array
@@ -120,11 +120,11 @@ class _ShampooLeaf(NamedTuple):
 
     def init_statistic(self, p: Any, side: int) -> jax.Array:
         n = self._sides(p)[side]
-        return jnp.zeros((*jnp.shape(p)[:-2], n, n) if n else (0,), _common.wide(p))
+        return jnp.zeros((*jnp.shape(p)[:-2], n, n) if n else (), _common.wide(p))
 
     def init_second_moment(self, p: Any) -> jax.Array:
         needed = self.grafting == "diagonal" or not any(self._sides(p))
-        return jnp.zeros_like(p, dtype=_common.wide(p)) if needed else jnp.zeros((0,), _common.wide(p))
+        return jnp.zeros_like(p, dtype=_common.wide(p)) if needed else jnp.zeros([], _common.wide(p))
 
     def root(self, correction: Any, s: jax.Array, other: jax.Array) -> jax.Array:
         """The inverse power of the statistic of one side; alone it takes the power -1/2."""
@@ -417,7 +417,7 @@ def scale_by_mfac(window: int = 32, damping: Scalar = 1e-3) -> optax.GradientTra
             return gram.at[k].set(new).at[:, k].set(new)
 
         gram = jax.tree.map(products, state.gram, rows, g)
-        total = sum(jax.tree.leaves(gram), start=jnp.zeros((m, m)))
+        total = jnp.broadcast_to(_common.total(gram), (m, m))
         rounding = jnp.finfo(total.dtype).eps * m * jnp.trace(total)
         matrix = total + jnp.maximum(m * damping, rounding) * jnp.eye(m, dtype=total.dtype)
         unit = jnp.zeros(m, total.dtype).at[k].set(1)

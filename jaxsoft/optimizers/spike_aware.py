@@ -28,7 +28,7 @@ from jaxsoft.optimizers._common import (
 
 def _half_cosine(step: jax.Array, steps: Scalar) -> jax.Array:
     """1 at step 0, falling along the half cosine that reaches 0 at step `steps + 1`."""
-    return (1 + jnp.cos(jnp.pi * step / (jnp.asarray(steps) + 1))) / 2
+    return (1 + jnp.cos(jnp.pi * _common.to_float(step) / (_common.to_float(steps) + 1))) / 2
 
 
 def _warmup_factor(count: jax.Array, reset_every: Scalar, warmup_steps: Scalar) -> jax.Array:
@@ -477,7 +477,7 @@ def scale_by_spam(
         def direction(m, v):
             return safe_divide(scale * m, jnp.sqrt(v) + eps)
 
-        u = jax.tree.map(direction, _common.widen(mu), nu)
+        u = jax.tree.map(direction, _common.cast_like(mu, nu), nu)
         return _common.cast_like(u, updates), ScaleBySpamState(count, mu, nu)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -670,7 +670,7 @@ def scale_by_stable_spam(
         def direction(m, v):
             return safe_divide(correction1 * m, jnp.sqrt(correction2 * v) + eps)
 
-        u = _common.cast_like(jax.tree.map(direction, _common.widen(mu), nu), updates)
+        u = _common.cast_like(jax.tree.map(direction, _common.cast_like(mu, nu), nu), updates)
         return u, ScaleByStableSpamState(count, peak_mean, norm_mean, norm_square, mu, nu)
 
     return optax.GradientTransformationExtraArgs(init, update)

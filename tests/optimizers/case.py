@@ -23,6 +23,7 @@ class Case:
         the transformation is not made against spikes.
       low_precision: whether it keeps moments in bfloat16.
       injectable: whether all its numbers may be traced; False for a wrapper around another transformation.
+      strict: whether it runs under `jax_numpy_dtype_promotion="strict"`; False around `optax.adam`, which does not.
       rescales_noise: whether a leaf of one element is noise, seen as such only if its dtype is known.
     """
 
@@ -34,4 +35,5 @@ class Case:
     spike: float | None = None
     low_precision: bool = False
     injectable: bool = True
+    strict: bool = True
     rescales_noise: bool = False

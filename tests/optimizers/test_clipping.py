@@ -174,7 +174,7 @@ def test_skip_spikes_passes_extra_arguments_on():
     inner = optax.GradientTransformationExtraArgs(
         lambda params: optax.EmptyState(), lambda u, s, p=None, *, value, **extra: (value * u, s)
     )
-    for tx in (o.skip_spikes(inner), o.cautious(inner)):
+    for tx in (o.skip_spikes(inner), o.cautious(inner, ready=False)):
         np.testing.assert_allclose(tx.update(jnp.ones(2), tx.init(jnp.ones(2)), value=3.0)[0], 3.0)
 
 
@@ -185,24 +185,24 @@ def test_skip_spikes_passes_extra_arguments_on():
 def test_cautious_by_hand(normalization):
     u = jnp.array([1.0, -2.0, 3.0, 0.0, 5.0])
     g = jnp.array([1e-30, -1e-30, -1.0, 1.0, 0.0])  # the products underflow in float32
-    tx = o.cautious(optax.stateless(lambda updates, params: u), normalization=normalization)
+    tx = o.cautious(optax.stateless(lambda updates, params: u), ready=False, normalization=normalization)
     scale = 5 / 2 if normalization == "mean" else 5 / 3
     np.testing.assert_allclose(once(tx, g), scale * np.array([1.0, -2.0, 0, 0, 0]), rtol=1e-6)
 
 
 def test_cautious_limits():
     g = jnp.array([1.0, -2.0])
-    np.testing.assert_allclose(once(o.cautious(optax.identity()), g), g)  # all agree
-    np.testing.assert_array_equal(once(o.cautious(optax.scale(-1.0)), g), 0)  # none does
+    np.testing.assert_allclose(once(o.cautious(optax.identity(), ready=False), g), g)  # all agree
+    np.testing.assert_array_equal(once(o.cautious(optax.scale(-1.0), ready=False), g), 0)  # none does
     few = jnp.ones(5000).at[1:].set(-1.0)
-    tx = o.cautious(optax.stateless(lambda u, p: jnp.ones(5000)))
+    tx = o.cautious(optax.stateless(lambda u, p: jnp.ones(5000)), ready=False)
     np.testing.assert_allclose(once(tx, few)[:2], [1000.0, 0.0])  # eps
-    assert np.isnan(once(o.cautious(optax.identity()), g.at[0].set(jnp.nan))[0])
+    assert np.isnan(once(o.cautious(optax.identity(), ready=False), g.at[0].set(jnp.nan))[0])
 
 
 def test_cautious_adam_never_points_uphill_and_keeps_the_inner_state():
     grads = np.random.default_rng(0).standard_normal((50, 6))
-    state, u = outputs(o.cautious(optax.scale_by_adam()), grads)
+    state, u = outputs(o.cautious(optax.scale_by_adam(), ready=False), grads)
     inner_state, v = outputs(optax.scale_by_adam(), grads)
     chex.assert_trees_all_close(state, inner_state, rtol=1e-6)
     mask = np.asarray(v) * grads > 0
@@ -219,7 +219,7 @@ def test_cautious_equals_pytorch_optimizer(decay):
     make = lambda po, params: po.Lion(params, lr=0.01, cautious=True, weight_decay=weight_decay)
     theirs = torch_trajectory(make, start, grads)
     tx = optax.chain(
-        o.cautious(o.scale_by_lion_k(), normalization="count"),
+        o.cautious(o.scale_by_lion_k(), ready=False, normalization="count"),
         optax.add_decayed_weights(weight_decay),
         optax.scale(-0.01),
     )
@@ -229,7 +229,7 @@ def test_cautious_equals_pytorch_optimizer(decay):
 
 
 def test_cautious_stores_nothing():
-    tx = optax.chain(o.cautious(optax.trace(0.9)), optax.sgd(1e-2))
+    tx = optax.chain(o.cautious(optax.trace(0.9), ready=False), optax.sgd(1e-2))
     params = jnp.ones(1_000_000)
     assert temporary_bytes(tx, params) <= 0.01 * params.nbytes
 
@@ -280,8 +280,14 @@ def test_sharpness_is_that_of_the_hessian():
         (lambda: o.spike_statistics(min_ratio=0.5), ValueError, "min_ratio .* >= 1, got 0.5"),
         (lambda: o.spike_statistics(warmup_steps=0), ValueError, "warmup_steps .* >= 1, got 0"),
         (lambda: o.skip_spikes(optax.identity(), z=-1.0), ValueError, "z .* >= 0"),
-        (lambda: o.cautious(optax.identity(), eps=0.0), ValueError, "eps .* > 0, got 0.0"),
-        (lambda: o.cautious(optax.identity(), normalization="sum"), ValueError, "normalization .* got 'sum'"),
+        (lambda: o.cautious(optax.identity()), TypeError, "missing .* 'ready'"),
+        (lambda: o.cautious(optax.identity(), ready=0), TypeError, "ready must be True or False"),
+        (lambda: o.cautious(optax.identity(), ready=False, eps=0.0), ValueError, "eps .* > 0, got 0.0"),
+        (
+            lambda: o.cautious(optax.identity(), ready=False, normalization="sum"),
+            ValueError,
+            "normalization .* got 'sum'",
+        ),
         (
             lambda: o.directional_sharpness(1.0, jnp.ones(2), jnp.ones(2)),
             TypeError,

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import optimizers.families
 import pytest
-from helpers import descend, params_tree, temporary_bytes
+from helpers import descend, is_float, params_tree, temporary_bytes
 
 from jaxsoft import optimizers as o
 
@@ -90,6 +90,20 @@ def test_keeps_structure_and_dtypes_with_float32_state(name, dtype):
 
 
 @every
+def test_keeps_dtypes_with_64_bits_and_strict_promotion(name, x64):
+    tx = CASES[name].make()
+    with jax.numpy_dtype_promotion("strict" if CASES[name].strict else "standard"):
+        for dtype in (jnp.float32, jnp.bfloat16, jnp.float64):
+            params, wide = params_tree(dtype), jnp.float64 if dtype == jnp.float64 else jnp.float32
+            state = jax.eval_shape(tx.init, params)
+            updates, new_state = jax.eval_shape(tx.update, params, state, params)
+            chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+            chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+            floats = {x.dtype for x in jax.tree.leaves(state) if is_float(x) and x.shape}
+            assert floats <= {jnp.dtype(wide), jnp.dtype(jnp.bfloat16 if CASES[name].low_precision else wide)}
+
+
+@every
 def test_bfloat16_parameters_follow_float32(name):
     tx = CASES[name].make()
     params = params_tree(jnp.bfloat16)
@@ -104,10 +118,26 @@ def test_bfloat16_parameters_follow_float32(name):
 
 
 @every
-def test_jit_is_eager(name):
+def test_jit_and_the_optimizer_of_flax_are_eager(name):
+    """One compiled step of `nnx.Optimizer`, whose states have one leaf per parameter, against `apply_updates`."""
+    nnx = pytest.importorskip("flax.nnx")
+
+    class Model(nnx.Module):
+        def __init__(self, tree):
+            self.tree = nnx.data(jax.tree.map(nnx.Param, tree))
+
+    @nnx.jit
+    def step(model, optimizer, grads):
+        optimizer.update(model, grads)
+
     tx, params = CASES[name].make(), params_tree()
     eager = run(tx, params, 3, update=tx.update)
-    chex.assert_trees_all_close(run(tx, params, 3), eager, rtol=1e-5, atol=1e-6)
+    model = Model(params)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    for i in range(3):
+        step(model, optimizer, Model(gradients(i, params)))
+    ours = nnx.as_pure((nnx.state(model, nnx.Param), optimizer.opt_state))
+    chex.assert_trees_all_close(jax.tree.leaves(ours), jax.tree.leaves(eager), rtol=1e-5, atol=1e-6)
 
 
 @every
@@ -195,6 +225,26 @@ def test_nan_is_not_hidden(name):
         assert all_finite((updates, state))
 
 
+WRAPPERS = {
+    "cautious": lambda inner, ready: o.cautious(inner, ready=ready),
+    "momentum_reset": lambda inner, ready: o.momentum_reset(inner, 2, 1),
+    "project_out_radial": lambda inner, ready: o.project_out_radial(inner, ready=ready, delta=10.0),
+    "quantize_state": lambda inner, ready: o.quantize_state(inner, block_size=4, min_size=6),
+    "skip_spikes": lambda inner, ready: o.skip_spikes(inner, 0.0, min_ratio=1.0, warmup_steps=1),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_wrapper_takes_the_same_steps_around_a_direction_and_a_ready_optimizer(name):
+    wrap, params = WRAPPERS[name], params_tree()
+    direction, rate = optax.trace(0.9), optax.scale_by_learning_rate(0.1)
+    ready, _ = run(wrap(optax.chain(direction, rate), ready=True), params, 4)
+    expected, _ = run(optax.chain(wrap(direction, ready=False), rate), params, 4)
+    chex.assert_trees_all_close(ready, expected, rtol=1e-5, atol=1e-6)
+    plain, _ = run(optax.chain(direction, rate), params, 4)
+    assert np.max(np.abs(plain["matrix"] - ready["matrix"])) > 1e-3  # the wrapper does something
+
+
 @every
 def test_multi_steps(name):
     inner, params = CASES[name].make(), params_tree()
@@ -220,6 +270,31 @@ def test_state_survives_serialization_bit_for_bit(name):
     chex.assert_trees_all_equal(
         run(tx, params, 3, state=restored, start=3), run(tx, params, 3, state=state, start=3)
     )
+
+
+def test_every_state_survives_a_checkpoint_of_orbax_bit_for_bit(tmp_path):
+    """States with random numbers, all in one checkpoint, which is much quicker; orbax saves no array of size 0."""
+    ocp = pytest.importorskip("orbax.checkpoint")
+    params, rng = params_tree(), np.random.default_rng(0)
+    del params["empty"]
+
+    def fill(x):
+        data = rng.integers(0, 256, x.size * x.dtype.itemsize, np.uint8)
+        return jnp.asarray(data.view(x.dtype).reshape(x.shape))
+
+    def bits(x):
+        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(x) if is_key else x).tobytes()
+
+    states = {name: jax.eval_shape(case.make().init, params) for name, case in CASES.items()}
+    states = jax.tree.map(fill, states) | {"mezo": o.mezo(0.1).init(jax.random.key(7))}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "states", states)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "states", states)
+    chex.assert_trees_all_equal_shapes_and_dtypes(restored, states)
+    for old, new in zip(jax.tree.leaves(states), jax.tree.leaves(restored), strict=True):
+        assert isinstance(new, jax.Array) and bits(old) == bits(new)
 
 
 @every

@@ -91,7 +91,7 @@ def test_without_projection_it_is_the_plain_optimizer(nesterov):
 @pytest.mark.parametrize("channel_axis", [-1, 0, (-1,), (0, 2), (-1, -2)])
 def test_projected_update_is_perpendicular_in_each_channel(channel_axis):
     p, g = jax.random.normal(jax.random.key(0), (2, 3, 4, 5))
-    tx = o.project_out_radial(optax.identity(), delta=jnp.inf, channel_axis=channel_axis)
+    tx = o.project_out_radial(optax.identity(), ready=False, delta=jnp.inf, channel_axis=channel_axis)
     u, _ = tx.update(g, tx.init(p), p)
     axes = channel_axis if isinstance(channel_axis, tuple) else (channel_axis,)
     others = tuple(i for i in range(3) if i not in [a % 3 for a in axes])
@@ -122,19 +122,19 @@ def test_weights_of_a_normalized_layer_grow_slower():
 def test_decay_is_weaker_where_projected_and_obeys_the_mask():
     p = {"a": jnp.array([[1.0], [0.0]]), "b": jnp.array([[1.0], [0.0]]), "c": jnp.ones(2)}
     g = {"a": jnp.array([[0.0], [1.0]]), "b": jnp.array([[1.0], [0.0]]), "c": jnp.ones(2)}
-    tx = o.project_out_radial(optax.identity(), weight_decay=0.5, wd_ratio=0.2)
+    tx = o.project_out_radial(optax.identity(), ready=False, weight_decay=0.5, wd_ratio=0.2)
     decay = jax.tree.map(jnp.subtract, tx.update(g, tx.init(p), p)[0], g)
     expected = {"a": jnp.array([[0.1], [0.0]]), "b": jnp.array([[0.5], [0.0]]), "c": jnp.full(2, 0.5)}
     chex.assert_trees_all_close(decay, expected, atol=1e-6)
     for mask in ({"a": True, "b": False, "c": True}, lambda p: {"a": True, "b": False, "c": True}):
-        tx = o.project_out_radial(optax.identity(), weight_decay=0.5, wd_ratio=0.2, mask=mask)
+        tx = o.project_out_radial(optax.identity(), ready=False, weight_decay=0.5, wd_ratio=0.2, mask=mask)
         decay = jax.tree.map(jnp.subtract, tx.update(g, tx.init(p), p)[0], g)
         chex.assert_trees_all_close(decay, expected | {"b": jnp.zeros((2, 1))}, atol=1e-6)
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-8])
 def test_zero_weights_and_zero_gradients(eps):
-    tx = o.project_out_radial(optax.identity(), eps=eps)
+    tx = o.project_out_radial(optax.identity(), ready=False, eps=eps)
     for p, g in ((jnp.zeros((3, 2)), jnp.ones((3, 2))), (jnp.ones((3, 2)), jnp.zeros((3, 2)))):
         np.testing.assert_array_equal(tx.update(g, tx.init(p), p)[0], g)
 
@@ -149,7 +149,7 @@ def test_extra_arguments_reach_the_inner_transformation():
     inner = optax.GradientTransformationExtraArgs(
         lambda params: optax.EmptyState(), lambda u, s, p=None, *, value, **extra: (value * u, s)
     )
-    tx = o.project_out_radial(inner)
+    tx = o.project_out_radial(inner, ready=False)
     np.testing.assert_allclose(tx.update(jnp.ones(2), tx.init(jnp.ones(2)), jnp.ones(2), value=3.0)[0], 3.0)
 
 
@@ -189,8 +189,14 @@ def test_temporary_memory_of_a_matrix(tx, limit):
             ValueError,
             "params",
         ),
+        (lambda: o.project_out_radial(optax.sgd(0.1)), TypeError, "missing .* 'ready'"),
         (
-            lambda: o.project_out_radial(optax.identity(), channel_axis=2).update(
+            lambda: o.project_out_radial(optax.sgd(0.1), ready=True, weight_decay=0.1),
+            ValueError,
+            "weight_decay must be 0 for ready=True, got 0.1",
+        ),
+        (
+            lambda: o.project_out_radial(optax.identity(), ready=False, channel_axis=2).update(
                 jnp.ones((2, 2)), optax.EmptyState(), jnp.ones((2, 2))
             ),
             ValueError,

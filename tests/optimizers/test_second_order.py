@@ -160,7 +160,7 @@ def test_shampoo_of_a_long_side(x64, shape):
     state = tx.init(g)
     u, _, vt = np.linalg.svd(g, full_matrices=False)
     np.testing.assert_allclose(tx.update(g, state)[0], u @ vt, atol=1e-9)
-    assert sorted(x.shape for x in (state.left, state.right)) == [(0,), (2, 2)]
+    assert sorted(x.shape for x in (state.left, state.right)) == [(), (2, 2)]
 
 
 def test_shampoo_of_a_batch_is_each_matrix():

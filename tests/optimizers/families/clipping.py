@@ -33,16 +33,18 @@ CASES = {
         spike=3.0,
     ),
     "cautious": Case(
-        lambda: o.cautious(o.scale_by_lion_k(kappa="sq")),
+        lambda: o.cautious(o.scale_by_lion_k(kappa="sq"), ready=False),
         converges=lambda lr: optax.chain(
-            o.cautious(optax.scale_by_adam(b2=0.9)), optax.scale_by_learning_rate(lr), optax.scale(2.0)
+            o.cautious(optax.scale_by_adam(b2=0.9), ready=False),
+            optax.scale_by_learning_rate(lr),
+            optax.scale(2.0),
         ),
         exports=("cautious",),
         temporary=1.0,  # the inner direction, whose momentum is overwritten; `test_clipping.py` has one without
         injectable=False,
     ),
     "cautious_count": Case(
-        lambda: o.cautious(o.scale_by_lion_k(kappa="sq"), normalization="count"),
+        lambda: o.cautious(o.scale_by_lion_k(kappa="sq"), ready=False, normalization="count"),
         temporary=1.0,
         injectable=False,
     ),

@@ -19,7 +19,7 @@ def on_a_quadratic(factory, curvature, *args, **kwargs):
 
         def value_fn(x):
             def leaf(x, p, g):
-                d = jnp.asarray(x - p, jnp.float32)
+                d, g = jnp.asarray(x - p, jnp.float32), jnp.asarray(g, jnp.float32)
                 return jnp.sum(g * d + curvature / 2 * d * d)
 
             return 3.0 + sum(jax.tree.leaves(jax.tree.map(leaf, x, params, updates)))

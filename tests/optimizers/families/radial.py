@@ -23,7 +23,7 @@ CASES = {
     ),
     "project_out_radial": Case(
         lambda: optax.chain(
-            o.project_out_radial(o.scale_by_lion_k(kappa="sq"), delta=0.5, weight_decay=0.1),
+            o.project_out_radial(o.scale_by_lion_k(kappa="sq"), ready=False, delta=0.5, weight_decay=0.1),
             optax.scale_by_learning_rate(1e-2),
         ),
         ready=True,
