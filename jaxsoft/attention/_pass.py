@@ -97,6 +97,22 @@ def _at(tree: Any, i) -> Any:
     return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, 0, keepdims=False), tree)
 
 
+@jax.custom_batching.custom_vmap
+def _any(keep: Array) -> Array:
+    """Whether any entry is True; under `vmap`, any entry of any element of the mapped axis.
+
+    A pair of blocks is thus treated alike for all elements, and `lax.switch` stays a branch. With an answer per
+    element, `vmap` would compute all branches and select, by operations that cannot be transposed.
+    """
+    return jnp.any(keep)
+
+
+@_any.def_vmap
+def _any_of_all(axis_size: int, in_batched: list, keep: Array) -> tuple[Array, bool]:
+    del axis_size, in_batched
+    return _any(keep), False
+
+
 def _by_visibility(
     spec: AttentionSpec, masks: Visibility, pair: Array, skip: Callable, work: Callable, *operands
 ) -> Any:
@@ -113,7 +129,7 @@ def _by_visibility(
             return masked(*operands)
         return lax.cond(hidden == 1, masked, functools.partial(work, None), *operands)
     keep = visible(spec, masks, i, j)
-    kind = jnp.where(jnp.all(keep), 1, jnp.where(jnp.any(keep), 2, 0))
+    kind = jnp.where(~_any(~keep), 1, jnp.where(_any(keep), 2, 0))
     branches = [skip, functools.partial(work, None), functools.partial(work, keep)]
     return lax.switch(kind, branches, *operands)
 
