@@ -22,7 +22,7 @@ from jaxtyping import Array
 from jaxsoft._numerics import accumulation_dtype
 from jaxsoft._trees import combine
 from jaxsoft.attention._spec import AttentionSpec, Inputs, Visibility
-from jaxsoft.attention._visibility import as_rows, cut_entries, positions, visible
+from jaxsoft.attention._visibility import as_rows, cut_entries, over_pairs, positions, visible
 from jaxsoft.rows import Tile
 from jaxsoft.rows.inner import block_sums, capped
 
@@ -161,9 +161,9 @@ def finished_states(
             return states
 
         new = _by_visibility(spec, masks, pair, skip, work, _at(states, i))
-        return jax.tree.map(lambda a, b: lax.dynamic_update_index_in_dim(a, b, i, 0), states, new), None
+        return jax.tree.map(lambda a, b: lax.dynamic_update_index_in_dim(a, b, i, 0), states, new)
 
-    return lax.scan(body, empty_states(spec, functions, inputs, args), jnp.asarray(spec.pairs()))[0]
+    return over_pairs(spec, body, empty_states(spec, functions, inputs, args))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -226,9 +226,9 @@ def _attach_jvp(spec, functions, primals, tangents):
             old = lax.dynamic_index_in_dim(t, i, 0, keepdims=False)
             return lax.dynamic_update_index_in_dim(t, old + p, i, 0)
 
-        return jax.tree.map(add, total, part), None
+        return jax.tree.map(add, total, part)
 
-    return out, lax.scan(body, zeros, jnp.asarray(spec.pairs()))[0]
+    return out, over_pairs(spec, body, zeros)
 
 
 attach.defjvp(_attach_jvp, symbolic_zeros=True)

@@ -51,7 +51,7 @@ ENTRIES = {
 }
 
 
-def arrays_of(names, copies):
+def arrays_of(names, copies, B=B, T=T, S=S):
     """Several copies of each array argument, along a leading axis."""
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(rng.normal(size=(copies, *shape)), jnp.float32)
@@ -62,9 +62,9 @@ def arrays_of(names, copies):
         "value": normal(B, S, K, W),
         "mask": jnp.asarray(rng.random((copies, B, 1, T, S)) < 0.6),
         "bias": normal(B, N, T, S),
-        "lengths": lengths(T, S),
-        "key_value_seq_lengths": lengths(1, S),
-        "query_seq_lengths": lengths(1, T),
+        "lengths": lengths(min(T, S), S),
+        "key_value_seq_lengths": lengths(min(1, S), S),
+        "query_seq_lengths": lengths(min(1, T), T),
         "query_segment_ids": jnp.sort(jnp.asarray(rng.integers(0, 2, (copies, B, T)))),
         "key_segment_ids": jnp.sort(jnp.asarray(rng.integers(0, 2, (copies, B, S)))),
         "query_offset": lengths(0, 2),
@@ -121,3 +121,22 @@ def test_vmap_and_grad_in_any_order(name):
     trees_close(*gradients(floats, integers, weights), 2e-5)
     jax.eval_shape(jax.grad(over_both), floats, integers, weights)
     jax.eval_shape(jax.vmap(jax.vmap(jax.grad(value), axes(False)), axes(True)), floats, integers, weights)
+
+
+@pytest.mark.parametrize("empty", ["B", "T", "S"])
+@pytest.mark.parametrize("name", ENTRIES)
+def test_empty_axes(name, empty):
+    """Without keys, as without visible ones, the output is 0; all gradients are 0."""
+    function, names = ENTRIES[name]
+    arrays = {k: v[0] for k, v in arrays_of(names, 1, **{empty: 0}).items()}
+    integers = {k: v for k, v in arrays.items() if not is_float(v)}
+    floats = {k: v for k, v in arrays.items() if is_float(v)}
+
+    def value(floats):
+        results = function({**floats, **integers})
+        return sum(jnp.sum(a) for a in jax.tree.leaves(results)), results
+
+    gradient, results = jax.jit(jax.grad(value, has_aux=True))(floats)
+    output = jax.tree.leaves(results)[0]
+    assert output.shape == (*floats["query"].shape[:-1], W)
+    assert all(jnp.all(a == 0) for a in jax.tree.leaves((results, gradient)))

@@ -274,6 +274,18 @@ def test_rows_of_size_one(entry):
 
 
 @every
+def test_empty_axes(entry):
+    x, given = scores(entry), inputs_of(entry)
+    no_rows = {k: v if k in PER_COLUMN else v[:, :0] for k, v in given.items()}
+    result, gradient = jax.eval_shape(value_and_gradient(entry), x[:, :0], no_rows, {})
+    assert all(a.shape[:2] == (2, 0) for a in jax.tree.leaves((result, gradient)))
+    if entry.least_columns == 0:
+        no_columns = {k: v if k in PER_ROW else v[..., :0] for k, v in given.items()}
+        for a in floats(value(entry)(x[..., :0], no_columns, {})):
+            np.testing.assert_array_equal(a, np.broadcast_to(entry.empty, a.shape))
+
+
+@every
 def test_invariances(entry, x64):
     x, given = scores(entry, dtype=np.float64), inputs_of(entry, dtype=np.float64)
     f = lambda x, given: value(entry)(x, given, {})
