@@ -131,11 +131,18 @@ def floats(result):
     return [a for a in jax.tree.leaves(result) if is_float(a)]
 
 
-def contract(result, seed=0):
+def contract_weights(result, seed=0):
+    """The weights of `contract`."""
+    return [
+        jnp.asarray(np.random.default_rng(seed + i).normal(size=a.shape))
+        for i, a in enumerate(floats(result))
+    ]
+
+
+def contract(result, weights=None, seed=0):
     """A sum of the finite float results with random, non-uniform weights."""
     total = 0.0
-    for i, a in enumerate(floats(result)):
-        w = jnp.asarray(np.random.default_rng(seed + i).normal(size=a.shape))
+    for a, w in zip(floats(result), contract_weights(result, seed) if weights is None else weights):
         finite = jnp.isfinite(jax.lax.stop_gradient(a))
         total = total + jnp.sum(jnp.where(finite, w * jnp.where(finite, a, 0), 0))
     return jnp.asarray(total)

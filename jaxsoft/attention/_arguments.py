@@ -54,12 +54,12 @@ def prepare(
     _, s, k, _ = key.shape
     _checks.shape("key", key, (b, s, k, h), "batch, keys, heads, the query's width")
     _checks.shape("value", value, (b, s, k, value.shape[-1]), "the key's batch, keys and heads; any width")
-    if k == 0 or n % k:
+    if n == 0 or k == 0 or n % k:
         raise ValueError(
-            f"query must have a multiple of the key's {k} heads, got {n} heads in shape {tuple(query.shape)}"
+            f"query must have a positive multiple of the key's {k} heads, got {n} heads in shape {shape}"
         )
-    if s == 0:
-        raise ValueError(f"key must have at least one position, got shape {tuple(key.shape)}")
+    if h == 0:
+        raise ValueError(f"query must have a width of at least 1, got shape {shape}")
     _checks.option("implementation", implementation, (None, *IMPLEMENTATIONS))
     if softcap is not None:
         _checks.number("softcap", softcap, above=0)
@@ -162,7 +162,7 @@ def _lengths(name: str, lengths: Any, batch: tuple[int, ...]) -> Any:
 def _segments(name: str, ids: Any, batch: tuple[int, ...], length: int, padded: int) -> Array:
     _checks.integers(name, ids)
     _checks.shape(name, ids, (*batch, length), "batch and length")
-    return jnp.pad(jnp.asarray(ids).reshape(-1, length), ((0, 0), (0, padded - length)))
+    return jnp.pad(jnp.asarray(ids).reshape(math.prod(batch), length), ((0, 0), (0, padded - length)))
 
 
 def _per_head(name: str, value: Any, heads: int) -> None:
@@ -185,9 +185,10 @@ def _entries(name: str, array: Any, spec: AttentionSpec, batch: tuple[int, ...])
     array = jnp.asarray(array).reshape((1,) * (len(full) - array.ndim) + array.shape)
     lead, (n, t, s) = array.shape[:-3], array.shape[-3:]
     if math.prod(lead) != 1:
+        lead = batch
         array = jnp.broadcast_to(array, (*batch, n, t, s))
     split = (1, 1) if n == 1 else (spec.heads, spec.groups)
-    array = array.reshape(-1, *split, t, s)
+    array = array.reshape(math.prod(lead), *split, t, s)
     pads = [
         (0, 0 if size == 1 else blocks * width - size)
         for size, blocks, width in ((t, spec.nq, spec.bq), (s, spec.nk, spec.bk))

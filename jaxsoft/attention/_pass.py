@@ -22,7 +22,7 @@ from jaxtyping import Array
 from jaxsoft._numerics import accumulation_dtype
 from jaxsoft._trees import combine
 from jaxsoft.attention._spec import AttentionSpec, Inputs, Visibility
-from jaxsoft.attention._visibility import as_rows, cut_entries, positions, visible
+from jaxsoft.attention._visibility import as_rows, cut_entries, over_pairs, positions, visible
 from jaxsoft.rows import Tile
 from jaxsoft.rows.inner import block_sums, capped
 
@@ -97,6 +97,22 @@ def _at(tree: Any, i) -> Any:
     return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, 0, keepdims=False), tree)
 
 
+@jax.custom_batching.custom_vmap
+def _any(keep: Array) -> Array:
+    """Whether any entry is True; under `vmap`, any entry of any element of the mapped axis.
+
+    A pair of blocks is thus treated alike for all elements, and `lax.switch` stays a branch. With an answer per
+    element, `vmap` would compute all branches and select, by operations that cannot be transposed.
+    """
+    return jnp.any(keep)
+
+
+@_any.def_vmap
+def _any_of_all(axis_size: int, in_batched: list, keep: Array) -> tuple[Array, bool]:
+    del axis_size, in_batched
+    return _any(keep), False
+
+
 def _by_visibility(
     spec: AttentionSpec, masks: Visibility, pair: Array, skip: Callable, work: Callable, *operands
 ) -> Any:
@@ -113,7 +129,7 @@ def _by_visibility(
             return masked(*operands)
         return lax.cond(hidden == 1, masked, functools.partial(work, None), *operands)
     keep = visible(spec, masks, i, j)
-    kind = jnp.where(jnp.all(keep), 1, jnp.where(jnp.any(keep), 2, 0))
+    kind = jnp.where(~_any(~keep), 1, jnp.where(_any(keep), 2, 0))
     branches = [skip, functools.partial(work, None), functools.partial(work, keep)]
     return lax.switch(kind, branches, *operands)
 
@@ -145,9 +161,9 @@ def finished_states(
             return states
 
         new = _by_visibility(spec, masks, pair, skip, work, _at(states, i))
-        return jax.tree.map(lambda a, b: lax.dynamic_update_index_in_dim(a, b, i, 0), states, new), None
+        return jax.tree.map(lambda a, b: lax.dynamic_update_index_in_dim(a, b, i, 0), states, new)
 
-    return lax.scan(body, empty_states(spec, functions, inputs, args), jnp.asarray(spec.pairs()))[0]
+    return over_pairs(spec, body, empty_states(spec, functions, inputs, args))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -210,9 +226,9 @@ def _attach_jvp(spec, functions, primals, tangents):
             old = lax.dynamic_index_in_dim(t, i, 0, keepdims=False)
             return lax.dynamic_update_index_in_dim(t, old + p, i, 0)
 
-        return jax.tree.map(add, total, part), None
+        return jax.tree.map(add, total, part)
 
-    return out, lax.scan(body, zeros, jnp.asarray(spec.pairs()))[0]
+    return out, over_pairs(spec, body, zeros)
 
 
 attach.defjvp(_attach_jvp, symbolic_zeros=True)

@@ -91,7 +91,7 @@ def from_blocks(spec: AttentionSpec, blocks: Array) -> Array:
     """`[nq, B, K, R, ...]` as `[B, N, T, ...]`."""
     rest = blocks.shape[4:]
     blocks = blocks.reshape(spec.nq, spec.batch, spec.heads, spec.groups, spec.bq, *rest)
-    rows = jnp.moveaxis(blocks, 0, 3).reshape(spec.batch, spec.heads * spec.groups, -1, *rest)
+    rows = jnp.moveaxis(blocks, 0, 3).reshape(spec.batch, spec.heads * spec.groups, spec.nq * spec.bq, *rest)
     return rows[:, :, : spec.queries]
 
 

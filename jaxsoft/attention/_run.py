@@ -84,8 +84,8 @@ def _xla_block_sizes(given, rows: int, t: int, s: int) -> tuple[int, int]:
             blocks = -(-length * shrink // _WIDEST_BLOCK[name])
             even = -(-length // max(blocks, 1))
             size = -(-even // 8) * 8
-        sizes.append(min(size, max(length, 1)))
+        sizes.append(max(min(size, length), 1))
     bq, bk = sizes
     if given[1] is None and t < 64:  # few queries: long key blocks
-        bk = min(s, max(bk, min(4096, entries // max(rows * bq, 1) // 8 * 8)))
+        bk = max(min(s, max(bk, min(4096, entries // max(rows * bq, 1) // 8 * 8))), 1)
     return bq, bk

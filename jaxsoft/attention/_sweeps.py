@@ -43,6 +43,8 @@ def refusal(
     backend, kernel: Kernel, spec: AttentionSpec, functions, inputs: Inputs, masks: Visibility, args
 ) -> str | None:
     """Why a backend cannot run these reductions; None if it can."""
+    if not (spec.batch and spec.queries and spec.keys):
+        return "there is nothing to read"
     wrong = objection((inputs, args))
     return wrong or backend.refusal(kernel, *_forward(spec, functions, inputs, masks, args))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,14 @@ from jaxtyping import Array
 
 from jaxsoft._numerics import accumulation_dtype
 from jaxsoft.attention._spec import AttentionSpec, Inputs, Visibility
+
+
+def over_pairs(spec: AttentionSpec, body: Callable, carry: Any) -> Any:
+    """Folds `body(carry, pair)` over the pairs of blocks."""
+    pairs = spec.pairs()
+    if not len(pairs):  # perhaps without queries or keys, of which no block can be cut
+        return carry
+    return lax.scan(lambda carry, pair: (body(carry, pair), None), carry, jnp.asarray(pairs))[0]
 
 
 def positions(spec: AttentionSpec, masks: Visibility, i, j) -> tuple[Array, Array]:
@@ -71,7 +81,7 @@ def cut_entries(spec: AttentionSpec, array: Array, i, j) -> Array:
 def as_rows(spec: AttentionSpec, block: Array) -> Array:
     """Five axes that broadcast to `[B, K, G, bq, bk]`, as `[B, K, R, bk]`."""
     block = jnp.broadcast_to(block, (spec.batch, spec.heads, spec.groups, spec.bq, spec.bk))
-    return block.reshape(spec.batch, spec.heads, -1, spec.bk)
+    return block.reshape(spec.batch, spec.heads, spec.groups * spec.bq, spec.bk)
 
 
 def count(spec: AttentionSpec, inputs: Inputs, masks: Visibility) -> Array:
@@ -100,6 +110,6 @@ def count(spec: AttentionSpec, inputs: Inputs, masks: Visibility) -> Array:
         i, j, _ = pair
         here = jnp.sum(as_rows(spec, visible(spec, masks, i, j)), axis=-1, dtype=dtype)
         old = lax.dynamic_index_in_dim(total, i, 0, keepdims=False)
-        return lax.dynamic_update_index_in_dim(total, old + here, i, 0), None
+        return lax.dynamic_update_index_in_dim(total, old + here, i, 0)
 
-    return lax.scan(body, jnp.zeros(spec.rows, dtype), jnp.asarray(spec.pairs()))[0]
+    return over_pairs(spec, body, jnp.zeros(spec.rows, dtype))

@@ -51,6 +51,12 @@ class LabelledRows(NamedTuple):
         kind = reductions.soft_label_statistics if self.soft else reductions.label_statistics
         return kind(self.labels)
 
+    def of_labels(self, per_class: Array) -> Array:
+        """The entry of `[columns]` that belongs to each row's class id, `[*rows]`; 0 without classes."""
+        if not self.columns:
+            return jnp.zeros(self.labels.shape, per_class.dtype)
+        return per_class[jnp.clip(self.labels, 0, self.columns - 1)]
+
     def finish(self, values: Array) -> Array:
         """Gives ignored rows the loss 0 and applies the weights of the examples."""
         if self.keep is not None:

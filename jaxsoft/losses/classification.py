@@ -113,7 +113,7 @@ def cross_entropy(
     lse = jnp.where(label.present, label.logsumexp, 0)
     loss = label.nll
     if class_weights is not None and not rows.soft:
-        loss = _of_labels(class_weights, rows) * loss
+        loss = rows.of_labels(class_weights) * loss
     if smooth:
         a, count = label_smoothing, out["count"]
         total, mass = (out["all"], count) if class_weights is None else out["all"]
@@ -131,11 +131,6 @@ def cross_entropy(
 def _check_class_weights(class_weights: Any, rows: LabelledRows) -> None:
     if class_weights is not None:
         check_floats("class_weights", class_weights, (rows.columns,), "one number per class")
-
-
-def _of_labels(per_class: Array, rows: LabelledRows) -> Array:
-    """The entry of `[columns]` that belongs to each row's label, `[*rows]`."""
-    return per_class[jnp.clip(rows.labels, 0, rows.columns - 1)]
 
 
 def poly_loss(
@@ -294,7 +289,7 @@ def focal_loss(
     focus = power_of(miss_of(loss), gamma)
     loss = (lax.stop_gradient(focus) if stop_weight_gradient else focus) * loss
     if class_weights is not None:
-        loss = _of_labels(class_weights, rows) * loss
+        loss = rows.of_labels(class_weights) * loss
     return rows.finish(loss)
 
 

@@ -90,9 +90,8 @@ def logit_adjusted_cross_entropy(
     adjustment = adjustment - lax.stop_gradient(jnp.max(jnp.where(some, adjustment, -jnp.inf), initial=-1e30))
     adjusted = reductions.weighted_log_partition(jnp.where(some, jnp.exp(adjustment), 0))
     partition, score = rows.reduce((adjusted, reductions.take(rows.labels)))
-    at = jnp.clip(rows.labels, 0, rows.columns - 1)
-    absent = (score == -jnp.inf) | ~some[at]
-    nll = -partition.log_softmax(jnp.where(absent, partition.shift, score)) - adjustment[at]
+    absent = (score == -jnp.inf) | ~rows.of_labels(some)
+    nll = -partition.log_softmax(jnp.where(absent, partition.shift, score)) - rows.of_labels(adjustment)
     loss = jnp.where(absent, jnp.inf, nll) * poison_of(score)
     return rows.finish(jnp.where(partition.log_sum == -jnp.inf, 0, loss))
 

@@ -410,7 +410,7 @@ def wrapped_cauchy_loss(
     _check_concentration(class_concentration, rows.columns)
     class_concentration = jnp.asarray(class_concentration)
     (s,) = _by_row(rows, scale)
-    own = class_concentration[jnp.clip(rows.labels, 0, rows.columns - 1)]
+    own = rows.of_labels(class_concentration)
     return _against_target(
         rows, _wrapped_cauchy, lambda c: (_wrapped_cauchy(c, s, own), 0), s, col_args=(class_concentration,)
     )

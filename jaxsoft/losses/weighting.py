@@ -358,6 +358,8 @@ def shrink_class_space_loss(
     check_floats("weak_probabilities", weak_probabilities, strong_logits.shape, "the shape of the logits")
     p, present = _values("weak_probabilities", lax.stop_gradient(weak_probabilities), where)
     p, present = jnp.moveaxis(p, axis, -1), jnp.moveaxis(present, axis, -1)
+    if not p.shape[-1]:
+        return jnp.zeros(p.shape[:-1], p.dtype)
 
     order = jnp.argsort(jnp.where(present, -p, jnp.inf), axis=-1, stable=True)
     rank = jnp.argsort(order, axis=-1)

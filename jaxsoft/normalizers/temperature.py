@@ -228,8 +228,8 @@ def noisy_logits(
     keep: Bool[Array, ...] = jnp.ones(rows, bool) if ignore_index is None else labels != ignore_index
     valid = (labels >= 0) & (labels < columns)
     x = jnp.moveaxis(jnp.asarray(logits).astype(accumulation_dtype(logits.dtype)), axis, -1)
-    at = jnp.clip(labels, 0, max(columns - 1, 0))
-    if key is not None:
+    at = jnp.clip(labels, 0, columns - 1)
+    if key is not None and columns:
         label_logit = jnp.take_along_axis(x, at[..., None], axis=-1)[..., 0]
         xi = jnp.abs(jax.random.normal(key, rows, x.dtype))
         change = alpha * xi * (jnp.asarray(weight_norms)[at] * feature_norms - label_logit).astype(x.dtype)

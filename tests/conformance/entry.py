@@ -30,6 +30,7 @@ class Entry:
       shift: by how much its float results grow when 1 is added to every logit (None: not a law).
       scale_invariant: whether logits times a positive number give the same.
       where: whether it takes a mask.
+      least_columns: the shortest row that its options allow.
       empty: its float results for a row without entries (None: not a law).
       differentiable: whether there is a gradient to test.
       second_order: whether its second derivatives are tested.
@@ -53,6 +54,7 @@ class Entry:
     shift: float | None = None
     scale_invariant: bool = False
     where: bool = True
+    least_columns: int = 0
     empty: float | None = 0.0
     differentiable: bool = True
     second_order: bool = True

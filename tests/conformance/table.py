@@ -75,7 +75,7 @@ _NORMALIZERS = [
     _normalizer(normalizers.softplus_attention_weights, scale=1.5),
     _normalizer(normalizers.reweighted_attention_weights, scale=1.5, power=3.0, offset=0.5),
     _normalizer(normalizers.mpc_softmax, shift=0.0),
-    _normalizer(normalizers.sparse_softmax, k=3, shift=0.0),
+    _normalizer(normalizers.sparse_softmax, k=3, shift=0.0, least_columns=1),
     _normalizer(normalizers.sparsemax, shift=0.0),
     _normalizer(normalizers.entmax15, shift=0.0),
     _normalizer(normalizers.entmax, alpha=1.3, shift=0.0),

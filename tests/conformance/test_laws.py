@@ -9,7 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import float64
-from helpers import absent_in_one_row, contract, floats, matrix_products, rows_and_gradients, trees_close
+from helpers import (
+    absent_in_one_row,
+    contract,
+    contract_weights,
+    floats,
+    matrix_products,
+    rows_and_gradients,
+    trees_close,
+)
 from jax.experimental import checkify
 from jax.sharding import PartitionSpec as P
 
@@ -97,15 +105,43 @@ def row_mask(entry, given, leading=LEADING, columns=V):
 
 
 @every
-def test_jit_vmap_axis_and_leading_axes_change_nothing(entry):
+def test_vmap_and_grad_in_any_order(entry):
+    """Row i of the logits with input j: one `vmap` maps the logits and shares the inputs, the other vice versa."""
+    x, given = scores(entry), inputs_of(entry, (3,))
+    if given:
+        x = jnp.broadcast_to(x[:, :1], x.shape)
+    given |= {k: jnp.stack([jnp.roll(given[k], j) for j in range(3)]) for k in PER_COLUMN & set(given)}
+    columns = []  # of i and j
+    for j in range(3):
+        whole = {k: v[j] if k in PER_COLUMN else jnp.stack([v, v]) for k, v in given.items()}
+        columns.append(jax.tree.map(lambda a, j=j: a[:, j], value_and_gradient(entry)(x, whole, {})))
+    expected, gradient = jax.tree.map(lambda *a: jnp.stack(a, 1), *columns)
+    weights = contract_weights(expected)
+
+    def over_inputs(x, given, weights):
+        result = jax.vmap(entry.call, (None if given else 0, 0))(x, given)
+        return contract(result, weights), result
+
+    def over_rows(x, given, weights):
+        rows = jax.vmap(jax.vmap(entry.call, (None if given else 0, 0)), (0, None))(x, given)
+        return contract(rows, weights)
+
+    x = x[:, 0] if given else x
+    if entry.differentiable:
+        of_rows = jax.vmap(jax.grad(over_inputs, has_aux=True), (0, None, 0))
+        got, result = jax.jit(of_rows)(x, given, weights)
+        trees_close(got, gradient.sum(1) if given else gradient, 1e-5)
+        jax.eval_shape(jax.grad(over_rows), x, given, weights)
+    else:
+        _, result = jax.jit(jax.vmap(over_inputs, (0, None, 0)))(x, given, weights)
+    trees_close(result, expected, 1e-6)
+
+
+@every
+def test_jit_axis_and_leading_axes_change_nothing(entry):
     x, given = scores(entry), inputs_of(entry)
     expected = entry.call(x, given)
     trees_close(value(entry)(x, given, {}), expected, 1e-6)
-
-    shared = {k: v for k, v in given.items() if k in PER_COLUMN}
-    by_row = {k: v for k, v in given.items() if k not in PER_COLUMN}
-    mapped = jax.jit(jax.vmap(lambda x, by_row: entry.call(x, {**by_row, **shared})))(x, by_row)
-    trees_close(mapped, expected, 1e-6)
 
     moved = jax.jit(lambda x: entry.call(x, given, axis=1))(jnp.moveaxis(x, -1, 1))
     if entry.dense_only:
@@ -250,6 +286,18 @@ def test_rows_of_size_one(entry):
         assert not jnp.any(jnp.isnan(a))
     if entry.differentiable:
         assert jnp.all(jnp.isfinite(gradient))
+
+
+@every
+def test_empty_axes(entry):
+    x, given = scores(entry), inputs_of(entry)
+    no_rows = {k: v if k in PER_COLUMN else v[:, :0] for k, v in given.items()}
+    result, gradient = jax.eval_shape(value_and_gradient(entry), x[:, :0], no_rows, {})
+    assert all(a.shape[:2] == (2, 0) for a in jax.tree.leaves((result, gradient)))
+    if entry.least_columns == 0:
+        no_columns = {k: v if k in PER_ROW else v[..., :0] for k, v in given.items()}
+        for a in floats(value(entry)(x[..., :0], no_columns, {})):
+            np.testing.assert_array_equal(a, np.broadcast_to(entry.empty, a.shape))
 
 
 @every

@@ -8,7 +8,7 @@ def _mean(logits, inputs, *, where=None, axis=-1):
     return losses.histogram_mean(logits, inputs["class_weights"], where=where, axis=axis)
 
 
-ENTRIES = [Entry("jaxsoft.losses.histogram_mean", _mean, "", ("class_weights",), shift=0.0)]
+ENTRIES = [Entry("jaxsoft.losses.histogram_mean", _mean, "", ("class_weights",), shift=0.0, least_columns=1)]
 
 TESTED_IN = {
     "tests/losses/test_histogram.py": (

@@ -31,10 +31,10 @@ ENTRIES = [
     loss_entry(SOFTMAX, "mask", labels="positive_mask"),
     loss_entry(losses.decoupled_softmax_loss, labels="positives", thorough=True),
     loss_entry(losses.decoupled_softmax_loss, "mask", labels="positive_mask"),
-    _with_k_below_columns(loss_entry(TOP_K, labels="positives", thorough=True)),
-    _with_k_below_columns(loss_entry(TOP_K, "mask", labels="positive_mask")),
-    loss_entry(TOP_K, "k<1", labels="positives", k=0.6, alpha=0.7),
-    Entry("jaxsoft.losses.soft_top_k", _soft_top_k, dense_only=True, shift=0.0, low=1e-2),
+    _with_k_below_columns(loss_entry(TOP_K, labels="positives", least_columns=1, thorough=True)),
+    _with_k_below_columns(loss_entry(TOP_K, "mask", labels="positive_mask", least_columns=1)),
+    loss_entry(TOP_K, "k<1", labels="positives", k=0.6, alpha=0.7, least_columns=1),
+    Entry("jaxsoft.losses.soft_top_k", _soft_top_k, dense_only=True, shift=0.0, low=1e-2, least_columns=1),
 ]
 
 ONES = np.ones(4, np.float32)
