@@ -109,7 +109,6 @@ def _tiles(softcap: float | None, columns: int, block: Block, raw, parts: Parts)
         return a if block.inside is None else jnp.where(block.inside, a, 0)
 
     rows, cols, entries = parts
-    entries = jax.tree.map(clean, entries)
     keeps = Masks(*(None if part["keep"] is None else part["keep"] != 0 for part in (rows, cols, entries)))
     x: Any = clean(raw)
     if keeps.cols is not None:  # a masked column may hold NaN
@@ -117,7 +116,8 @@ def _tiles(softcap: float | None, columns: int, block: Block, raw, parts: Parts)
     x = masked(finish(x, softcap, cols["bias"], rows["scale"], rows["temperature"]), keeps)
     if block.inside is not None:
         x = jnp.where(block.inside, x, -jnp.inf)
-    return [Tile.of(x, block.col, columns, c, e, True) for c, e in zip(cols["args"], entries["args"])]
+    entry_args = jax.tree.map(clean, entries["args"])
+    return [Tile.of(x, block.col, columns, c, e, True) for c, e in zip(cols["args"], entry_args)]
 
 
 # --- the forward pass ----------------------------------------------------------------------------------------
