@@ -28,7 +28,6 @@ from jax import lax
 from jax.core import Tracer
 from jax.extend import core
 
-
 # Dtypes of matrix products.
 HALF = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
@@ -99,7 +98,9 @@ class Space:
         """An item over these axes, listed in any order; those of `x` come in the space's order."""
         dims = self.union(letters)
         if not memory and np.shape(x) != self.shape(dims):
-            raise ValueError(f"an array over the axes {dims!r} has shape {self.shape(dims)}, not {np.shape(x)}")
+            raise ValueError(
+                f"an array over the axes {dims!r} has shape {self.shape(dims)}, not {np.shape(x)}"
+            )
         return Item(dims, x, memory)
 
     def spread(self, item: Item, dims: str) -> Any:
@@ -108,7 +109,9 @@ class Space:
         if item.dims == dims:
             return x
         at = tuple(dims.index(d) for d in item.dims)
-        if list(at) != sorted(at):  # `broadcast_in_dim` would not transpose, and for equal shapes not even complain
+        if list(at) != sorted(
+            at
+        ):  # `broadcast_in_dim` would not transpose, and for equal shapes not even complain
             raise ValueError(f"an array over the axes {item.dims!r} cannot be broadcast to {dims!r}")
         return self.layout(lax.broadcast_in_dim(x, self.shape(dims), at), dims)
 
@@ -536,6 +539,13 @@ def _stack(space: Space, eqn, *values: Value) -> Value:
     return Value((*kinds[:d], None, *kinds[d:]), np.stack(parts, axis=d))
 
 
+def _unstack(space: Space, eqn, value: Value) -> list:
+    d = eqn.params["axis"]
+    items = _narrow_axis(value, d, eqn.invars[0].aval.shape[d])
+    kinds = value.kinds[:d] + value.kinds[d + 1 :]
+    return [Value(kinds, items.take(i, axis=d)) for i in range(items.shape[d])]
+
+
 def _pad(space: Space, eqn, value: Value, fill: Value) -> Value:
     shape, items = eqn.invars[0].aval.shape, value.items
     for d, (low, high, inner) in enumerate(eqn.params["padding_config"]):
@@ -732,6 +742,7 @@ _RULES: dict[str, Callable] = {
     "rev": _rev,
     "concatenate": _concatenate,
     "stack": _stack,
+    "unstack": _unstack,
     "pad": _pad,
     "iota": _iota,
     "dot_general": _dot_general,
