@@ -23,9 +23,9 @@ from jaxsoft import losses
 WIDTH, VOCABULARY = 512, 32768
 TOKENS = [512, 1024, 2048, 4096, 8192, 16384]
 LOSSES = {
-    "hidden @ weight, optax": lambda hidden, weight, labels: (
-        optax.softmax_cross_entropy_with_integer_labels(hidden @ weight, labels).mean()
-    ),
+    "hidden @ weight, optax": lambda hidden, weight, labels: optax.softmax_cross_entropy_with_integer_labels(
+        hidden @ weight, labels
+    ).mean(),
     "weighted_mean(cross_entropy, linear_logits(hidden, weight), labels)": lambda hidden, weight, labels: (
         losses.weighted_mean(losses.cross_entropy, jaxsoft.linear_logits(hidden, weight), labels)
     ),

@@ -181,7 +181,11 @@ def _tile(spec: AttentionSpec, block: Block, raw: Array, rows: dict, cols: dict,
     q: Any = None if rows["position"] is None else rows["position"][:, None]
     k: Any = None if cols["position"] is None else cols["position"][None, :]
     distance = None if rows["slopes"] is None else k - q
-    x = finish(spec, raw, rows["scale"], entries["bias"], rows["slopes"], distance)
+    bias = entries["bias"]
+    if block.inside is not None:  # the backend's tile may be larger than the caller's blocks
+        raw = jnp.where(block.inside, raw, 0)
+        bias = None if bias is None else jnp.where(block.inside, bias, 0)
+    x = finish(spec, raw, rows["scale"], bias, rows["slopes"], distance)
     keeps = seen_from(spec, q, k)
     if rows["keep"] is not None:
         keeps.append(rows["keep"][:, None] != 0)
@@ -191,7 +195,7 @@ def _tile(spec: AttentionSpec, block: Block, raw: Array, rows: dict, cols: dict,
         keeps.append(rows["segment"][:, None] == cols["segment"][None, :])
     if entries["keep"] is not None:
         keeps.append(entries["keep"] != 0)
-    if block.inside is not None:  # the backend's tile may be larger than the caller's blocks
+    if block.inside is not None:
         keeps.append(block.inside)
     if keeps:
         x = jnp.where(functools.reduce(jnp.logical_and, keeps), x, -jnp.inf)

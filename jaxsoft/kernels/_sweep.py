@@ -100,9 +100,10 @@ class Block(NamedTuple):
       row: `[br, bc]` int32, the row of each entry (also beyond the last).
       col: `[br, bc]` int32, the column of each entry in the whole row, `start` added.
       batch: int32 scalar, the index of the matrix.
-      inside: `[br, bc]` booleans, False beyond the last row or column; None if no tile reaches beyond.
-      left: the block of `Scores.left`, `[br, D]`; None for stored scores.
-      right: the block of `Scores.right`, `[D, bc]` or `[bc, D]`.
+      inside: `[br, bc]` booleans, False beyond the last row or column; None if no tile reaches beyond. Bodies must
+        respect it even if `Plan.tiles` divides the scores: a backend may choose other tiles.
+      left: the block of `Scores.left`, `[br, D]`, 0 beyond the last row; None for stored scores.
+      right: the block of `Scores.right`, `[D, bc]` or `[bc, D]`, 0 beyond the last column.
     """
 
     raw: Any
@@ -180,7 +181,8 @@ class Plan(NamedTuple):
         scalars i and j; None: all do. (`Operands.seen` tells what is known only at run time.)
         A tile with nothing to do is not computed and, if possible, not fetched: it changes no carry; its entry
         and column outputs are 0.
-      tiles: tile sizes, if the caller requires particular ones.
+      tiles: tile sizes that suit the caller, whose `live` and `Operands.seen` refer to them. The TPU backend uses them;
+        the GPU backend chooses its own.
     """
 
     over: str = "columns"

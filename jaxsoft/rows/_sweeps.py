@@ -109,14 +109,13 @@ def _tiles(softcap: float | None, columns: int, block: Block, raw, parts: Parts)
         return a if block.inside is None else jnp.where(block.inside, a, 0)
 
     rows, cols, entries = parts
-    entries = jax.tree.map(clean, entries)
     keeps = Masks(*(None if part["keep"] is None else part["keep"] != 0 for part in (rows, cols, entries)))
     x: Any = clean(raw)
     if keeps.cols is not None:  # a masked column may hold NaN
         x = jnp.where(keeps.cols, x, 0)
     x = finish(x, softcap, cols["bias"], rows["scale"], rows["temperature"])
-    where = unmasked(keeps, block.inside)
-    return [Tile.of(x, block.col, columns, c, e, where, True) for c, e in zip(cols["args"], entries["args"])]
+    where, entry_args = unmasked(keeps, block.inside), jax.tree.map(clean, entries["args"])
+    return [Tile.of(x, block.col, columns, c, e, where, True) for c, e in zip(cols["args"], entry_args)]
 
 
 # --- the forward pass ----------------------------------------------------------------------------------------

@@ -1,4 +1,6 @@
-"""Every kernel lowers for TPUs, on a machine that has none: forward and backward, in blocks of their full size."""
+"""Every kernel lowers for TPUs and GPUs, on a machine that has none: forward and backward, in blocks of full size."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +16,38 @@ from jaxsoft import kernels, losses
 from jaxsoft.attention import dot_product_attention
 from jaxsoft.rows import reduce_rows
 
-KINDS = ("TPU v5 lite", "TPU v6 lite")
+
+class Device(NamedTuple):
+    kind: str
+    platform: str
+    lowered_for: str
+    implementation: str
+    call: str  # how the text begins that calls a kernel
+    cores: int
+
+    def __str__(self):
+        return self.kind
+
+    def mesh(self, size=1, **kwargs):
+        device = AbstractDevice(device_kind=self.kind, num_cores=self.cores, platform=self.platform)
+        return AbstractMesh((size,), ("data",), abstract_device=device, **kwargs)
+
+
+TPUS = [
+    Device(kind, "tpu", "tpu", "pallas_tpu", "@tpu_custom_call", 1) for kind in ("TPU v5 lite", "TPU v6 lite")
+]
+GPUS = [
+    Device(kind, "gpu", "cuda", "mosaic_gpu", "@mosaic_gpu", 132) for kind in ("NVIDIA H100", "NVIDIA H200")
+]
+all_devices = pytest.mark.parametrize("device", [*TPUS, *GPUS], ids=str)
+one_of_each = pytest.mark.parametrize("device", [TPUS[1], GPUS[1]], ids=str)
+
 ROWS, COLUMNS = 300, 1111  # ragged in blocks of 256 x 1024
 SIZES = dict(zip(make_inputs()["entry_weights"].shape, (ROWS, COLUMNS)))
 
 
-def lowered(f, *arrays, kind=KINDS[1]):
-    """The text of `f` and its gradients, lowered for a device that is not there."""
+def kernels_in(f, *arrays, device):
+    """How many kernels `f` and its gradients have, lowered for a device that is not there."""
 
     def both(*arrays):
         floats = tuple(i for i, a in enumerate(arrays) if is_float(a))
@@ -32,11 +59,9 @@ def lowered(f, *arrays, kind=KINDS[1]):
 
         return jax.grad(total, floats, has_aux=True)(*arrays)
 
-    mesh = AbstractMesh(
-        (1,), ("x",), abstract_device=AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
-    )
-    with jax.sharding.use_abstract_mesh(mesh):
-        return jax.jit(both).trace(*arrays).lower(lowering_platforms=("tpu",)).as_text()
+    with jax.sharding.use_abstract_mesh(device.mesh()):
+        text = jax.jit(both).trace(*arrays).lower(lowering_platforms=(device.lowered_for,)).as_text()
+    return text.count(device.call)
 
 
 def array(*shape, dtype=jnp.float32):
@@ -47,24 +72,27 @@ def enlarged(a):
     return array(*(SIZES.get(size, size) for size in a.shape), dtype=jnp.float32 if is_float(a) else a.dtype)
 
 
-def test_every_reduction():
-    """All in one pass, of stored scores."""
+@one_of_each
+@pytest.mark.parametrize("part", range(4))
+def test_every_reduction(part, device):
+    """A quarter of them in one pass, of stored scores."""
+    cases = CASES[part::4]
     given = {
-        f"{case.id}.{k}": enlarged(a) for case in CASES for k, a in make_inputs().items() if k in case.inputs
+        f"{case.id}.{k}": enlarged(a) for case in cases for k, a in make_inputs().items() if k in case.inputs
     }
 
     def f(x, *arrays):
         p = dict(zip(given, arrays))
-        wanted = {case.id: case.make({k: p[f"{case.id}.{k}"] for k in case.inputs}) for case in CASES}
-        out = reduce_rows(x, wanted, implementation="pallas_tpu")
-        return [case.view(out[case.id]) for case in CASES]
+        wanted = {case.id: case.make({k: p[f"{case.id}.{k}"] for k in case.inputs}) for case in cases}
+        out = reduce_rows(x, wanted, implementation=device.implementation)
+        return [case.view(out[case.id]) for case in cases]
 
-    assert lowered(f, array(ROWS, COLUMNS), *given.values()).count("tpu_custom_call") == 2
+    assert kernels_in(f, array(ROWS, COLUMNS), *given.values(), device=device) == 2
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@all_devices
 @pytest.mark.parametrize("transposed", [False, True])
-def test_linear_logits(transposed, kind):
+def test_linear_logits(transposed, device):
     """A loss whose scores are a product of bfloat16, with all that may belong to it, and masks of every kind."""
 
     def f(hidden, weight, bias, scale, labels, rows, columns):
@@ -76,7 +104,7 @@ def test_linear_logits(transposed, kind):
             temperature=0.7,
             softcap=20.0,
             transpose_weight=transposed,
-            implementation="pallas_tpu",
+            implementation=device.implementation,
         )
         where = columns if transposed else rows[:, None] & columns
         return losses.cross_entropy(logits, labels, label_smoothing=0.1, z_loss=1e-3, where=where)
@@ -91,7 +119,7 @@ def test_linear_logits(transposed, kind):
         array(512, dtype=bool),
         array(3000, dtype=bool),
     )
-    assert lowered(f, *arrays, kind=kind).count("tpu_custom_call") == 2
+    assert kernels_in(f, *arrays, device=device) == 2
 
 
 SHAPES = dict(query=(2, 300, 8, 64), key=(2, 260, 2, 64), value=(2, 260, 2, 128))
@@ -102,20 +130,21 @@ def heads(dtype=jnp.bfloat16):
 
 
 @pytest.mark.skipif(
-    jax.__version_info__ < (0, 11), reason="all of them on the newest jax only: half a minute"
+    jax.__version_info__ < (0, 11), reason="all of them on the newest jax only: more than a minute"
 )
+@one_of_each
 @pytest.mark.parametrize("name", [name for name in NORMALIZERS if "," not in name])
-def test_normalizers(name):
+def test_normalizers(name, device):
     def f(q, k, v):
         return dot_product_attention(
-            q, k, v, normalizer=NORMALIZERS[name], is_causal=True, implementation="pallas_tpu"
+            q, k, v, normalizer=NORMALIZERS[name], is_causal=True, implementation=device.implementation
         )
 
-    assert lowered(f, *heads()).count("tpu_custom_call") >= 3
+    assert kernels_in(f, *heads(), device=device) >= 3
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_attention_with_options(kind):
+@all_devices
+def test_attention_with_options(device):
     """Everything that a tile of scores may read."""
     dynamic = dict(
         query_seq_lengths=array(2, dtype=jnp.int32),
@@ -139,36 +168,56 @@ def test_attention_with_options(kind):
             mask_fn=lambda i, j: (i + j) % 3 != 0,
             dropout_rate=0.1,
             dropout_key=jax.random.key(0),
-            implementation="pallas_tpu",
+            implementation=device.implementation,
             **dict(zip(dynamic, rest)),
         )
 
     floats = (array(1, 8, 300, 260, dtype=jnp.bfloat16), array(8), array(8))
-    assert lowered(f, *heads(), *floats, *dynamic.values(), kind=kind).count("tpu_custom_call") == 3
+    assert kernels_in(f, *heads(), *floats, *dynamic.values(), device=device) == 3
 
 
+@one_of_each
+@pytest.mark.parametrize("width", [128, 256])
+def test_masks_and_biases_of_long_rows(width, device):
+    """Tiles of the backend's own choice, which differ from the caller's for 256 features."""
+
+    def f(q, k, v, mask, bias):
+        return dot_product_attention(q, k, v, bias, mask=mask, implementation=device.implementation)
+
+    head = array(1, 1024, 2, width, dtype=jnp.bfloat16)
+    beside = array(1, 2, 1024, 1024, dtype=bool), array(1, 2, 1024, 1024)
+    assert kernels_in(f, head, head, head, *beside, device=device) == 3
+
+
+@one_of_each
 @pytest.mark.parametrize("check", [True, False])
-def test_rows_sharded_over_devices(check):
-    device = AbstractDevice(device_kind=KINDS[1], num_cores=1, platform="tpu")
-    mesh = AbstractMesh((2,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
+def test_rows_sharded_over_devices(check, device):
+    mesh = device.mesh(2, axis_types=(AxisType.Auto,))
 
     def local(h, w, labels, q):
-        logits = jaxsoft.linear_logits(h, w, implementation="pallas_tpu")
-        out = dot_product_attention(q, q, q, is_causal=True, implementation="pallas_tpu")
+        logits = jaxsoft.linear_logits(h, w, implementation=device.implementation)
+        out = dot_product_attention(q, q, q, is_causal=True, implementation=device.implementation)
         return jax.lax.psum(losses.cross_entropy(logits, labels).sum() + out.sum(), "data")
 
     specs = (P("data"), P(), P("data"), P("data"))
-    arrays = (array(600, 64), array(64, 3000), array(600, dtype=jnp.int32), array(4, 256, 4, 64))
+    half = jnp.bfloat16
+    arrays = (
+        array(600, 64, dtype=half),
+        array(64, 3000, dtype=half),
+        array(600, dtype=jnp.int32),
+        array(4, 256, 4, 64, dtype=half),
+    )
     with jax.sharding.use_abstract_mesh(mesh):
         f = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=check)
-        text = jax.jit(jax.grad(f, (0, 1, 3))).trace(*arrays).lower(lowering_platforms=("tpu",)).as_text()
-    assert text.count("tpu_custom_call") == 5
+        traced = jax.jit(jax.grad(f, (0, 1, 3))).trace(*arrays)
+        text = traced.lower(lowering_platforms=(device.lowered_for,)).as_text()
+    assert text.count(device.call) == 5
 
 
-def test_sizes_of_the_user():
+@one_of_each
+def test_sizes_of_the_user(device):
     def f(x):
-        return jaxsoft.logsumexp(x, implementation="pallas_tpu")
+        return jaxsoft.logsumexp(x, implementation=device.implementation)
 
     with kernels.block_sizes(rows=64, columns=256):
-        text = lowered(f, array(ROWS, COLUMNS))
-    assert text.count("tpu_custom_call") == 2
+        assert kernels_in(f, array(ROWS, COLUMNS), device=device) == 2

@@ -7,6 +7,9 @@ evaluated on `Value`s. Each axis of a value is either wide (the rows `"r"` or co
 over which it varies: one number per row stays one number per row, however it is broadcast, until it is combined with
 the columns. Inserting, moving and broadcasting axes is then mere bookkeeping and costs nothing.
 
+Registers hold float32, int32, uint32 and booleans only, whatever the traced dtype is (`held`): Mosaic GPU has few
+operations on narrower numbers. Half precision exists in memory and in matrix products.
+
 `evaluate` goes through the equations of the jaxpr. It enters calls (`_INLINED`), applies elementwise operations item by
 item (`_ELEMENTWISE`, `_map`), and has a rule for each operation on axes, reduction and product (`_RULES`). Any other
 primitive is `Unsupported`.
@@ -25,6 +28,9 @@ from jax import lax
 from jax.core import Tracer
 from jax.extend import core
 
+# Dtypes of matrix products.
+HALF = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+
 
 class Unsupported(Exception):
     """The body does something for which this evaluator or Mosaic GPU has no rule; the message says what."""
@@ -32,6 +38,8 @@ class Unsupported(Exception):
 
 class Item(NamedTuple):
     """An array over the wide axes `dims` (a string of their letters, in the space's order), in registers.
+
+    `Space.item` makes those of arrays that come from outside, and sees to the order of the axes.
 
     If `memory` is not empty (it may be a name), the array is in shared memory instead, and `x` is what the space's
     `load` and `product` take.
@@ -63,7 +71,7 @@ class Space:
       order: the letters in their order within arrays: `"rch"`, or `"crh"` where tiles are transposed.
       layout: `(array, dims) -> array` in the register layout of these axes.
       load: `item in shared memory -> array` in registers.
-      product: `(left, right, kind, out, dtype) -> item` with axes `out`: the product of two items over axis `kind`.
+      product: `(left, right, kind, out) -> item` with axes `out`: the product of two items over axis `kind`.
 
     Attributes:
       crosses_warps: whether there was a reduction over the first axis of an array, that is, across warps.
@@ -86,34 +94,49 @@ class Space:
     def union(self, *dims: str) -> str:
         return "".join(d for d in self.order if any(d in each for each in dims))
 
+    def item(self, letters: str, x: Any, memory: str = "") -> Item:
+        """An item over these axes, listed in any order; those of `x` come in the space's order."""
+        dims = self.union(letters)
+        if not memory and np.shape(x) != self.shape(dims):
+            raise ValueError(
+                f"an array over the axes {dims!r} has shape {self.shape(dims)}, not {np.shape(x)}"
+            )
+        return Item(dims, x, memory)
+
     def spread(self, item: Item, dims: str) -> Any:
         """The array of an item, broadcast to the axes `dims`."""
         x = self.load(item) if item.memory else item.x
         if item.dims == dims:
             return x
         at = tuple(dims.index(d) for d in item.dims)
+        if list(at) != sorted(
+            at
+        ):  # `broadcast_in_dim` would not transpose, and for equal shapes not even complain
+            raise ValueError(f"an array over the axes {item.dims!r} cannot be broadcast to {dims!r}")
         return self.layout(lax.broadcast_in_dim(x, self.shape(dims), at), dims)
 
     def iota(self, letter: str, start: Any = 0, dtype: Any = jnp.int32) -> Value:
         """`start`, `start + 1`, ... along a wide axis."""
-        x = self.layout(lax.iota(dtype, self.sizes[letter]), letter)
-        start = lax.broadcast(jnp.asarray(start, dtype), x.shape)
-        return wide(x + start, letter)
+        x = self.layout(lax.iota(held(dtype), self.sizes[letter]), letter)
+        start = lax.broadcast(jnp.asarray(start, x.dtype), x.shape)
+        return single(letter, self.item(letter, x + start))
 
 
-def wide(x: Any, kinds: str, memory: str = "") -> Value:
-    """The value of one array, whose axes are `kinds` (in the space's order)."""
-    return _single(Item(kinds, x, memory), tuple(kinds))
+def single(kinds: str, item: Item) -> Value:
+    """The value of one item, whose axes come in the order `kinds`."""
+    items = np.empty((1,) * len(kinds), object)
+    items[(0,) * len(kinds)] = item
+    return Value(tuple(kinds), items)
 
 
 def scalar(x: Any) -> Value:
-    return _single(Item("", x), ())
+    return single("", Item("", x))
 
 
-def _single(item: Item, kinds: tuple) -> Value:
-    items = np.empty((1,) * len(kinds), object)
-    items[(0,) * len(kinds)] = item
-    return Value(kinds, items)
+def constant(x: Any) -> Value:
+    """The value of a constant, in the dtype of registers."""
+    x = np.asarray(x)
+    return scalar(x.astype(held(x.dtype)))
 
 
 def arrays(space: Space, value: Value, kinds: tuple, shape: tuple[int, ...]) -> list:
@@ -139,7 +162,7 @@ def trace(function: Callable, *args: Any) -> tuple[Any, Any]:
 
 def evaluate(space: Space, jaxpr: Any, args: list[Value]) -> list[Value]:
     """The outputs of a jaxpr (closed or not) for the given values."""
-    consts = [scalar(np.asarray(c)) for c in getattr(jaxpr, "consts", ())]
+    consts = [constant(c) for c in getattr(jaxpr, "consts", ())]
     return _evaluate(space, getattr(jaxpr, "jaxpr", jaxpr), consts, args)
 
 
@@ -162,6 +185,7 @@ def _evaluate(space: Space, jaxpr, consts: list[Value], args: list[Value]) -> li
         elif name in _RULES:
             outs = _RULES[name](space, eqn, *values)
         elif name in _ELEMENTWISE:
+            _check_integers(eqn)
             outs = _elementwise(space, eqn.primitive, eqn.params, *values)
         else:
             raise Unsupported(f"Mosaic GPU has no rule for {name}")
@@ -183,7 +207,7 @@ def _needed(jaxpr) -> list[bool]:
 def _constant(var) -> Value:
     if np.ndim(var.val) > 0:
         raise Unsupported("its functions close over arrays")
-    return scalar(np.asarray(var.val, var.aval.dtype))
+    return constant(np.asarray(var.val, var.aval.dtype))
 
 
 # --- elementwise -------------------------------------------------------------------------------------------
@@ -226,32 +250,51 @@ def _elementwise(space: Space, primitive, params: dict, *values: Value) -> Value
     return _map(space, lambda *x: rule(*x, **params), *values)
 
 
-def _in_float32(function: Callable) -> Callable:
-    """A rule that computes in float32, the only dtype in which GPUs have these functions."""
-
-    def rule(*args, **params):
-        dtype = args[0].dtype
-        out = function(*(lax.convert_element_type(a, jnp.float32) for a in args))
-        return lax.convert_element_type(out, dtype)
-
-    return rule
+def _without_options(function: Callable) -> Callable:
+    """A rule that ignores options such as `accuracy`."""
+    return lambda *args, **options: function(*args)
 
 
 def _fill(x, value):
     return lax.full_like(x, value)
 
 
-def convert(x, new_dtype, **params):
-    del params
-    if x.dtype == new_dtype:
+def held(dtype: Any) -> np.dtype:
+    """The dtype in which registers hold numbers of a dtype of at most 4 bytes: float32, int32, uint32 or booleans."""
+    dtype = jnp.dtype(dtype)
+    if dtype.itemsize >= 4 or dtype == jnp.bool_:
+        return dtype
+    return jnp.dtype(jnp.float32 if jnp.issubdtype(dtype, jnp.floating) else jnp.int32)
+
+
+def convert(x, new_dtype, **options):
+    """The rule of `convert_element_type`: `x` in the dtype in which registers hold `new_dtype`."""
+    del options
+    return cast(x, held(new_dtype))
+
+
+def cast(x, dtype: Any):
+    """`x` in a dtype, which may be that of memory or of a matrix product."""
+    if x.dtype == dtype:
         return x
     if x.dtype == jnp.bool_:
-        return lax.select(x, _fill32(x, 1, new_dtype), _fill32(x, 0, new_dtype))
-    if new_dtype == jnp.bool_:
+        return lax.select(x, _fill32(x, 1, dtype), _fill32(x, 0, dtype))
+    if dtype == jnp.bool_:
         return x != _fill(x, 0)
-    if x.dtype in (jnp.int8, jnp.uint8, jnp.int16) and jnp.issubdtype(new_dtype, jnp.floating):
-        x = lax.convert_element_type(x, jnp.int32)
-    return lax.convert_element_type(x, new_dtype)
+    return lax.convert_element_type(x, dtype)
+
+
+def _check_integers(eqn) -> None:
+    """Refuses integers of one or two bytes whose arithmetic might overflow: registers have four bytes."""
+    dtype = eqn.outvars[0].aval.dtype
+    if not jnp.issubdtype(dtype, jnp.integer) or held(dtype) == dtype or eqn.primitive.name in _EXACT:
+        return
+    if eqn.primitive.name != "convert_element_type" or not np.can_cast(eqn.invars[0].aval.dtype, dtype):
+        raise Unsupported(f"it computes {eqn.primitive.name} in {dtype}")
+
+
+# Elementwise operations on integers that give one of their operands or a bitwise combination.
+_EXACT = ("select_n", "max", "min", "clamp", "and", "or", "xor")
 
 
 def _fill32(x, value, dtype):
@@ -325,15 +368,14 @@ def _power(x, y, **params):
     del params
     if not jnp.issubdtype(y.dtype, jnp.floating):
         y = lax.convert_element_type(y, jnp.float32)
-    dtype, zero, one = x.dtype, _fill32(x, 0, jnp.float32), _fill32(x, 1, jnp.float32)
-    x, y = (lax.convert_element_type(a, jnp.float32) for a in (x, y))
+    zero, one = _fill(x, 0), _fill(x, 1)
     size = lax.exp(y * lax.log(lax.select(x == zero, one, lax.abs(x))))
     size = lax.select(x == zero, lax.select(y > zero, zero, one / zero), size)
     half = y * _fill(y, 0.5)
     odd = (_floor(half) != half) & (_floor(y) == y)
     signed = lax.select((x < zero) & odd, -size, size)
     signed = lax.select((x < zero) & (_floor(y) != y), _fill(x, jnp.nan), signed)
-    return lax.convert_element_type(lax.select((y == zero) | (x == one), one, signed), dtype)
+    return lax.select((y == zero) | (x == one), one, signed)
 
 
 def _logistic(x):
@@ -363,7 +405,7 @@ def _reduce_precision(x, *, exponent_bits, mantissa_bits):
     return lax.convert_element_type(lax.convert_element_type(x, dtype), x.dtype)
 
 
-# The rule for each primitive; None: the primitive itself. Rules ignore options such as `accuracy`.
+# The rule for each primitive; None: the primitive itself.
 _ELEMENTWISE: dict[str, Callable | None] = {
     **dict.fromkeys(
         ("add", "sub", "mul", "div", "neg", "abs", "max", "min", "and", "or", "xor", "rem", "atan2")
@@ -385,18 +427,17 @@ _ELEMENTWISE: dict[str, Callable | None] = {
     "reduce_precision": _reduce_precision,
     "pow": _power,
     "round": lambda x, *, rounding_method: lax.round(x, rounding_method),
-    "floor": _in_float32(_floor),
-    "ceil": _in_float32(_ceil),
-    "log1p": _in_float32(_log1p),
-    "expm1": _in_float32(_expm1),
-    "logistic": _in_float32(_logistic),
-    "sinh": _in_float32(_sinh),
-    "cosh": _in_float32(_cosh),
+    "floor": _floor,
+    "ceil": _ceil,
+    "log1p": _without_options(_log1p),
+    "expm1": _without_options(_expm1),
+    "logistic": _without_options(_logistic),
+    "sinh": _sinh,
+    "cosh": _cosh,
     **{
-        name: _in_float32(getattr(lax, name))
-        for name in ("exp", "log", "tanh", "sqrt", "rsqrt", "erf", "sin", "cos")
+        name: _without_options(getattr(lax, name))
+        for name in ("exp", "exp2", "log", "tanh", "sqrt", "rsqrt", "erf", "sin", "cos")
     },
-    "exp2": _in_float32(lax.exp2),
 }
 
 
@@ -498,6 +539,13 @@ def _stack(space: Space, eqn, *values: Value) -> Value:
     return Value((*kinds[:d], None, *kinds[d:]), np.stack(parts, axis=d))
 
 
+def _unstack(space: Space, eqn, value: Value) -> list:
+    d = eqn.params["axis"]
+    items = _narrow_axis(value, d, eqn.invars[0].aval.shape[d])
+    kinds = value.kinds[:d] + value.kinds[d + 1 :]
+    return [Value(kinds, items.take(i, axis=d)) for i in range(items.shape[d])]
+
+
 def _pad(space: Space, eqn, value: Value, fill: Value) -> Value:
     shape, items = eqn.invars[0].aval.shape, value.items
     for d, (low, high, inner) in enumerate(eqn.params["padding_config"]):
@@ -533,7 +581,7 @@ def _iota(space: Space, eqn) -> Value:
         return Value(kinds, value.items.reshape((1,) * len(shape)))
     items = np.empty([shape[i] if i == d else 1 for i in range(len(shape))], object)
     for i, at in enumerate(np.ndindex(items.shape)):
-        items[at] = Item("", np.asarray(i, dtype))
+        items[at] = Item("", np.asarray(i, held(dtype)))
     return Value((None,) * len(shape), items)
 
 
@@ -598,10 +646,7 @@ def _reduced_item(space: Space, name: str, item: Item, kind: str | None, repeat:
     function = {"sum": jnp.sum, "prod": None, "max": jnp.max, "min": jnp.min}[name.removeprefix("reduce_")]
     if function is None:
         raise Unsupported("Mosaic GPU has no rule for reduce_prod over a tile")
-    dtype = x.dtype
-    if jnp.issubdtype(dtype, jnp.floating):
-        x = lax.convert_element_type(x, jnp.float32)
-    return Item(dims, lax.convert_element_type(function(x, axis=axis), dtype))
+    return Item(dims, lax.convert_element_type(function(x, axis=axis), x.dtype))
 
 
 def _dot_general(space: Space, eqn, a: Value, b: Value) -> Value:
@@ -610,13 +655,15 @@ def _dot_general(space: Space, eqn, a: Value, b: Value) -> Value:
     shape_a, shape_b = (v.aval.shape for v in eqn.invars)
     free_a = [d for d in range(len(a.kinds)) if d not in (*contract_a, *batch_a)]
     free_b = [d for d in range(len(b.kinds)) if d not in (*contract_b, *batch_b)]
-    dtype = eqn.outvars[0].aval.dtype
     letters = "".join(k for k in (*(a.kinds[d] for d in free_a), *(b.kinds[d] for d in free_b)) if k)
     if len(contract_a) == 1 and not batch_a and len(free_a) == len(free_b) == 1 and len(set(letters)) == 2:
         kind = a.kinds[contract_a[0]] or b.kinds[contract_b[0]]
         if kind is not None and a.items.size == b.items.size == 1:
+            dtypes = [v.aval.dtype for v in eqn.invars]
+            if not any(dtype in HALF for dtype in dtypes):
+                raise Unsupported(f"matrix products are in bfloat16 or float16, not in {dtypes[1]}")
             left, right = (v.items.ravel()[0] for v in (a, b))
-            return wide_as(letters, space.product(left, right, kind, letters, dtype))
+            return single(letters, space.product(left, right, kind, letters))
     # Axes in the order: batch, free of a, free of b, contracted.
     n_batch, n_a, n_b = len(batch_a), len(free_a), len(free_b)
 
@@ -635,12 +682,12 @@ def _dot_general(space: Space, eqn, a: Value, b: Value) -> Value:
     shape = np.broadcast_shapes(left_shape, right_shape)
 
     def multiply(x, y):
-        return lax.convert_element_type(x, jnp.float32) * lax.convert_element_type(y, jnp.float32)
+        return cast(x, jnp.float32) * cast(y, jnp.float32)
 
     product = _map(space, multiply, left, right)
     last = list(range(n_batch + n_a + n_b, len(shape)))[::-1]
     total = _reduced(space, "reduce_sum", product, last, shape)
-    return _map(space, lambda x: lax.convert_element_type(x, dtype), total)
+    return _map(space, functools.partial(convert, new_dtype=eqn.outvars[0].aval.dtype), total)
 
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
@@ -664,11 +711,6 @@ def _threefry(space: Space, eqn, *values: Value) -> list:
         return (x0, x1)[which]
 
     return [_map(space, functools.partial(word, which=which), *values) for which in range(2)]
-
-
-def wide_as(kinds: str, item: Item) -> Value:
-    """The value of one item, whose axes come in the order `kinds`."""
-    return _single(item, tuple(kinds))
 
 
 def _scan(space: Space, eqn, *values: Value) -> list:
@@ -700,6 +742,7 @@ _RULES: dict[str, Callable] = {
     "rev": _rev,
     "concatenate": _concatenate,
     "stack": _stack,
+    "unstack": _unstack,
     "pad": _pad,
     "iota": _iota,
     "dot_general": _dot_general,

@@ -20,7 +20,7 @@ from jaxsoft.kernels import _trace
 from jaxsoft.kernels._device import Kernel
 from jaxsoft.kernels._sweep import Operands, Out, Plan, Scores, Tiles, abreast, apart, of_one
 from jaxsoft.kernels.gpu import _narrow
-from jaxsoft.kernels.gpu._narrow import Item, Space, Unsupported, Value
+from jaxsoft.kernels.gpu._narrow import HALF, Item, Space, Unsupported, Value
 
 # Bytes of shared memory per block of threads on Hopper, less some for barriers and reductions across warps.
 SHARED_MEMORY = 232448 - 4096
@@ -28,7 +28,6 @@ SHARED_MEMORY = 232448 - 4096
 WARPGROUP = 64
 # Bytes of the longest swizzled line of shared memory.
 _LINE = 128
-_HALF = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 # L2 budget, in bytes, for data that concurrent blocks share.
 _CACHED = 24 * 2**20
 # The largest number of parts of the minor axis that is tried by default.
@@ -73,18 +72,18 @@ class Leaf(NamedTuple):
         """How many arrays over wide axes it consists of."""
         return math.prod(n for n, kind in zip(self.shape, self.kinds) if kind is None)
 
-    def value(self, arrays: list) -> Value:
-        """The value that consists of these arrays, in the dtype that the body sees."""
-        dims = "".join(k for k in self.kinds if k)
+    def value(self, space: Space, arrays: list) -> Value:
+        """The value that consists of these arrays."""
+        letters = "".join(k for k in self.kinds if k)
         items = np.empty(tuple(1 if k else n for k, n in zip(self.kinds, self.shape)), object)
         for at, x in zip(np.ndindex(items.shape), arrays, strict=True):
-            items[at] = x if isinstance(x, Item) else Item(dims, _narrow.convert(x, self.dtype))
+            items[at] = x if isinstance(x, Item) else space.item(letters, _narrow.convert(x, self.dtype))
         return Value(self.kinds, items)
 
     def numbers(self, space: Space, value: Value) -> list:
-        """The arrays that a value consists of, in the dtype in which they are stored."""
-        stored = {"f": jnp.float32, "i": jnp.int32, "w": self.dtype}[self.pack]
-        return [_narrow.convert(x, stored) for x in _narrow.arrays(space, value, self.kinds, self.shape)]
+        """The arrays that a value consists of, in float32 or int32."""
+        dtype = jnp.int32 if self.pack == "i" else jnp.float32
+        return [_narrow.cast(x, dtype) for x in _narrow.arrays(space, value, self.kinds, self.shape)]
 
 
 class Packer:
@@ -202,14 +201,14 @@ class Program:
         if self.scores.values is not None:
             if plan.over != "columns":
                 raise Unsupported("stored scores can be swept along columns only, not over rows")
-            if dtype not in (*_HALF, jnp.dtype(jnp.float32)):
+            if dtype not in (*HALF, jnp.dtype(jnp.float32)):
                 raise Unsupported(f"stored scores must be in bfloat16, float16 or float32, not in {dtype}")
             return
         if self.scores.right.dtype != dtype:
             raise Unsupported(
                 f"the two matrices of a product must have one dtype, not {dtype} and {self.scores.right.dtype}"
             )
-        if dtype not in _HALF:
+        if dtype not in HALF:
             raise Unsupported(f"matrix products are in bfloat16 or float16, not in {dtype}")
 
     def _widths(self) -> tuple[int, ...]:
@@ -239,7 +238,7 @@ class Program:
         # For each entry operand: `"e"`, or `"r"` or `"c"` if it is packed there as it varies along one axis; its index.
         self.by_entry: list[tuple[str, int]] = []
         for a in jax.tree.leaves((self.operands.rows, self.operands.cols)):
-            if len(a.shape) > 2 and a.shape[-1] >= _FEWEST_FEATURES and jnp.dtype(a.dtype) in _HALF:
+            if len(a.shape) > 2 and a.shape[-1] >= _FEWEST_FEATURES and jnp.dtype(a.dtype) in HALF:
                 self._letter(a.shape[-1])
         for packer, letter, tree in (
             (self.rows, "r", self.operands.rows),
@@ -312,7 +311,7 @@ class Program:
         if self.plan.over == "rows" and (self.n_entries or self.out_cols.leaves):
             raise Unsupported("a sweep over rows cannot write entries or columns")
         for dtype in self.plan.entry_dtypes:
-            if jnp.dtype(dtype) not in (*_HALF, jnp.dtype(jnp.float32)):
+            if jnp.dtype(dtype) not in (*HALF, jnp.dtype(jnp.float32)):
                 raise Unsupported(f"entry outputs must be in bfloat16, float16 or float32, not in {dtype}")
 
     def _add_output(self, packer: Packer, letter: str, a) -> None:
@@ -352,11 +351,11 @@ class Program:
             self.use(item, "load")
             if item.dims[0] != self.major:
                 raise Unsupported("features along the minor axis can be used in matrix products only")
-            return jnp.zeros(space.shape(item.dims), item.x.dtype)
+            return jnp.zeros(space.shape(item.dims), _narrow.held(item.x.dtype))
 
-        def product(left, right, kind, letters, dtype):
+        def product(left, right, kind, letters):
             dims = self._product_of_shapes(left, right, kind, letters)
-            return Item(dims, jnp.zeros(space.shape(dims), dtype))
+            return space.item(dims, jnp.zeros(space.shape(dims), jnp.float32))
 
         space = self.space(lambda x, dims: x, load, product)
 
@@ -367,18 +366,20 @@ class Program:
                     dims = self.tile("".join(k for k in leaf.kinds if k))
                     if leaf.pack == "w" and packer is not self.entries:
                         name = f"{leaf.kinds[0]}{leaf.at}"
-                        out.append(leaf.value([Item(dims, jax.ShapeDtypeStruct((), leaf.dtype), name)]))
+                        item = space.item(dims, jax.ShapeDtypeStruct((), leaf.dtype), name)
+                        out.append(leaf.value(space, [item]))
                     else:
-                        out.append(leaf.value([jnp.zeros(space.shape(dims), leaf.dtype)] * leaf.count))
+                        zeros = [jnp.zeros(space.shape(dims), leaf.dtype)] * leaf.count
+                        out.append(leaf.value(space, zeros))
                 return out
 
             tile = self.tile("rc")
             carry = self.start(space, operands(self.own))
-            values = [leaf.value(a) for leaf, a in zip(self.carry.leaves, carry)]
-            raw = Value(("r", "c"), _narrow.wide(jnp.zeros(space.shape(tile), jnp.float32), tile).items)
+            values = [leaf.value(space, a) for leaf, a in zip(self.carry.leaves, carry)]
+            raw = _narrow.single("rc", space.item(tile, jnp.zeros(space.shape(tile), jnp.float32)))
             zero = jnp.int32(0)
             side = jax.ShapeDtypeStruct((), self.scores.dtype)
-            sides = self.sides(side, side)
+            sides = self.sides(space, side, side)
             rows, cols, entries = (operands(packer) for packer in (self.rows, self.cols, self.entries))
             out = self.visit(space, raw, rows, cols, entries, zero, zero, zero, zero, sides, values)
             return jax.tree.leaves(out)
@@ -386,14 +387,16 @@ class Program:
         jax.eval_shape(run)
         return space.crosses_warps
 
-    def sides(self, left: Any, right: Any) -> list[Value]:
+    def sides(self, space: Space, left: Any, right: Any) -> list[Value]:
         """`Block.left` and `Block.right` as values in shared memory; none for stored scores."""
         if self.scores.values is not None:
             return []
         letter = self.letters[self.scores.left.shape[-1]]
-        values = [_narrow.wide_as("r" + letter, Item("r" + letter, left, "left"))]
-        value = _narrow.wide_as("c" + letter, Item("c" + letter, right, "right"))
-        return [*values, value if self.scores.transposed else Value(value.kinds[::-1], value.items)]
+        columns = "c" + letter if self.scores.transposed else letter + "c"
+        return [
+            _narrow.single("r" + letter, space.item("r" + letter, left, "left")),
+            _narrow.single(columns, space.item(columns, right, "right")),
+        ]
 
     def use(self, item: Item, how: str) -> None:
         """Notes how the body reads an operand in shared memory: by a `"load"` into registers or in a `"product"`."""
@@ -417,7 +420,7 @@ class Program:
 
     def half(self, dtype: Any) -> Any:
         """The dtype that numbers of a dtype have in matrix products."""
-        return dtype if jnp.dtype(dtype) in _HALF else jnp.dtype(self.scores.dtype)
+        return dtype if jnp.dtype(dtype) in HALF else jnp.dtype(self.scores.dtype)
 
     def product_sides(self, left: Item, right: Item, kind: str, letters: str) -> tuple[str, Item, Item]:
         """The axes of a product in the order of its tile, its side along the major axis, and its other side."""
@@ -430,13 +433,11 @@ class Program:
     def _product_of_shapes(self, left: Item, right: Item, kind: str, letters: str) -> str:
         """The axes of a product on shapes; notes what it reads."""
         dims, a, b = self.product_sides(left, right, kind, letters)
-        if not any(jnp.dtype(side.x.dtype) in _HALF for side in (a, b)):
-            raise Unsupported(f"matrix products are in bfloat16 or float16, not in {b.x.dtype}")
         self.use(a, "product")
         self.use(b, "product")
         if not a.memory and set(a.dims) != {dims[0], kind}:
             raise Unsupported("it multiplies tiles in a way that Mosaic GPU has no rule for")
-        if not a.memory or jnp.dtype(a.x.dtype) not in _HALF:
+        if not a.memory or jnp.dtype(a.x.dtype) not in HALF:
             self.products_from_registers.add((kind, self.half(b.x.dtype)))
         return dims
 
@@ -498,7 +499,6 @@ class Program:
         new = [leaf.numbers(space, v) for leaf, v in zip(self.carry.leaves, out[:n_carry])]
         written = out[n_carry : n_carry + self.n_entries]
         tile = [_narrow.arrays(space, v, ("r", "c"), (0, 0))[0] for v in written]
-        tile = [_narrow.convert(x, jnp.dtype(d)) for x, d in zip(tile, self.plan.entry_dtypes)]
         left = [
             leaf.numbers(space, v) for leaf, v in zip(self.out_cols.leaves, out[n_carry + self.n_entries :])
         ]
@@ -628,7 +628,7 @@ class Program:
 
 def _as_copied(a: Any) -> Any:
     """Moves features side by side apart, unless those of a matrix fill whole lines of shared memory in a half dtype."""
-    if len(getattr(a, "shape", ())) == 4 and (a.shape[3] != features(a.shape[3]) or a.dtype not in _HALF):
+    if len(getattr(a, "shape", ())) == 4 and (a.shape[3] != features(a.shape[3]) or a.dtype not in HALF):
         return apart(a)
     return a
 
@@ -654,6 +654,6 @@ def processors(kernel: Kernel) -> int:
 def entry_dtype(dtype: Any) -> np.dtype:
     """The dtype in which an entry operand is stored: bfloat16 for bytes, which cannot be loaded as they are."""
     dtype = jnp.dtype(dtype)
-    if dtype in (*_HALF, jnp.dtype(jnp.float32), jnp.dtype(jnp.int32), jnp.dtype(jnp.uint32)):
+    if dtype in (*HALF, jnp.dtype(jnp.float32), jnp.dtype(jnp.int32), jnp.dtype(jnp.uint32)):
         return dtype
     return jnp.dtype(jnp.bfloat16) if dtype.itemsize == 1 else jnp.dtype(jnp.int32)

@@ -25,7 +25,7 @@ from jaxsoft.kernels import _tables
 from jaxsoft.kernels._device import Kernel
 from jaxsoft.kernels._sweep import Operands, Plan, Result, Scores, Tiles, abreast
 from jaxsoft.kernels.gpu import _narrow
-from jaxsoft.kernels.gpu._narrow import Item, Unsupported, Value
+from jaxsoft.kernels.gpu._narrow import Item, Space, Unsupported, Value
 from jaxsoft.kernels.gpu._program import WARPGROUP, Leaf, Packer, Program, entry_dtype, features
 
 
@@ -116,7 +116,7 @@ class _Memory(NamedTuple):
       scores: the values `[G, n, S]`, or the sides of the product along the major and along the minor axis.
       own: packed operands along the major axis.
       passing: packed operands along the minor axis.
-      entries: entry operands, `[G, n, S]`.
+      entries: entry operands, with the major axis first, `[G, n, S]` or `[G, S, n]`.
       start: `Operands.start`, `[1]`.
       order: `[M, blocks, tiles]`, the tiles of each block, those with anything to do first; one table for each `G / M`
         matrices. None if all tiles have something to do.
@@ -213,6 +213,8 @@ def _load(ref, layout):
 
 
 def _store(ref, x) -> None:
+    """Stores an array in the dtype of the reference."""
+    x = _narrow.cast(x, ref.dtype)
     store = getattr(plgpu, "store", None)
     if store is None:  # an older jax, whose assignments take any layout
         ref[...] = x
@@ -287,7 +289,9 @@ class _Sweep:
             elif where == "c":
                 cols.append(jnp.broadcast_to(a[:, 0, :], (a.shape[0], p.columns)))
             else:
-                entries.append(_aligned(a.astype(entry_dtype(a.dtype))))
+                # A tile has the major axis first: registers cannot transpose it.
+                a = a.astype(entry_dtype(a.dtype))
+                entries.append(_aligned(a if p.major == "r" else jnp.swapaxes(a, 1, 2)))
         own, passing = (rows, cols) if p.major == "r" else (cols, rows)
         product = self.product
         scores = [_tiled(side) for side, _ in self._sides()] if product else [_aligned(p.scores.values)]
@@ -537,6 +541,11 @@ class _Sweep:
                 self._fetch_steps(memory, shared, at, t, major, minor)
 
         lax.fori_loop(0, count, tile, None)
+        # No block ends before its barriers have been observed: the interpreter of jax 0.11 insists on it.
+        if self.has_ring:
+            self._drain(count, shared.free, self._stages())
+        if self.product:
+            self._drain(count * s.steps, shared.step_free, s.stages)
 
     def _fetch_own(self, memory: _Memory, shared: _Shared, at, major) -> None:
         """Copies what stays in shared memory for all tiles of the block."""
@@ -563,8 +572,7 @@ class _Sweep:
             if ref is not None:
                 copy(_lines(source, at, minor, 0, ref.shape[2], leaf.abreast), ref.at[slot], full)
         for ref, source in zip(shared.entries, memory.entries):
-            rows, columns = (major, minor) if p.major == "r" else (minor, major)
-            copy(source.at[_batch(source, at), rows, columns], ref.at[slot], full)
+            copy(source.at[_batch(source, at), major, minor], ref.at[slot], full)
 
     def _fetch_steps(self, memory: _Memory, shared: _Shared, at, t, major, minor) -> None:
         """Copies the sides of the t-th tile's product, one step of features after another, into free slots."""
@@ -592,6 +600,14 @@ class _Sweep:
 
         return slot
 
+    def _drain(self, fetches, free, stages: int) -> None:
+        """Waits until all slots of a ring are free again, after this number of fetches."""
+
+        def claim(n, _):
+            self._claim(n, free, stages)
+
+        lax.fori_loop(fetches, fetches + stages, claim, None)
+
     def _step(self, memory: _Memory, side: int, at, along, first):
         """One step of features, from `first` on, of the product's side along the major (0) or the minor axis (1)."""
         ref, (operand, along_first) = memory.scores[side], self._sides()[side]
@@ -617,7 +633,7 @@ class _Sweep:
         begin = at.block * s.major + me * WARPGROUP
         if shared.once is not None:
             plgpu.barrier_wait(shared.once)
-        own = [self._own(leaf, memory, shared, at, mine, begin) for leaf in p.own.leaves]
+        own = [self._own(space, leaf, memory, shared, at, mine, begin) for leaf in p.own.leaves]
         _, count, tile_of = self._range(memory, at)
         start = memory.start[0]
 
@@ -625,13 +641,12 @@ class _Sweep:
             j, carry = state
             following = tile_of(t + 1)  # asked for one tile ahead: it may come from device memory
             slot = self._await(shared, t)
-            raw, sides = self._scores(shared, me, mine, t, slot)
-            passing = [self._passing(leaf, shared, slot) for leaf in p.passing.leaves]
+            raw, sides = self._scores(space, shared, me, mine, t, slot)
+            passing = [self._passing(space, leaf, shared, slot) for leaf in p.passing.leaves]
             rows, cols = (own, passing) if p.major == "r" else (passing, own)
             row, col = (begin, j * s.minor) if p.major == "r" else (j * s.minor, begin)
-            raw = Value(("r", "c"), _narrow.wide(raw, p.tile("rc")).items)
-            carry = [leaf.value(x) for leaf, x in zip(p.carry.leaves, carry)]
-            entries = [self._entry(leaf, shared, slot, mine) for leaf in p.entries.leaves]
+            carry = [leaf.value(space, x) for leaf, x in zip(p.carry.leaves, carry)]
+            entries = [self._entry(space, leaf, shared, slot, mine) for leaf in p.entries.leaves]
             carry, entries, cols = p.visit(
                 space, raw, rows, cols, entries, row, col, start, at.batch, sides, carry
             )
@@ -664,39 +679,39 @@ class _Sweep:
         if self.has_ring:
             plgpu.barrier_arrive(shared.free.at[slot])
 
-    def _scores(self, shared: _Shared, me, mine, t, slot) -> tuple:
+    def _scores(self, space: Space, shared: _Shared, me, mine, t, slot) -> tuple:
         """The scores of the t-th tile, in float32, and the two sides of their product if the body reads them."""
         p = self.p
         if not self.product:
             raw = _load(shared.scores[0].at[slot, mine], plgpu.Layout.WGMMA)
-            return _narrow.convert(raw, new_dtype=jnp.float32), []
-        raw = self._product(shared, me, t)
+            return _narrow.single("rc", space.item("rc", _narrow.convert(raw, raw.dtype))), []
+        raw = _narrow.single("rc", space.item("rc", self._product(shared, me, t)))
         if not p.uses_sides:
             plgpu.barrier_arrive(shared.step_free.at[self._last_slot(t)])
-            return raw, p.sides(None, None)
+            return raw, p.sides(space, None, None)
         major, minor = self._mine(shared.resident, me), shared.steps[0].at[self._last_slot(t)]
-        return raw, p.sides(major, minor) if p.major == "r" else p.sides(minor, major)
+        return raw, p.sides(space, *((major, minor) if p.major == "r" else (minor, major)))
 
-    def _own(self, leaf: Leaf, memory: _Memory, shared: _Shared, at, mine, begin) -> Value:
+    def _own(self, space: Space, leaf: Leaf, memory: _Memory, shared: _Shared, at, mine, begin) -> Value:
         """An operand along the major axis: features in shared memory, numbers straight from device memory."""
         if leaf.pack == "w":
-            return leaf.value([Item("".join(leaf.kinds), _at(shared.own[leaf.at], mine), "own")])
+            item = space.item("".join(leaf.kinds), _at(shared.own[leaf.at], mine), "own")
+            return leaf.value(space, [item])
         source, stretch = memory.own[leaf.pack], pl.ds(begin, WARPGROUP)
         refs = [source.at[_batch(source, at), leaf.at + i, stretch] for i in range(leaf.count)]
-        return leaf.value([_load(ref, plgpu.Layout.WGMMA.reduce(1)) for ref in refs])
+        return leaf.value(space, [_load(ref, plgpu.Layout.WGMMA.reduce(1)) for ref in refs])
 
-    def _passing(self, leaf: Leaf, shared: _Shared, slot) -> Value:
+    def _passing(self, space: Space, leaf: Leaf, shared: _Shared, slot) -> Value:
         """An operand along the minor axis, of one tile: features stay in shared memory, numbers are loaded."""
         if leaf.pack == "w":
-            dims = self.p.tile("".join(leaf.kinds))
-            return leaf.value([Item(dims, _at(shared.passing["w"][leaf.at], slot), "passing")])
+            item = space.item("".join(leaf.kinds), _at(shared.passing["w"][leaf.at], slot), "passing")
+            return leaf.value(space, [item])
         refs = [shared.passing[leaf.pack].at[slot, leaf.at + i] for i in range(leaf.count)]
-        return leaf.value([_load(ref, plgpu.Layout.WGMMA.reduce(0)) for ref in refs])
+        return leaf.value(space, [_load(ref, plgpu.Layout.WGMMA.reduce(0)) for ref in refs])
 
-    def _entry(self, leaf: Leaf, shared: _Shared, slot, mine) -> Value:
+    def _entry(self, space: Space, leaf: Leaf, shared: _Shared, slot, mine) -> Value:
         """An entry operand of one tile."""
-        x = _load(shared.entries[leaf.at].at[slot, mine], plgpu.Layout.WGMMA)
-        return leaf.value([Item("rc", _narrow.convert(x, leaf.dtype))])
+        return leaf.value(space, [_load(shared.entries[leaf.at].at[slot, mine], plgpu.Layout.WGMMA)])
 
     def _product(self, shared: _Shared, me, t):
         """Multiplies a tile of scores, one step of features at a time."""
@@ -741,9 +756,9 @@ class _Sweep:
         """Loads a wide operand into registers, which have a layout only for those along the major axis."""
         if item.dims[0] != self.p.major:
             raise Unsupported("features along the minor axis can be used in matrix products only")
-        return _load(item.x, plgpu.Layout.WGMMA)
+        return _narrow.convert(_load(item.x, plgpu.Layout.WGMMA), item.x.dtype)
 
-    def _multiply(self, shared: _Shared, me, left: Item, right: Item, kind: str, letters: str, dtype) -> Item:
+    def _multiply(self, shared: _Shared, me, left: Item, right: Item, kind: str, letters: str) -> Item:
         """A product in the body: its right side is in shared memory, its left side there or in registers."""
         dims, a, b = self.p.product_sides(left, right, kind, letters)
         b_ref = b.x if b.dims[0] == kind else _transposed(b.x)
@@ -751,7 +766,7 @@ class _Sweep:
         if a.memory and a.x.dtype == b_ref.dtype:
             a_side = a.x
         else:
-            a_side = _narrow.convert(self._load_item(a) if a.memory else a.x, b_ref.dtype)
+            a_side = _narrow.cast(self._load_item(a) if a.memory else a.x, b_ref.dtype)
             if self.p.kernel.interpret:  # the interpreter multiplies from shared memory only
                 stage = shared.staged[f"{kind}{jnp.dtype(b_ref.dtype)}"].at[me]
                 _store(stage, a_side)
@@ -762,8 +777,7 @@ class _Sweep:
             plgpu.wgmma(acc, a_side, b_ref)
             return acc[...]
 
-        x = pl.run_scoped(run, _accumulator(width))
-        return Item(dims, _narrow.convert(x, dtype))
+        return Item(dims, pl.run_scoped(run, _accumulator(width)))
 
     # --- what is written ---------------------------------------------------------------------------------------------
 
