@@ -125,6 +125,35 @@ def test_names_what_it_has_no_rule_for():
             evaluated(function, row, col, tile)
 
 
+def test_arrays_have_the_axes_that_they_are_said_to_have():
+    """For equal lengths, `broadcast_in_dim` returns an array whose axes are swapped as it is."""
+    space = _narrow.Space(
+        {"r": 8, "c": 8}, {}, "cr", lambda x, dims: x, lambda item: item, lambda *sides: None
+    )
+    x = jnp.zeros((8, 8))
+    assert space.item("rc", x).dims == "cr"
+    with pytest.raises(ValueError, match="'rc' cannot be broadcast to 'cr'"):
+        space.spread(_narrow.Item("rc", x), "cr")
+    with pytest.raises(ValueError, match=r"'cr' has shape \(8, 8\), not \(8, 4\)"):
+        space.item("rc", x[:, :4])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8, jnp.uint8, jnp.bool_])
+def test_registers_hold_numbers_of_four_bytes(dtype):
+    """And booleans; arithmetic in integers of one byte, which would overflow, is refused."""
+    row, col, tile = normal(0, (ROWS, 2)), normal(1, (COLUMNS, 2)), normal(2, (ROWS, COLUMNS))
+
+    def chosen(r, c, x):
+        return jnp.where(x > 0, (x > 1).astype(dtype), (x < -1).astype(dtype)).astype(jnp.float32)
+
+    text = str(jax.make_jaxpr(lambda *args: evaluated(chosen, *args))(row, col, tile))
+    assert dtype == jnp.bool_ or jnp.dtype(dtype).name not in text
+    agree(evaluated(chosen, row, col, tile), [chosen(row, col, tile)], 0)
+    if jnp.issubdtype(dtype, jnp.integer):
+        with pytest.raises(_narrow.Unsupported, match=jnp.dtype(dtype).name):
+            evaluated(lambda r, c, x: (x > 0).astype(dtype) + (x > 1).astype(dtype), row, col, tile)
+
+
 # --- sweeps ------------------------------------------------------------------------------------------------------
 
 
@@ -311,6 +340,52 @@ def test_attention_to_keys_that_do_not_fill_the_tile(keys, blocks):
     with jaxsoft.kernels.interpreted():
         got = _attention(q, k, v, "mosaic_gpu", block_sizes=blocks)
     agree(got, want, 1.5e-2)
+
+
+@interpreter
+@pytest.mark.parametrize(
+    ("queries", "keys", "blocks"), [(50, 60, {}), (70, 140, {"rows": 64, "columns": 64})]
+)
+def test_attention_with_mask_and_bias(queries, keys, blocks):
+    """The sweep over rows reads both as tiles with the keys first; square tiles hid that they were not transposed.
+
+    One computing warpgroup each: with two, XLA's threads may all wait in the interpreter if the machine has two cores.
+    """
+    shapes = (1, queries, 1, 64), (1, keys, 1, 64), (1, keys, 1, 64)
+    heads = (normal(i, shape).astype(jnp.bfloat16) for i, shape in enumerate(shapes))
+    mask = normal(3, (queries, keys)) > -0.5
+    operands = (*heads, normal(4, (1, queries, keys)))
+
+    def f(q, k, v, bias, implementation):
+        out = jaxsoft.attention.dot_product_attention(q, k, v, bias, mask, implementation=implementation)
+        return jnp.sum(jnp.sin(out.astype(jnp.float32) * 3)), out
+
+    value_and_grad = jax.value_and_grad(f, argnums=(0, 1, 2, 3), has_aux=True)
+    with jaxsoft.kernels.block_sizes(**blocks):
+        want = value_and_grad(*operands, "xla")
+        with jaxsoft.kernels.interpreted():
+            got = value_and_grad(*operands, "mosaic_gpu")
+    agree(got, want, 1.5e-2)
+
+
+@interpreter
+@pytest.mark.parametrize("stored", [True, False])
+def test_masks_of_entries(stored):
+    """They are read as bytes; the last tile reaches beyond the last row and column."""
+    n = 60
+    h, w = normal(0, (n, 64), jnp.bfloat16), (normal(1, (64, COUNT)) / 8).astype(jnp.bfloat16)
+    keep = normal(2, (n, COUNT)) > -0.5
+
+    def total(h, w, implementation):
+        logits = jaxsoft.linear_logits(h, w)
+        logits = logits.dense() if stored else logits
+        lse = jaxsoft.logsumexp(logits, where=keep, implementation=implementation)
+        return lse @ jnp.linspace(0.2, 1.7, n)
+
+    want = jax.value_and_grad(total, (0, 1))(h, w, "xla")
+    with jaxsoft.kernels.interpreted():
+        got = jax.value_and_grad(total, (0, 1))(h, w, "mosaic_gpu")
+    agree(got, want, 1e-2)
 
 
 # --- what it refuses ---------------------------------------------------------------------------------------------
