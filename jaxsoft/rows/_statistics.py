@@ -198,7 +198,7 @@ def top_k(
     return reduce_rows(logits, reductions.top_k(k), axis=axis, where=where, implementation=implementation)
 
 
-def check_k(k: Any, logits: Logits, axis: int) -> int:
+def check_k(k: int, logits: Logits, axis: int) -> int:
     """Checks how many entries of each row are asked for."""
     k, columns = _checks.integer("k", k, at_least=1), logits.shape[check_axis(logits, axis)]
     if k > columns:
@@ -321,7 +321,7 @@ def label_rank(
 ) -> Int[Array, "*rows"]:
     """The label's rank in its row: the number of entries ahead of it, 0 where it is the largest (two passes).
 
-    Ties are ranked by column. `(label_rank(...) < k).mean()` is the top-k accuracy.
+    Ties are ranked by column. `top_k_accuracy` says whether the rank is below k, in one pass.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
