@@ -23,7 +23,6 @@ TOP = {"__init__", "tune"}  # they may import everything
 LATE = {
     "jaxsoft.kernels.gpu": "Pallas' GPU backend may be missing, and must not be loaded before a kernel is used",
     "jaxsoft.normalizers.stochastic": "jax.extend imports Pallas",
-    "jaxsoft.rows._logits": "argmax and max of an expression are reductions, whose modules read expressions",
 }
 
 

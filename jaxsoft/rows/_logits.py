@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +64,8 @@ class LinearLogits(Source):
 
     kind = "linear"
     tape = None
+    # `(logits, name, axis) -> result` of the reduction of that name. `_statistics` sets it: reductions read expressions.
+    _reduced: ClassVar[Callable[..., Array]]
 
     @property
     def vocab_size(self) -> int:
@@ -101,11 +104,6 @@ class LinearLogits(Source):
     def max(self, axis: int) -> Float[Array, "*rows"]:
         """The largest logit of each row; -inf for an empty row. `axis` is -1."""
         return self._reduced("maximum", axis)
-
-    def _reduced(self, name: str, axis: int) -> Array:
-        from jaxsoft.rows import _reduce, reductions  # which read expressions
-
-        return _reduce.reduce_rows(self, getattr(reductions, name)(), axis=axis)
 
     def __repr__(self) -> str:
         if not hasattr(self.hidden, "shape") or not hasattr(self.weight, "shape"):  # a tree of other leaves

@@ -250,6 +250,13 @@ def top_k_accuracy(
     return found.astype(accumulation_dtype(logits.dtype))
 
 
+def _reduced(logits: LinearLogits, name: str, axis: int) -> Array:
+    return reduce_rows(logits, getattr(reductions, name)(), axis=axis)
+
+
+LinearLogits._reduced = _reduced
+
+
 def log_prob(
     logits: Logits,
     ids: Int[Array, "*rows"],
