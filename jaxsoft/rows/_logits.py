@@ -64,7 +64,7 @@ class LinearLogits(Source):
 
     kind = "linear"
     tape = None
-    # `(logits, name, axis) -> result` of the reduction of that name. `_statistics` sets it: reductions read expressions.
+    # `(logits, name, axis) -> result` of the reduction of that name; `_statistics` sets it: reductions read expressions
     _reduced: ClassVar[Callable[..., Array]]
 
     @property
