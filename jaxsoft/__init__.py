@@ -54,6 +54,7 @@ from jaxsoft.rows import (
     softcap,
     temperature,
     top_k,
+    top_k_accuracy,
 )
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ __all__ = [
     "taylor_softmax",
     "temperature",
     "top_k",
+    "top_k_accuracy",
 ]
 
 _ON_FIRST_USE = ("attention", "losses", "merging", "norms", "optimizers")

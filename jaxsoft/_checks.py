@@ -112,6 +112,14 @@ def floating_dtype(name: str, value: Any) -> jnp.dtype | None:
     return jnp.dtype(jax.dtypes.canonicalize_dtype(dtype))
 
 
+def numeric(name: str, value: Any) -> None:
+    """Checks that `value` is an array of real numbers or booleans (weights may be counts, or masks)."""
+    if not hasattr(value, "dtype") or not any(
+        jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)
+    ):
+        raise TypeError(f"{name} must be an array of real numbers or booleans, got {describe(value)}")
+
+
 def integers(name: str, value: Any) -> None:
     """Checks that `value` is an array of integer dtype (booleans are not ids)."""
     if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.integer):

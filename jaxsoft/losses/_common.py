@@ -159,7 +159,8 @@ def check_floats(name: str, value: Any, shape: tuple[int, ...], meaning: str) ->
 def check_weights(weights: Any, rows: tuple[int, ...], meaning: str = "one number per example") -> None:
     """Checks the weights of the examples."""
     if weights is not None:
-        check_floats("weights", weights, rows, meaning)
+        _checks.numeric("weights", weights)
+        _checks.shape("weights", weights, rows, meaning)
 
 
 def widened(logits: Logits) -> Logits:

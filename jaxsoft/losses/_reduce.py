@@ -11,13 +11,13 @@ from jaxtyping import Array, Float
 from jaxsoft._numerics import accumulation_dtype, as_ids, safe_divide
 from jaxsoft.losses._common import IGNORE_INDEX, check_weights
 from jaxsoft.rows import Logits, weighted_sum
-from jaxsoft.rows.inner import check_axis, rows_of
+from jaxsoft.rows.inner import check_axis, check_loss, rows_of
 
 
 def weighted_mean(
     loss: Callable[..., Array],
     logits: Logits,
-    labels: Array,
+    labels: Array | None = None,
     *row_args: Array,
     weights: Float[Array, "*rows"] | None = None,
     ignore_index: int | None = IGNORE_INDEX,
@@ -35,7 +35,7 @@ def weighted_mean(
       logits: `[*rows, columns]`, a floating array or `linear_logits`.
       labels: `[*rows]` class ids, or anything else with the rows' leading axes.
       *row_args: further arrays with the rows' leading axes.
-      weights: `[*rows]`, 1 by default.
+      weights: `[*rows]`, 1 by default; floats, counts or booleans.
       ignore_index: class id of examples to leave out; None leaves out none.
       axis: the axis of a row.
       chunk_size: rows stored at a time, as in `weighted_sum`.
@@ -56,6 +56,9 @@ def weighted_mean(
       >>> print(losses.weighted_mean(losses.cross_entropy, logits, labels, label_smoothing=0.1).round(4))
       1.6644
     """
+    check_loss("weighted_mean", loss)
+    if labels is None:
+        raise TypeError("labels must be given: weighted_mean(loss, logits, labels, weights=weights)")
     axis = check_axis(logits, axis)
     rows = rows_of(logits.shape, axis)
     if weights is None:

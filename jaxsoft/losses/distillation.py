@@ -680,11 +680,11 @@ def _exact_terms(alpha: float) -> PairTerm:
     scale = alpha * (alpha - 1)
     if abs(alpha - 1) < 0.1:
 
-        def terms(log_q, log_p):
+        def near_1(log_q, log_p):
             x = log_p - log_q
             return jnp.exp(log_p) * x * expm1_ratio(jnp.minimum((alpha - 1) * x, 80)) / alpha
 
-        return PairTerm(terms, per_mass(0), per_mass(math.inf if alpha > 1 else -1 / scale))
+        return PairTerm(near_1, per_mass(0), per_mass(math.inf if alpha > 1 else -1 / scale))
 
     def terms(log_q, log_p):
         if abs(alpha) < 0.1:

@@ -101,7 +101,7 @@ def entmax_powers(tile, params, exponent: float | None) -> tuple[Array, Array, A
     slope, top, t = (params[name][..., None] for name in ("slope", "top", "threshold"))
     shifted = jnp.where(tile.keep, tile.x - top, 0)
     near = is_near_softmax(slope, exponent)
-    if near is False:
+    if exponent is not None and not near:
         u = jnp.where(tile.keep, slope * shifted - t, -1)
         lower = (u > 0).astype(u.dtype) if exponent == 1 else positive_power(u, exponent - 1)
         return jnp.maximum(u, 0), positive_power(u, exponent), lower

@@ -11,7 +11,16 @@ from jaxsoft.rows._logits import LinearLogits, Logits, linear_logits
 from jaxsoft.rows._reduce import reduce_rows
 from jaxsoft.rows._reduction import RowReduction, Tile
 from jaxsoft.rows._softmax import online_softmax, softmax_top_k, two_pass_softmax, unified_max_softmax
-from jaxsoft.rows._statistics import entropy, label_rank, log_prob, logsumexp, softcap, temperature, top_k
+from jaxsoft.rows._statistics import (
+    entropy,
+    label_rank,
+    log_prob,
+    logsumexp,
+    softcap,
+    temperature,
+    top_k,
+    top_k_accuracy,
+)
 from jaxsoft.rows._weighted import weighted_sum
 from jaxsoft.rows.reductions import TopK
 
@@ -33,6 +42,7 @@ __all__ = [
     "softmax_top_k",
     "temperature",
     "top_k",
+    "top_k_accuracy",
     "two_pass_softmax",
     "unified_max_softmax",
     "weighted_sum",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype
@@ -22,6 +23,21 @@ from jaxsoft.rows._source import Source, cut
 _BLOCK_ENTRIES = {"cpu": 2**21, "other": 2**25}
 _WIDEST_BLOCK = {"cpu": 512, "other": 8192}
 _NARROWEST_BLOCK = 128
+
+
+# What to write instead of methods of arrays
+_ROWS = "jaxsoft.reduce_rows(logits, jaxsoft.rows.reductions.{}())"
+_INSTEAD = {
+    "sum": _ROWS.format("sum"),
+    "mean": _ROWS.format("mean"),
+    "var": _ROWS.format("moments"),
+    "std": _ROWS.format("moments"),
+    "argsort": "jaxsoft.top_k(logits, k)",
+    "sort": "jaxsoft.top_k(logits, k)",
+    "reshape": "linear_logits of the reshaped hidden",
+    "astype": "linear_logits of hidden and weight in that dtype",
+    "at": "the bias of linear_logits, or where in the function that reads the rows",
+}
 
 
 @jax.tree_util.register_dataclass
@@ -50,6 +66,8 @@ class LinearLogits(Source):
 
     kind = "linear"
     tape = None
+    # `(logits, name, axis) -> result` of the reduction of that name; `_statistics` sets it: reductions read expressions
+    _reduced: ClassVar[Callable[..., Array]]
 
     @property
     def vocab_size(self) -> int:
@@ -76,6 +94,24 @@ class LinearLogits(Source):
         x = self._flat()._block(0, self.vocab_size, None)
         return x.astype(self.dtype).reshape(self.shape)
 
+    def argmax(self, axis: int) -> Int[Array, "*rows"]:
+        """The column of the largest logit of each row, the first among equals; -1 for an empty row. `axis` is -1."""
+        return self._reduced("argmax", axis)
+
+    def max(self, axis: int) -> Float[Array, "*rows"]:
+        """The largest logit of each row; -inf for an empty row. `axis` is -1."""
+        return self._reduced("maximum", axis)
+
+    def __repr__(self) -> str:
+        if not hasattr(self.hidden, "shape") or not hasattr(self.weight, "shape"):  # a tree of other leaves
+            return object.__repr__(self)
+        given = {name: getattr(self, name) for name in ("bias", "scale", "temperature")}
+        parts = [f"shape={self.shape}", f"dtype={self.dtype.name}", f"hidden={tuple(self.hidden.shape)}"]
+        parts += [f"{name}={tuple(a.shape)}" for name, a in given.items() if hasattr(a, "shape")]
+        options = ("softcap", "block_size", "filter_eps", "precision", "implementation")
+        parts += [f"{name}={getattr(self, name)!r}" for name in options if getattr(self, name) is not None]
+        return f"{type(self).__name__}({', '.join(parts)})"
+
     def _scaled(self, temperature: Any) -> LinearLogits:
         new = temperature if self.temperature is None else self.temperature * temperature
         return dataclasses.replace(self, temperature=new)
@@ -99,7 +135,17 @@ class LinearLogits(Source):
         )
 
     __jax_array__ = __array__ = __getitem__ = __iter__ = __matmul__ = __pow__ = __neg__ = _refuse
-    __add__ = __radd__ = __sub__ = __rsub__ = __rtruediv__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __rtruediv__ = __rmatmul__ = __rpow__ = _refuse
+    __lt__ = __le__ = __gt__ = __ge__ = __abs__ = __mod__ = __floordiv__ = __len__ = _refuse
+
+    def __getattr__(self, name: str) -> Any:
+        if hasattr(jax.Array, name) and not name.startswith("_"):
+            instead = _INSTEAD.get(name, "a function of jaxsoft that reads rows")
+            raise AttributeError(
+                f"{type(self).__name__} has no {name}, because it is an expression, not a stored array: use "
+                f"{instead}, or the dense array, logits.dense().{name}"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     # The interface to passes (see Source); after _flat, hidden is [n, d] and per-row arrays are [n].
 

@@ -18,7 +18,7 @@ from jaxsoft._numerics import accumulation_dtype, is_present
 from jaxsoft.rows import reductions
 from jaxsoft.rows._logits import LinearLogits, Logits, check_axis
 from jaxsoft.rows._reduce import reduce_rows
-from jaxsoft.rows._statistics import log_partition
+from jaxsoft.rows._statistics import check_k, log_partition
 from jaxsoft.rows.reductions import LogPartition, TopK
 
 
@@ -177,7 +177,7 @@ def softmax_top_k(
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits` (nothing stored).
-      k: how many, a static integer of 1 or more.
+      k: how many, a static integer of 1 or more, at most the number of columns.
       axis: the axis that holds a row.
       where: booleans that broadcast to the logits, True = counts.
       renormalize: whether the k probabilities are divided by their sum. Their gradient then reaches only the k
@@ -190,7 +190,7 @@ def softmax_top_k(
 
     Raises:
       TypeError: a k that is not a static integer, logits that are not floating.
-      ValueError: k < 1, an axis or a mask that does not fit.
+      ValueError: a k out of range, an axis or a mask that does not fit.
 
     Reference:
       Milakov and Gimelshein, "Online normalizer calculation for softmax".
@@ -202,7 +202,7 @@ def softmax_top_k(
       >>> print(best.values.round(6), best.indices)
       [[0.60946  0.224208]] [[1 0]]
     """
-    both = (reductions.top_k(k), reductions.log_partition())
+    both = (reductions.top_k(check_k(k, logits, axis)), reductions.log_partition())
     best, partition = reduce_rows(logits, both, axis=axis, where=where, implementation=implementation)
     if renormalize:
         partition = reduce_rows(best.values, reductions.log_partition())

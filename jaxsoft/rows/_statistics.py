@@ -175,7 +175,7 @@ def top_k(
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits` (one pass, nothing stored).
-      k: how many, a static integer of 1 or more.
+      k: how many, a static integer of 1 or more, at most the number of columns.
       axis: the axis that holds a row.
       where: booleans that broadcast to the logits, True = counts.
       implementation: what runs it: `"xla"`, `"pallas_tpu"`, `"mosaic_gpu"` or None, see `reduce_rows`.
@@ -186,7 +186,7 @@ def top_k(
 
     Raises:
       TypeError: a k that is not a static integer, logits that are not floating.
-      ValueError: k < 1, an axis or a mask that does not fit.
+      ValueError: a k out of range, an axis or a mask that does not fit.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoft
@@ -194,7 +194,67 @@ def top_k(
       >>> print(best.values, best.indices)
       [[2. 1.]] [[1 0]]
     """
+    k = check_k(k, logits, axis)
     return reduce_rows(logits, reductions.top_k(k), axis=axis, where=where, implementation=implementation)
+
+
+def check_k(k: int, logits: Logits, axis: int) -> int:
+    """Checks how many entries of each row are asked for."""
+    k, columns = _checks.integer("k", k, at_least=1), logits.shape[check_axis(logits, axis)]
+    if k > columns:
+        raise ValueError(f"k must be at most the number of columns, which is {columns}, got {k}")
+    return k
+
+
+def top_k_accuracy(
+    logits: Logits,
+    labels: Int[Array, "*rows"],
+    *,
+    k: int = 1,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+    ignore_index: int | None = -100,
+) -> Float[Array, "*rows"]:
+    """1 where the label is among the k largest logits of its row, else 0; ties go to the smaller column.
+
+    The mean over the examples that count is `losses.weighted_mean(top_k_accuracy, logits, labels, k=5)`. As a metric
+    of flax: `nnx.metrics.Average().update(values=top_k_accuracy(logits, labels), mask=labels != -100)`.
+
+    Args:
+      logits: `[*rows, columns]`, a floating array or `linear_logits` (one pass, nothing stored).
+      labels: `[*rows]` integers.
+      k: how many, a static integer of 1 or more, at most the number of columns.
+      axis: the axis that holds a row.
+      where: booleans that broadcast to the logits, True = counts.
+      ignore_index: class id of examples to leave out; they give 0.
+
+    Returns:
+      `[*rows]`, 0 or 1, float32 or wider; 0 for a label that is absent or out of range.
+
+    Raises:
+      TypeError: labels that are not integers, logits that are not floating.
+      ValueError: shapes that do not fit, a k out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> logits, labels = jnp.array([[1.0, 2.0, -1.0, 0.5], [3.0, 0.0, 1.0, 2.0]]), jnp.array([0, 2])
+      >>> print(jaxsoft.top_k_accuracy(logits, labels), jaxsoft.top_k_accuracy(logits, labels, k=2))
+      [0. 0.] [1. 0.]
+    """
+    axis = check_axis(logits, axis)
+    check_ids("labels", labels, logits, axis, ignore_index=ignore_index)
+    k = check_k(k, logits, axis)
+    best = reduce_rows(lax.stop_gradient(logits), reductions.top_k(k), axis=axis, where=where).indices
+    labels = as_ids(labels)[..., None]
+    found = jnp.any((best == labels) & (labels >= 0), axis=-1)
+    return found.astype(accumulation_dtype(logits.dtype))
+
+
+def _reduced(logits: LinearLogits, name: str, axis: int) -> Array:
+    return reduce_rows(logits, getattr(reductions, name)(), axis=axis)
+
+
+LinearLogits._reduced = _reduced
 
 
 def log_prob(
@@ -268,7 +328,7 @@ def label_rank(
 ) -> Int[Array, "*rows"]:
     """The label's rank in its row: the number of entries ahead of it, 0 where it is the largest (two passes).
 
-    Ties are ranked by column. `(label_rank(...) < k).mean()` is the top-k accuracy.
+    Ties are ranked by column. `top_k_accuracy` says whether the rank is below k, in one pass.
 
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`.

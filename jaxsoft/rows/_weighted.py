@@ -89,7 +89,7 @@ class _Tape:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class ChunkLogits(LinearLogits):
     """A chunk of rows of logits whose matrix product is stored, with a record of the passes that read them.
 
@@ -159,9 +159,9 @@ def weighted_sum(
       logits: `[*rows, vocab]`. `filter_eps` of `linear_logits` does not affect the gradient: nothing is recomputed.
       *row_args: arrays with the rows' leading axes: the labels and all other per-row arguments; or further
         `linear_logits` (a teacher's), of which a chunk is also stored.
-      weights: `[*rows]` floats, 1 by default. A weight of 0 hides a loss that is not finite; to keep a NaN
-        in the logits out of the gradient, mask the row or ignore its label.
-      axis: the axis that holds a row.
+      weights: `[*rows]`, 1 by default; floats, counts or booleans. A weight of 0 hides a loss that is not finite; to
+        keep a NaN in the logits out of the gradient, mask the row or ignore its label.
+      axis: the axis that holds a row; passed to `loss` if it is not the last one.
       chunk_size: rows stored at a time, 512 by default.
       **options: passed to `loss`; `where` may vary by row, other arrays must not.
 
@@ -184,15 +184,19 @@ def weighted_sum(
       >>> print(value.round(4))
       3.3388
     """
+    check_loss("weighted_sum", loss)
     axis = check_axis(logits, axis)
+    if axis != logits.ndim - 1:
+        options["axis"] = axis
+    _check_call(loss, (logits, *row_args), options)
     rows = rows_of(logits.shape, axis)
     if weights is not None:
-        _checks.floating("weights", weights)
+        _checks.numeric("weights", weights)
         _checks.shape("weights", weights, rows, "one number per row of logits")
     if chunk_size is not None:
         chunk_size = _checks.integer("chunk_size", chunk_size, at_least=1)
     if not isinstance(logits, LinearLogits):
-        return _sum(loss(logits, *row_args, axis=axis, **options), weights)
+        return _sum(loss(logits, *row_args, **options), weights)
 
     n = math.prod(rows)
     for i, a in enumerate(row_args):
@@ -201,7 +205,10 @@ def weighted_sum(
     by_row = tuple(
         a._flat() if isinstance(a, LinearLogits) else a.reshape(n, *a.shape[len(rows) :]) for a in row_args
     )
-    weights = None if weights is None else weights.reshape(n)
+    if weights is not None:
+        weights = weights.reshape(n)
+        if not jnp.issubdtype(weights.dtype, jnp.floating):
+            weights = weights.astype(logits._accumulation_dtype)
     row_masks = None
     if (where := options.get("where")) is not None:
         _checks.boolean("where", where)
@@ -225,6 +232,32 @@ def weighted_sum(
     call = _Loss(loss, treedef, constants)
     operands = align_varying((logits._flat(), _ByRow(by_row, weights, row_masks), arrays))
     return _weighted(call, min(chunk_size or _CHUNK_ROWS, max(n, 1)), *operands)
+
+
+def check_loss(name: str, loss: Any) -> None:
+    """Checks that a loss is a function; `name` is the function that it was given to."""
+    if not callable(loss):
+        raise TypeError(
+            f"loss must be a function such as jaxsoft.losses.cross_entropy, got {_checks.describe(loss)}: write "
+            f"{name}(cross_entropy, logits, labels, weights=weights); losses that are computed already are averaged "
+            "by (weights * losses).sum() / weights.sum()"
+        )
+
+
+def _check_call(loss: Callable, args: tuple, options: dict[str, Any]) -> None:
+    """Checks that a loss takes these arguments, where its signature is known."""
+    try:
+        signature = inspect.signature(loss)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*args, **options)
+    except TypeError as error:
+        name = getattr(loss, "__name__", repr(loss))
+        raise TypeError(
+            f"{name} does not take the arguments it would get, {len(args)} by position (logits, then row_args) and "
+            f"{sorted(options) or 'none'} by keyword: {error}. It takes {signature}. Weights go by keyword: weights=..."
+        ) from None
 
 
 def _sum(values: Array, weights: Array | None) -> Array:

@@ -11,4 +11,4 @@ from jaxsoft.rows._softmax import check_dense, softmax_with
 from jaxsoft.rows._source import capped
 from jaxsoft.rows._statistics import check_ids, check_range, log_partition
 from jaxsoft.rows._two_way import reduce_two_ways
-from jaxsoft.rows._weighted import detached
+from jaxsoft.rows._weighted import check_loss, detached

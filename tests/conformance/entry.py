@@ -154,7 +154,8 @@ def statistic_entry(function, module="jaxsoft", variant="", inputs=(), **options
 
     def call(logits, given, *, where=None, axis=-1):
         mask = {} if not entry_options.get("where", True) else {"where": where}
-        return function(logits, *(given[k] for k in inputs), axis=axis, **mask, **options)
+        fixed = {**options, "k": min(options["k"], logits.shape[axis])} if "k" in options else options
+        return function(logits, *(given[k] for k in inputs), axis=axis, **mask, **fixed)
 
     return Entry(f"{module}.{function.__name__}", call, variant, tuple(inputs), **entry_options)
 

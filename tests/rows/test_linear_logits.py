@@ -1,5 +1,6 @@
 """`linear_logits`: an expression that behaves like an array, refuses what it cannot do, and stores nothing."""
 
+import dataclasses
 import functools
 import re
 
@@ -133,6 +134,58 @@ def test_a_function_that_needs_the_array_names_dense(use):
     with pytest.raises(TypeError, match=re.escape("logits.dense()")) as error:
         use(logits)
     assert "(4, 10)" in str(error.value)
+
+
+def test_methods_of_arrays():
+    p = operands(dtype=np.float32)
+    logits = expression(p)
+    dense = logits.dense()
+    np.testing.assert_array_equal(logits.argmax(axis=-1), dense.argmax(axis=-1))
+    np.testing.assert_allclose(logits.max(axis=-1), dense.max(axis=-1), rtol=1e-6)
+    fails(["axis", "-1", "0"], ValueError, lambda: logits.max(axis=0))
+    for name, word in (
+        ("sum", "reductions.sum()"),
+        ("reshape", "hidden"),
+        ("round", "a function of jaxsoft"),
+    ):
+        fails([name, word, f"logits.dense().{name}"], AttributeError, lambda n=name: getattr(logits, n))
+    assert not hasattr(logits, "shard_shape_of_nothing")
+    for use in (lambda x: x[0], lambda x: x + 1, lambda x: 2**x, lambda x: x >= 0, abs, len):
+        fails(["(4, 10)", "logits.dense()"], TypeError, lambda f=use: f(logits))
+    text = repr(dataclasses.replace(logits, softcap=30.0))
+    assert text.startswith("LinearLogits(shape=(4, 10), dtype=float32, hidden=(4, 3)"), text
+    assert "softcap=30.0" in text and "\n" not in text
+    assert "object at" in repr(jax.tree.map(lambda _: None, logits))
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_top_k_accuracy(k):
+    logits = expression(operands(dtype=np.float32))
+    labels = jnp.asarray([*np.argsort(-logits.dense(), axis=-1)[[0, 1, 2], [0, 2, 3]], -100])
+    expected = [1, k > 1, 0, 0]
+    for x in (logits, logits.dense()):
+        got = jaxsoft.top_k_accuracy(x, labels, k=k)
+        assert got.dtype == jnp.float32
+        np.testing.assert_array_equal(got, expected)
+        mean = jaxsoft.losses.weighted_mean(jaxsoft.top_k_accuracy, x, labels, k=k)
+        np.testing.assert_allclose(mean, sum(expected) / 3, rtol=1e-6)
+    absent = jnp.arange(10) == labels[:, None]
+    assert not jnp.any(jaxsoft.top_k_accuracy(logits, labels, k=k, where=~absent))
+    fails(["k ", "10", "11"], ValueError, lambda: jaxsoft.top_k_accuracy(logits, labels, k=11))
+    fails(["k ", "10", "11"], ValueError, lambda: jaxsoft.top_k(logits, 11))
+
+
+def test_metrics_of_flax():
+    nnx = pytest.importorskip("flax.nnx")
+    logits = expression(operands(dtype=np.float32))
+    labels = jnp.asarray([*np.argmax(logits.dense(), axis=-1)[:2], 0, 0], jnp.int32)
+    metrics = nnx.MultiMetric(accuracy=nnx.metrics.Accuracy(), top_3=nnx.metrics.Average("top_3"))
+    metrics.update(logits=logits, labels=labels, top_3=jaxsoft.top_k_accuracy(logits, labels, k=3))
+    expected = (
+        jaxsoft.top_k_accuracy(logits.dense(), labels).mean(),
+        jaxsoft.top_k_accuracy(logits, labels, k=3).mean(),
+    )
+    np.testing.assert_allclose([metrics.compute()[k] for k in ("accuracy", "top_3")], expected)
 
 
 # --- a pytree like any other -----------------------------------------------------------------------------

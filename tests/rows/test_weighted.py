@@ -134,7 +134,12 @@ def test_second_derivatives_are_refused():
     "options, error, words",
     [
         (dict(weights=jnp.ones(5)), ValueError, ("weights", "(5,)", "(6,)")),
-        (dict(weights=jnp.ones(6, jnp.int32)), TypeError, ("weights", "int32", "floating")),
+        (
+            dict(weights=jnp.ones(6, jnp.complex64)),
+            TypeError,
+            ("weights", "complex64", "numbers or booleans"),
+        ),
+        (dict(label_smothing=0.1), TypeError, ("cross_entropy", "'label_smothing'", "label_smoothing: ")),
         (dict(labels=LABELS[:5]), ValueError, ("(5,)", "(6,)")),
         (dict(chunk_size=0), ValueError, ("chunk_size", ">= 1", "0")),
         (dict(where=jnp.ones((6, 8), bool)), ValueError, ("where", "(6, 8)", "(6, 9)")),
@@ -151,3 +156,44 @@ def test_a_loss_of_the_wrong_shape():
         losses.weighted_sum(
             lambda x, y: losses.cross_entropy(x, y).mean(), jaxsoft.linear_logits(HIDDEN, WEIGHT), LABELS
         )
+
+
+def test_calls_that_cannot_work_say_what_to_do():
+    logits = jaxsoft.linear_logits(HIDDEN, WEIGHT)
+    values = losses.cross_entropy(logits, LABELS)
+    for mean in (losses.weighted_mean, losses.weighted_sum):
+        words = [
+            "loss must be a function",
+            f"{mean.__name__}(cross_entropy, logits, labels, weights=weights)",
+        ]
+        fails(words, TypeError, lambda f=mean: f(values, WEIGHTS))
+        words = ["cross_entropy does not take", "3 by position", "weights=..."]
+        fails(words, TypeError, lambda f=mean: f(losses.cross_entropy, logits, LABELS, WEIGHTS))
+    fails(["labels must be given"], TypeError, lambda: losses.weighted_mean(losses.cross_entropy, logits))
+    # Only an axis other than the last one is passed on.
+    plain_loss = lambda x, y: losses.cross_entropy(x, y)
+    x = logits.dense()
+    trees_close(
+        losses.weighted_mean(plain_loss, x, LABELS), losses.weighted_mean(plain_loss, logits, LABELS), 2e-6
+    )
+    fails(
+        ["<lambda>", "['axis'] by keyword"],
+        TypeError,
+        lambda: losses.weighted_sum(plain_loss, x.T, LABELS, axis=0),
+    )
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int32])
+def test_weights_that_are_counts_or_booleans(dtype):
+    weights = np.asarray([1, 0, 2, 1, 0, 1]).astype(dtype)
+    floats = jnp.asarray(weights, jnp.float32)
+
+    def run(hidden, weights):
+        logits, ce = jaxsoft.linear_logits(hidden, WEIGHT), losses.cross_entropy
+        mean, total = (
+            f(ce, logits, LABELS, weights=weights) for f in (losses.weighted_mean, losses.weighted_sum)
+        )
+        return mean + total + ce(logits, LABELS, weights=weights).sum()
+
+    got, expected = (jax.value_and_grad(run)(HIDDEN, w) for w in (weights, floats))
+    trees_close(got, expected, 1e-6)
