@@ -67,6 +67,11 @@ class _Tape:
         self.functions: list[tuple] = []
         self.calls: list[_Call] = []
 
+    def stop(self) -> list[_Call]:
+        """Ends the trace: returns its calls, and keeps none of its arrays."""
+        calls, self.calls, self.probes = self.calls, [], None
+        return calls
+
     def run(
         self,
         chunk: ChunkLogits,
@@ -311,7 +316,7 @@ def _weighted_forward(call: _Loss, chunk: int, *primals):
             fields.update(hidden=hidden, bias=bias, scale=scale, temperature=temperature)
             tape.start(probes)
             result = call(ChunkLogits(**fields, raw=raw, tape=tape), by_row, arrays)
-            return result, tape.calls
+            return result, tape.stop()
 
         active_leaves = [mine[i] for i in active]
         _, calls = jax.eval_shape(functools.partial(value, None), active_leaves)

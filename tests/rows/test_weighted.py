@@ -151,3 +151,16 @@ def test_a_loss_of_the_wrong_shape():
         losses.weighted_sum(
             lambda x, y: losses.cross_entropy(x, y).mean(), jaxsoft.linear_logits(HIDDEN, WEIGHT), LABELS
         )
+
+
+@pytest.mark.parametrize("name", ["sum", "weighted_sum"])
+def test_no_tracer_outlives_its_trace(name):
+    def loss(hidden):
+        logits = jaxsoft.linear_logits(hidden, jnp.ones((4, 7)), block_size=3)
+        labels = jnp.zeros(6, jnp.int32)
+        if name == "sum":
+            return jnp.sum(losses.cross_entropy(logits, labels))
+        return losses.weighted_sum(losses.cross_entropy, logits, labels)
+
+    with jax.checking_leaks():
+        jax.make_jaxpr(jax.jit(jax.grad(loss)))(jnp.ones((6, 4)))
