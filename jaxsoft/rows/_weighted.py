@@ -229,7 +229,7 @@ def weighted_sum(
         )
     call = _Loss(loss, treedef, constants)
     operands = align_varying((logits._flat(), _ByRow(by_row, weights, row_masks), arrays))
-    return _weighted(call, min(chunk_size or _CHUNK_ROWS, max(n, 1)), *operands)
+    return _compiled(call, min(chunk_size or _CHUNK_ROWS, max(n, 1)), *operands)
 
 
 def _sum(values: Array, weights: Array | None) -> Array:
@@ -400,3 +400,5 @@ def _weighted_backward(call, chunk, gradients, cotangent):
 
 
 _weighted.defvjp(_weighted_forward, _weighted_backward, symbolic_zeros=True)
+# Outside of `jit`, each call would compile its loops anew.
+_compiled = jax.jit(_weighted, static_argnums=(0, 1))

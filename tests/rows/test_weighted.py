@@ -153,6 +153,25 @@ def test_a_loss_of_the_wrong_shape():
         )
 
 
+def test_a_second_call_compiles_nothing():
+    compiled = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    gradient = jax.grad(fast, (0, 1))
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        gradient(HIDDEN, WEIGHT, chunk_size=4)
+        assert compiled
+        compiled.clear()
+        gradient(HIDDEN, WEIGHT, chunk_size=4)
+        assert not compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
 @pytest.mark.parametrize("name", ["sum", "weighted_sum"])
 def test_no_tracer_outlives_its_trace(name):
     def loss(hidden):
