@@ -6,7 +6,10 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
 from jaxsoft import _checks
@@ -25,6 +28,35 @@ class WeightedState(NamedTuple):
     values: tuple
 
 
+def _product(weights: Array, values: Array) -> Array:
+    # Unlike `einsum`, this does not convert the values to the dtype of tangents.
+    last, columns = weights.ndim - 1, values.ndim - 2
+    batch = tuple(range(columns))
+    dimensions = (((last,), (columns,)), (batch, batch))
+    return lax.dot_general(
+        weights, values, dimensions, preferred_element_type=accumulation_dtype(values.dtype)
+    )
+
+
+@jax.custom_jvp
+def _times_values(weights: Array, values: Array) -> Array:
+    """`weights @ values`, with the weights rounded to the dtype of the values."""
+    return _product(weights.astype(values.dtype), values)
+
+
+@functools.partial(_times_values.defjvp, symbolic_zeros=True)
+def _times_values_jvp(primals, tangents):
+    """The cotangent of the weights is not rounded: that of a score is a small difference of such numbers."""
+    (weights, values), (d_weights, d_values) = primals, tangents
+    out = _times_values(weights, values)
+    d = jnp.zeros_like(out)
+    if not isinstance(d_weights, SymbolicZero):
+        d = d + _product(d_weights, values)
+    if not isinstance(d_values, SymbolicZero):
+        d = d + _times_values(weights, d_values)
+    return out, d
+
+
 @functools.cache
 def weighted_values(normalizer: Normalizer, width: int) -> RowReduction:
     """The reduction of a normalizer (given without its arrays) to the output; `Tile.col_args` holds the values."""
@@ -39,16 +71,7 @@ def weighted_values(normalizer: Normalizer, width: int) -> RowReduction:
     def add(state, tile, params):
         terms = normalizer.terms(tile, state, params)
         (values,) = tile.col_args
-        dtype = accumulation_dtype(values.dtype)
-        return tuple(
-            jnp.einsum(
-                "...rs,...sv->...rv",
-                t.astype(values.dtype),
-                values,
-                preferred_element_type=dtype,
-            )
-            for t in terms
-        )
+        return tuple(_times_values(t, values) for t in terms)
 
     def update(state, tile, params):
         tile = changed(normalizer.before, tile, params)

@@ -184,9 +184,9 @@ def _attach_jvp(functions, block, primals, tangents):
         # Without the barrier of prevent_cse, XLA would keep the forward pass's block for the backward pass.
         # Inside a loop it cannot, and for dense scores only exponentials are recomputed.
         prevent_cse = not looped and any(isinstance(a, LinearLogits) for a in (source, *entries(arrays)))
-        part = jax.checkpoint(block_tangent, static_argnums=(2,), prevent_cse=prevent_cse)(
-            dactive, start, size
-        )
+        # `static_argnums` of `checkpoint` would keep the tracers of this trace alive, in JAX's cache.
+        of_block = jax.checkpoint(functools.partial(block_tangent, size=size), prevent_cse=prevent_cse)
+        part = of_block(dactive, start)
         return jax.tree.map(jnp.add, total, part)
 
     zeros = jax.tree.map(jnp.zeros_like, floats)

@@ -67,6 +67,11 @@ class _Tape:
         self.functions: list[tuple] = []
         self.calls: list[_Call] = []
 
+    def stop(self) -> list[_Call]:
+        """Ends the trace: returns its calls, and keeps none of its arrays."""
+        calls, self.calls, self.probes = self.calls, [], None
+        return calls
+
     def run(
         self,
         chunk: ChunkLogits,
@@ -231,7 +236,7 @@ def weighted_sum(
         )
     call = _Loss(loss, treedef, constants)
     operands = align_varying((logits._flat(), _ByRow(by_row, weights, row_masks), arrays))
-    return _weighted(call, min(chunk_size or _CHUNK_ROWS, max(n, 1)), *operands)
+    return _compiled(call, min(chunk_size or _CHUNK_ROWS, max(n, 1)), *operands)
 
 
 def check_loss(name: str, loss: Any) -> None:
@@ -344,7 +349,7 @@ def _weighted_forward(call: _Loss, chunk: int, *primals):
             fields.update(hidden=hidden, bias=bias, scale=scale, temperature=temperature)
             tape.start(probes)
             result = call(ChunkLogits(**fields, raw=raw, tape=tape), by_row, arrays)
-            return result, tape.calls
+            return result, tape.stop()
 
         active_leaves = [mine[i] for i in active]
         _, calls = jax.eval_shape(functools.partial(value, None), active_leaves)
@@ -428,3 +433,5 @@ def _weighted_backward(call, chunk, gradients, cotangent):
 
 
 _weighted.defvjp(_weighted_forward, _weighted_backward, symbolic_zeros=True)
+# Outside of `jit`, each call would compile its loops anew.
+_compiled = jax.jit(_weighted, static_argnums=(0, 1))

@@ -550,3 +550,22 @@ def test_bad_input(i):
     arrays = dict(query=Q, key=KV, value=KV) | given
     with pytest.raises(kind, match=words):
         jax.eval_shape(lambda: dot_product_attention(**arrays))
+
+
+def test_half_precision_gradients_of_equal_query_key_and_value():
+    """Weights near 1: the gradient of a score is a small difference, which must not be taken of rounded numbers."""
+    rng = np.random.default_rng(0)
+    x, g = (jnp.asarray(rng.normal(size=(2, 64, 4, 32)), jnp.bfloat16) for _ in range(2))
+    bias = jnp.asarray(rng.normal(size=(2, 4, 64, 64)), jnp.bfloat16)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradient(f, x, bias, g):
+        return jax.grad(lambda bias: jnp.vdot(f(x, x, x, bias), g))(bias)
+
+    arrays = (x, bias, g)
+    own, peer = (gradient(f, *arrays) for f in (dot_product_attention, jax.nn.dot_product_attention))
+    with float64():
+        arrays = [jnp.asarray(np.asarray(a, np.float64)) for a in arrays]
+        exact = np.asarray(gradient(dot_product_attention, *arrays))
+    error = lambda a: np.sqrt(np.mean((np.asarray(a, np.float64) - exact) ** 2))
+    assert error(own) <= error(peer)

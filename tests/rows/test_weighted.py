@@ -197,3 +197,35 @@ def test_weights_that_are_counts_or_booleans(dtype):
 
     got, expected = (jax.value_and_grad(run)(HIDDEN, w) for w in (weights, floats))
     trees_close(got, expected, 1e-6)
+
+
+def test_a_second_call_compiles_nothing():
+    compiled = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    gradient = jax.grad(fast, (0, 1))
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        gradient(HIDDEN, WEIGHT, chunk_size=4)
+        assert compiled
+        compiled.clear()
+        gradient(HIDDEN, WEIGHT, chunk_size=4)
+        assert not compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("name", ["sum", "weighted_sum"])
+def test_no_tracer_outlives_its_trace(name):
+    def loss(hidden):
+        logits = jaxsoft.linear_logits(hidden, jnp.ones((4, 7)), block_size=3)
+        labels = jnp.zeros(6, jnp.int32)
+        if name == "sum":
+            return jnp.sum(losses.cross_entropy(logits, labels))
+        return losses.weighted_sum(losses.cross_entropy, logits, labels)
+
+    with jax.checking_leaks():
+        jax.make_jaxpr(jax.jit(jax.grad(loss)))(jnp.ones((6, 4)))
