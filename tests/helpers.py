@@ -94,7 +94,8 @@ def contract(result, seed=0):
     """A sum of the finite float results with random, non-uniform weights."""
     total = 0.0
     for i, a in enumerate(floats(result)):
-        w = jnp.asarray(np.random.default_rng(seed + i).normal(size=a.shape))
+        a = a.astype(jnp.float32) if a.dtype.itemsize < 4 else a
+        w = jnp.asarray(np.random.default_rng(seed + i).normal(size=a.shape), a.dtype)
         finite = jnp.isfinite(jax.lax.stop_gradient(a))
         total = total + jnp.sum(jnp.where(finite, w * jnp.where(finite, a, 0), 0))
     return jnp.asarray(total)
