@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, TypeAlias
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -74,8 +75,8 @@ def total(tree: Any) -> jax.Array:
     return jnp.asarray(sum((jnp.asarray(x, dtype) for x in leaves), jnp.zeros([], dtype)))
 
 
-def to_float(x: jax.Array) -> jax.Array:
-    """An integer or a bool as a float of weak type: results have the dtype of the arrays that it is combined with."""
+def to_float(x: Any) -> Any:
+    """A float; an integer or a bool becomes one of weak type, which takes the dtype of what it is combined with."""
     with jax.numpy_dtype_promotion("standard"):
         return x * 1.0
 
@@ -118,7 +119,7 @@ def broadcast(prefix: Any, tree: Any) -> Any:
     return jax.tree.map(lambda x, part: jax.tree.map(lambda _: x, part), prefix, tree)
 
 
-def is_function(value: Any) -> bool:
+def is_function(value: Any) -> TypeGuard[Callable[..., Any]]:
     """Whether a value is a function of the parameters, and not a tree of a class with `__call__`, such as a module."""
     return callable(value) and jax.tree_util.all_leaves([value])
 
