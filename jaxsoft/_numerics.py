@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 def accumulation_dtype(*dtypes) -> jnp.dtype:
     """The dtype of statistics: float32 for half-precision inputs, else the widest input dtype."""
-    return jnp.promote_types(jnp.result_type(*dtypes), jnp.float32)
+    with jax.numpy_dtype_promotion("standard"):  # also where the user forbids it: the promotion is explicit
+        return jnp.promote_types(jnp.result_type(*dtypes), jnp.float32)
 
 
 def finite_gauge(m: jax.Array) -> jax.Array:

@@ -110,7 +110,7 @@ def entmax_loss(
     if rows.soft:
         total = jnp.sum(q, axis=-1)
         loss = total * value - out["score"] + _of_labels(rows, a)
-        absent = out["support"][1] < jnp.sum(q > 0, axis=-1)
+        absent = out["support"][1] < jnp.sum(q > 0, axis=-1, dtype=value.dtype)
     else:
         absent = out["score"] == -jnp.inf
         loss = value + (top - jnp.where(absent, 0, out["score"]))

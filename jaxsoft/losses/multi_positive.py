@@ -361,7 +361,7 @@ def soft_top_k(
     rows = LabelledRows(x, axis, present, None, None, False, None)
     at, _ = _threshold(rows, k, alpha)
     top, tau, steepness, number, solvable = (jnp.expand_dims(a, axis) for a in at)
-    s = jnp.where(solvable, jax.nn.sigmoid(steepness * ((x - top) - tau)), number > 0)
+    s = jnp.where(solvable, jax.nn.sigmoid(steepness * ((x - top) - tau)), jnp.where(number > 0, 1, 0))
     return jnp.where(present, s, 0).astype(scores.dtype)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, TypeAlias
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,11 @@ Mask: TypeAlias = Any
 
 def wide(*leaves: Any) -> jnp.dtype:
     """The dtype of statistics and moments: that of the leaves, but at least float32."""
+    if any(getattr(x, "dtype", None) == jax.dtypes.float0 for x in leaves):
+        raise TypeError(
+            "updates must be floating, got a leaf of dtype float0, the gradient of an integer parameter: "
+            "differentiate and update the floating parameters alone"
+        )
     with jax.numpy_dtype_promotion("standard"):  # also where the user forbids it: the promotion is explicit
         dtype = jnp.result_type(*leaves, jnp.float32)
     if not jnp.issubdtype(dtype, jnp.floating):
@@ -69,8 +75,8 @@ def total(tree: Any) -> jax.Array:
     return jnp.asarray(sum((jnp.asarray(x, dtype) for x in leaves), jnp.zeros([], dtype)))
 
 
-def to_float(x: jax.Array) -> jax.Array:
-    """An integer or a bool as a float of weak type: results have the dtype of the arrays that it is combined with."""
+def to_float(x: Any) -> Any:
+    """A float; an integer or a bool becomes one of weak type, which takes the dtype of what it is combined with."""
     with jax.numpy_dtype_promotion("standard"):
         return x * 1.0
 
@@ -113,9 +119,14 @@ def broadcast(prefix: Any, tree: Any) -> Any:
     return jax.tree.map(lambda x, part: jax.tree.map(lambda _: x, part), prefix, tree)
 
 
+def is_function(value: Any) -> TypeGuard[Callable[..., Any]]:
+    """Whether a value is a function of the parameters, and not a tree of a class with `__call__`, such as a module."""
+    return callable(value) and jax.tree_util.all_leaves([value])
+
+
 def broadcast_mask(mask: Mask, params: Any) -> Any:
     """One flag per leaf of the parameters."""
-    return broadcast(True if mask is None else mask(params) if callable(mask) else mask, params)
+    return broadcast(True if mask is None else mask(params) if is_function(mask) else mask, params)
 
 
 def check_key(name: str, value: Any) -> None:

@@ -241,13 +241,13 @@ def scale_by_multipliers(
     """
     if update_every is not None:
         _common.check_steps("update_every", update_every, at_least=1)
-        if not callable(multipliers):
+        if not _common.is_function(multipliers):
             raise ValueError("update_every needs multipliers to be a function of the parameters")
     if labels is not None and not isinstance(multipliers, Mapping):
         raise ValueError(
             f"multipliers must be a dict from labels to numbers where labels are given, got {type(multipliers)}"
         )
-    from_params = callable(multipliers) or callable(labels)
+    from_params = _common.is_function(multipliers) or _common.is_function(labels)
 
     by_label: Any = multipliers
 
@@ -258,9 +258,9 @@ def scale_by_multipliers(
 
     def compute(params: Any, like: Any) -> Any:
         """One multiplier per leaf of `like`."""
-        tree = multipliers(params) if callable(multipliers) else multipliers
+        tree = multipliers(params) if _common.is_function(multipliers) else multipliers
         if labels is not None:
-            tree = jax.tree.map(of_label, labels(params) if callable(labels) else labels)
+            tree = jax.tree.map(of_label, labels(params) if _common.is_function(labels) else labels)
         return _common.broadcast(tree, like)
 
     def init(params: optax.Params) -> Any:
@@ -289,6 +289,10 @@ def scale_by_multipliers(
         return _common.cast_like(u, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _is_matrix(x: Any) -> bool:
+    return jnp.ndim(x) >= 2 and jnp.issubdtype(jnp.result_type(x), jnp.floating)
 
 
 def hill_alpha(weight: jax.Array, *, tile: tuple[int, int] | None = None, floor: Scalar = 1e-5) -> jax.Array:
@@ -374,7 +378,7 @@ def temp_balance_multipliers(
     Args:
       params: A pytree of parameters.
       mask: Which leaves take part: a pytree of bools, or a function from the parameters to one. The authors leave
-        out the first and the last layer. None: all leaves with two or more axes and enough eigenvalues.
+        out the first and the last layer. None: all floating leaves with two or more axes and enough eigenvalues.
       low: Multiplier of the heaviest tail, for `"linear"` and `"step"`.
       high: Multiplier of the lightest.
       mode: See above.
@@ -407,7 +411,7 @@ def temp_balance_multipliers(
     taking_part = [
         i
         for i, (leaf, wanted) in enumerate(zip(leaves, jax.tree.leaves(chosen), strict=True))
-        if wanted and jnp.ndim(leaf) >= 2 and min(jnp.shape(leaf)[-2:]) >= min_eigenvalues
+        if wanted and _is_matrix(leaf) and min(jnp.shape(leaf)[-2:]) >= min_eigenvalues
     ]
     out: list[Any] = [jnp.ones([]) for _ in leaves]
     if taking_part:

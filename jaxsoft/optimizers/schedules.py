@@ -87,7 +87,8 @@ def record_gradient_norm(steps: int, ord: int = 2) -> optax.GradientTransformati
         size = jnp.abs if ord == 1 else jnp.square
         total = _common.total(jax.tree.map(lambda g: jnp.sum(size(g)), wide))
         norm = total if ord == 1 else jnp.sqrt(total)
-        norms = state.norms_by_count.at[state.count % steps].set(norm.astype(state.norms_by_count.dtype))
+        norms = jnp.asarray(state.norms_by_count)  # a restored state may hold arrays of numpy
+        norms = norms.at[state.count % steps].set(norm.astype(norms.dtype))
         return updates, RecordGradientNormState(jnp.asarray(optax.safe_increment(state.count)), norms)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -414,7 +414,7 @@ def scale_by_mfac(window: int = 32, damping: Scalar = 1e-3) -> optax.GradientTra
 
         def products(gram, rows, g):
             new = jnp.tensordot(rows, g, axes=g.ndim, precision="highest")
-            return gram.at[k].set(new).at[:, k].set(new)
+            return jnp.asarray(gram).at[k].set(new).at[:, k].set(new)
 
         gram = jax.tree.map(products, state.gram, rows, g)
         total = jnp.broadcast_to(_common.total(gram), (m, m))

@@ -244,7 +244,7 @@ def _mean_over_samples(
 
 def _block_ids(blocks: Any, params: Any) -> tuple[Any, int]:
     """The block number of each leaf, and the number of blocks."""
-    labels = blocks(params) if callable(blocks) else blocks
+    labels = blocks(params) if _common.is_function(blocks) else blocks
     try:
         labels = _common.broadcast(labels, params)
     except ValueError as error:

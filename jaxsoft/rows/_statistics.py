@@ -129,7 +129,8 @@ def temperature(logits: Logits, temperature: float | Float[Array, ...], *, axis:
     if isinstance(logits, LinearLogits):
         return logits / t
     t = t if t.ndim == 0 else jnp.expand_dims(t, axis)
-    return (logits / t).astype(logits.dtype)
+    dtype = accumulation_dtype(logits.dtype, t.dtype)
+    return (logits.astype(dtype) / t.astype(dtype)).astype(logits.dtype)
 
 
 def softcap(logits: Logits, cap: float) -> Logits:

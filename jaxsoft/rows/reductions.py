@@ -19,6 +19,7 @@ Example:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -77,14 +78,6 @@ class LogPartition(NamedTuple):
         return ((x - self.shift) - self.correction) - jnp.where(self.log_sum == -jnp.inf, 0, self.log_sum)
 
 
-def _value_of(parts: Callable) -> Callable:
-    @functools.wraps(parts)
-    def value(state, *args):
-        return parts(state, *args).value
-
-    return value
-
-
 def partition_of(state, *args) -> LogPartition:
     """The `LogPartition` of a state `(m, s = sum e^(x-m))`."""
     m, s = state
@@ -92,7 +85,8 @@ def partition_of(state, *args) -> LogPartition:
     return LogPartition(shift, jnp.zeros_like(shift), log_or_neg_inf(s))
 
 
-_lse_finalize = _value_of(partition_of)
+def _lse_finalize(state, *args):
+    return partition_of(state, *args).value
 
 
 # logsumexp, mantissa and exponent (the two-pass softmax algorithm): e^x = a 2^e with an integer e, stored as a
@@ -137,7 +131,8 @@ def _exponent_parts(state, *args):
     return LogPartition(e * _LN2_HI, e * _LN2_LO, log_or_neg_inf(a))
 
 
-_exponent_finalize = _value_of(_exponent_parts)
+def _exponent_finalize(state, *args):
+    return _exponent_parts(state, *args).value
 
 
 # logsumexp at a fixed reference phi (FlashDecoding++): (hi, s = sum e^(x-phi)); parts add up without
@@ -174,7 +169,8 @@ def _reference_parts(state, reference):
     return LogPartition(shift, jnp.zeros_like(shift), jnp.where(ok, log_or_neg_inf(s), jnp.nan))
 
 
-_reference_finalize = _value_of(_reference_parts)
+def _reference_finalize(state, reference):
+    return _reference_parts(state, reference).value
 
 
 def logsumexp(*, method: str = "online", reference: jax.Array | None = None) -> RowReduction:
@@ -787,22 +783,31 @@ def _top_k_merge(a, b, *args):
     return value, jnp.where(value == -jnp.inf, -1, index)
 
 
-@functools.cache
-def _top_k_functions(k: int):
-    def init(like):
-        value = jnp.broadcast_to(jnp.full_like(like, -jnp.inf)[..., None], (*like.shape, k))
+@dataclasses.dataclass(frozen=True)
+class _TopKInit:
+    """`init` for k entries; a class, so that it equals another one for this k, and can be pickled."""
+
+    k: int
+
+    def __call__(self, like):
+        value = jnp.broadcast_to(jnp.full_like(like, -jnp.inf)[..., None], (*like.shape, self.k))
         return value, jnp.full_like(value, -1, dtype=jnp.int32)
 
-    def update(state, tile):
-        x = tile.scores
+
+@dataclasses.dataclass(frozen=True)
+class _TopKUpdate:
+    """`update` for k entries."""
+
+    k: int
+
+    def __call__(self, state, tile):
+        k, x = self.k, tile.scores
         if tile.in_kernel:
             return _best_k_by_rounds(state, tile, k)
         cols = jnp.broadcast_to(tile.cols, x.shape)
         if k < x.shape[-1]:
             x, cols = _best_k(x, cols, k)
         return _best_k(jnp.concatenate([state[0], x], axis=-1), jnp.concatenate([state[1], cols], axis=-1), k)
-
-    return init, update
 
 
 def _top_k_finalize(state):
@@ -812,7 +817,7 @@ def _top_k_finalize(state):
 def top_k(k: int) -> RowReduction:
     """The k largest scores with their columns, see `TopK`; ties go to the smaller column."""
     k = _checks.integer("k", k, at_least=1)
-    return RowReduction(*_top_k_functions(k), _top_k_merge, _top_k_finalize, share=_selection_share)
+    return RowReduction(_TopKInit(k), _TopKUpdate(k), _top_k_merge, _top_k_finalize, share=_selection_share)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1020,15 +1025,14 @@ def _mapped(tile: Tile, function: Callable, args) -> jax.Array:
     return function(tile.x, tile.cols, *row_args, *tile.col_args, *tile.entry_args)
 
 
-@functools.cache
-def _mapped_sum_functions(function: Callable):
-    def init(like, *args):
-        return like
+@dataclasses.dataclass(frozen=True)
+class _MappedSumUpdate:
+    """`update` of `mapped_sum`."""
 
-    def update(state, tile, *args):
-        return state + tile.sum(_mapped(tile, function, args))
+    function: Callable
 
-    return init, update
+    def __call__(self, state, tile, *args):
+        return state + tile.sum(_mapped(tile, self.function, args))
 
 
 def mapped_sum(function: Callable, *args, col_args: tuple = (), entry_args: tuple = ()) -> RowReduction:
@@ -1039,24 +1043,30 @@ def mapped_sum(function: Callable, *args, col_args: tuple = (), entry_args: tupl
     module-level or cached function: compiled programs are cached by its identity.
     """
     return RowReduction(
-        *_mapped_sum_functions(function), args=args, col_args=tuple(col_args), entry_args=tuple(entry_args)
+        _count_init,
+        _MappedSumUpdate(function),
+        args=args,
+        col_args=tuple(col_args),
+        entry_args=tuple(entry_args),
     )
 
 
-@functools.cache
-def _mapped_lse_functions(function: Callable):
-    def update(state, tile, *args):
-        return _lse_update(
-            state, tile.with_scores(jnp.where(tile.keep, _mapped(tile, function, args), -jnp.inf))
-        )
+@dataclasses.dataclass(frozen=True)
+class _MappedLseUpdate:
+    """`update` of `mapped_logsumexp`."""
 
-    return _lse_init, update
+    function: Callable
+
+    def __call__(self, state, tile, *args):
+        mapped = jnp.where(tile.keep, _mapped(tile, self.function, args), -jnp.inf)
+        return _lse_update(state, tile.with_scores(mapped))
 
 
 def mapped_logsumexp(function: Callable, *args, col_args: tuple = (), entry_args: tuple = ()) -> RowReduction:
     """`log sum_j e^(f(x_j))` for an elementwise `f`, as in `mapped_sum`; `f = -inf` drops an entry."""
     return RowReduction(
-        *_mapped_lse_functions(function),
+        _lse_init,
+        _MappedLseUpdate(function),
         _lse_merge,
         _lse_finalize,
         keep_gauge,

@@ -1,5 +1,6 @@
 """The laws that every optimizer and transform of `jaxsoft.optimizers` obeys, in one table."""
 
+import dataclasses
 import functools
 import importlib
 import os
@@ -131,7 +132,8 @@ def test_jit_and_the_optimizer_of_flax_are_eager(name):
         optimizer.update(model, grads)
 
     tx, params = CASES[name].make(), params_tree()
-    eager = run(tx, params, 3, update=tx.update)
+    restored = jax.tree.map(np.asarray, tx.init(params))  # as from a checkpoint
+    eager = run(tx, params, 3, state=restored, update=tx.update)
     model = Model(params)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     for i in range(3):
@@ -145,6 +147,52 @@ def test_accepts_python_scalars_as_leaves(name):
     tx, params = CASES[name].make(), {"a": 1.0, "b": jnp.ones(2)}
     updates, _ = tx.update({"a": 0.5, "b": jnp.array([0.25, -0.5])}, tx.init(params), params)
     assert all_finite(updates)
+
+
+@every
+def test_the_gradient_of_an_integer_is_named(name):
+    tx, params = CASES[name].make(), {"w": jnp.ones((2, 2)), "n": jnp.ones([], jnp.int32)}
+    grads = {"w": params["w"], "n": np.zeros([], jax.dtypes.float0)}
+    with pytest.raises(TypeError, match="updates must be floating, got a leaf of dtype float0"):
+        jax.eval_shape(lambda params: tx.update(grads, tx.init(params), params), params)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Module:
+    """A tree that can be called, as the modules of Equinox."""
+
+    tree: dict
+
+    def __call__(self, x):
+        raise AssertionError("a mask was taken for a function")
+
+
+def flax_tree(name, tree):
+    flax = pytest.importorskip("flax")
+    return flax.core.freeze(tree) if name == "FrozenDict" else importlib.import_module("flax.nnx").State(tree)
+
+
+@pytest.mark.parametrize("kind", ["Module", "FrozenDict", "State"])
+def test_masks_and_multipliers_are_trees_of_any_class(kind):
+    tree = Module if kind == "Module" else functools.partial(flax_tree, kind)
+    params, mask = tree({"a": jnp.ones((2, 3)), "b": jnp.ones((2, 3))}), tree({"a": True, "b": False})
+    decays = o.project_out_radial(optax.identity(), ready=False, delta=0.0, weight_decay=1.0, mask=mask)
+    for tx, expected in (
+        (decays, [2, 1]),
+        (optax.chain(o.scale_by_lion_k(), o.add_decayed_deltas(1.0, mask=mask)), [1, 1]),
+        (o.perpendicular_gradient(mask=mask), [0, 1]),
+        (o.lion_k(1.0, weight_decay=1.0, mask=mask), [-2, -1]),
+        (o.scale_by_multipliers(tree({"a": 2.0, "b": 3.0})), [2, 3]),
+        (o.scale_by_multipliers({1: 2.0, 2: 3.0}, tree({"a": 1, "b": 2})), [2, 3]),
+    ):
+        updates, _ = tx.update(params, tx.init(params), params)
+        assert [float(u[0, 0]) for u in jax.tree.leaves(updates)] == expected, expected
+    state = o.quantize_state(optax.trace(0.9), min_size=1, mask=mask).init(params).inner_state
+    assert [x.dtype for x in jax.tree.leaves(state)] == [jnp.uint8, jnp.float32]
+    balance = functools.partial(o.temp_balance_multipliers, mask=mask, min_eigenvalues=1)
+    rates = jax.eval_shape(balance, params)
+    assert jax.tree.structure(rates) == jax.tree.structure(params)
 
 
 @every

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import pickle
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -385,6 +386,15 @@ def given_of(case):
 
 
 # f64 with sums of tens of terms of size up to 100: 1e-12 leaves a factor of about a hundred to rounding.
+
+
+def test_every_reduction_can_be_pickled():
+    """And its functions equal their copies, so that a compiled program is found again."""
+    for case in CASES:
+        reduction = case.make(make_inputs())
+        copy = pickle.loads(pickle.dumps(reduction))
+        assert [f for f in reduction if callable(f)] == [f for f in copy if callable(f)], case.id
+        assert [hash(f) for f in reduction if callable(f)] == [hash(f) for f in copy if callable(f)], case.id
 
 
 @functools.cache
