@@ -318,8 +318,8 @@ def test_sizes(n, columns, block, x64):
     )
     trees_close(got, expected)
     logits = expression(p, block_size=block)
-    best = jaxsoft.top_k(logits, 2)
-    assert best.values.shape == (n, 2)
+    k = min(2, columns)
+    assert jaxsoft.top_k(logits, k).values.shape == (n, k)
     value = losses.weighted_sum(cross_entropy, logits, labels, weights=cotangent((n,)))
     trees_close(value, expected[0][0])
     trees_close(
