@@ -35,7 +35,7 @@ _INSTEAD = {
     "argsort": "jaxsoft.top_k(logits, k)",
     "sort": "jaxsoft.top_k(logits, k)",
     "reshape": "linear_logits of the reshaped hidden",
-    "astype": "linear_logits of hidden and weight in that dtype",
+    "astype": "linear_logits(hidden, weight, dtype=...)",
     "at": "the bias of linear_logits, or where in the function that reads the rows",
 }
 
