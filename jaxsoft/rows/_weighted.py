@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Float
 
@@ -236,7 +237,25 @@ def weighted_sum(
         )
     call = _Loss(loss, treedef, constants)
     operands = align_varying((logits._flat(), _ByRow(by_row, weights, row_masks), arrays))
-    return _compiled(call, min(chunk_size or _CHUNK_ROWS, max(n, 1)), *operands)
+    # Outside of `jit`, each call would compile its loops anew; compiled, a loss must not hold tracers.
+    staged = isinstance(jnp.zeros(()), Tracer)
+    run = _weighted if staged or _holds_tracers(loss) else _compiled
+    return run(call, min(chunk_size or _CHUNK_ROWS, max(n, 1)), *operands)
+
+
+def _holds_tracers(*held: Any) -> bool:
+    """Whether functions close over tracers, or have them among the arguments of a `functools.partial`."""
+    seen, todo = [], jax.tree.leaves(held)
+    while todo:
+        x = todo.pop()
+        if isinstance(x, Tracer):
+            return True
+        if callable(x) and not any(x is other for other in seen):
+            seen.append(x)
+            cells = getattr(x, "__closure__", None) or ()
+            parts = (x.func, x.args, x.keywords) if isinstance(x, functools.partial) else ()
+            todo += jax.tree.leaves(([cell.cell_contents for cell in cells], parts))
+    return False
 
 
 def check_loss(name: str, loss: Any) -> None:
@@ -433,5 +452,4 @@ def _weighted_backward(call, chunk, gradients, cotangent):
 
 
 _weighted.defvjp(_weighted_forward, _weighted_backward, symbolic_zeros=True)
-# Outside of `jit`, each call would compile its loops anew.
 _compiled = jax.jit(_weighted, static_argnums=(0, 1))

@@ -1,5 +1,7 @@
 """`weighted_sum` and `weighted_mean` beyond the conformance laws: transforms, dtypes, bad input."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -216,6 +218,26 @@ def test_a_second_call_compiles_nothing():
         assert not compiled
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_a_loss_may_close_over_traced_numbers():
+    def run(hidden, factor):
+        def closure(logits, labels):
+            return factor * losses.cross_entropy(logits, labels)
+
+        def with_argument(factor, logits, labels):
+            return factor * losses.cross_entropy(logits, labels)
+
+        logits = jaxsoft.linear_logits(hidden, WEIGHT)
+        partly = functools.partial(with_argument, factor)
+        nested = lambda *args: closure(*args)
+        return sum(losses.weighted_sum(loss, logits, LABELS) for loss in (closure, partly, nested))
+
+    gradient = jax.grad(run)
+    expected = gradient(HIDDEN, 1.5)
+    trees_close(jax.jit(gradient)(HIDDEN, 1.5), expected, 1e-6)
+    mapped = jax.vmap(gradient, (None, 0))(HIDDEN, jnp.array([1.5, 3.0]))
+    trees_close(mapped, jnp.stack([expected, 2 * expected]), 1e-6)
 
 
 @pytest.mark.parametrize("name", ["sum", "weighted_sum"])
