@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxsoft import _checks
 from jaxsoft.attention._arguments import prepare
 from jaxsoft.attention._rows import to_user
 from jaxsoft.attention._weights import last_pass, weighting
@@ -121,6 +122,8 @@ def dot_product_attention(
       >>> out.shape
       (1, 6, 2, 2)
     """
+    _checks.flag("return_residual", return_residual)
+    _checks.flag("return_statistics", return_statistics)
     rows, shape = prepare(
         query,
         key,

@@ -162,11 +162,11 @@ def last_pass(rows, normalizer, sinks=None, dropout_rate=0.0, dropout_key=None) 
                 f"scalable_softmax, sink_softmax, ...), got {_checks.describe(normalizer)}"
             )
         last = with_sink(last, rows.per_row("sinks", sinks))
-    _checks.number("dropout_rate", dropout_rate, at_least=0, below=1)
+    dropout_rate = _checks.static_number("dropout_rate", dropout_rate, at_least=0, below=1)
     if dropout_rate:
         if dropout_key is None:
             raise ValueError(f"dropout_key must be a PRNG key for dropout_rate={dropout_rate}, got None")
-        last = with_dropout(last, float(dropout_rate), key_words(dropout_key), rows.row_number())
+        last = with_dropout(last, dropout_rate, key_words(dropout_key), rows.row_number())
     return last
 
 
