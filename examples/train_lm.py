@@ -173,7 +173,10 @@ class Block(nnx.Module):
 
 
 class GPT(nnx.Module):
-    """From tokens `[batch, time]` to hidden states `[batch, time, width]` and a kernel `[width, vocab]`."""
+    """From tokens `[batch, time]` to hidden states `[batch, time, width]` and the head's kernel.
+
+    The kernel is `[width, vocab]`, or the embedding table `[vocab, width]` if the two are tied.
+    """
 
     def __init__(self, args: argparse.Namespace, vocab: int, streamed: bool, rngs: nnx.Rngs):
         small = nnx.initializers.normal(0.02)
@@ -184,21 +187,21 @@ class GPT(nnx.Module):
         self.head = None if args.tied else nnx.Param(small(rngs.params(), (args.width, vocab)))
 
     def __call__(self, tokens):
-        """The hidden states and the head's kernel, whose product is the logits."""
+        """The hidden states and the head's kernel."""
         x = self.embed(tokens) + self.place(jnp.arange(tokens.shape[1]))
         for block in self.blocks:
             x = block(x)
-        return self.norm(x), self.embed.embedding[...].T if self.head is None else self.head[...]
+        return self.norm(x), self.embed.embedding[...] if self.head is None else self.head[...]
 
 
 # Training.
 
 
-def make_logits(hidden, kernel, streamed: bool):
+def make_logits(hidden, kernel, tied: bool, streamed: bool):
     """The one-line change."""
-    if streamed:
-        return jaxsoft.linear_logits(hidden, kernel)  # an expression: [tokens, vocab] is never stored
-    return hidden @ kernel
+    if streamed:  # an expression: [tokens, vocab] is never stored
+        return jaxsoft.linear_logits(hidden, kernel, transpose_weight=tied)
+    return hidden @ (kernel.T if tied else kernel)
 
 
 def loss_options(args: argparse.Namespace) -> dict:
@@ -248,7 +251,7 @@ def run(args: argparse.Namespace, variant: str, tokenizer: Tokenizer, train, val
     def mean_loss(params, tokens, loss):
         hidden, kernel = nnx.merge(graph, params)(tokens[:, :-1])
         # Flat rows, in all runs: on a CPU, XLA multiplies [tokens, width] faster than [batch, time, width].
-        logits = make_logits(hidden.reshape(-1, args.width), kernel, streamed)
+        logits = make_logits(hidden.reshape(-1, args.width), kernel, args.tied, streamed)
         return loss(logits, tokens[:, 1:].reshape(-1))
 
     def train_step(params, opt_state, tokens):
@@ -301,7 +304,7 @@ def continue_text(args: argparse.Namespace, graph, params, tokenizer: Tokenizer)
     @jax.jit
     def next_token(window, last, key):
         hidden, kernel = nnx.merge(graph, params)(window[None])
-        logits = jaxsoft.linear_logits(hidden[0, last], kernel)
+        logits = make_logits(hidden[0, last], kernel, args.tied, streamed=True)
         top = jaxsoft.top_k(jaxsoft.temperature(logits, args.temperature), args.top_k)
         return top.indices[jax.random.categorical(key, top.values)]
 

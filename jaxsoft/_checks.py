@@ -64,6 +64,17 @@ def number(
         raise ValueError(f"{name} must be {expected}, got {v}")
 
 
+def static_number(name: str, value: Any, **bounds: float) -> float:
+    """Checks a number that shapes the program, so that it must be known while it is traced; returns it as a `float`."""
+    number(name, value, **bounds)
+    if not is_concrete_number(value):
+        raise TypeError(
+            f"{name} must be a static number, got {describe(value)}: pass a Python number; under jit, "
+            f"fix it by functools.partial or static_argnames={name!r}"
+        )
+    return float(value)
+
+
 def integer(name: str, value: Any, *, at_least: int | None = None, at_most: int | None = None) -> int:
     """Checks a static integer (a size, a count) and returns it as an `int`."""
     bounds = " and ".join(
@@ -83,6 +94,10 @@ def integer(name: str, value: Any, *, at_least: int | None = None, at_most: int 
 
 def option(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     """Checks that `value` is one of the named choices."""
+    if isinstance(value, jax.core.Tracer):  # which cannot be compared
+        raise TypeError(
+            f"{name} must be static, one of {', '.join(map(repr, choices))}, got {describe(value)}"
+        )
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 

@@ -61,8 +61,6 @@ def prepare(
     if h == 0:
         raise ValueError(f"query must have a width of at least 1, got shape {shape}")
     _checks.option("implementation", implementation, (None, *IMPLEMENTATIONS))
-    if softcap is not None:
-        _checks.number("softcap", softcap, above=0)
     if mask_fn is not None and not callable(mask_fn):
         raise TypeError(f"mask_fn must be a function of two positions, got {_checks.describe(mask_fn)}")
     _checks.flag("is_causal", is_causal)
@@ -86,7 +84,7 @@ def prepare(
         _checks.integer("query_offset", query_offset) if static else None,
         _checks.integer("key_offset", key_offset) if static else 0,
         mask_fn,
-        None if softcap is None else float(softcap),
+        None if softcap is None else _checks.static_number("softcap", softcap, above=0),
         precision,
         implementation,
     )

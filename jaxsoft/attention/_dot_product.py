@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxsoft import _checks
 from jaxsoft.attention._arguments import prepare
 from jaxsoft.attention._rows import to_user
 from jaxsoft.attention._weights import last_pass, weighting
@@ -53,6 +54,7 @@ def dot_product_attention(
     sinks: Float[Array, " N"] | None = None,
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
+    broadcast_dropout: bool = False,
     block_sizes: tuple[int | None, int | None] = (None, None),
     precision: Any = None,
     implementation: str | None = None,
@@ -94,6 +96,8 @@ def dot_product_attention(
       dropout_rate: the fraction of weights dropped after normalization. Which weights are dropped depends only on
         `dropout_key` and the indices of batch element, head, query and key.
       dropout_key: a PRNG key; required if the rate is above 0.
+      broadcast_dropout: whether all batch elements and heads drop the same pairs of query and key, as Flax does by
+        default.
       block_sizes: queries and keys per block; None: chosen automatically. They change the result only by rounding.
       precision: of the matrix products, as in `jax.lax.dot_general`; they accumulate in float32 at least.
       implementation: `"xla"`, or the kernels `"pallas_tpu"` or `"mosaic_gpu"` (reverse mode and first order only);
@@ -121,6 +125,8 @@ def dot_product_attention(
       >>> out.shape
       (1, 6, 2, 2)
     """
+    _checks.flag("return_residual", return_residual)
+    _checks.flag("return_statistics", return_statistics)
     rows, shape = prepare(
         query,
         key,
@@ -142,7 +148,7 @@ def dot_product_attention(
         precision=precision,
         implementation=implementation,
     )
-    last = last_pass(rows, normalizer, sinks, dropout_rate, dropout_key)
+    last = last_pass(rows, normalizer, sinks, dropout_rate, dropout_key, broadcast_dropout)
     passes = [weighting(rows, last)]
     if return_residual or return_statistics:
         before = (

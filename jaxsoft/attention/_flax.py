@@ -18,8 +18,8 @@ def flax_attention_fn(**options) -> Callable:
 
     Returns:
       A function for `nnx.MultiHeadAttention(attention_fn=...)` or `nn.MultiHeadAttention(attention_fn=...)`. It
-      honours the module's mask, bias, dropout (per weight: `broadcast_dropout` must be off when dropout is on) and
-      precision; it cannot sow attention weights, which are never stored.
+      honours the module's mask, bias, dropout (of Flax's distribution, not its random numbers) and precision; softmax
+      is always in float32. It cannot sow attention weights, which are never stored.
 
     Raises:
       TypeError: an argument of a wrong type, when the function is called.
@@ -45,6 +45,7 @@ def flax_attention_fn(**options) -> Callable:
         deterministic=False,
         dtype=None,
         precision=None,
+        force_fp32_for_softmax=False,
         module=None,
         is_causal=False,
         **others,
@@ -53,14 +54,11 @@ def flax_attention_fn(**options) -> Callable:
             raise ValueError(
                 "sow_weights must be False: attention weights are never stored, so they cannot be sown"
             )
-        if others.get("force_fp32_for_softmax") is False:
-            others.pop("force_fp32_for_softmax")  # softmax is in float32 in any case
+        del force_fp32_for_softmax  # which it always is
         others = {k: v for k, v in others.items() if v is not None}
         if others:
             raise ValueError(f"attention_fn does not support {', '.join(sorted(others))}")
         dropping = dropout_rate > 0 and not deterministic
-        if dropping and broadcast_dropout:
-            raise ValueError("broadcast_dropout must be False: each weight is dropped independently")
         if dtype is not None:
             query, key, value = (a.astype(dtype) for a in (query, key, value))
         given = dict(options)
@@ -75,6 +73,7 @@ def flax_attention_fn(**options) -> Callable:
             None if mask is None else mask.astype(bool),
             dropout_rate=dropout_rate if dropping else 0.0,
             dropout_key=dropout_rng if dropping else None,
+            broadcast_dropout=broadcast_dropout,
             **given,
         )
 

@@ -67,6 +67,12 @@ class AttentionRows:
         numbers = jnp.arange(p.batch * heads * p.queries, dtype=jnp.uint32)
         return to_blocks(p, numbers.reshape(p.batch, heads, p.queries))
 
+    def query_number(self) -> Array:
+        """One uint32 number per row, its query index: the same for all batch elements and heads."""
+        p = self.spec
+        numbers = jnp.arange(p.queries, dtype=jnp.uint32)
+        return to_blocks(p, jnp.broadcast_to(numbers, (p.batch, p.heads * p.groups, p.queries)))
+
     def per_row(self, name: str, value: Any) -> Array:
         """A number, one number per head, or an array that broadcasts to `[B, N, T]`, as a per-row array in blocks."""
         p = self.spec

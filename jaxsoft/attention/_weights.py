@@ -118,7 +118,7 @@ def _dropped(terms, rate: float):
 
 
 def with_dropout(normalizer: Normalizer, rate: float, words, rows: Array) -> Normalizer:
-    """Drops weights at random, after normalization, and scales up the others; `rows` holds the number of each row."""
+    """Drops weights at random, after normalization, and scales up the others; rows of one number drop the same."""
     params = {
         "drop0": jnp.broadcast_to(words[0], rows.shape),
         "drop1": jnp.broadcast_to(words[1], rows.shape),
@@ -152,7 +152,9 @@ def define(normalizer: Callable | None, rows: AttentionRows) -> Normalizer:
     return definition(rows, **options)
 
 
-def last_pass(rows, normalizer, sinks=None, dropout_rate=0.0, dropout_key=None) -> Normalizer:
+def last_pass(
+    rows, normalizer, sinks=None, dropout_rate=0.0, dropout_key=None, broadcast_dropout=False
+) -> Normalizer:
     """The last pass of a normalizer, with sinks and dropout; runs the earlier passes."""
     last = define(normalizer, rows)
     if sinks is not None:
@@ -162,11 +164,13 @@ def last_pass(rows, normalizer, sinks=None, dropout_rate=0.0, dropout_key=None) 
                 f"scalable_softmax, sink_softmax, ...), got {_checks.describe(normalizer)}"
             )
         last = with_sink(last, rows.per_row("sinks", sinks))
-    _checks.number("dropout_rate", dropout_rate, at_least=0, below=1)
+    dropout_rate = _checks.static_number("dropout_rate", dropout_rate, at_least=0, below=1)
+    _checks.flag("broadcast_dropout", broadcast_dropout)
     if dropout_rate:
         if dropout_key is None:
             raise ValueError(f"dropout_key must be a PRNG key for dropout_rate={dropout_rate}, got None")
-        last = with_dropout(last, float(dropout_rate), key_words(dropout_key), rows.row_number())
+        numbers = rows.query_number() if broadcast_dropout else rows.row_number()
+        last = with_dropout(last, dropout_rate, key_words(dropout_key), numbers)
     return last
 
 

@@ -301,6 +301,7 @@ def lightning_attention(
       [[2.735759 1.606531]]
     """
     block_size = _checks.integer("block_size", block_size, at_least=1)
+    _checks.flag("return_state", return_state)
     q, key, value, where = prepare(query, key, value, where, mask_name="where")
     query, dtype = q, query.dtype
     _checks.shape("key", key, query.shape, "[*batch, T, N, H], as the query")

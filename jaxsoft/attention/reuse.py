@@ -516,6 +516,7 @@ def attention_entropy_regularizer(
       [0.48  0.    0.157 0.48 ]
     """
     _checks.number("margin", margin, at_least=0)
+    _checks.flag("continuous", continuous)
     columns = scores.shape[check_axis(scores, axis)]
     wanted = (reductions.softmax_moments(), reductions.count())
     moments, count = reduce_rows(scores, wanted, axis=axis, where=where)

@@ -55,6 +55,7 @@ def newton_pseudo_inverse(
     """
     iterations = _checks.integer("iterations", iterations, at_least=1)
     _checks.number("ridge", ridge, at_least=0)
+    _checks.flag("positive_definite", positive_definite)
     _checks.floating("matrix", matrix)
     if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2]:
         raise ValueError(f"matrix must have shape [*batch, M, M], got shape {tuple(matrix.shape)}")
@@ -144,6 +145,7 @@ def softmax_free_attention(
       >>> print(np.asarray(out)[0, 0].round(3))
       [1.939 1.16 ]
     """
+    _checks.flag("symmetric", symmetric)
     tokens, _, v, keep = prepare(query, query, value, where, mask_name="where")
     tokens = jnp.where(keep[..., None, None], tokens, 0)
     *batch, length, heads, width = tokens.shape
@@ -220,6 +222,7 @@ def gaussian_kernel_attention(
       [[0.945 0.886]
        [0.539 0.73 ]]
     """
+    _checks.flag("normalize", normalize)
     q, k, v, _ = prepare(query, key, value, key_where, is_causal)
     scale = scale_of(scale, q.shape[-1])
 

@@ -287,6 +287,7 @@ def focal_loss(
     _check_class_weights(class_weights, rows)
     loss = rows.reduce(rows.label_statistics()).nll
     focus = power_of(miss_of(loss), gamma)
+    _checks.flag("stop_weight_gradient", stop_weight_gradient)
     loss = (lax.stop_gradient(focus) if stop_weight_gradient else focus) * loss
     if class_weights is not None:
         loss = rows.of_labels(class_weights) * loss

@@ -199,8 +199,9 @@ def alpha_divergence(
       >>> print(jaxsoft.losses.alpha_divergence(student, teacher, alpha=-1.0, clip=5.0).round(6))
       [0.247898]
     """
-    alpha = _static("alpha", alpha)
-    clip = None if clip is None else _static("clip", clip, above=0)
+    alpha = _checks.static_number("alpha", alpha)
+    clip = None if clip is None else _checks.static_number("clip", clip, above=0)
+    _checks.flag("stop_teacher_gradient", stop_teacher_gradient)
     rows, teacher = _pair(
         logits, teacher_logits, 1.0, stop_teacher_gradient or clip is not None, axis, where, weights
     )
@@ -249,10 +250,13 @@ def adaptive_alpha_divergence_loss(
       >>> print(jaxsoft.losses.adaptive_alpha_divergence_loss(student, teacher).round(6))
       [0.247898]
     """
-    alpha_min, alpha_max = _static("alpha_min", alpha_min), _static("alpha_max", alpha_max)
+    alpha_min, alpha_max = (
+        _checks.static_number("alpha_min", alpha_min),
+        _checks.static_number("alpha_max", alpha_max),
+    )
     if alpha_max <= alpha_min:
         raise ValueError(f"alpha_max must be above alpha_min={alpha_min}, got {alpha_max}")
-    clip = None if clip is None else _static("clip", clip, above=0)
+    clip = None if clip is None else _checks.static_number("clip", clip, above=0)
     rows, teacher = _pair(logits, teacher_logits, 1.0, True, axis, where, weights)
     low, high = (_alpha_divergence(rows, teacher, a, clip) for a in (alpha_min, alpha_max))
     return rows.finish(jnp.maximum(low, high))
@@ -621,6 +625,7 @@ def _pair(
     """The student's checked rows, and the teacher's scores in the form of a reduction's `entry_args`."""
     axis = check_axis(logits, axis)
     _checks.number("temperature", temperature, above=0)
+    _checks.flag("stop_teacher_gradient", stop_teacher)
     check_weights(weights, rows_of(logits.shape, axis))
     teacher = check_second(name, teacher_logits, logits, axis)
     teacher = lax.stop_gradient(teacher) if stop_teacher else teacher
@@ -628,13 +633,6 @@ def _pair(
         logits = tempered(widened(logits), temperature, axis=axis)
         teacher = tempered(widened(teacher), temperature)
     return LabelledRows(logits, axis, where, None, None, False, weights), teacher
-
-
-def _static(name: str, value: Any, **bounds: float) -> float:
-    if not _checks.is_concrete_number(value):
-        raise TypeError(f"{name} must be a static number, got {_checks.describe(value)}")
-    _checks.number(name, value, **bounds)
-    return float(value)
 
 
 def _second_pass(terms, compared: reductions.RelativeEntropy, teacher):

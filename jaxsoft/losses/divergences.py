@@ -82,7 +82,7 @@ def distance_covariance(
       >>> print(distance_covariance(x, y).round(4), distance_covariance(x, y, correlation=True).round(4))
       0.8516 0.9106
     """
-    _checks.option("correlation", correlation, (False, True))
+    _checks.flag("correlation", correlation)
     (x, keep), (y, _) = _vectors("x", x, where), _vectors("y", y, None)
     _checks.shape("y", y, (*x.shape[:-1], y.shape[-1]), "the shape of x except the features")
     y = jnp.where(keep[..., None], y, 0)

@@ -111,6 +111,7 @@ def cosine_logits(
         _checks.floating(name, value)
         if value.ndim < (2 if name == "weight" else 1):
             raise ValueError(f"{name} must have an axis of features, got shape {value.shape}")
+    _checks.flag("transpose_weight", transpose_weight)
     unscaled = _checks.is_concrete_number(scale) and float(scale) == 1
     return linear_logits(
         l2_normalize(features),
@@ -335,7 +336,7 @@ def additive_angular_margin_loss(
     """
     _checks.number("scale", scale, above=0)
     _checks.number("margin", margin, at_least=0, at_most=math.pi)
-    _checks.option("easy_margin", easy_margin, (False, True))
+    _checks.flag("easy_margin", easy_margin)
     rows = prepare(cosines, labels, axis, where, weights, ignore_index, soft=False)
     s, m = _by_row(rows, scale, margin)
 
@@ -528,7 +529,7 @@ def sphereface2_loss(
       [0.164742]
     """
     _check_sphereface2(scale, margin, power, positive_weight)
-    _checks.option("straight_through", straight_through, (False, True))
+    _checks.flag("straight_through", straight_through)
     if bias is not None:
         _checks.number("bias", bias)
     rows = prepare(cosines, labels, axis, where, weights, ignore_index, soft=False)
@@ -536,7 +537,7 @@ def sphereface2_loss(
         options = dict(scale=scale, margin=margin, power=power, positive_weight=positive_weight)
         bias = _bias_init(max(rows.columns, 2), **options)
     s, m, t, b = _by_row(rows, scale, margin, power, bias)
-    logit, negative = _sphereface2(bool(straight_through))
+    logit, negative = _sphereface2(straight_through)
     others = reductions.mapped_sum(negative, rows.labels, s, m, t, b)
     negatives, cosine, count = rows.reduce((others, reductions.take(rows.labels), reductions.count()))
     absent = cosine == -jnp.inf
@@ -673,10 +674,10 @@ def circle_loss(
     """
     _checks.number("scale", scale, above=0)
     _checks.number("margin", margin, at_least=0)
-    _checks.option("stop_weight_gradient", stop_weight_gradient, (False, True))
+    _checks.flag("stop_weight_gradient", stop_weight_gradient)
     rows, given = prepare_positives(cosines, labels, axis, where, weights, ignore_index)
     s, m = _by_row(rows, scale, margin)
-    positive, negative = _circle(bool(stop_weight_gradient))
+    positive, negative = _circle(stop_weight_gradient)
     if given is None:
         others = mapped_log_partition(_chosen(negative, False), s, m, entry_args=(rows.labels,))
         own = mapped_log_partition(_chosen(positive, True), s, m, entry_args=(rows.labels,))

@@ -458,8 +458,8 @@ def group_relative_advantage(
       >>> print(jaxsoft.losses.group_relative_advantage(rewards, scale=False))
       [ 0.375 -0.625 -0.125  0.375]
     """
-    _checks.option("scale", scale, (False, True))
-    _checks.option("unbiased", unbiased, (False, True))
+    _checks.flag("scale", scale)
+    _checks.flag("unbiased", unbiased)
     _checks.number("epsilon", epsilon, above=0)
     group = prepare(where, rewards=rewards)
     (rewards,) = group.arrays

@@ -710,7 +710,7 @@ def token_rewards(
       [0.03 0.05 0.02]
     """
     _checks.number("beta", beta, above=0)
-    _checks.option("to_go", to_go, (False, True))
+    _checks.flag("to_go", to_go)
     _check_tokens("log_prob", log_prob)
     log_prob, reference = prepare(where, log_prob=log_prob, reference=reference).arrays
     rewards = beta * (log_prob - lax.stop_gradient(reference))

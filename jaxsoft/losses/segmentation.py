@@ -111,7 +111,7 @@ def tversky_loss(
     _checks.option("activation", activation, ("softmax", "sigmoid", None))
     _checks.option("aggregation", aggregation, ("batch", "image", "class"))
     _checks.option("classes", classes, ("present", "all", None))
-    _checks.option("log", log, (False, True))
+    _checks.flag("log", log)
     norm = _checks.integer("norm", norm, at_least=1)
     x, present, axis = present_scores(logits, axis, where, "an overlap loss")
     rows = prepare(logits, labels, axis, where, weights, ignore_index)

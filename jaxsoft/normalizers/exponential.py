@@ -319,6 +319,7 @@ _ADAPTIVE = (-0.037, 0.481, -2.3, 4.917, -1.791)
 
 
 def _adaptive_temperature_softmax(rows, *, coefficients=_ADAPTIVE, threshold=0.5, stop_gradient=False):
+    _checks.flag("stop_gradient", stop_gradient)
     source = rows.detached() if stop_gradient else rows
     entropy = source.reduce(reductions.softmax_moments(variance=False)).entropy
     beta = jnp.polyval(jnp.asarray(coefficients, entropy.dtype), entropy)
@@ -520,6 +521,7 @@ _NORMALIZED_SELF_ADJUST = Normalizer(
 
 def _self_adjust_softmax(rows, *, normalized=True):
     del rows
+    _checks.flag("normalized", normalized)
     return _NORMALIZED_SELF_ADJUST if normalized else _SELF_ADJUST
 
 

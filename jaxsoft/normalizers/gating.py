@@ -78,6 +78,7 @@ def top_k_gate(
       [0.598688 0.       0.401312 0.      ] [0.449171 0.       0.301089 0.      ]
     """
     k = _checks.integer("k", k, at_least=1)
+    _checks.flag("renormalize", renormalize)
     x, present, axis = present_scores(scores, axis, where, "top_k_gate")
     if noise_logits is not None and noise_std is not None:
         raise ValueError("noise_logits and noise_std are two forms of the noise: give one of them, got both")

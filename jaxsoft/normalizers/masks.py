@@ -86,6 +86,7 @@ def gumbel_sigmoid(
       [0.88 0.12 0.62] [1. 0. 1.]
     """
     check_dense(logits, "gumbel_sigmoid")
+    _checks.flag("hard", hard)
     _checks.floating("logits", logits)
     x, present, _ = present_scores(jnp.atleast_1d(logits), -1, where, "gumbel_sigmoid")
     temperature = row_scalar("temperature", temperature, (), x.dtype, positive=True)

@@ -76,6 +76,7 @@ def soft_pool(
         )
     if clamp_min is not None:
         _checks.number("clamp_min", clamp_min)
+    _checks.flag("stop_weight_gradient", stop_weight_gradient)
     a, present, _ = present_scores(x, -1, where, "soft_pool")
     y = _pool(a, present, tuple(chosen), sizes, steps, stop_weight_gradient)
     if clamp_min is not None:

@@ -283,9 +283,10 @@ def _is(power: Any, value: float) -> bool:
 
 
 def _relu_weights(rows, *, power=1.0):
+    power = _checks.static_number("power", power, above=0)
     n = rows.count()
     unit = safe_divide(jnp.ones_like(n), n)
-    return Normalizer(None, _relu_terms(float(power)), _unit, params={"unit": unit})
+    return Normalizer(None, _relu_terms(power), _unit, params={"unit": unit})
 
 
 @defined_by(_relu_weights)
@@ -315,7 +316,6 @@ def relu_weights(
       >>> print(jaxsoft.relu_weights(jnp.array([1.0, 2.0, -1.0, 0.5])))
       [0.25  0.5   0.    0.125]
     """
-    _checks.number("power", power, above=0)
     return normalize(_relu_weights, scores, axis, where, "relu_weights", power=power)
 
 

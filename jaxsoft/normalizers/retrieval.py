@@ -73,6 +73,7 @@ def inverted_softmax(
       [[ 7.98185 -2.01815]
        [ 3.98185 -3.01815]]
     """
+    _checks.flag("log", log)
     s, present, _ = present_scores(similarities, -1, where, "inverted_softmax")
     scores = _log_inverted(s, present, bank, "bank", beta, "beta", bank_axis, bank_where)
     return (scores if log else jnp.exp(scores)).astype(similarities.dtype)
@@ -123,6 +124,7 @@ def dynamic_inverted_softmax(
       [[ 0.9      0.8    ]
        [ 3.98185 -3.01815]]
     """
+    _checks.flag("log", log)
     s, present, _ = present_scores(similarities, -1, where, "dynamic_inverted_softmax")
     scores = _log_inverted(s, present, bank, "bank", beta, "beta", bank_axis, bank_where)
     active = _active(s, present, bank, k, bank_axis, bank_where)
@@ -190,6 +192,8 @@ def dual_inverted_softmax(
        [-1.645069 -1.732817]]
     """
     _checks.number("floor", floor, above=0)
+    _checks.flag("dynamic", dynamic)
+    _checks.flag("log", log)
     s, present, _ = present_scores(similarities, -1, where, "dual_inverted_softmax")
     factors = []
     for bank, name, beta, bank_where in (

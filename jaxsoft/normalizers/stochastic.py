@@ -54,6 +54,7 @@ def _ones(state, params):
 
 
 def _gumbel_softmax(rows, *, key, temperature=1.0, hard=False):
+    _checks.flag("hard", hard)
     key0, key1 = (jnp.broadcast_to(word, rows.shape) for word in key_words(key))
     row = rows.row_number()
     sharpness = 1 / rows.per_row("temperature", temperature)

@@ -110,8 +110,8 @@ def temperature_network(
     low, high = _RANGES[form]
     low = low if min_temperature is None else min_temperature
     high = high if max_temperature is None else max_temperature
-    _checks.number("min_temperature", low, above=0)
-    _checks.number("max_temperature", high, at_least=float(low))
+    low = _checks.static_number("min_temperature", low, above=0)
+    high = _checks.static_number("max_temperature", high, at_least=low)
     _checks.number("dropout", dropout, at_least=0, below=1)
     clip = form == "clip"
 
@@ -224,6 +224,7 @@ def noisy_logits(
     _checks.floating("weight_norms", weight_norms)
     _checks.shape("weight_norms", weight_norms, (columns,), "one number per class")
     _checks.number("alpha", alpha, at_least=0)
+    _checks.flag("stop_noise_gradient", stop_noise_gradient)
     labels = as_ids(labels)
     keep: Bool[Array, ...] = jnp.ones(rows, bool) if ignore_index is None else labels != ignore_index
     valid = (labels >= 0) & (labels < columns)

@@ -437,13 +437,11 @@ def linear_logits(
             "bias", bias, (weight.shape[0 if transpose_weight else 1],), "one number per column of logits"
         )
     if softcap is not None:
-        _checks.number("softcap", softcap, above=0)
-        softcap = float(softcap)
+        softcap = _checks.static_number("softcap", softcap, above=0)
     if block_size is not None:
         block_size = _checks.integer("block_size", block_size, at_least=1)
     if filter_eps is not None:
-        _checks.number("filter_eps", filter_eps, at_least=0)
-        filter_eps = float(filter_eps)
+        filter_eps = _checks.static_number("filter_eps", filter_eps, at_least=0)
     _checks.option("implementation", implementation, (None, *IMPLEMENTATIONS))
     rows = tuple(hidden.shape[:-1])
     return LinearLogits(

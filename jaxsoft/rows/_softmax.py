@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, is_present
 from jaxsoft.rows import reductions
 from jaxsoft.rows._logits import LinearLogits, Logits, check_axis
@@ -202,6 +203,7 @@ def softmax_top_k(
       >>> print(best.values.round(6), best.indices)
       [[0.60946  0.224208]] [[1 0]]
     """
+    _checks.flag("renormalize", renormalize)
     both = (reductions.top_k(check_k(k, logits, axis)), reductions.log_partition())
     best, partition = reduce_rows(logits, both, axis=axis, where=where, implementation=implementation)
     if renormalize:

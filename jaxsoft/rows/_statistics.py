@@ -153,14 +153,15 @@ def softcap(logits: Logits, cap: float) -> Logits:
       [ 1.   29.92]
     """
     check_axis(logits, -1)
-    _checks.number("cap", cap, above=0)
     if isinstance(logits, LinearLogits):
+        cap = _checks.static_number("cap", cap, above=0)
         if logits.softcap is not None or logits.temperature is not None:
             raise ValueError(
                 "softcap must be applied to linear_logits first and only once: these have "
                 f"softcap={logits.softcap} and {'a' if logits.temperature is not None else 'no'} temperature"
             )
-        return dataclasses.replace(logits, softcap=float(cap))
+        return dataclasses.replace(logits, softcap=cap)
+    _checks.number("cap", cap, above=0)
     return capped(logits.astype(accumulation_dtype(logits.dtype)), cap).astype(logits.dtype)
 
 

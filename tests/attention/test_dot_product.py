@@ -431,6 +431,13 @@ def test_dropout():
     weigh = jnp.moveaxis(jnp.where(ratio > 0.5, 1 / 0.6, 0.0), 2, 1)
     compare(lambda *a: stored(*a, weigh=weigh), f, (q, k, v), 2e-5)
     assert not jnp.allclose(out, f(q, k, v, dropout_key=jax.random.key(4)))
+    # Shared by batch elements and heads, and independent of blocks.
+    shared = partial(f, jnp.zeros_like(q), k, eye, broadcast_dropout=True)
+    dropped = shared() == 0
+    assert jnp.all(dropped == dropped[:1, :, :1]) and dropped[0, :, 0].any() and not dropped.all()
+    assert jnp.any(jnp.isclose(ratio, 0) != jnp.isclose(ratio, 0)[:1, :, :1])
+    assert abs(jnp.mean(dropped[0, :, 0]) - 0.4) < 4 * np.sqrt(0.24 / (T * S))
+    np.testing.assert_array_equal(shared(block_sizes=(4, 3)) == 0, dropped)
 
 
 def test_gumbel_softmax():

@@ -230,20 +230,19 @@ def test_flax_modules():
     for a, b, c in zip(*outputs):
         np.testing.assert_allclose(a, b, atol=2e-6)
         assert not jnp.allclose(a, c, atol=1e-3)
-    dropping = nnx.MultiHeadAttention(
-        2,
-        8,
-        decode=False,
-        dropout_rate=0.5,
-        broadcast_dropout=False,
-        rngs=nnx.Rngs(0),
-        attention_fn=flax_attention_fn(),
-    )
-    first, second = dropping(x, deterministic=False), dropping(x, deterministic=False)
-    assert not jnp.allclose(first, second)
-    with pytest.raises(ValueError, match="broadcast_dropout"):
-        flax_attention_fn()(
-            x[:, :, None], x[:, :, None], x[:, :, None], dropout_rate=0.5, broadcast_dropout=True
-        )
+    # Equal batch elements: `broadcast_dropout`, Flax's default, drops the same weights in each.
+    same = jnp.broadcast_to(x[:1], x.shape)
+    for shared in ({}, {"broadcast_dropout": False}):
+        options = dict(dropout_rate=0.5, attention_fn=flax_attention_fn(), **shared)
+        dropping = nnx.MultiHeadAttention(2, 8, decode=False, rngs=nnx.Rngs(0), **options)
+        linen = nn.MultiHeadDotProductAttention(num_heads=2, force_fp32_for_softmax=True, **options)
+        outputs = [dropping(same, deterministic=False) for _ in range(2)]
+        outputs += [
+            linen.apply(variables, same, deterministic=False, rngs={"dropout": jax.random.key(i)})
+            for i in range(2)
+        ]
+        assert not jnp.allclose(*outputs[:2]) and not jnp.allclose(*outputs[2:])
+        for out in outputs:
+            assert jnp.allclose(out[0], out[1]) == shared.get("broadcast_dropout", True)
     with pytest.raises(ValueError, match="sown"):
         module(x, sow_weights=True)

@@ -316,7 +316,7 @@ EXPRESSION = jaxsoft.linear_logits(np.ones((4, 2), np.float32), np.ones((2, 3), 
 BAD = [
     (distance_covariance, (F, F[:2]), {}, ValueError, ["y", "(4, 3)", "(2, 3)"]),
     (distance_covariance, (F[0], F[0]), {}, ValueError, ["x", "[*batch, n, features]", "(3,)"]),
-    (distance_covariance, (F, F), dict(correlation="yes"), ValueError, ["correlation", "False, True", "'yes'"]),
+    (distance_covariance, (F, F), dict(correlation="yes"), TypeError, ["correlation", "True or False", "'yes'"]),
     (distance_covariance, (F, F), dict(where=F > 0), ValueError, ["where", "(4,)", "(4, 3)"]),
     (weighted_mmd, (F, F[:, :2]), {}, ValueError, ["y", "(4, 2)", "('m', 3)"]),
     (weighted_mmd, (F, F), dict(bandwidth=0.0), ValueError, ["bandwidth", "> 0", "0.0"]),

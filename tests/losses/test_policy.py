@@ -416,7 +416,7 @@ BAD = [
     (lambda: losses.cispo_loss(X, X, ONES, floor=-1.0), ValueError, "floor must be a number >= 0"),
     (lambda: losses.group_relative_advantage(X, axis=2), ValueError, "axis must be a static integer"),
     (lambda: losses.group_relative_advantage(X, epsilon=0.0), ValueError, "epsilon must be a number > 0"),
-    (lambda: losses.group_relative_advantage(X, scale=2), ValueError, "scale must be one of"),
+    (lambda: losses.group_relative_advantage(X, scale=2), TypeError, "scale must be True or False"),
     (
         lambda: losses.group_relative_advantage(X.astype(int)),
         TypeError,

@@ -640,7 +640,7 @@ BAD = [
     ),
     (lambda: losses.sequence_log_prob([1.0]), TypeError, "token_log_probs must be an array"),
     (lambda: losses.token_rewards(ONES, ONES, beta=-1.0), ValueError, "beta must be a number > 0"),
-    (lambda: losses.token_rewards(ONES, ONES, to_go=2), ValueError, "to_go must be one of"),
+    (lambda: losses.token_rewards(ONES, ONES, to_go=2), TypeError, "to_go must be True or False"),
     (lambda: losses.oreo_loss(ONES, ONES, ONES, ONES), ValueError, r"reward must have shape \(\)"),
     (lambda: losses.oreo_loss(*[ONES] * 3, jnp.ones(()), kind="step"), ValueError, "kind must be one of"),
     (lambda: losses.oreo_loss(*[ONES] * 3, jnp.ones(()), clip=0.0), ValueError, "clip must be a number > 0"),

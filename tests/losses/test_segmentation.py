@@ -259,7 +259,7 @@ def test_a_batch_over_two_devices(x64):
         (dict(classes="some"), ValueError, ["classes", "'present', 'all', None", "'some'"]),
         (dict(norm=1.5), TypeError, ["norm", "integer", "1.5"]),
         (dict(norm=0), ValueError, ["norm", ">= 1", "0"]),
-        (dict(log="yes"), ValueError, ["log", "False, True", "'yes'"]),
+        (dict(log="yes"), TypeError, ["log", "True or False", "'yes'"]),
         (dict(class_weights=np.ones(4, np.float32)), ValueError, ["class_weights", "(6,)", "(4,)"]),
         (dict(weights=np.ones(6, np.float32)), ValueError, ["weights", "(3, 4, 5)", "(6,)"]),
         (dict(where=np.ones((3, 4, 5), bool)), ValueError, ["where", "(3, 4, 5, 6)", "(3, 4, 5)"]),

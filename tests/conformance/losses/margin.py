@@ -36,11 +36,11 @@ BAD_OPTIONS = [
         for f in (COSFACE, ARCFACE, SPHEREFACE2, CIRCLE)
     ),
     (ARCFACE, dict(margin=28.6), ValueError, ["margin", "<= 3.14", "28.6"]),
-    (ARCFACE, dict(easy_margin="yes"), ValueError, ["easy_margin", "False, True", "'yes'"]),
+    (ARCFACE, dict(easy_margin="yes"), TypeError, ["easy_margin", "True or False", "'yes'"]),
     (CAUCHY, dict(class_concentration=None), TypeError, ["class_concentration", "floating", "None"]),
     (SPHEREFACE2, dict(power=0.0), ValueError, ["power", "> 0", "0.0"]),
     (SPHEREFACE2, dict(positive_weight=1.5), ValueError, ["positive_weight", "<= 1", "1.5"]),
     (SPHEREFACE2, dict(bias="b"), TypeError, ["bias", "number", "'b'"]),
-    (SPHEREFACE2, dict(straight_through=2), ValueError, ["straight_through", "False, True", "2"]),
-    (CIRCLE, dict(stop_weight_gradient=None), ValueError, ["stop_weight_gradient", "False, True", "None"]),
+    (SPHEREFACE2, dict(straight_through=2), TypeError, ["straight_through", "True or False", "2"]),
+    (CIRCLE, dict(stop_weight_gradient=None), TypeError, ["stop_weight_gradient", "True or False", "None"]),
 ]
