@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -121,8 +122,7 @@ def prepare(
     if alibi_slopes is not None:
         _per_head("alibi_slopes", alibi_slopes, n)
         inputs = inputs._replace(slopes=rows.per_row("alibi_slopes", alibi_slopes))
-    rows.inputs = inputs
-    return rows, shape
+    return dataclasses.replace(rows, inputs=inputs), shape
 
 
 def _is_static(offset: Any) -> bool:

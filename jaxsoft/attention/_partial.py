@@ -20,6 +20,7 @@ from jaxsoft.attention._arguments import prepare
 from jaxsoft.attention._rows import AttentionRows, from_blocks, to_blocks, to_user
 from jaxsoft.attention._spec import AttentionSpec
 from jaxsoft.attention._weights import last_pass, weighted_values, weighting
+from jaxsoft.kernels.inner import compiled
 from jaxsoft.normalizers import Normalizer
 from jaxsoft.normalizers.inner import exponent, is_exponential, per_row
 from jaxsoft.rows import reductions
@@ -59,10 +60,11 @@ class PartialAttention:
         return to_user(self.spec, jnp.where(s > 0, m, 0) + log_or_neg_inf(s), self.shape)
 
 
+@dataclasses.dataclass(frozen=True)
 class _OnePass(AttentionRows):
     """Rows with only a part of their keys: refuses normalizers that need whole rows before the last pass."""
 
-    key_count: Any = None
+    key_count: Any
 
     def reduce(self, wanted: Any) -> Any:
         raise ValueError(
@@ -133,8 +135,7 @@ def partial_attention(
       True
     """
     rows, shape = prepare(query, key, value, bias, mask, key_offset=key_offset, **options)
-    rows = _OnePass(rows.spec, rows.inputs, rows.masks)
-    rows.key_count = key_count
+    rows = _OnePass(rows.spec, rows.inputs, rows.masks, key_count)
     last = last_pass(rows, normalizer, sinks)
     state = rows.run([weighting(rows, last)])[0]
     return PartialAttention(state, last.params, last.functions(), rows.spec, shape, query.dtype)
@@ -245,29 +246,36 @@ def decode_attention(
         raise ValueError(f"splits must divide the {size} positions of key_cache, got {splits}")
     options |= dict(is_causal=True, key_value_seq_lengths=lengths, query_offset=lengths - query.shape[-3])
 
-    def exact():
-        if splits == 1:
-            rows, shape = prepare(query, key_cache, value_cache, **_positional(options))
-            last = last_pass(rows, normalizer, options.get("sinks"))
-            reduction = weighting(rows, last)
-            (state,) = rows.run([reduction])
-            return to_user(rows.spec, reduction.finalize(state, last.params), shape).astype(query.dtype)
+    if unified_max is not None:
+        _checks.number("unified_max", unified_max)
+        if normalizer is not None or splits > 1 or options.get("sinks") is not None:
+            raise ValueError(
+                "unified_max needs plain softmax: leave normalizer, sinks and splits at their defaults"
+            )
+    if splits > 1:
         return _split(query, key_cache, value_cache, splits, normalizer, options).output()
-
-    if unified_max is None:
-        return exact()
-    _checks.number("unified_max", unified_max)
-    if normalizer is not None or splits > 1 or options.get("sinks") is not None:
-        raise ValueError(
-            "unified_max needs plain softmax: leave normalizer, sinks and splits at their defaults"
-        )
     rows, shape = prepare(query, key_cache, value_cache, **_positional(options))
-    phi = rows.per_row("unified_max", unified_max)
-    last = _UNIFIED._replace(params={"reference": phi})
+    if unified_max is None:
+        out, _ = _attend(rows, last_pass(rows, normalizer, options.get("sinks")))
+    else:
+        out = _unified(rows, rows.per_row("unified_max", unified_max))
+    return to_user(rows.spec, out, shape).astype(query.dtype)
+
+
+def _attend(rows: AttentionRows, last: Normalizer) -> tuple[Array, Any]:
+    """The output of the last pass, and the state of its statistics."""
     reduction = weighting(rows, last)
     (state,) = rows.run([reduction])
-    out = to_user(rows.spec, reduction.finalize(state, last.params), shape).astype(query.dtype)
-    return lax.cond(jnp.all(_in_range(state.statistics, last.params)), lambda: out, exact)
+    return reduction.finalize(state, last.params), state.statistics
+
+
+@compiled
+def _unified(rows: AttentionRows, reference: Array) -> Array:
+    """The output of softmax with a fixed reference, or with a running maximum if a row is out of its range."""
+    params = {"reference": reference}
+    out, statistics = _attend(rows, _UNIFIED._replace(params=params))
+    safe = jnp.all(_in_range(statistics, params))
+    return lax.cond(safe, lambda: out, lambda: _attend(rows, last_pass(rows, None))[0])
 
 
 def _positional(options: dict[str, Any]) -> dict[str, Any]:

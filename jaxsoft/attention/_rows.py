@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -18,26 +19,35 @@ from jaxsoft.rows import RowReduction
 from jaxsoft.rows.inner import is_reduction
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class AttentionRows:
     """The rows of attention scores, in the form that definitions of normalizers use (for stored scores: `DenseRows`).
 
-    Attributes:
-      shape: of per-row arrays, in query blocks: `[nq, B, K, R]`.
-      dtype: of statistics and parameters.
+    A pytree, whose arrays are the inputs and the masks.
     """
 
-    def __init__(self, spec: AttentionSpec, inputs: Inputs, masks: Visibility):
-        self.spec, self.inputs, self.masks = spec, inputs, masks
-        self.shape = spec.rows
-        self.dtype = accumulation_dtype(inputs.query.dtype, inputs.key.dtype)
+    spec: AttentionSpec = dataclasses.field(metadata=dict(static=True))
+    inputs: Inputs
+    masks: Visibility
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of per-row arrays, in query blocks: `[nq, B, K, R]`."""
+        return self.spec.rows
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of statistics and parameters."""
+        return accumulation_dtype(self.inputs.query.dtype, self.inputs.key.dtype)
 
     def run(self, wanted: list[RowReduction]) -> list:
         """The states of row reductions, in one pass."""
         functions = tuple(r._replace(args=()) for r in wanted)
         return run(self.spec, functions, self.inputs, self.masks, [r.args for r in wanted])
 
-    def _without_values(self) -> AttentionRows:
-        return AttentionRows(self.spec, self.inputs._replace(value=None), self.masks)
+    def _without_values(self) -> Self:
+        return dataclasses.replace(self, inputs=self.inputs._replace(value=None))
 
     def reduce(self, wanted: Any) -> Any:
         """The results of row reductions over the scores, in one pass."""
@@ -56,9 +66,10 @@ class AttentionRows:
         """The number of visible keys per query."""
         return count(self.spec, self.inputs, self.masks)
 
-    def detached(self) -> AttentionRows:
-        """The same rows without gradient."""
-        return AttentionRows(self.spec, jax.lax.stop_gradient(self.inputs), self.masks)
+    def detached(self) -> Self:
+        """The same rows without gradient, to be reduced."""
+        rows = self._without_values()
+        return dataclasses.replace(rows, inputs=jax.lax.stop_gradient(rows.inputs))
 
     def row_number(self) -> Array:
         """One uint32 number per row, which depends only on batch element, head and query index."""

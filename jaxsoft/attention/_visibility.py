@@ -84,6 +84,7 @@ def as_rows(spec: AttentionSpec, block: Array) -> Array:
     return block.reshape(spec.batch, spec.heads, spec.groups * spec.bq, spec.bk)
 
 
+@functools.partial(jax.jit, static_argnums=0)  # outside of `jit`, each call would compile the loop anew
 def count(spec: AttentionSpec, inputs: Inputs, masks: Visibility) -> Array:
     """The number of visible keys per row, counted without computing scores."""
     dtype = accumulation_dtype(inputs.query.dtype, inputs.key.dtype)

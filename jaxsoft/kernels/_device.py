@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import importlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -125,6 +126,24 @@ def is_interpreted() -> bool:
 def blocks() -> tuple[tuple[str, int], ...]:
     """The sizes given to `block_sizes`, as sorted pairs of name and size."""
     return _blocks.get()
+
+
+def compiled(function: Callable, static_argnums: tuple[int, ...] = ()) -> Callable:
+    """`jax.jit` of a module-level function that chooses kernels: one program per state of the contexts above.
+
+    Outside of `jit`, JAX would compile a loop or a branch with a closure anew in each call.
+    """
+
+    @functools.partial(jax.jit, static_argnums=(0, *(i + 1 for i in static_argnums)))
+    def run(context, *args):
+        del context
+        return function(*args)
+
+    @functools.wraps(function)
+    def call(*args):
+        return run((is_interpreted(), blocks()), *args)
+
+    return call
 
 
 def device() -> tuple[str, str]:

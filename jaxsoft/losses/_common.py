@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, as_ids, weigh
+from jaxsoft.normalizers.inner import per_row
 from jaxsoft.rows import LinearLogits, Logits, reduce_rows, reductions
-from jaxsoft.rows.inner import check_axis, check_ids, check_range, rows_of
+from jaxsoft.rows.inner import check_axis, check_ids, check_range, detached, rows_of
 
 IGNORE_INDEX = -100
 
 
-class LabelledRows(NamedTuple):
-    """The checked arguments of a loss. Every loss has two steps: `reduce`, then `finish`.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LabelledRows:
+    """The checked arguments of a loss: a pytree. Every loss has two steps: `reduce`, then `finish`.
+
+    A threshold search reads them as it reads `DenseRows`.
 
     Attributes:
       logits: `[*rows, columns]`.
@@ -30,12 +37,17 @@ class LabelledRows(NamedTuple):
     """
 
     logits: Any
-    axis: int
+    axis: int = dataclasses.field(metadata=dict(static=True))
     where: Any
     keep: Any
     labels: Any
-    soft: bool
+    soft: bool = dataclasses.field(metadata=dict(static=True))
     weights: Any
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of statistics."""
+        return accumulation_dtype(self.logits.dtype)
 
     @property
     def columns(self) -> int:
@@ -45,6 +57,14 @@ class LabelledRows(NamedTuple):
     def reduce(self, wanted: Any) -> Any:
         """Runs row reductions over the rows that are not ignored."""
         return reduce_rows(self.logits, wanted, axis=self.axis, where=self.where, row_where=self.keep)
+
+    def detached(self) -> LabelledRows:
+        """The same logits without derivatives, for a search that reads them in a loop; nothing else."""
+        return LabelledRows(detached(self.logits), self.axis, self.where, self.keep, None, False, None)
+
+    def per_row(self, name: str, value: Any) -> Array:
+        """A number, or an array that broadcasts to `[*rows]`, as `[*rows]`."""
+        return per_row(name, value, rows_of(self.logits.shape, self.axis), self.dtype)
 
     def label_statistics(self) -> Any:
         """The reduction to the negative log-likelihood of the labels and the log-sum-exp."""

@@ -8,6 +8,7 @@ log-likelihood, and `C` the number of classes that are not masked.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -100,7 +101,7 @@ def cross_entropy(
         )
     _check_class_weights(class_weights, rows)
     if class_weights is not None and rows.soft:
-        rows = rows._replace(labels=rows.labels * class_weights)
+        rows = dataclasses.replace(rows, labels=rows.labels * class_weights)
 
     smooth = not is_zero(label_smoothing)
     wanted = {"label": rows.label_statistics()}

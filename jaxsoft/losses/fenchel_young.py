@@ -24,9 +24,8 @@ from jaxsoft._numerics import accumulation_dtype, expm1_ratio, safe_divide
 from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, prepare
 from jaxsoft.losses._labels import label_score
 from jaxsoft.losses.classification import Labels
-from jaxsoft.normalizers.inner import define_entmax, entmax_powers, is_near_softmax, per_row, static_exponent
+from jaxsoft.normalizers.inner import define_entmax, entmax_powers, is_near_softmax, static_exponent
 from jaxsoft.rows import Logits, RowReduction, reductions
-from jaxsoft.rows.inner import detached, rows_of
 
 
 def entmax_loss(
@@ -86,7 +85,7 @@ def entmax_loss(
         return rows.finish(label.nll - entropy)
 
     # Only the three sums of the last pass are differentiated.
-    params = lax.stop_gradient(define_entmax(_Fixed(rows), alpha=alpha).params)
+    params = lax.stop_gradient(define_entmax(rows.detached(), alpha=alpha).params)
     top, t = params["top"], params["threshold"]
     a = jnp.asarray(alpha, t.dtype).reshape(())
     params["slope"] = jnp.broadcast_to(a - 1, t.shape)
@@ -174,23 +173,6 @@ def sparsemax_loss(logits: Logits, labels: Labels, **options) -> Float[Array, "*
       [0.143333 0.      ]
     """
     return entmax_loss(logits, labels, alpha=2.0, **options)
-
-
-class _Fixed:
-    """The rows of a loss in the form that the threshold search reads (see `DenseRows`), without a gradient."""
-
-    def __init__(self, rows: LabelledRows):
-        self._rows = rows._replace(logits=detached(rows.logits))
-        self.dtype = accumulation_dtype(rows.logits.dtype)
-
-    def reduce(self, wanted: Any) -> Any:
-        return self._rows.reduce(wanted)
-
-    def detached(self) -> _Fixed:
-        return self
-
-    def per_row(self, name: str, value: Any) -> Array:
-        return per_row(name, value, rows_of(self._rows.logits.shape, self._rows.axis), self.dtype)
 
 
 @functools.cache

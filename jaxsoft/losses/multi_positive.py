@@ -17,10 +17,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, as_ids, safe_divide
+from jaxsoft.kernels.inner import compiled
 from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, prepare_positives
-from jaxsoft.normalizers.inner import per_row, present_scores
+from jaxsoft.normalizers.inner import present_scores
 from jaxsoft.rows import Logits, RowReduction, reduce_rows, reductions
-from jaxsoft.rows.inner import check_axis, check_range, detached, rows_of
+from jaxsoft.rows.inner import check_axis, check_range
 
 Positives = Int[Array, "*rows k"] | Bool[Array, "*rows columns"]
 
@@ -230,6 +231,7 @@ def _times(x, cols, alpha):
 _MOST_STEPS = 100
 
 
+@compiled
 def _search(rows: LabelledRows, k: Array, alpha: Array) -> tuple[Array, Array, Array]:
     """`top`, the threshold relative to it, and whether there is one (0 < k < entries); no derivatives."""
     top, n, lse = rows.reduce(
@@ -290,11 +292,9 @@ class _Threshold(NamedTuple):
 
 def _threshold(rows: LabelledRows, k: Any, alpha: Any, wanted: Any = ()) -> tuple[_Threshold, Any]:
     """The threshold with its derivatives, and the results of the reductions `wanted`, computed in the same pass."""
-    dtype, shape = accumulation_dtype(rows.logits.dtype), rows_of(rows.logits.shape, rows.axis)
-    k, alpha = (per_row(name, value, shape, dtype) for name, value in (("k", k), ("alpha", alpha)))
-    fixed = rows._replace(logits=detached(rows.logits))
-    top, tau, solvable = lax.stop_gradient(_search(fixed, *lax.stop_gradient((k, alpha))))
-    tiny = 1e10 * float(jnp.finfo(dtype).tiny)
+    k, alpha = (rows.per_row(name, value) for name, value in (("k", k), ("alpha", alpha)))
+    top, tau, solvable = lax.stop_gradient(_search(rows.detached(), *lax.stop_gradient((k, alpha))))
+    tiny = 1e10 * float(jnp.finfo(rows.dtype).tiny)
 
     # Two Newton steps of length 0 give tau its first and second derivatives.
     def attach(tau, at):

@@ -10,6 +10,7 @@ In the formulas `x` are the scores of a row, `y` its positive, and `d_j = x_j - 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -63,7 +64,7 @@ def _scalar(value: Any, rows: LabelledRows) -> Array:
 
 def _softmax_against(rows: LabelledRows, temperature: Any, wanted: Any = ()) -> tuple[_Against, Any]:
     """`logsumexp_{j != y} (d_j / temperature)` in one pass; `score` and other results are for `x / temperature`."""
-    tempered = rows._replace(logits=widened(rows.logits) / _scalar(temperature, rows))
+    tempered = dataclasses.replace(rows, logits=widened(rows.logits) / _scalar(temperature, rows))
     others = reductions.log_partition_excluding(rows.labels[..., None])
     negatives, score, results = tempered.reduce((others, reductions.take(rows.labels), wanted))
     return _Against((negatives.shift - score_or_zero(score)) + negatives.log_sum, score), results

@@ -6,10 +6,12 @@ attaches this form to a public function, which attention then accepts as its nor
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
@@ -109,25 +111,34 @@ def defined_by(define: Callable[..., Normalizer]) -> Callable:
     return mark
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class DenseRows:
-    """Stored scores, in the form that definitions read.
+    """Stored scores, in the form that definitions read: a pytree.
 
     Attributes:
-      shape: `[*rows]`.
-      dtype: the dtype of statistics and parameters.
+      scores: the scores.
+      where: booleans that broadcast to the scores, or None.
+      axis: the axis that holds a row, counted from the front.
     """
 
-    def __init__(self, scores: Array, axis: int, where: Any, name: str):
-        check_dense(scores, name)
-        self._axis = check_axis(scores, axis)
-        self._where = where
-        self.dtype = accumulation_dtype(scores.dtype)
-        self._scores = scores
-        self.shape = rows_of(scores.shape, self._axis)
+    scores: Array
+    where: Any
+    axis: int = dataclasses.field(metadata=dict(static=True))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`[*rows]`."""
+        return rows_of(self.scores.shape, self.axis)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of statistics and parameters."""
+        return accumulation_dtype(self.scores.dtype)
 
     def reduce(self, wanted: Any) -> Any:
         """Runs row reductions in one pass."""
-        return reduce_rows(self._scores, wanted, axis=self._axis, where=self._where)
+        return reduce_rows(self.scores, wanted, axis=self.axis, where=self.where)
 
     def state(self, normalizer: Normalizer) -> Any:
         """The state of a normalizer's statistics, in one pass."""
@@ -142,7 +153,7 @@ class DenseRows:
 
     def detached(self) -> DenseRows:
         """The same rows without gradient."""
-        return DenseRows(lax.stop_gradient(self._scores), self._axis, self._where, "")
+        return dataclasses.replace(self, scores=lax.stop_gradient(self.scores))
 
     def row_number(self) -> Array:
         """A number for each row, `[*rows]` uint32."""
@@ -156,23 +167,24 @@ class DenseRows:
     def weights(self, normalizer: Normalizer) -> Array:
         """The weights, in the shape and dtype of the scores."""
         state = self.state(normalizer)
-        x = jnp.moveaxis(self._scores, self._axis, -1).astype(self.dtype)
-        where = self._where
+        x = jnp.moveaxis(self.scores, self.axis, -1).astype(self.dtype)
+        where = self.where
         if where is not None:
-            where = jnp.moveaxis(jnp.broadcast_to(where, self._scores.shape), self._axis, -1)
+            where = jnp.moveaxis(jnp.broadcast_to(where, self.scores.shape), self.axis, -1)
         cols = jnp.arange(x.shape[-1], dtype=jnp.int32)
         tile = Tile.of(jnp.where(is_present(x, where), x, -jnp.inf), cols, x.shape[-1])
         tile = changed(normalizer.before, tile, normalizer.params)
         terms = normalizer.terms(tile, state, normalizer.params)
         coefficients = normalizer.coefficients(state, normalizer.params)
         y = functools.reduce(jnp.add, (c[..., None] * t for c, t in zip(coefficients, terms)))
-        y = jnp.where(tile.keep, y, 0).astype(self._scores.dtype)
-        return jnp.moveaxis(y, -1, self._axis)
+        y = jnp.where(tile.keep, y, 0).astype(self.scores.dtype)
+        return jnp.moveaxis(y, -1, self.axis)
 
 
 def normalize(define: Callable, scores: Array, axis: int, where: Any, name: str, **options) -> Array:
     """The weights that a definition gives to stored scores."""
-    rows = DenseRows(scores, axis, where, name)
+    check_dense(scores, name)
+    rows = DenseRows(scores, where, check_axis(scores, axis))
     return rows.weights(define(rows, **options))
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, is_present, safe_divide
+from jaxsoft.kernels.inner import compiled
 from jaxsoft.normalizers._exponential import (
     SOFTMAX,
     SUM,
@@ -406,14 +407,29 @@ def _entropy_target_softmax(rows, *, entropy):
     log_spread = jnp.log(jnp.where(spread > 0, spread, 1))
     lo, hi = (bound - log_spread for bound in _LOG_BETA_RANGE)
 
-    def newton(source, log_beta, goal):
-        moments = source.reduce(_centred_moments(jnp.exp(log_beta), top))
-        return log_beta + safe_divide(moments.entropy - goal, moments.variance), moments.entropy
+    log_beta = lax.stop_gradient(_log_beta(fixed, *lax.stop_gradient((lo, hi, top, target))))
+    # Two differentiated Newton steps give the root its derivatives, to third order.
+    found = log_beta
+    for _ in range(2):
+        found, _ = _newton(rows, found, top, target)
+    reached = jnp.abs(lax.stop_gradient(found) - log_beta) < 0.1  # elsewhere the target cannot be met
+    return scaled(SOFTMAX, jnp.exp(jnp.where(reached, found, log_beta)))
+
+
+def _newton(rows, log_beta, top, target) -> tuple[Array, Array]:
+    """`log_beta` after a Newton step, and the entropy before it."""
+    moments = rows.reduce(_centred_moments(jnp.exp(log_beta), top))
+    return log_beta + safe_divide(moments.entropy - target, moments.variance), moments.entropy
+
+
+@compiled
+def _log_beta(rows, lo, hi, top, target) -> Array:
+    """The log of the beta between two bounds that gives a row this entropy, without derivatives."""
 
     def search(carry):
         step, lo, hi, log_beta, _ = carry
-        proposal, h = newton(fixed, log_beta, lax.stop_gradient(target))
-        flat = h > lax.stop_gradient(target)
+        proposal, h = _newton(rows, log_beta, top, target)
+        flat = h > target
         lo, hi = jnp.where(flat, log_beta, lo), jnp.where(flat, hi, log_beta)
         inside = (proposal > lo) & (proposal < hi)
         new = jnp.where(inside, proposal, (lo + hi) / 2)
@@ -423,14 +439,7 @@ def _entropy_target_softmax(rows, *, entropy):
         return (carry[0] < _NEWTON_STEPS) & (carry[-1] > 8 * jnp.finfo(rows.dtype).eps)
 
     start = (jnp.int32(0), lo, hi, (2 * lo + hi) / 3, jnp.max(hi - lo, initial=0))
-    log_beta = lax.while_loop(unfinished, search, start)[3]
-    log_beta = lax.stop_gradient(log_beta)
-    # Two differentiated Newton steps give the root its derivatives, to third order.
-    found = log_beta
-    for _ in range(2):
-        found, _ = newton(rows, found, target)
-    reached = jnp.abs(lax.stop_gradient(found) - log_beta) < 0.1  # elsewhere the target cannot be met
-    return scaled(SOFTMAX, jnp.exp(jnp.where(reached, found, log_beta)))
+    return lax.while_loop(unfinished, search, start)[3]
 
 
 def _negated(tile, params):

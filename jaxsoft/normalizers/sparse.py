@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxsoft import _checks
 from jaxsoft._numerics import expm1_ratio, log1p_ratio, safe_divide
+from jaxsoft.kernels.inner import compiled
 from jaxsoft.normalizers._exponential import SOFTMAX
 from jaxsoft.normalizers._normalizer import defined_by, normalize
 from jaxsoft.normalizers.rectified import divided_by_sum, positive_power
@@ -152,27 +153,38 @@ def define_entmax(rows, *, alpha: Any = 1.5):
     if _checks.is_concrete_number(alpha) and float(alpha) == 1:
         return SOFTMAX
     exponent = static_exponent(alpha)
-    slope = rows.per_row("alpha", alpha) - 1
-    sums, normalizer = _entmax_functions(exponent)
+    params = {"slope": rows.per_row("alpha", alpha) - 1}
     fixed = rows.detached()
     top, n = fixed.reduce((reductions.maximum(), reductions.count()))
-    top = jnp.where(jnp.isfinite(top), top, 0)
-    still = lax.stop_gradient(slope)
-    near = is_near_softmax(still, exponent)
+    params["top"] = jnp.where(jnp.isfinite(top), top, 0)
+    params["threshold"] = lax.stop_gradient(_threshold(fixed, *lax.stop_gradient((params, n)), exponent))
+    # Two differentiated steps give the threshold its derivatives, to third order.
+    for _ in range(2):
+        params["threshold"], _ = _newton(rows, params, exponent)
+    return _entmax_functions(exponent)[1]._replace(params=params)
 
-    def newton(source, t, slope):
-        params = {"slope": slope, "top": top, "threshold": t}
-        total, lower = source.reduce(sums._replace(args=(params,)))
-        return t + safe_divide(total - 1, lower) * _select(near, 1, slope), total
 
+def _newton(rows, params, exponent: float | None) -> tuple[Array, Array]:
+    """The threshold after a Newton step, and the sum of the weights before it."""
+    total, lower = rows.reduce(_entmax_functions(exponent)[0]._replace(args=(params,)))
+    slope = params["slope"]
+    scale = _select(is_near_softmax(slope, exponent), 1, slope)
+    return params["threshold"] + safe_divide(total - 1, lower) * scale, total
+
+
+@functools.partial(compiled, static_argnums=(3,))
+def _threshold(rows, params, n: Array, exponent: float | None) -> Array:
+    """The threshold for n entries per row, without derivatives."""
+    slope, top = params["slope"], params["top"]
+    near = is_near_softmax(slope, exponent)
     # After a step this small, the error is of the order of its square; two more steps follow.
     eps = float(jnp.finfo(rows.dtype).eps)
-    tolerance = jnp.where(still > 1, 2 * eps, 0.1 * eps**0.5)
+    tolerance = jnp.where(slope > 1, 2 * eps, 0.1 * eps**0.5)
 
     # Where a Newton step would leave the interval that holds the root (alpha > 2), the interval is halved.
     def search(carry):
         step, lo, hi, t, _ = carry
-        proposal, total = newton(fixed, t, still)
+        proposal, total = _newton(rows, {**params, "threshold": t}, exponent)
         lo, hi = jnp.where(total >= 1, t, lo), jnp.where(total >= 1, hi, t)
         new = jnp.where((proposal >= lo) & (proposal <= hi), proposal, (lo + hi) / 2)
         return step + 1, lo, hi, new, jnp.max(jnp.abs(new - t) / tolerance, initial=0)
@@ -183,14 +195,9 @@ def define_entmax(rows, *, alpha: Any = 1.5):
     # The root for a single entry, and for n equal ones
     log_n = jnp.log(jnp.maximum(n, 1))
     lo = _select(near, jnp.zeros_like(top), -jnp.ones_like(top))
-    hi = _select(near, log_n * expm1_ratio(-still * log_n), -(safe_divide(jnp.ones_like(n), n) ** still))
+    hi = _select(near, log_n * expm1_ratio(-slope * log_n), -(safe_divide(jnp.ones_like(n), n) ** slope))
     far = jnp.max(jnp.full_like(top, jnp.inf), initial=0)  # varies over the rows' mesh axes
-    _, _, _, t, _ = lax.while_loop(unfinished, search, (jnp.int32(0), lo, hi, lo, far))
-    # Two differentiated steps give the threshold its derivatives, to third order.
-    t = lax.stop_gradient(t)
-    for _ in range(2):
-        t, _ = newton(rows, t, slope)
-    return normalizer._replace(params={"slope": slope, "top": top, "threshold": t})
+    return lax.while_loop(unfinished, search, (jnp.int32(0), lo, hi, lo, far))[3]
 
 
 @defined_by(define_entmax)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, as_ids
+from jaxsoft.kernels.inner import compiled
 from jaxsoft.rows import reductions
 from jaxsoft.rows._logits import LinearLogits, Logits, check_axis, row_scalar, rows_of
 from jaxsoft.rows._reduce import reduce_rows
@@ -95,13 +96,29 @@ def log_partition(
     reference = jnp.broadcast_to(jnp.asarray(row_scalar("reference", reference, rows, dtype), dtype), rows)
     fixed = reductions.log_partition(method="reference", reference=reference)
     fast = reduce(fixed)
+    if (
+        isinstance(logits, LinearLogits) and logits.tape is not None
+    ):  # a tape cannot record a pass in a branch
+        return _where_nan(fast, reduce(reductions.log_partition()))
+    return _recomputed(fast, logits, where, axis, implementation)
+
+
+def _where_nan(fast: LogPartition, online: LogPartition) -> LogPartition:
     bad = jnp.isnan(fast.log_sum)
+    return LogPartition(*(jnp.where(bad, o, f) for o, f in zip(online, fast)))
+
+
+@functools.partial(compiled, static_argnums=(3, 4))
+def _recomputed(fast: LogPartition, logits: Logits, where, axis: int, implementation) -> LogPartition:
+    """`fast`, with the rows whose `log_sum` is NaN computed with a running maximum."""
 
     def again():
-        online = reduce(reductions.log_partition())
-        return LogPartition(*(jnp.where(bad, o, f) for o, f in zip(online, fast)))
+        online = reductions.log_partition()
+        return _where_nan(
+            fast, reduce_rows(logits, online, axis=axis, where=where, implementation=implementation)
+        )
 
-    return lax.cond(jnp.any(bad), again, lambda: fast)
+    return lax.cond(jnp.any(jnp.isnan(fast.log_sum)), again, lambda: fast)
 
 
 def temperature(logits: Logits, temperature: float | Float[Array, ...], *, axis: int = -1) -> Logits:

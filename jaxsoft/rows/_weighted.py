@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 from jaxsoft import _checks, _trees
 from jaxsoft._numerics import weigh
 from jaxsoft._trees import add_at, align_varying, combine, first_order_only, is_float, partition
-from jaxsoft.kernels.inner import Kernel, Work
+from jaxsoft.kernels.inner import Kernel, Work, compiled
 from jaxsoft.rows._cotangents import block_cotangents
 from jaxsoft.rows._logits import LinearLogits, Logits, check_axis, rows_of
 from jaxsoft.rows._masks import Masks, col_mask, row_mask
@@ -452,4 +452,4 @@ def _weighted_backward(call, chunk, gradients, cotangent):
 
 
 _weighted.defvjp(_weighted_forward, _weighted_backward, symbolic_zeros=True)
-_compiled = jax.jit(_weighted, static_argnums=(0, 1))
+_compiled = compiled(_weighted, static_argnums=(0, 1))
