@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 from jaxtyping import Array, Bool, Float, Int
 
@@ -30,6 +30,72 @@ class AttentionStatistics(NamedTuple):
     logsumexp: Array
     max_score: Array
     entropy: Array
+
+
+class _Options(TypedDict, total=False):
+    """The options of `dot_product_attention` that do not change what it returns."""
+
+    normalizer: Callable | None
+    scale: float | Float[Array, " N"] | None
+    is_causal: bool
+    query_seq_lengths: Int[Array, "*batch"] | None
+    key_value_seq_lengths: Int[Array, "*batch"] | None
+    local_window_size: int | tuple[int | None, int | None] | None
+    query_segment_ids: Int[Array, "*batch T"] | None
+    key_segment_ids: Int[Array, "*batch S"] | None
+    mask_fn: Callable[[Array, Array], Array] | None
+    query_offset: int | Int[Array, ...]
+    alibi_slopes: Float[Array, " N"] | None
+    softcap: float | None
+    sinks: Float[Array, " N"] | None
+    dropout_rate: float
+    dropout_key: Array | None
+    broadcast_dropout: bool
+    block_sizes: tuple[int | None, int | None]
+    precision: Any
+    implementation: str | None
+
+
+@overload
+def dot_product_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    *,
+    return_residual: Literal[False] = False,
+    return_statistics: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> Float[Array, "*batch T N V"]: ...
+
+
+@overload
+def dot_product_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    *,
+    return_residual: Literal[True],
+    return_statistics: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> tuple[Float[Array, "*batch T N V"], Float[Array, "*batch T N"]]: ...
+
+
+@overload
+def dot_product_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    *,
+    return_residual: bool = False,
+    return_statistics: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[Float[Array, "*batch T N V"], AttentionStatistics]: ...
 
 
 def dot_product_attention(

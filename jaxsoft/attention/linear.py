@@ -7,7 +7,7 @@ feature map, `S_i = phi(q_i) . sum_j phi(k_j)` and `N` the number of keys that q
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax.numpy as jnp
 from jax import checkpoint, lax
@@ -244,6 +244,34 @@ def lightning_slopes(num_heads: int, *, layer: int = 0, num_layers: int | None =
     index = _checks.integer("layer", layer, at_least=0, at_most=layers - 1)
     factor = 1 - index / (layers - 1 + 1e-5) + 1e-5
     return jnp.asarray([factor * 2 ** (-8 * (h + 1) / n) for h in range(n)], jnp.float32)
+
+
+@overload
+def lightning_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    slopes: Array,
+    where: Array | None = None,
+    initial_state: Array | None = None,
+    return_state: Literal[False] = False,
+    block_size: int = 256,
+) -> Float[Array, "*batch T N Hv"]: ...
+
+
+@overload
+def lightning_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    slopes: Array,
+    where: Array | None = None,
+    initial_state: Array | None = None,
+    return_state: Literal[True],
+    block_size: int = 256,
+) -> tuple[Float[Array, "*batch T N Hv"], Float[Array, "*batch N H Hv"]]: ...
 
 
 def lightning_attention(

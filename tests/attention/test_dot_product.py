@@ -1,6 +1,8 @@
 """Streamed attention against the same attention with stored scores: every normalizer, every option, derivatives."""
 
 import functools
+import inspect
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import jaxsoft
 from jaxsoft import normalizers as norms
 from jaxsoft.attention import dot_product_attention
+from jaxsoft.attention._dot_product import _Options
 from jaxsoft.attention._spec import AttentionSpec
 
 B, T, S, N, K, H, W = 2, 13, 11, 4, 2, 8, 5
@@ -412,6 +415,14 @@ def test_statistics(x64):
     np.testing.assert_allclose(
         f(q, k, v)[0], dot_product_attention(q, k, v, is_causal=True, normalizer=jaxsoft.scalable_softmax)
     )
+
+
+def test_overloads_take_every_option():
+    parameters = inspect.signature(dot_product_attention).parameters.values()
+    options = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    for overload in typing.get_overloads(dot_product_attention):
+        typed = {p.name for p in inspect.signature(overload).parameters.values() if p.kind is p.KEYWORD_ONLY}
+        assert options == typed | _Options.__annotations__.keys()
 
 
 def test_dropout():
