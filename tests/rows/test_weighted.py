@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import fails, trees_close
+from helpers import compilations, fails, trees_close
 from jax.sharding import PartitionSpec as P
 
 import jaxsoft
@@ -200,22 +200,13 @@ def test_weights_that_are_counts_or_booleans(dtype):
 
 
 def test_a_second_call_compiles_nothing():
-    compiled = []
-
-    def listen(event, duration, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(event)
-
     gradient = jax.grad(fast, (0, 1))
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
+    with compilations() as compiled:
         gradient(HIDDEN, WEIGHT, chunk_size=4)
         assert compiled
         compiled.clear()
         gradient(HIDDEN, WEIGHT, chunk_size=4)
         assert not compiled
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @pytest.mark.parametrize("name", ["sum", "weighted_sum"])
