@@ -1,5 +1,7 @@
 """`weighted_sum` and `weighted_mean` beyond the conformance laws: transforms, dtypes, bad input."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -207,6 +209,23 @@ def test_a_second_call_compiles_nothing():
         compiled.clear()
         gradient(HIDDEN, WEIGHT, chunk_size=4)
         assert not compiled
+
+
+def test_a_loss_that_recomputes_rows_out_of_range_of_a_reference():
+    def loss(logits, labels):
+        del labels
+        return jaxsoft.logsumexp(logits, method="reference", reference=jnp.float32([0, 0, 0, 1e3, 0, 0]))
+
+    def run(sum, hidden):
+        return sum(loss, jaxsoft.linear_logits(hidden, WEIGHT), LABELS)
+
+    def plainly(loss, logits, labels):
+        return jnp.sum(loss(logits, labels))
+
+    got, expected = (
+        jax.value_and_grad(functools.partial(run, sum))(HIDDEN) for sum in (losses.weighted_sum, plainly)
+    )
+    trees_close(got, expected, 1e-6)
 
 
 @pytest.mark.parametrize("name", ["sum", "weighted_sum"])
