@@ -98,13 +98,14 @@ def shape_by_moments(leaves: list[jax.Array]) -> jax.Array:
     first = jnp.sum(jnp.stack([jnp.sum(jnp.abs(w)) for w in leaves])) / size
     second = jnp.sum(jnp.stack([jnp.sum(w * w) for w in leaves])) / size
     target = jnp.log(jnp.maximum(safe_divide(second, first * first), 1))
-    gammaln = jax.scipy.special.gammaln
-
-    def halve(_, bounds):
-        low, high = bounds
-        s = (low + high) / 2
-        log_ratio = gammaln(1 / s) + gammaln(3 / s) - 2 * gammaln(2 / s)  # falls as s grows
-        return jnp.where(log_ratio > target, s, low), jnp.where(log_ratio > target, high, s)
-
-    low, high = jax.lax.fori_loop(0, 50, halve, (jnp.full_like(target, 0.1), jnp.full_like(target, 10.0)))
+    bounds = jnp.full_like(target, 0.1), jnp.full_like(target, 10.0)
+    low, high, _ = jax.lax.fori_loop(0, 50, _halve, (*bounds, target))
     return (low + high) / 2
+
+
+def _halve(_, interval):
+    low, high, target = interval
+    gammaln = jax.scipy.special.gammaln
+    s = (low + high) / 2
+    log_ratio = gammaln(1 / s) + gammaln(3 / s) - 2 * gammaln(2 / s)  # falls as s grows
+    return jnp.where(log_ratio > target, s, low), jnp.where(log_ratio > target, high, s), target

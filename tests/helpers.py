@@ -1,5 +1,7 @@
 """Helpers of many tests: comparisons, expected errors, logits of both kinds, dense formulas, optimizer steps."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -275,3 +277,19 @@ def temporary_bytes(tx, params):
 
     compiled = jax.jit(step, donate_argnums=(1, 2)).lower(grads, params, state).compile()
     return compiled.memory_analysis().temp_size_in_bytes
+
+
+@contextlib.contextmanager
+def compilations():
+    """A list that grows by one item per program that is compiled inside."""
+    compiled = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)

@@ -17,11 +17,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, as_ids, safe_divide
-from jaxsoft.kernels.inner import compiled
 from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, prepare_positives
 from jaxsoft.normalizers.inner import present_scores
 from jaxsoft.rows import Logits, RowReduction, reduce_rows, reductions
-from jaxsoft.rows.inner import check_axis, check_range
+from jaxsoft.rows.inner import check_axis, check_range, compiled
 
 Positives = Int[Array, "*rows k"] | Bool[Array, "*rows columns"]
 

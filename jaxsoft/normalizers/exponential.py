@@ -15,7 +15,6 @@ from jaxtyping import Array, Bool, Float
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, is_present, safe_divide
-from jaxsoft.kernels.inner import compiled
 from jaxsoft.normalizers._exponential import (
     SOFTMAX,
     SUM,
@@ -29,7 +28,7 @@ from jaxsoft.normalizers._exponential import (
 from jaxsoft.normalizers._normalizer import Normalizer, after, defined_by, normalize, together
 from jaxsoft.normalizers.quantized import quantize
 from jaxsoft.rows import reductions
-from jaxsoft.rows.inner import check_axis, check_dense, log_partition, softmax_with
+from jaxsoft.rows.inner import check_axis, check_dense, compiled, log_partition, softmax_with
 from jaxsoft.rows.reductions import LogPartition
 
 Scores = Float[Array, "*rows columns"]

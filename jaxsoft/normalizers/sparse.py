@@ -15,12 +15,11 @@ from jaxtyping import Array, Bool, Float
 
 from jaxsoft import _checks
 from jaxsoft._numerics import expm1_ratio, log1p_ratio, safe_divide
-from jaxsoft.kernels.inner import compiled
 from jaxsoft.normalizers._exponential import SOFTMAX
 from jaxsoft.normalizers._normalizer import defined_by, normalize
 from jaxsoft.normalizers.rectified import divided_by_sum, positive_power
 from jaxsoft.rows import RowReduction, reductions
-from jaxsoft.rows.inner import check_axis, check_dense
+from jaxsoft.rows.inner import check_axis, check_dense, compiled
 
 Scores = Float[Array, "*rows columns"]
 

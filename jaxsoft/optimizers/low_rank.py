@@ -245,6 +245,14 @@ def scale_by_fira(
         new = _Side(g.shape, projection).singular_vectors(lax.stop_gradient(g), rank)
         return jnp.where(jnp.sum(old * new, axis=0) < 0, -new, new) if align_signs else new
 
+    # Branches made in `update` would be compiled anew in each call outside of `jit`.
+    def refreshed(g, old):
+        return jax.tree.map(new_projector, g, old)
+
+    def kept(g, old):
+        del g
+        return old
+
     def projected(g, projector):
         return _Side(g.shape, projection).project(g, projector) if _is_matrix(g) else g
 
@@ -264,13 +272,7 @@ def scale_by_fira(
         del params, extra
         count = jnp.asarray(optax.safe_increment(state.count))
         g = _common.widen(updates)
-        projector = lax.cond(
-            state.count % update_every == 0,
-            lambda g, old: jax.tree.map(new_projector, g, old),
-            lambda g, old: old,
-            g,
-            state.projector,
-        )
+        projector = lax.cond(state.count % update_every == 0, refreshed, kept, g, state.projector)
         r = jax.tree.map(projected, g, projector)
         mu = moving_average(b1, state.mu, r)
         nu = moving_average(b2, state.nu, jax.tree.map(jnp.square, r))

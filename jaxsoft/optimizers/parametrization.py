@@ -268,6 +268,14 @@ def scale_by_multipliers(
             return optax.EmptyState()
         return ScaleByMultipliersState(jnp.zeros([], jnp.int32), _common.scalars_like(params))
 
+    # Branches made in `update` would be compiled anew in each call outside of `jit`.
+    def fresh(params: Any, like: Any, old: Any) -> Any:
+        return jax.tree.map(lambda m, old: jnp.asarray(m, old.dtype), compute(params, like), old)
+
+    def kept(params: Any, like: Any, old: Any) -> Any:
+        del params, like
+        return old
+
     def update(updates: optax.Updates, state: Any, params: Any = None, **extra: Any):
         del extra
         if params is None and from_params:
@@ -278,12 +286,8 @@ def scale_by_multipliers(
         if update_every is None:
             factors = compute(params, updates)
         else:
-
-            def fresh():
-                new = compute(params, updates)
-                return jax.tree.map(lambda m, old: jnp.asarray(m, old.dtype), new, state.multipliers)
-
-            factors = lax.cond(state.count % update_every == 0, fresh, lambda: state.multipliers)
+            due = state.count % update_every == 0
+            factors = lax.cond(due, fresh, kept, params, updates, state.multipliers)
             state = ScaleByMultipliersState(jnp.asarray(optax.safe_increment(state.count)), factors)
         u = jax.tree.map(lambda m, g: m * g, factors, _common.widen(updates))
         return _common.cast_like(u, updates), state

@@ -247,6 +247,18 @@ def scale_by_shampoo(
     def accumulate(old: jax.Array, new: jax.Array) -> jax.Array:
         return old + new if b2 is None else b2 * old + (1 - b2) * new
 
+    # Branches made in `update` would be compiled anew in each call outside of `jit`.
+    def new_roots(correction, left, right, old):
+        del old
+        return (
+            jax.tree.map(functools.partial(leafwise.left_root, correction), left, right),
+            jax.tree.map(functools.partial(leafwise.root, correction), right, left),
+        )
+
+    def old_roots(correction, left, right, old):
+        del correction, left, right
+        return old
+
     def update(updates: optax.Updates, state: Any, params: Any = None, **extra: Any):
         del params, extra
         count = jnp.asarray(optax.safe_increment(state.count))
@@ -260,24 +272,18 @@ def scale_by_shampoo(
         )
         nu = jax.tree.map(lambda g, v: accumulate(v, g * g) if v.shape == g.shape else v, g, state.nu)
 
-        def roots():
-            return (
-                jax.tree.map(functools.partial(leafwise.left_root, correction), left, right),
-                jax.tree.map(functools.partial(leafwise.root, correction), right, left),
-            )
-
-        left_roots, right_roots = state.left_root, state.right_root
+        roots = state.left_root, state.right_root
         if any(_is_matrix(s) for s in jax.tree.leaves((left, right))):
             due = (count <= precondition_every) | (count % precondition_every == 0)
-            left_roots, right_roots = lax.cond(due, roots, lambda: (left_roots, right_roots))
+            roots = lax.cond(due, new_roots, old_roots, correction, left, right, roots)
         direction = functools.partial(leafwise.direction, correction)
-        u = jax.tree.map(direction, g, nu, left_roots, right_roots)
+        u = jax.tree.map(direction, g, nu, *roots)
         mu = state.mu
         if b1 is not None:
             mu = _common.moving_average(b1, mu, u)
             start = _common.bias_correction(b1, count)
             u = jax.tree.map(lambda m: m / start, mu)
-        new_state = ScaleByShampooState(count, mu, nu, left, right, left_roots, right_roots)
+        new_state = ScaleByShampooState(count, mu, nu, left, right, *roots)
         return _common.cast_like(u, updates), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -4,6 +4,7 @@ Not for users: these names may change at any time.
 """
 # ruff: noqa: F401 (imported here for others)
 
+from jaxsoft.kernels.inner import compiled
 from jaxsoft.rows._gauge import exponentials, keep_gauge, rescale, running_max
 from jaxsoft.rows._logits import check_axis, row_scalar, rows_of
 from jaxsoft.rows._reduction import block_sums, is_reduction, shares

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import is_float, trees_close
+from helpers import compilations, is_float, trees_close
 
 import jaxsoft
 from jaxsoft.attention import (
@@ -140,3 +140,25 @@ def test_empty_axes(name, empty):
     output = jax.tree.leaves(results)[0]
     assert output.shape == (*floats["query"].shape[:-1], W)
     assert all(jnp.all(a == 0) for a in jax.tree.leaves((results, gradient)))
+
+
+@pytest.mark.parametrize("name", ["entmax15", "count", "unified"])
+def test_a_second_gradient_outside_of_jit_compiles_nothing(name):
+    arrays = {k: v[0] for k, v in arrays_of("mask lengths", 1).items()}
+    mask, lengths = arrays.pop("mask"), arrays.pop("lengths")
+
+    def total(arrays):
+        if name == "unified":
+            return jnp.sum(_decode({**arrays, "lengths": lengths}, unified_max=0.0))
+        if name == "count":
+            return jnp.sum(
+                dot_product_attention(**arrays, normalizer=jaxsoft.scalable_softmax, mask=mask, **BLOCKS)
+            )
+        return jnp.sum(dot_product_attention(**arrays, normalizer=jaxsoft.entmax15, **BLOCKS))
+
+    with compilations() as compiled:
+        jax.grad(total)(arrays)
+        assert compiled
+        compiled.clear()
+        jax.grad(total)(arrays)
+        assert not compiled

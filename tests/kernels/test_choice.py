@@ -242,6 +242,18 @@ def test_sizes_and_interpreter_end_with_their_block():
         lse(X, implementation="pallas_tpu")
 
 
+def test_programs_compiled_inside_a_context_end_with_it():
+    logits = jaxsoft.linear_logits(X, W, implementation="pallas_tpu")
+
+    def total():
+        return losses.weighted_sum(losses.cross_entropy, logits, jnp.zeros(6, jnp.int32))
+
+    with kernels.interpreted():
+        jax.eval_shape(total)
+    with pytest.raises(ValueError, match="needs a TPU"):
+        jax.eval_shape(total)
+
+
 def test_losses_take_the_implementation_of_their_logits():
     def f(h, implementation):
         logits = jaxsoft.linear_logits(h, W, implementation=implementation)

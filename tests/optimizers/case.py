@@ -24,6 +24,8 @@ class Case:
       low_precision: whether it keeps moments in bfloat16.
       injectable: whether all its numbers may be traced; False for a wrapper around another transformation.
       strict: whether it runs under `jax_numpy_dtype_promotion="strict"`; False around `optax.adam`, which does not.
+      compiles_once: whether a second update outside of `jit` compiles nothing; False where a branch or a loop runs a
+        function that the update is given, or the update of another transformation.
       rescales_noise: whether a leaf of one element is noise, seen as such only if its dtype is known.
     """
 
@@ -36,4 +38,5 @@ class Case:
     low_precision: bool = False
     injectable: bool = True
     strict: bool = True
+    compiles_once: bool = True
     rescales_noise: bool = False

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 import optimizers.families
 import pytest
-from helpers import descend, is_float, params_tree, temporary_bytes
+from helpers import compilations, descend, is_float, params_tree, temporary_bytes
 
 from jaxsoft import optimizers as o
 
@@ -134,6 +134,10 @@ def test_jit_and_the_optimizer_of_flax_are_eager(name):
     tx, params = CASES[name].make(), params_tree()
     restored = jax.tree.map(np.asarray, tx.init(params))  # as from a checkpoint
     eager = run(tx, params, 3, state=restored, update=tx.update)
+    if CASES[name].compiles_once:
+        with compilations() as compiled:
+            tx.update(gradients(0, params), restored, params)
+        assert not compiled
     model = Model(params)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     for i in range(3):

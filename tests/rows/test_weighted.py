@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import fails, trees_close
+from helpers import compilations, fails, trees_close
 from jax.sharding import PartitionSpec as P
 
 import jaxsoft
@@ -202,22 +202,30 @@ def test_weights_that_are_counts_or_booleans(dtype):
 
 
 def test_a_second_call_compiles_nothing():
-    compiled = []
-
-    def listen(event, duration, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(event)
-
     gradient = jax.grad(fast, (0, 1))
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
+    with compilations() as compiled:
         gradient(HIDDEN, WEIGHT, chunk_size=4)
         assert compiled
         compiled.clear()
         gradient(HIDDEN, WEIGHT, chunk_size=4)
         assert not compiled
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_a_loss_that_recomputes_rows_out_of_range_of_a_reference():
+    def loss(logits, labels):
+        del labels
+        return jaxsoft.logsumexp(logits, method="reference", reference=jnp.float32([0, 0, 0, 1e3, 0, 0]))
+
+    def run(sum, hidden):
+        return sum(loss, jaxsoft.linear_logits(hidden, WEIGHT), LABELS)
+
+    def plainly(loss, logits, labels):
+        return jnp.sum(loss(logits, labels))
+
+    got, expected = (
+        jax.value_and_grad(functools.partial(run, sum))(HIDDEN) for sum in (losses.weighted_sum, plainly)
+    )
+    trees_close(got, expected, 1e-6)
 
 
 def test_a_loss_may_close_over_traced_numbers():

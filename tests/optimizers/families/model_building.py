@@ -36,12 +36,14 @@ CASES = {
         exports=("stochastic_model_building",),
         temporary=3.0,  # the trial point, the gradient there, and the step that a branch hands over
         injectable=False,  # a wrapper
+        compiles_once=False,
     ),
     "stochastic_model_building_plain": Case(
         functools.partial(on_a_quadratic, o.stochastic_model_building, 0.02, 10.0),
         ready=True,
         temporary=3.0,
         injectable=False,
+        compiles_once=False,
     ),
     "scale_by_truncated_model": Case(
         functools.partial(on_a_quadratic, o.scale_by_truncated_model, 1.0, 0.5),

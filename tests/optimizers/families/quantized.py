@@ -23,12 +23,14 @@ CASES = {
         # parameters, which the decay reads in the loop.
         temporary=2.1,
         injectable=False,
+        compiles_once=False,
         strict=False,
     ),
     "quantize_state_in_pieces_sgd": Case(
         lambda: o.quantize_state(optax.trace(0.9), min_size=3, chunk_size=1 << 14),
         temporary=1.1,
         injectable=False,
+        compiles_once=False,
     ),
     "quantize_state_stochastic": Case(
         lambda: o.quantize_state(
@@ -36,6 +38,7 @@ CASES = {
         ),
         temporary=2.1,
         injectable=False,
+        compiles_once=False,
     ),
     "compress_gradients": Case(
         o.compress_gradients,
