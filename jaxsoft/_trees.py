@@ -44,15 +44,15 @@ def add_at(total: Array, part: Array, starts: dict[int, Any]) -> Array:
     return lax.dynamic_update_slice(total, old + part.astype(total.dtype), index)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def first_order_only(reason: str, tree: Any) -> Any:
-    """The identity; its derivative raises `TypeError(reason)`. For gradients not computed by differentiable steps."""
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def first_order_only(reason: str, function: Callable, *args: Any) -> Any:
+    """`function(*args)`, whose derivative raises `TypeError(reason)`: for gradients not computed by such steps."""
     del reason
-    return tree
+    return function(*args)
 
 
 @first_order_only.defjvp
-def _refuse(reason, primals, tangents):
+def _refuse(reason, function, primals, tangents):
     raise TypeError(reason)
 
 

@@ -212,7 +212,7 @@ def _with_gradient_forward(backward, static, *arrays):
 
 def _with_gradient_backward(backward, static, arrays, cotangents):
     reason = "kernels have no second derivatives: use implementation='xla', which has those of every order and mode"
-    arrays, cotangents = first_order_only(reason, (arrays, cotangents))
+    arrays, cotangents = first_order_only(reason, lambda *operands: operands, arrays, cotangents)
     return None, *backward(*static, *arrays, cotangents)
 
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
-from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 from jaxsoft import _checks, _trees
@@ -155,8 +155,8 @@ def weighted_sum(
     For `linear_logits` the value and the gradient together cost three matrix products instead of the four of a
     loss that recomputes its logits, and memory for `[chunk_size, vocab]`. Without a gradient, it costs only the
     forward pass. For dense logits it is the plain sum. The gradient is exact for every operand (hidden,
-    weight, bias, scale, temperature, weights, and all floating arguments of the loss); it is first-order and
-    reverse-mode only: use `(weights * loss(...)).sum()` for forward mode or second derivatives.
+    weight, bias, scale, temperature, weights, and all floating arguments of the loss), in reverse and forward mode. It
+    is of first order only: use `(weights * loss(...)).sum()` for second derivatives.
 
     Args:
       loss: any loss of jaxsoft, or any function `(logits, *row_args, **options) -> [rows]` that reads the
@@ -327,16 +327,14 @@ class _Loss:
         return _sum(values, by_row.weights)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _weighted(call: _Loss, chunk: int, logits: LinearLogits, by_row: _ByRow, arrays: list):
     del chunk
     return call(logits, by_row, arrays)
 
 
-def _weighted_forward(call: _Loss, chunk: int, *primals):
-    leaves, treedef = jax.tree.flatten(primals, is_leaf=lambda p: isinstance(p, CustomVJPPrimal))
-    logits, by_row, arrays = jax.tree.unflatten(treedef, [p.value for p in leaves])
-    perturbed = jax.tree.unflatten(treedef, [p.perturbed for p in leaves])
+def _value_and_gradient(call: _Loss, chunk: int, perturbed, logits, by_row, arrays):
+    """The weighted sum, and its gradient (None where `perturbed` is False), in one loop over chunks of rows."""
     n, columns = logits.shape
     block = min(logits.block_size or _block_columns(), max(columns, 1))
     wide = logits._accumulation_dtype
@@ -402,7 +400,7 @@ def _weighted_forward(call: _Loss, chunk: int, *primals):
         scale=scale,
         temperature=temperature,
     )
-    return first_order_only(_NO_SECOND_DERIVATIVES, (total, (d_logits, d_by_row, d_arrays)))
+    return total, (d_logits, d_by_row, d_arrays)
 
 
 _NO_SECOND_DERIVATIVES = (
@@ -444,12 +442,20 @@ def _any(keeps: list[Array | None]) -> Array | None:
     return functools.reduce(jnp.logical_or, present)
 
 
-def _weighted_backward(call, chunk, gradients, cotangent):
-    del call, chunk
-    if isinstance(cotangent, SymbolicZero):
-        return jax.tree.map(lambda _: None, gradients)
-    return jax.tree.map(lambda g: g * cotangent.astype(g.dtype), gradients)
+@functools.partial(_weighted.defjvp, symbolic_zeros=True)
+def _weighted_jvp(call, chunk, primals, tangents):
+    """The tangent is that of the linear map `tangents -> sum(gradient * tangent)`, whose transpose is the gradient."""
+    perturbed = jax.tree.map(lambda t: not isinstance(t, SymbolicZero), tangents)
+    run = functools.partial(_value_and_gradient, call, chunk, perturbed)
+    # A call that is not differentiated stays whole: JAX would move parts out of its loops, and keep them in memory.
+    total, gradients = first_order_only(_NO_SECOND_DERIVATIVES, run, *primals)
+    leaves = (jax.tree.leaves(tree, is_leaf=lambda leaf: leaf is None) for tree in (gradients, tangents))
+    parts = [
+        jnp.sum(g.astype(total.dtype) * t.astype(total.dtype))
+        for g, t in zip(*leaves, strict=True)
+        if g is not None and not isinstance(t, SymbolicZero)
+    ]
+    return total, functools.reduce(jnp.add, parts)
 
 
-_weighted.defvjp(_weighted_forward, _weighted_backward, symbolic_zeros=True)
 _compiled = compiled(_weighted, static_argnums=(0, 1))
