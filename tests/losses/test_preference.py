@@ -592,7 +592,7 @@ BAD = [
     (lambda: DPO(*[ONES] * 4, where=ONES), TypeError, "where must be a boolean array"),
     (lambda: DPO(*[ONES] * 4, where=jnp.ones(3, bool)), ValueError, r"where must broadcast to shape \(4,\)"),
     (lambda: DPO(*[ONES] * 4, weights=jnp.ones(3)), ValueError, r"weights must have shape \(4,\)"),
-    (lambda: DPO(*[ONES] * 4, weights=INTS), TypeError, "weights must be an array of floating"),
+    (lambda: DPO(*[ONES] * 4, weights=1j * ONES), TypeError, "weights must be an array of real numbers"),
     (lambda: F_DPO(*[ONES] * 4, divergence="total_variation"), ValueError, "divergence must be one of"),
     (lambda: F_DPO(*[ONES] * 4, divergence="alpha", alpha=0.0), ValueError, "alpha must be a number > 0"),
     (lambda: losses.simpo_loss(ONES, ONES, gamma_beta_ratio=-0.1), ValueError, "gamma_beta_ratio must be"),
