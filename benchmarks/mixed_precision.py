@@ -13,12 +13,11 @@ result. Prints a table and writes benchmarks/results/mixed_precision.json.
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
-import platform
 
 import jax
 import jax.numpy as jnp
+import machine
 import numpy as np
 import optax
 from rich.console import Console
@@ -108,11 +107,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     console = Console(width=150)
-    results = {
-        "jax": jax.__version__,
-        "machine": f"{platform.machine()}, {jax.default_backend()}",
-        "runs": [],
-    }
+    runs = []
     for spread in args.spread:
         rows = measure(args.tokens, args.dim, args.vocab, spread)
         sizes = f"N={args.tokens} D={args.dim} V={args.vocab}, logits of standard deviation {spread:g}"
@@ -125,10 +120,8 @@ def main() -> None:
             table.add_row(row["name"], *cells)
         console.print(table)
         run = dict(tokens=args.tokens, dim=args.dim, vocab=args.vocab, spread=spread, rows=rows)
-        results["runs"].append(run)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(results, indent=1) + "\n")
-    console.print(f"written to {args.out}")
+        runs.append(run)
+    machine.save(args.out, {"runs": runs})
 
 
 if __name__ == "__main__":
