@@ -263,7 +263,8 @@ def step_law_learning_rate(params: Scalar, tokens: Scalar, *, rounded: bool = Fa
     """
     _checks.number("params", params, above=0)
     _checks.number("tokens", tokens, above=0)
-    factor, a, b = _STEP_LAW_RATE[bool(rounded)]
+    _checks.flag("rounded", rounded)
+    factor, a, b = _STEP_LAW_RATE[rounded]
     return factor * params**a * tokens**b
 
 
@@ -289,5 +290,6 @@ def step_law_batch_size(tokens: Scalar, *, rounded: bool = False) -> Any:
       1.107468e+06
     """
     _checks.number("tokens", tokens, above=0)
-    factor, a = _STEP_LAW_BATCH[bool(rounded)]
+    _checks.flag("rounded", rounded)
+    factor, a = _STEP_LAW_BATCH[rounded]
     return factor * tokens**a

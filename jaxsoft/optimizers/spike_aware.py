@@ -361,6 +361,7 @@ def momentum_reset(
     """
     _common.check_steps("reset_every", reset_every, at_least=1)
     _common.check_steps("warmup_steps", warmup_steps, at_least=0)
+    _checks.flag("reset_counts", reset_counts)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> MomentumResetState:

@@ -624,6 +624,8 @@ def mezo(
     difference = _difference(eps, differences)
     samples = _checks.integer("samples", samples, at_least=1)
     _checks.option("sign", sign, (None, "scalar", "elementwise"))
+    _checks.flag("conservative", conservative)
+    _checks.flag("in_place", in_place)
     _checks.number("weight_decay", weight_decay, at_least=0)
     directions = _directions(distribution, sparsity)
     if samples > 1 and (conservative or sign == "elementwise"):
