@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
 from jaxsoft import _checks
@@ -44,17 +43,14 @@ def _times_values(weights: Array, values: Array) -> Array:
     return _product(weights.astype(values.dtype), values)
 
 
-@functools.partial(_times_values.defjvp, symbolic_zeros=True)
+@_times_values.defjvp
 def _times_values_jvp(primals, tangents):
-    """The cotangent of the weights is not rounded: that of a score is a small difference of such numbers."""
+    """The cotangent of the weights is not rounded: that of a score is a small difference of such numbers.
+
+    Kernels for TPUs have no rule for symbolic zeros.
+    """
     (weights, values), (d_weights, d_values) = primals, tangents
-    out = _times_values(weights, values)
-    d = jnp.zeros_like(out)
-    if not isinstance(d_weights, SymbolicZero):
-        d = d + _product(d_weights, values)
-    if not isinstance(d_values, SymbolicZero):
-        d = d + _times_values(weights, d_values)
-    return out, d
+    return _times_values(weights, values), _product(d_weights, values) + _times_values(weights, d_values)
 
 
 @functools.cache

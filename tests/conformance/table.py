@@ -109,7 +109,7 @@ ENTRIES: list[Entry] = [
     ),
     Entry("jaxsoft.softcap", _softcapped, where=False, empty=-np.inf, low=1e-2),
     Entry("jaxsoft.temperature", _tempered, "", ("temperature",), empty=-np.inf, low=1e-2),
-    _statistic(jaxsoft.top_k, k=3, shift=1.0, empty=-np.inf, thorough=True),
+    _statistic(jaxsoft.top_k, k=3, shift=1.0, empty=-np.inf, least_columns=1, thorough=True),
     _statistic(jaxsoft.log_prob, inputs=("labels",), shift=0.0),
     _statistic(jaxsoft.entropy, shift=0.0, low=2e-5),
     _statistic(
@@ -120,9 +120,16 @@ ENTRIES: list[Entry] = [
         differentiable=False,
         thorough=True,
     ),
-    _statistic(rows.softmax_top_k, "jaxsoft.rows", k=3, shift=0.0, low=1e-2),
+    _statistic(rows.softmax_top_k, "jaxsoft.rows", k=3, shift=0.0, low=1e-2, least_columns=1),
     _statistic(
-        rows.softmax_top_k, "jaxsoft.rows", variant="renormalize", k=3, renormalize=True, shift=0.0, low=1e-2
+        rows.softmax_top_k,
+        "jaxsoft.rows",
+        variant="renormalize",
+        k=3,
+        renormalize=True,
+        shift=0.0,
+        low=1e-2,
+        least_columns=1,
     ),
     Entry("jaxsoft.reduce_rows", _reduced, thorough=True),
     # normalizers
