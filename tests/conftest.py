@@ -56,11 +56,23 @@ def x64():
         yield
 
 
+_MEMORY = 4 << 30  # bytes
+
+
+def _memory() -> int:
+    """The memory of this process; where it is unknown, more than any bound."""
+    try:
+        return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 1 << 60
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_compiled_programs():
-    """Frees the memory of a file's compiled programs, gigabytes over all tests."""
+    """Frees compiled programs after a file if they take much memory; else the next file shares the small ones."""
     yield
-    jax.clear_caches()
+    if _memory() > _MEMORY:
+        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)
