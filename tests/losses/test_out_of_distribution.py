@@ -134,7 +134,7 @@ def test_bad_input():
         fails(["temperature", "(2,)", "(3,)"], ValueError, lambda: f(temperature=jnp.ones(3)))
         for loss in (f, lambda logits=logits, **k: EXPOSURE(logits, **k)):
             fails(["weights", "(2,)", "(5,)"], ValueError, lambda: loss(weights=jnp.ones(5)))
-            fails(["weights", "floating", "int32"], TypeError, lambda: loss(weights=LABELS))
+            fails(["weights", "real numbers", "complex64"], TypeError, lambda: loss(weights=1j * LABELS))
             fails(["where", "boolean", "float32"], TypeError, lambda: loss(where=jnp.ones(5)))
             fails(["where", "(2, 5)", "(4,)"], ValueError, lambda: loss(where=jnp.ones(4, bool)))
             fails(["axis", "[-2, 2)", "2"], ValueError, lambda: loss(axis=2))

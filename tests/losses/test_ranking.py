@@ -351,7 +351,7 @@ def test_bad_input_of_the_lists(name):
     refuses(ValueError, ["where", "(3, 5)", "(3,)"], x, r, where=WHERE[:, 0])
     refuses(TypeError, ["where", "boolean"], x, r, where=x)
     refuses(ValueError, ["weights", "(3,)", "(5,)"], x, r, weights=x[0])
-    refuses(TypeError, ["weights", "floating"], x, r, weights=r[:, 0])
+    refuses(TypeError, ["weights", "real numbers"], x, r, weights=1j * r[:, 0])
     refuses(ValueError, ["axis", "[-2, 2)"], x, r, axis=2)
 
 
