@@ -55,13 +55,16 @@ def log1p_ratio(y: jax.Array) -> jax.Array:
     return 2 / (2 + y) * _even_series(w * w, [1 / k for k in range(1, 12, 2)])
 
 
-def expm1_ratio(y: jax.Array) -> jax.Array:
-    """`(e^y - 1) / y`, and 1 at 0: exact near 0, in its derivatives too."""
+def expm1_over(x: jax.Array, a: Any) -> jax.Array:
+    """`(e^(a x) - 1) / a`, and x at a = 0: exact, in its derivatives too; `a x` is held in [-80, 80]."""
+    a = jnp.asarray(a, x.dtype)
+    y = a * x
     near = jnp.abs(y) < 0.1
-    s, far = jnp.where(near, y, 0), jnp.where(near, 1, y)
+    s = jnp.where(near, y, 0)
     # e^s - 1 = 2 e^(s / 2) sinh(s / 2)
     series = _even_series(s * s / 4, [1 / math.factorial(k) for k in range(1, 12, 2)])
-    return jnp.where(near, jnp.exp(s / 2) * series, jnp.expm1(far) / far)
+    far = jnp.expm1(jnp.clip(jnp.where(near, 1, y), -80, 80)) / jnp.where(near, 1, a)
+    return jnp.where(near, jnp.where(near, x, 0) * jnp.exp(s / 2) * series, far)
 
 
 def weigh(values: jax.Array, weights: jax.Array) -> jax.Array:

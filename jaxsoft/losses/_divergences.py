@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.nn import softplus
 from jaxtyping import Array
 
-from jaxsoft._numerics import expm1_ratio
+from jaxsoft._numerics import expm1_over
 
 _LOG_2 = math.log(2)
 MAX_EXPONENT = 80.0  # e^80 is finite in float32, and so are the products it enters
@@ -50,14 +50,12 @@ def _alpha_term(a: Array, b: Array, alpha: Any) -> Array:
     x, near_1 = a - b, jnp.asarray(alpha) > 0.5
     e = jnp.where(near_1, 1 - alpha, alpha)
     first, second, x = jnp.where(near_1, b, a), jnp.where(near_1, a, b), jnp.where(near_1, -x, x)
-    change = jnp.exp(first) * x * expm1_ratio(_clamp(-e * x))
+    change = jnp.exp(first) * expm1_over(x, -e)
     return (change - (jnp.exp(first) - jnp.exp(second))) / (1 - e)
 
 
 def _alpha_derivative(x: Array, alpha: Any) -> Array:
-    beyond = jnp.abs(alpha * x) > MAX_EXPONENT
-    x = jnp.where(beyond, jnp.sign(x) * MAX_EXPONENT / jnp.where(beyond, alpha, 1), x)
-    return x * expm1_ratio(-alpha * x)
+    return expm1_over(x, -alpha)
 
 
 DIVERGENCES = {

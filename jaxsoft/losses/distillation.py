@@ -24,7 +24,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
-from jaxsoft._numerics import accumulation_dtype, as_ids, expm1_ratio, safe_divide
+from jaxsoft._numerics import accumulation_dtype, as_ids, expm1_over, safe_divide
 from jaxsoft.losses._common import (
     IGNORE_INDEX,
     LabelledRows,
@@ -680,14 +680,14 @@ def _exact_terms(alpha: float) -> PairTerm:
 
         def near_1(log_q, log_p):
             x = log_p - log_q
-            return jnp.exp(log_p) * x * expm1_ratio(jnp.minimum((alpha - 1) * x, 80)) / alpha
+            return jnp.exp(log_p) * expm1_over(x, alpha - 1) / alpha
 
         return PairTerm(near_1, per_mass(0), per_mass(math.inf if alpha > 1 else -1 / scale))
 
     def terms(log_q, log_p):
         if abs(alpha) < 0.1:
             x = log_p - log_q
-            return jnp.exp(log_q) * x * expm1_ratio(jnp.minimum(alpha * x, 80)) / (alpha - 1)
+            return jnp.exp(log_q) * expm1_over(x, alpha) / (alpha - 1)
         return (jnp.exp(alpha * log_p + (1 - alpha) * log_q) - jnp.exp(log_q)) / scale
 
     first_only = per_mass(-1 / scale if alpha > 0 else math.inf)

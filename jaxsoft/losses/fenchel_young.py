@@ -20,7 +20,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from jaxsoft import _checks
-from jaxsoft._numerics import accumulation_dtype, expm1_ratio, safe_divide
+from jaxsoft._numerics import accumulation_dtype, expm1_over, safe_divide
 from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, prepare
 from jaxsoft.losses._labels import label_score
 from jaxsoft.losses.classification import Labels
@@ -203,5 +203,5 @@ def _of_labels(rows: LabelledRows, alpha: Any) -> Array:
     gap = jnp.where(near, 1, slope)
     far = (jnp.sum(jnp.where(q > 0, safe ** (gap + 1), 0), axis=-1) - 1) / gap
     log_q = jnp.log(safe)
-    limit = jnp.sum(q * log_q * expm1_ratio(jnp.where(near, slope, 0) * log_q), axis=-1)
+    limit = jnp.sum(q * expm1_over(log_q, jnp.where(near, slope, 0)), axis=-1)
     return jnp.where(near, limit, far) / alpha

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
-from jaxsoft._numerics import accumulation_dtype, expm1_ratio, safe_divide
+from jaxsoft._numerics import accumulation_dtype, expm1_over, safe_divide
 from jaxsoft.losses._common import (
     IGNORE_INDEX,
     LabelledRows,
@@ -43,10 +43,8 @@ from jaxsoft.rows import Logits, reductions
 
 
 def _box_cox(nll: Array, q: Any) -> Array:
-    """`(1 - p_y^q) / q`, and its limit `l` at q = 0; for q < 0 the exponent is at most 80."""
-    beyond = -q * nll > 80
-    nll = jnp.where(beyond, 80 / jnp.where(beyond, -q, 1), nll)
-    return nll * expm1_ratio(-q * nll)
+    """`(1 - p_y^q) / q`, and its limit `l` at q = 0; `q l` is held in [-80, 80]."""
+    return expm1_over(nll, -q)
 
 
 def _reverse(nll: Array, label_floor: Any) -> Array:

@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from jaxsoft import _checks
-from jaxsoft._numerics import expm1_ratio, log1p_ratio, safe_divide
+from jaxsoft._numerics import expm1_over, log1p_ratio, safe_divide
 from jaxsoft.normalizers._exponential import SOFTMAX
 from jaxsoft.normalizers._normalizer import defined_by, normalize
 from jaxsoft.normalizers.rectified import divided_by_sum, positive_power
@@ -194,7 +194,7 @@ def _threshold(rows, params, n: Array, exponent: float | None) -> Array:
     # The root for a single entry, and for n equal ones
     log_n = jnp.log(jnp.maximum(n, 1))
     lo = _select(near, jnp.zeros_like(top), -jnp.ones_like(top))
-    hi = _select(near, log_n * expm1_ratio(-slope * log_n), -(safe_divide(jnp.ones_like(n), n) ** slope))
+    hi = _select(near, expm1_over(log_n, -slope), -(safe_divide(jnp.ones_like(n), n) ** slope))
     far = jnp.max(jnp.full_like(top, jnp.inf), initial=0)  # varies over the rows' mesh axes
     return lax.while_loop(unfinished, search, (jnp.int32(0), lo, hi, lo, far))[3]
 

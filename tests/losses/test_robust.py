@@ -212,6 +212,14 @@ def test_large_losses_stay_finite():
     assert all(jnp.all(jnp.isfinite(g)) for _, g in wrong + right)
 
 
+def test_gradients_of_unlikely_labels_do_not_cancel():
+    """The gradient of `(1 - p^q) / q` is `p^q` times that of the negative log-likelihood, however small."""
+    x, q = jnp.array([[0.0, 5.0], [0.0, 20.0], [0.0, 40.0]]), 0.7
+    _, gradient = jacobian(lambda x: GCE(x, jnp.zeros(3, int), q=q), x)
+    p = jax.nn.softmax(x)
+    np.testing.assert_allclose(gradient[:, 0], -(p[:, 0] ** q) * p[:, 1], rtol=1e-5)
+
+
 # Every loss, as a function of logits and labels; those of two rows of logits take the second from the first.
 EVERY = {
     "comp_sum": lambda x, y, **o: COMP_SUM(x, y, tau=1.5, **o),
