@@ -38,8 +38,8 @@ def safe_divide(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.where(nonzero, a / jnp.where(nonzero, b, 1), 0)
 
 
-# Near 0, where a quotient and its derivatives would cancel: an even series times a simple factor. For |y| < 0.1, three
-# terms are exact in float32 and six in float64.
+# Near 0, where a quotient and its derivatives would cancel: an even series times a simple factor. Three terms are exact
+# in float32 and six in float64, for |y| < 0.1 in `log1p_ratio` and |y| < 0.5 in `expm1_over`.
 
 
 def _even_series(square: jax.Array, coefficients: list[float]) -> jax.Array:
@@ -59,11 +59,12 @@ def expm1_over(x: jax.Array, a: Any) -> jax.Array:
     """`(e^(a x) - 1) / a`, and x at a = 0: exact, in its derivatives too; `a x` is held in [-80, 80]."""
     a = jnp.asarray(a, x.dtype)
     y = a * x
-    near = jnp.abs(y) < 0.1
+    near = jnp.abs(y) < 0.5
     s = jnp.where(near, y, 0)
     # e^s - 1 = 2 e^(s / 2) sinh(s / 2)
     series = _even_series(s * s / 4, [1 / math.factorial(k) for k in range(1, 12, 2)])
-    far = jnp.expm1(jnp.clip(jnp.where(near, 1, y), -80, 80)) / jnp.where(near, 1, a)
+    # Not `expm1`, whose derivative in JAX, `expm1(y) + 1`, cancels for y far below 0
+    far = (jnp.exp(jnp.clip(jnp.where(near, 1, y), -80, 80)) - 1) / jnp.where(near, 1, a)
     return jnp.where(near, jnp.where(near, x, 0) * jnp.exp(s / 2) * series, far)
 
 
