@@ -134,10 +134,12 @@ def compiled(function: Callable, static_argnums: tuple[int, ...] = ()) -> Callab
     Outside of `jit`, JAX would compile a loop or a branch with a closure anew in each call.
     """
 
-    @functools.partial(jax.jit, static_argnums=(0, *(i + 1 for i in static_argnums)))
-    def run(context, *args):
+    def in_context(context, *args):
         del context
         return function(*args)
+
+    in_context.__name__ = function.__name__  # the name of the program
+    run = jax.jit(in_context, static_argnums=(0, *(i + 1 for i in static_argnums)))
 
     @functools.wraps(function)
     def call(*args):
