@@ -40,18 +40,22 @@ def _clamp(exponent: Array) -> Array:
     return jnp.minimum(exponent, MAX_EXPONENT)
 
 
-def _js_term(a: Array, b: Array, alpha: Any) -> Array:
+def js_term(a: Array, b: Array, alpha: Any) -> Array:
+    """`e^a log(e^a / m) + e^b log(e^b / m)` with the mean m of `e^a` and `e^b`."""
     x = a - b
     return jnp.exp(a) * (_LOG_2 - softplus(-x)) + jnp.exp(b) * (_LOG_2 - softplus(x))
 
 
-def _alpha_term(a: Array, b: Array, alpha: Any) -> Array:
+def alpha_term(a: Array, b: Array, alpha: Any, most: float = MAX_EXPONENT) -> Array:
+    """`((1 - alpha) e^a + alpha e^b - e^g) / (alpha (1 - alpha))`, `g = (1 - alpha) a + alpha b` held below `most`."""
     # Written about the nearer one of the two limits, so that nothing cancels there.
     x, near_1 = a - b, jnp.asarray(alpha) > 0.5
     e = jnp.where(near_1, 1 - alpha, alpha)
     first, second, x = jnp.where(near_1, b, a), jnp.where(near_1, a, b), jnp.where(near_1, -x, x)
-    change = jnp.exp(first) * expm1_over(x, -e)
-    return (change - (jnp.exp(first) - jnp.exp(second))) / (1 - e)
+    close = jnp.abs(e * x) < 0.5
+    change = jnp.exp(first) * expm1_over(jnp.where(close, x, 0), -e)
+    far = (jnp.exp(jnp.minimum(first - e * x, most)) - jnp.exp(first)) / jnp.where(close, 1, -e)
+    return (jnp.where(close, change, far) - (jnp.exp(first) - jnp.exp(second))) / (1 - e)
 
 
 def _alpha_derivative(x: Array, alpha: Any) -> Array:
@@ -73,13 +77,13 @@ DIVERGENCES = {
     ),
     "jensen_shannon": Divergence(  # f = t log(2t / (1 + t)) + log(2 / (1 + t))
         derivative=lambda x, alpha: _LOG_2 - softplus(-x),
-        term=_js_term,
+        term=js_term,
         at_zero=lambda alpha: _LOG_2,
         slope=lambda alpha: _LOG_2,
     ),
     "alpha": Divergence(  # f = ((1 - a) t + a - t^(1 - a)) / (a (1 - a))
         derivative=_alpha_derivative,
-        term=_alpha_term,
+        term=alpha_term,
         at_zero=lambda alpha: 1 / (1 - alpha),
         slope=lambda alpha: 1 / alpha,
     ),

@@ -98,10 +98,13 @@ def _pair_update(term: PairTerm) -> Callable:
     return update
 
 
-def _pair_finalize(total, first, second, *args):
-    """0 where either row has no classes; +inf has gradient 0."""
-    present = (first.log_sum > -jnp.inf) & (second.log_sum > -jnp.inf)
+def where_present(total: Array, present: Array) -> Array:
+    """A sum over classes, 0 where there are none; +inf has gradient 0."""
     return jnp.where(present, jnp.where(total == jnp.inf, jnp.inf, total), 0)
+
+
+def _pair_finalize(total, first, second, *args):
+    return where_present(total, (first.log_sum > -jnp.inf) & (second.log_sum > -jnp.inf))
 
 
 def pair_sum(

@@ -286,9 +286,9 @@ def focal_loss(
     _checks.number("gamma", gamma, at_least=0)
     rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     _check_class_weights(class_weights, rows)
+    _checks.flag("stop_weight_gradient", stop_weight_gradient)
     loss = rows.reduce(rows.label_statistics()).nll
     focus = power_of(miss_of(loss), gamma)
-    _checks.flag("stop_weight_gradient", stop_weight_gradient)
     loss = (lax.stop_gradient(focus) if stop_weight_gradient else focus) * loss
     if class_weights is not None:
         loss = rows.of_labels(class_weights) * loss

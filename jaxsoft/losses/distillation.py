@@ -24,16 +24,16 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
-from jaxsoft._numerics import accumulation_dtype, as_ids, expm1_over, safe_divide
+from jaxsoft._numerics import accumulation_dtype, as_ids, safe_divide
 from jaxsoft.losses._common import (
     IGNORE_INDEX,
     LabelledRows,
     check_floats,
     check_weights,
     prepare,
-    unless_absent,
     widened,
 )
+from jaxsoft.losses._divergences import alpha_term, js_term
 from jaxsoft.losses._pairs import (
     PairTerm,
     check_second,
@@ -41,6 +41,7 @@ from jaxsoft.losses._pairs import (
     of_second,
     pair_sum,
     per_mass,
+    where_present,
     zero_init,
 )
 from jaxsoft.rows import Logits, RowReduction, reductions
@@ -509,7 +510,7 @@ def binary_distillation_loss(
             of_second(reductions.count(), teacher),
         )
     )
-    return rows.finish(jnp.where((own > 0) & (others > 0), unless_absent(loss, lambda loss: loss), 0))
+    return rows.finish(where_present(loss, (own > 0) & (others > 0)))
 
 
 def squared_log_prob_loss(
@@ -641,8 +642,7 @@ def _second_pass(terms, compared: reductions.RelativeEntropy, teacher):
 
 
 def _jensen_shannon_terms(log_q, log_p):
-    log_mean = jnp.logaddexp(log_q, log_p) - jnp.log(2.0)
-    return 0.5 * (jnp.exp(log_p) * (log_p - log_mean) + jnp.exp(log_q) * (log_q - log_mean))
+    return 0.5 * js_term(log_q, log_p, None)
 
 
 def _total_variation_terms(log_q, log_p):
@@ -674,24 +674,13 @@ def _ratio(log_q, log_p, alpha: float, clip: float):
 
 @functools.cache
 def _exact_terms(alpha: float) -> PairTerm:
-    """The terms, up to a sum of 0: of `sum q - p`, which makes them small near the limits alpha 0 and 1."""
-    scale = alpha * (alpha - 1)
-    if abs(alpha - 1) < 0.1:
-
-        def near_1(log_q, log_p):
-            x = log_p - log_q
-            return jnp.exp(log_p) * expm1_over(x, alpha - 1) / alpha
-
-        return PairTerm(near_1, per_mass(0), per_mass(math.inf if alpha > 1 else -1 / scale))
+    """The terms of the f-divergence, which are small near the limits alpha 0 and 1."""
 
     def terms(log_q, log_p):
-        if abs(alpha) < 0.1:
-            x = log_p - log_q
-            return jnp.exp(log_q) * expm1_over(x, alpha) / (alpha - 1)
-        return (jnp.exp(alpha * log_p + (1 - alpha) * log_q) - jnp.exp(log_q)) / scale
+        return alpha_term(log_q, log_p, alpha, most=math.inf)
 
-    first_only = per_mass(-1 / scale if alpha > 0 else math.inf)
-    return PairTerm(terms, first_only, per_mass(math.inf if alpha > 1 else 0))
+    first_only = per_mass(1 / alpha if alpha > 0 else math.inf)
+    return PairTerm(terms, first_only, per_mass(1 / (1 - alpha) if alpha < 1 else math.inf))
 
 
 @functools.cache
@@ -737,9 +726,7 @@ def _to_mixture(total, tile, partition, partitions, log_shares):
 
 
 def _mixture_finalize(total, partition, *args):
-    """0 where the student has no classes; +inf has gradient 0."""
-    present = partition.log_sum > -jnp.inf
-    return jnp.where(present, jnp.where(total == jnp.inf, jnp.inf, total), 0)
+    return where_present(total, partition.log_sum > -jnp.inf)
 
 
 def _binary_update(total, tile, beta):

@@ -96,9 +96,8 @@ def log_partition(
     reference = jnp.broadcast_to(jnp.asarray(row_scalar("reference", reference, rows, dtype), dtype), rows)
     fixed = reductions.log_partition(method="reference", reference=reference)
     fast = reduce(fixed)
-    if (
-        isinstance(logits, LinearLogits) and logits.tape is not None
-    ):  # a tape cannot record a pass in a branch
+    recorded = isinstance(logits, LinearLogits) and logits.tape is not None
+    if recorded:  # by a tape, which cannot record a pass in a branch
         return _where_nan(fast, reduce(reductions.log_partition()))
     return _recomputed(fast, logits, where, axis, implementation)
 
@@ -264,8 +263,9 @@ def top_k_accuracy(
     check_ids("labels", labels, logits, axis, ignore_index=ignore_index)
     k = check_k(k, logits, axis)
     best = reduce_rows(lax.stop_gradient(logits), reductions.top_k(k), axis=axis, where=where).indices
-    labels = as_ids(labels)[..., None]
-    found = jnp.any((best == labels) & (labels >= 0), axis=-1)
+    labels = as_ids(labels)
+    counts = labels >= 0 if ignore_index is None else (labels >= 0) & (labels != ignore_index)
+    found = counts & jnp.any(best == labels[..., None], axis=-1)
     return found.astype(accumulation_dtype(logits.dtype))
 
 

@@ -169,7 +169,8 @@ def weighted_sum(
         keep a NaN in the logits out of the gradient, mask the row or ignore its label.
       axis: the axis that holds a row; passed to `loss` if it is not the last one.
       chunk_size: rows stored at a time, 512 by default.
-      **options: passed to `loss`; `where` may vary by row, other arrays must not.
+      **options: passed to `loss`; `where` may vary by row, other arrays must not. Numbers that the loss closes over may
+        be traced, but not differentiated: pass those as options.
 
     Returns:
       A scalar in the accumulation dtype.

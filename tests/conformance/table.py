@@ -120,6 +120,15 @@ ENTRIES: list[Entry] = [
         differentiable=False,
         thorough=True,
     ),
+    _statistic(
+        jaxsoft.top_k_accuracy,
+        inputs=("labels",),
+        k=3,
+        shift=0.0,
+        scale_invariant=True,
+        differentiable=False,
+        least_columns=1,
+    ),
     _statistic(rows.softmax_top_k, "jaxsoft.rows", k=3, shift=0.0, low=1e-2, least_columns=1),
     _statistic(
         rows.softmax_top_k,
@@ -148,7 +157,7 @@ ENTRIES: list[Entry] = [
 # laws: files that name them.
 _TESTED_IN = {
     "tests/kernels/test_choice.py": "jaxsoft.kernels: Decision block_sizes explain interpreted",
-    "tests/rows/test_linear_logits.py": "jaxsoft: LinearLogits linear_logits top_k_accuracy",
+    "tests/rows/test_linear_logits.py": "jaxsoft: LinearLogits linear_logits",
     "tests/rows/test_reductions.py": "jaxsoft: RowReduction; jaxsoft.rows: Tile",
     "tests/rows/test_weighted.py": "jaxsoft.losses: weighted_sum weighted_mean; jaxsoft.rows: weighted_sum",
     "tests/normalizers/test_unit_scaled.py": (

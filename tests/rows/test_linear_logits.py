@@ -169,6 +169,8 @@ def test_top_k_accuracy(k):
         np.testing.assert_array_equal(got, expected)
         mean = jaxsoft.losses.weighted_mean(jaxsoft.top_k_accuracy, x, labels, k=k)
         np.testing.assert_allclose(mean, sum(expected) / 3, rtol=1e-6)
+    ignored = jaxsoft.top_k_accuracy(logits, labels, k=10, ignore_index=int(labels[1]))
+    np.testing.assert_array_equal(ignored, (labels >= 0) & (labels != labels[1]))
     absent = jnp.arange(10) == labels[:, None]
     assert not jnp.any(jaxsoft.top_k_accuracy(logits, labels, k=k, where=~absent))
     fails(["k ", "10", "11"], ValueError, lambda: jaxsoft.top_k_accuracy(logits, labels, k=11))
