@@ -1,6 +1,7 @@
 """Settings of all tests: two virtual devices, a persistent compilation cache, a float64 switch."""
 
 import contextlib
+import functools
 import gc
 import importlib.metadata
 import os
@@ -24,9 +25,11 @@ os.environ["XLA_FLAGS"] = " ".join(
     + [os.environ.get("XLA_FLAGS", "")]
 )
 
+import design
 import jax
 import numpy as np
 import pytest
+from jax._src.interpreters import mlir
 
 _ROOT = pathlib.Path(__file__).parent.parent
 jax.config.update(
@@ -35,6 +38,8 @@ jax.config.update(
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_traceback_in_locations_limit", 0)  # a tenth of the time of lowering
 gc.set_threshold(50_000, 20, 20)  # tracing makes millions of objects, few of them in cycles
+# JAX makes a new MLIR context for every program, a fifth of the time of a small one. The programs of a file share one.
+_make_context = mlir.make_ir_context = functools.lru_cache(mlir.make_ir_context)
 
 
 @contextlib.contextmanager
@@ -71,8 +76,14 @@ def _memory() -> int:
 def forget_compiled_programs():
     """Frees compiled programs after a file if they take much memory; else the next file shares the small ones."""
     yield
+    _make_context.cache_clear()
     if _memory() > _MEMORY:
         jax.clear_caches()
+
+
+def pytest_collection_modifyitems(config, items):
+    design.select(config, items)
+    design.group(items)
 
 
 @pytest.fixture(autouse=True)

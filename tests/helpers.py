@@ -142,13 +142,13 @@ def contract_weights(result, seed=0):
 
 
 def contract(result, weights=None, seed=0):
-    """A sum of the finite float results with random, non-uniform weights."""
+    """A sum of the float results that are not infinite with random, non-uniform weights."""
     total = 0.0
     for a, w in zip(floats(result), contract_weights(result, seed) if weights is None else weights):
         a = a.astype(jnp.float32) if a.dtype.itemsize < 4 else a
         w = w.astype(a.dtype)
-        finite = jnp.isfinite(jax.lax.stop_gradient(a))
-        total = total + jnp.sum(jnp.where(finite, w * jnp.where(finite, a, 0), 0))
+        counts = ~jnp.isinf(jax.lax.stop_gradient(a))
+        total = total + jnp.sum(jnp.where(counts, w * jnp.where(counts, a, 0), 0))
     return jnp.asarray(total)
 
 

@@ -6,6 +6,7 @@ entries of their own.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pkgutil
 
@@ -83,7 +84,7 @@ _NORMALIZERS = [
     _normalizer(normalizers.entmax, "alpha=2.5", alpha=2.5, shift=0.0),
 ]
 
-ENTRIES: list[Entry] = [
+_ENTRIES: list[Entry] = [
     # statistics
     _statistic(jaxsoft.logsumexp, shift=1.0, empty=-np.inf, thorough=True),
     _statistic(
@@ -151,6 +152,11 @@ ENTRIES: list[Entry] = [
         rows.unified_max_softmax, "jaxsoft.rows", inputs=("reference",), dense_only=True, shift=0.0, low=1e-2
     ),
     *(entry for family in FAMILIES for entry in getattr(family, "ENTRIES", [])),
+]
+_SEEN: set[str] = set()
+ENTRIES = [
+    dataclasses.replace(entry, first=entry.export not in _SEEN and not _SEEN.add(entry.export))
+    for entry in _ENTRIES
 ]
 
 # Exports that are no functions of one row of scores, or not of its numbers alone (random ones), and the tests of their

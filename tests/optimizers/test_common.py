@@ -21,20 +21,26 @@ from helpers import compilations, descend, is_float, params_tree, temporary_byte
 
 from jaxsoft import optimizers as o
 
-CASES, FIRST = {}, {}
+CASES, RANKS = {}, {}  # by the case's name; the ranks are those of `tests/design.py`
 for _family in pkgutil.iter_modules(optimizers.families.__path__):
     _cases = importlib.import_module(f"optimizers.families.{_family.name}").CASES
     CASES |= _cases
-    FIRST |= dict(list(_cases.items())[:1])
+    RANKS |= dict.fromkeys(list(_cases)[:1], "leading")
 
 
 def over(keep=lambda case: True):
-    """Runs a test for each case that `keep` selects; on the newest versions, only for the first of each family."""
-    cases = FIRST if os.environ.get("JAXSOFT_LAWS") == "engine" else CASES
-    return pytest.mark.parametrize("name", [name for name, case in cases.items() if keep(case)])
+    """Runs a test for each case that `keep` selects."""
+    return pytest.mark.parametrize("name", [name for name, case in CASES.items() if keep(case)])
 
 
 every = over()
+
+
+@functools.lru_cache(maxsize=1)
+def made(name):
+    """An optimizer and its compiled `update`, which the laws of a case share: they run one after the other."""
+    tx = CASES[name].make()
+    return tx, jax.jit(tx.update)
 
 
 def gradients(step, params):
@@ -80,10 +86,10 @@ def test_converges(name, objective):
 @every
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_keeps_structure_and_dtypes_with_float32_state(name, dtype):
-    tx, params = CASES[name].make(), params_tree(dtype)
+    (tx, update), params = made(name), params_tree(dtype)
     state = tx.init(params)
     grads = gradients(0, params)
-    updates, new_state = jax.jit(tx.update)(grads, state, params)
+    updates, new_state = update(grads, state, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, grads)
     chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
     low = [x for x in jax.tree.leaves(state) if x.dtype == jnp.bfloat16]
@@ -106,11 +112,10 @@ def test_keeps_dtypes_with_64_bits_and_strict_promotion(name, x64):
 
 @every
 def test_bfloat16_parameters_follow_float32(name):
-    tx = CASES[name].make()
+    tx, update = made(name)
     params = params_tree(jnp.bfloat16)
     grads = gradients(0, params)
     wide = functools.partial(jax.tree.map, lambda x: x.astype(jnp.float32))
-    update = jax.jit(tx.update)
     low, _ = update(grads, tx.init(params), params)
     high, _ = update(wide(grads), tx.init(wide(params)), wide(params))
     if CASES[name].rescales_noise:
@@ -199,12 +204,14 @@ def test_masks_and_multipliers_are_trees_of_any_class(kind):
     assert jax.tree.structure(rates) == jax.tree.structure(params)
 
 
+@pytest.mark.engine
 @every
 def test_ignores_extra_arguments(name):
-    tx, params = optax.with_extra_args_support(CASES[name].make()), params_tree()
+    (tx, update), params = made(name), params_tree()
     grads = gradients(0, params)
-    plain, _ = tx.update(grads, tx.init(params), params)
-    extra, _ = tx.update(grads, tx.init(params), params, value=1.0, anything=None)
+    plain, _ = update(grads, tx.init(params), params)
+    update = jax.jit(optax.with_extra_args_support(tx).update)
+    extra, _ = update(grads, tx.init(params), params, value=1.0, anything=None)
     chex.assert_trees_all_equal(plain, extra)
 
 
@@ -212,19 +219,21 @@ def test_ignores_extra_arguments(name):
 def test_masked_leaves_are_untouched(name):
     params = params_tree()
     mask = {"matrix": True, "nested": False, "scalar": False, "empty": True}
-    tx = optax.masked(CASES[name].make(), mask)
+    lonely, update = made(name)
+    tx = optax.masked(lonely, mask)
     grads = gradients(0, params)
-    updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
-    updates, _ = jax.jit(tx.update)(grads, state, params)
+    masked = jax.jit(tx.update)
+    updates, state = masked(grads, tx.init(params), params)
+    updates, _ = masked(grads, state, params)
     chex.assert_trees_all_equal(updates["nested"], grads["nested"])
     chex.assert_trees_all_equal(updates["scalar"], grads["scalar"])
     alone = {"matrix": params["matrix"]}
-    lonely = CASES[name].make()
-    _, state = lonely.update({"matrix": grads["matrix"]}, lonely.init(alone), alone)
-    expected, _ = lonely.update({"matrix": grads["matrix"]}, state, alone)
+    _, state = update({"matrix": grads["matrix"]}, lonely.init(alone), alone)
+    expected, _ = update({"matrix": grads["matrix"]}, state, alone)
     chex.assert_trees_all_close(updates["matrix"], expected["matrix"], rtol=1e-5)
 
 
+@pytest.mark.engine
 @over(lambda case: case.injectable)
 def test_inject_hyperparams(name):
     factory = CASES[name].make
@@ -233,46 +242,51 @@ def test_inject_hyperparams(name):
         if isinstance(factory, functools.partial)
         else (factory, (), {})
     )
+    plain, update = made(name)
     static = [k for k, v in kwargs.items() if callable(v)]
     tx = optax.inject_hyperparams(function, static_args=static)(*args, **kwargs)
     chex.assert_trees_all_close(
-        run(tx, params_tree(), 5)[0], run(factory(), params_tree(), 5)[0], rtol=1e-4, atol=1e-5
+        run(tx, params_tree(), 5)[0], run(plain, params_tree(), 5, update=update)[0], rtol=1e-4, atol=1e-5
     )
 
 
+@pytest.mark.engine
 @every
 def test_partition(name):
     params = params_tree()
     labels = {"matrix": "ours", "nested": "sgd", "scalar": "sgd", "empty": "ours"}
-    tx = optax.partition({"ours": CASES[name].make(), "sgd": optax.sgd(0.5)}, labels)
+    lonely, update = made(name)
+    tx = optax.partition({"ours": lonely, "sgd": optax.sgd(0.5)}, labels)
     grads = gradients(0, params)
     updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
     chex.assert_trees_all_close(updates["nested"][0], -0.5 * grads["nested"][0])
-    alone, lonely = {"matrix": params["matrix"]}, CASES[name].make()
-    expected, _ = lonely.update({"matrix": grads["matrix"]}, lonely.init(alone), alone)
+    alone = {"matrix": params["matrix"]}
+    expected, _ = update({"matrix": grads["matrix"]}, lonely.init(alone), alone)
     chex.assert_trees_all_close(updates["matrix"], expected["matrix"], rtol=1e-5)
 
 
+@pytest.mark.engine
 @every
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_apply_if_finite(name, dtype):
-    tx = optax.apply_if_finite(CASES[name].make(), 3)
-    params, state = run(tx, params_tree(dtype), 2)
+    tx = optax.apply_if_finite(made(name)[0], 3)
+    update = jax.jit(tx.update)
+    params, state = run(tx, params_tree(dtype), 2, update=update)
     grads = jax.tree.map(lambda g: g * jnp.asarray(jnp.nan, g.dtype), gradients(9, params))
-    updates, skipped = jax.jit(tx.update)(grads, state, params)
+    updates, skipped = update(grads, state, params)
     chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, params))
     chex.assert_trees_all_equal(skipped.inner_state, state.inner_state)
-    assert all_finite(run(tx, params, 2, state=skipped))
+    assert all_finite(run(tx, params, 2, state=skipped, update=update))
 
 
 @every
 def test_nan_is_not_hidden(name):
     """A NaN in the gradient shows in the updates, or leaves the state unchanged."""
-    tx, params = CASES[name].make(), params_tree()
+    (tx, update), params = made(name), params_tree()
     state = tx.init(params)
     grads = gradients(0, params)
     grads["matrix"] = grads["matrix"].at[0, 1].set(jnp.nan)
-    updates, state = jax.jit(tx.update)(grads, state, params)
+    updates, state = update(grads, state, params)
     if not jnp.any(jnp.isnan(updates["matrix"])):
         assert all_finite((updates, state))
 
@@ -297,30 +311,34 @@ def test_a_wrapper_takes_the_same_steps_around_a_direction_and_a_ready_optimizer
     assert np.max(np.abs(plain["matrix"] - ready["matrix"])) > 1e-3  # the wrapper does something
 
 
+@pytest.mark.engine
 @every
 def test_multi_steps(name):
-    inner, params = CASES[name].make(), params_tree()
+    (inner, update), params = made(name), params_tree()
     tx = optax.MultiSteps(inner, every_k_schedule=2)
     first, second = gradients(0, params), gradients(1, params)
-    updates, state = jax.jit(tx.update)(first, tx.init(params), params)
+    every_second = jax.jit(tx.update)
+    updates, state = every_second(first, tx.init(params), params)
     chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, params))
-    updates, _ = jax.jit(tx.update)(second, state, params)
+    updates, _ = every_second(second, state, params)
     mean = jax.tree.map(lambda a, b: (a + b) / 2, first, second)
-    expected, _ = jax.jit(inner.update)(mean, inner.init(params), params)
+    expected, _ = update(mean, inner.init(params), params)
     chex.assert_trees_all_close(updates, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.engine
 @every
 def test_state_survives_serialization_bit_for_bit(name):
     serialization = pytest.importorskip("flax.serialization")
-    tx, start = CASES[name].make(), params_tree()
-    params, state = run(tx, start, 3)
+    (tx, update), start = made(name), params_tree()
+    params, state = run(tx, start, 3, update=update)
     data = serialization.to_bytes(state)
     restored = serialization.from_bytes(tx.init(start), data)
     restored = jax.tree.map(jnp.asarray, restored)
     chex.assert_trees_all_equal(restored, state)
     chex.assert_trees_all_equal(
-        run(tx, params, 3, state=restored, start=3), run(tx, params, 3, state=state, start=3)
+        run(tx, params, 3, state=restored, start=3, update=update),
+        run(tx, params, 3, state=state, start=3, update=update),
     )
 
 
@@ -349,6 +367,7 @@ def test_every_state_survives_a_checkpoint_of_orbax_bit_for_bit(tmp_path):
         assert isinstance(new, jax.Array) and bits(old) == bits(new)
 
 
+@pytest.mark.engine
 @every
 def test_init_under_eval_shape(name):
     tx, params = CASES[name].make(), params_tree()
@@ -356,6 +375,7 @@ def test_init_under_eval_shape(name):
     chex.assert_trees_all_equal_shapes_and_dtypes(shapes, tx.init(params))
 
 
+@pytest.mark.engine
 @every
 def test_tree_map_params(name):
     tx, params = CASES[name].make(), params_tree()
@@ -364,9 +384,10 @@ def test_tree_map_params(name):
         assert np.all(np.asarray(leaf) == (0 if "count" in jax.tree_util.keystr(path) else 1)), path
 
 
+@pytest.mark.engine
 @every
 def test_scan_and_donation(name):
-    tx, params = CASES[name].make(), params_tree()
+    (tx, update), params = made(name), params_tree()
     grads = [gradients(step, params) for step in range(6)]
     stacked = jax.tree.map(lambda *g: jnp.stack(g), *grads)
 
@@ -377,12 +398,13 @@ def test_scan_and_donation(name):
 
     scan = jax.jit(lambda carry: jax.lax.scan(step, carry, stacked)[0], donate_argnums=0)
     scanned = scan((jax.tree.map(jnp.copy, params), tx.init(params)))
-    chex.assert_trees_all_close(scanned, run(tx, params, 6), rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(scanned, run(tx, params, 6, update=update), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.engine
 @every
 def test_vmap_is_a_loop(name):
-    tx = CASES[name].make()
+    tx, single = made(name)
     members = [gradients(100 + i, params_tree()) for i in range(3)]
     stack = lambda *trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)
     params, state = stack(*members), jax.vmap(tx.init)(stack(*members))
@@ -391,7 +413,6 @@ def test_vmap_is_a_loop(name):
         grads = stack(*[gradients(10 * step + i, m) for i, m in enumerate(members)])
         updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)
-    single = jax.jit(tx.update)
     for i, member in enumerate(members):
         s = tx.init(member)
         for step in range(3):
@@ -402,8 +423,8 @@ def test_vmap_is_a_loop(name):
 
 @every
 def test_zero_gradients_stay_finite(name):
-    tx, params = CASES[name].make(), params_tree()
-    state, update = tx.init(params), jax.jit(tx.update)
+    (tx, update), params = made(name), params_tree()
+    state = tx.init(params)
     zeros = jax.tree.map(jnp.zeros_like, params)
     for _ in range(5):
         updates, state = update(zeros, state, params)
@@ -424,7 +445,7 @@ def test_gradient_through_a_step(name):
             p = optax.apply_updates(p, updates)
         return jnp.sum(p["w"] ** 2)
 
-    assert np.isfinite(jax.grad(objective)(1.5))
+    assert np.isfinite(jax.jit(jax.grad(objective))(1.5))
 
 
 @over(lambda case: case.ready)

@@ -1,0 +1,81 @@
+"""Which laws run on which cases: the full product, or a covering design fixed by rule (CONTRIBUTING.md).
+
+A law is a test with a parameter `entry` (tests/conformance) or `name` (tests/optimizers/test_common.py). It is of the
+formula, or, with the marker `engine`, of a mechanism that all functions share. A case is
+
+* leading: an entry that is `thorough`, or the first optimizer of a family;
+* an export: the first entry of any other export, or any other optimizer;
+* a variant: a further entry of an export.
+
+`$JAXSOFT_DESIGN` names a row of `DESIGNS`: for each kind of law and case, 1 is every case, n every n-th, where each law
+begins at another case, and 0 none. Nothing is left out by hand.
+"""
+
+import os
+import zlib
+
+import pytest
+
+# law -> case -> one in how many
+DESIGNS = {
+    "all": {
+        "formula": dict(leading=1, export=1, variant=1),
+        "engine": dict(leading=1, export=1, variant=1),
+    },
+    "cover": {
+        "formula": dict(leading=1, export=1, variant=3),
+        "engine": dict(leading=1, export=3, variant=3),
+    },
+    # The newest versions, where only the libraries differ.
+    "newest": {
+        "formula": dict(leading=3, export=0, variant=0),
+        "engine": dict(leading=1, export=0, variant=0),
+    },
+    "fast": {
+        "formula": dict(leading=6, export=12, variant=0),
+        "engine": dict(leading=6, export=0, variant=0),
+    },
+}
+
+
+def case_of(item) -> tuple[str, str] | None:
+    """The rank and the name of a law's case; None for other tests."""
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    if "entry" in params:
+        entry = params["entry"]
+        return entry.rank, entry.id
+    if "name" in params and hasattr(item.module, "RANKS"):
+        return item.module.RANKS.get(params["name"], "export"), params["name"]
+    return None
+
+
+def group(items: list[pytest.Item]) -> None:
+    """Sorts the laws by case, those of a case in one process, so that they share its compiled programs."""
+    cases = {i: case_of(item) for i, item in enumerate(items)}
+    laws = [i for i, case in cases.items() if case is not None]
+    order = {case: i for i, case in reversed(cases.items())}
+    ordered = sorted(laws, key=lambda i: order[cases[i]])
+    for i, item in zip(laws, [items[i] for i in ordered]):
+        items[i] = item
+        item.add_marker(pytest.mark.xdist_group(case_of(item)[1]))
+
+
+def select(config, items: list[pytest.Item]) -> None:
+    """Deselects the laws that are not in the design of `$JAXSOFT_DESIGN`, "all" by default."""
+    design = os.environ.get("JAXSOFT_DESIGN", "all")
+    if design not in DESIGNS:
+        raise pytest.UsageError(f"JAXSOFT_DESIGN must be one of {sorted(DESIGNS)}, got {design!r}")
+    kept, left, turns = [], [], {}
+    for item in items:
+        case = case_of(item)
+        if case is None:
+            kept.append(item)
+            continue
+        law = item.function.__name__
+        share = DESIGNS[design]["engine" if item.get_closest_marker("engine") else "formula"][case[0]]
+        turn = turns.setdefault((law, case[0]), {})  # by case
+        index = turn.setdefault(case[1], len(turn)) + zlib.crc32(law.encode())
+        (kept if share and index % share == 0 else left).append(item)
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = kept
