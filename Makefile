@@ -1,50 +1,75 @@
-# make train   train a small language model on real text, beside the plain baseline
-# make test    all tests: on the oldest supported versions, and on the newest jax if a newer Python is found
-# make lint    ruff and pyright
-# make bench   the measurements that README.md reports
-# make docs    the documentation, into site/; a broken link is an error
+# make train      train a small language model on real text, beside the plain baseline
+# make test       what a change must pass: the oldest supported versions, the newest jax, kernels on jax 0.11
+# make test-fast  a part of it for daily work, in minutes
+# make test-all   every law on every case, see CONTRIBUTING.md; hours
+# make lint       ruff and pyright
+# make bench      the measurements that README.md reports
+# make docs       the documentation, into site/; a broken link is an error
 #
-# Everything is set up in .venv (and .venv-newest); nothing outside this folder is touched.
+# Everything is set up in .venv, .venv-newest and .venv-kernels; nothing outside this folder is touched.
 
 SHELL := /bin/bash
 # The oldest supported Python if it is there, else whatever python3 is.
 PYTHON ?= $(shell for p in python3.11 python3; do if $$p -c 'import sys; assert sys.version_info >= (3, 11)' 2>/dev/null; then echo $$p; break; fi; done)
-# A newer one, on PATH or under pyenv, for the newest jax.
-NEWEST_PYTHON ?= $(shell for v in 3.14 3.13 3.12; do for p in python$$v $${PYENV_ROOT:-$$HOME/.pyenv}/versions/$$v.*/bin/python; do if $$p -c 'import venv' 2>/dev/null; then echo $$p; exit; fi; done; done)
+# Newer ones, on PATH or under pyenv: for the newest jax, and for the versions that kernels are run with on GPUs.
+find = $(shell for v in $(1); do for p in python$$v $${PYENV_ROOT:-$$HOME/.pyenv}/versions/$$v.*/bin/python; do if $$p -c 'import venv' 2>/dev/null; then echo $$p; exit; fi; done; done)
+NEWEST_PYTHON ?= $(call find,3.14 3.13 3.12)
+KERNELS_PYTHON ?= $(call find,3.12)
+KERNELS_JAX = 0.11.2
 # The independent implementations the tests compare with (torch is large): `make test ORACLES=` goes without.
 ORACLES ?= ,oracles
 WORKERS ?= 2
 TRAIN_FLAGS ?=
 
 PIP = -m pip install --quiet --disable-pip-version-check
+PART = @$(PYTHON) tests/parts.py
+PYTEST = -m pytest -n $(WORKERS)
+KERNEL_TESTS = tests/kernels/test_gpu.py tests/kernels/test_inside.py tests/kernels/test_lowering.py
 
-.PHONY: train test test-oldest test-newest lint bench docs clean
+.PHONY: train test test-all test-fast test-oldest test-newest test-kernels lint bench docs clean
 
 train: .venv/ready
 	.venv/bin/python examples/train_lm.py $(TRAIN_FLAGS)
 
-test: test-oldest test-newest
-	@echo "make test: $$(.venv/bin/python tests/versions.py): passed"
-	@if [ -x .venv-newest/bin/python ]; then echo "make test: $$(.venv-newest/bin/python tests/versions.py): passed (engine, kernels, conformance, optimizers)"; \
-	else echo "make test: no Python 3.12 or newer found, so the newest jax was NOT tested"; fi
+test: export JAXSOFT_DESIGN = cover
+test: NEWEST_DESIGN = newest
+test-all: export JAXSOFT_DESIGN = all
+test-all: NEWEST_DESIGN = all
+test test-all: test-oldest test-newest test-kernels
+	@echo "make $@: $$(.venv/bin/python tests/versions.py): passed"
+	@for part in newest kernels; do \
+	  if [ -x .venv-$$part/bin/python ]; then echo "make $@: $$(.venv-$$part/bin/python tests/versions.py): passed (a part)"; \
+	  else echo "make $@: no newer Python found, so the $$part tests did NOT run on a newer jax"; fi; done
+	$(PART)
 
 test-oldest: .venv/ready-tests
-	@echo "== all tests on $$(.venv/bin/python tests/versions.py)"
-	.venv/bin/python -m pytest -n $(WORKERS) --doctest-modules jaxsoft tests
+	$(PART) "all tests on the oldest versions" .venv/bin/python $(PYTEST) --doctest-modules jaxsoft tests
 
 ifneq ($(NEWEST_PYTHON),)
 test-newest: .venv-newest/ready-tests
-	@echo "== engine, kernel, conformance and optimizer tests on $$(.venv-newest/bin/python tests/versions.py)"
-	JAXSOFT_LAWS=engine .venv-newest/bin/python -m pytest -n $(WORKERS) tests/rows tests/kernels/test_gpu.py tests/kernels/test_lowering.py tests/conformance tests/optimizers/test_common.py
+	$(PART) "engine, laws and optimizers on the newest jax" env JAXSOFT_DESIGN=$(or $(NEWEST_DESIGN),newest) \
+	  .venv-newest/bin/python $(PYTEST) tests/rows tests/conformance tests/optimizers/test_common.py $(KERNEL_TESTS)
 else
 test-newest:
-	@echo "== no Python 3.12 or newer found (PATH, pyenv): the newest jax is not tested"
+	@echo "== no Python 3.12 or newer found (PATH, pyenv): the newest jax is NOT tested"
 endif
 
+ifneq ($(KERNELS_PYTHON),)
+test-kernels: .venv-kernels/ready-tests
+	$(PART) "kernels on jax $(KERNELS_JAX)" .venv-kernels/bin/python $(PYTEST) $(KERNEL_TESTS)
+else
+test-kernels:
+	@echo "== no Python 3.12 found (PATH, pyenv): kernels are NOT tested on jax $(KERNELS_JAX)"
+endif
+
+test-fast: .venv/ready-tests
+	$(PART) "fast tests" env JAXSOFT_DESIGN=fast .venv/bin/python $(PYTEST) -m "not slow" \
+	  tests/test_imports.py tests/test_static_options.py tests/conformance tests/optimizers/test_common.py
+
 lint: .venv/ready-tests
-	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
-	.venv/bin/pyright --pythonpath .venv/bin/python
+	$(PART) "ruff" .venv/bin/ruff check .
+	$(PART) "ruff format" .venv/bin/ruff format --check .
+	$(PART) "pyright" .venv/bin/pyright --pythonpath .venv/bin/python
 
 bench: .venv/ready
 	.venv/bin/python benchmarks/linear_cross_entropy.py
@@ -59,25 +84,32 @@ bench: .venv/ready
 	.venv/bin/python benchmarks/accelerator.py
 
 docs: .venv/ready-docs
-	.venv/bin/mkdocs build --strict
+	$(PART) "the docs" .venv/bin/mkdocs build --strict
+
+# ---- environments
 
 .venv/ready: pyproject.toml tests/oldest.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/python $(PIP) -c tests/oldest.txt -e '.[examples,bench]'
+	$(PART) "set-up" .venv/bin/python $(PIP) -c tests/oldest.txt -e '.[examples,bench]'
 	@touch $@
 
 .venv/ready-tests: .venv/ready
-	.venv/bin/python $(PIP) -c tests/oldest.txt -e '.[tests$(ORACLES)]'
+	$(PART) "set-up of the tests" .venv/bin/python $(PIP) -c tests/oldest.txt -e '.[tests$(ORACLES)]'
 	@touch $@
 
 .venv/ready-docs: .venv/ready
-	.venv/bin/python $(PIP) -c tests/oldest.txt -e '.[docs]'
+	$(PART) "set-up of the docs" .venv/bin/python $(PIP) -c tests/oldest.txt -e '.[docs]'
 	@touch $@
 
 .venv-newest/ready-tests: pyproject.toml
 	$(NEWEST_PYTHON) -m venv .venv-newest
-	.venv-newest/bin/python $(PIP) --upgrade --upgrade-strategy eager -e '.[tests]'
+	$(PART) "set-up of the newest jax" .venv-newest/bin/python $(PIP) --upgrade --upgrade-strategy eager -e '.[tests]'
+	@touch $@
+
+.venv-kernels/ready-tests: pyproject.toml
+	$(KERNELS_PYTHON) -m venv .venv-kernels
+	$(PART) "set-up of jax $(KERNELS_JAX)" .venv-kernels/bin/python $(PIP) 'jax==$(KERNELS_JAX)' -e '.[tests]'
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-newest site runs
+	rm -rf .venv .venv-newest .venv-kernels build site runs

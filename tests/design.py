@@ -3,8 +3,8 @@
 A law is a test with a parameter `entry` (tests/conformance) or `name` (tests/optimizers/test_common.py). It is of the
 formula, or, with the marker `engine`, of a mechanism that all functions share. A case is
 
-* leading: an entry that is `thorough`, or the first optimizer of a family;
-* an export: the first entry of any other export, or any other optimizer;
+* leading: an entry that is `thorough`, the first entry or the first optimizer of a family;
+* an export: the first entry of any other export, any other optimizer;
 * a variant: a further entry of an export.
 
 `$JAXSOFT_DESIGN` names a row of `DESIGNS`: for each kind of law and case, 1 is every case, n every n-th, where each law

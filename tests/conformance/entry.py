@@ -40,7 +40,7 @@ class Entry:
       loss: whether it takes labels, weights and ignore_index as losses do.
       thorough: whether the laws of the engine (block sizes, layouts, shards, the gradient in the forward pass) run in
         all their variants, or in one: enough for a function of reductions that other entries try.
-      first: whether it is the first entry of its export; the table sets it.
+      rank: what the covering design (`tests/design.py`) takes it for; the table sets it.
       constants: inputs that are constants to the gradient.
       function: the function itself, its options, and which of its options are inputs (by the inputs' names), of a loss.
       options: see `function`.
@@ -63,7 +63,7 @@ class Entry:
     huge: float = 3e-6
     loss: bool = False
     thorough: bool = False
-    first: bool = True
+    rank: str = "export"
     constants: tuple[str, ...] = ()
     function: Any = None
     options: Any = None
@@ -72,11 +72,6 @@ class Entry:
     @property
     def id(self) -> str:
         return self.export.removeprefix("jaxsoft.") + (f"[{self.variant}]" if self.variant else "")
-
-    @property
-    def rank(self) -> str:
-        """What the covering design (`tests/design.py`) takes it for."""
-        return "leading" if self.thorough else "export" if self.first else "variant"
 
 
 # What the inputs vary over, and which of them are class ids.

@@ -52,6 +52,13 @@ def _reduced(logits, inputs, *, where=None, axis=-1):
 _SCALED = 1e-3  # half a unit in the last place of 1e4 times a factor, in the exponent
 
 _NORMALIZERS = [
+    _statistic(jaxsoft.softmax, dense_only=True, shift=0.0, low=1e-2),
+    _statistic(jaxsoft.log_softmax, dense_only=True, shift=0.0, empty=-np.inf, low=1e-2),
+    _statistic(rows.online_softmax, "jaxsoft.rows", dense_only=True, shift=0.0, low=1e-2),
+    _statistic(rows.two_pass_softmax, "jaxsoft.rows", dense_only=True, shift=0.0, low=1e-2),
+    _statistic(
+        rows.unified_max_softmax, "jaxsoft.rows", inputs=("reference",), dense_only=True, shift=0.0, low=1e-2
+    ),
     _normalizer(normalizers.softmax_n, n=2.5),
     _normalizer(normalizers.softmax_n, "rows", per_row={"n": "temperature"}),
     _normalizer(normalizers.softmax_one),
@@ -84,8 +91,7 @@ _NORMALIZERS = [
     _normalizer(normalizers.entmax, "alpha=2.5", alpha=2.5, shift=0.0),
 ]
 
-_ENTRIES: list[Entry] = [
-    # statistics
+_STATISTICS = [
     _statistic(jaxsoft.logsumexp, shift=1.0, empty=-np.inf, thorough=True),
     _statistic(
         jaxsoft.logsumexp, variant="exponent", method="exponent", shift=1.0, empty=-np.inf, thorough=True
@@ -142,22 +148,23 @@ _ENTRIES: list[Entry] = [
         least_columns=1,
     ),
     Entry("jaxsoft.reduce_rows", _reduced, thorough=True),
-    # normalizers
-    _statistic(jaxsoft.softmax, dense_only=True, shift=0.0, low=1e-2),
-    _statistic(jaxsoft.log_softmax, dense_only=True, shift=0.0, empty=-np.inf, low=1e-2),
-    *_NORMALIZERS,
-    _statistic(rows.online_softmax, "jaxsoft.rows", dense_only=True, shift=0.0, low=1e-2),
-    _statistic(rows.two_pass_softmax, "jaxsoft.rows", dense_only=True, shift=0.0, low=1e-2),
-    _statistic(
-        rows.unified_max_softmax, "jaxsoft.rows", inputs=("reference",), dense_only=True, shift=0.0, low=1e-2
-    ),
-    *(entry for family in FAMILIES for entry in getattr(family, "ENTRIES", [])),
 ]
-_SEEN: set[str] = set()
-ENTRIES = [
-    dataclasses.replace(entry, first=entry.export not in _SEEN and not _SEEN.add(entry.export))
-    for entry in _ENTRIES
-]
+
+
+def _ranked(entries: list[Entry]) -> list[Entry]:
+    """The entries with their ranks: thorough or the first of its family, the first of its export, or a variant."""
+    ranked, seen = [], set()
+    for entry in entries:
+        family = getattr(entry.function, "__module__", entry.dense_only)
+        leads = entry.thorough or family not in seen
+        rank = "leading" if leads else "variant" if entry.export in seen else "export"
+        ranked.append(dataclasses.replace(entry, rank=rank))
+        seen |= {family, entry.export}
+    return ranked
+
+
+_LOSSES = [entry for family in FAMILIES for entry in getattr(family, "ENTRIES", [])]
+ENTRIES = _ranked(_STATISTICS + _NORMALIZERS + _LOSSES)
 
 # Exports that are no functions of one row of scores, or not of its numbers alone (random ones), and the tests of their
 # laws: files that name them.
