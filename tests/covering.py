@@ -1,8 +1,11 @@
 """Covering designs: few calls of a function in which every two of its options meet, at all their values."""
 
 import itertools
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
+
+_TRIES = 8
 
 
 def pairs(
@@ -10,8 +13,8 @@ def pairs(
 ) -> list[dict[str, Any]]:
     """Rows, one value per option, such that every two values of two options occur together in a row.
 
-    Greedy and deterministic: a row starts from the first pair that is still missing; each further option takes the
-    value that adds the most missing pairs.
+    Greedy: a row starts from the first pair that is still missing; each further option, in a random order, takes the
+    value that adds the most missing pairs; the best row of several tries counts. Each call gives the same rows.
 
     Args:
       options: the values of each option.
@@ -20,6 +23,7 @@ def pairs(
     Raises:
       ValueError: a pair that fits into no row.
     """
+    rng = random.Random(0)
     names, values = list(options), list(options.values())
     named = lambda row: {names[a]: values[a][i] for a, i in sorted(row)}
     items = [
@@ -33,23 +37,32 @@ def pairs(
     }
     missing, rows = set(allowed), []
 
-    def complete(row: dict) -> dict | None:
-        """The row with values of the options that it lacks; None if each choice has a forbidden pair."""
-        if len(row) == len(names):
+    def complete(row: dict, rest: list[int]) -> dict | None:
+        """The row with values of the other options; None if each choice has a forbidden pair."""
+        if not rest:
             return row
-        a = min(set(range(len(names))) - row.keys())
-        joined = {item: {tuple(sorted((item, other))) for other in row.items()} for item in items[a]}
-        fits = [item for item in items[a] if joined[item] <= allowed]
-        fits.sort(key=lambda item: -len(joined[item] & missing))
-        return next(filter(None, (complete({**row, a: i}) for _, i in fits)), None)
+        joined = {item: {tuple(sorted((item, other))) for other in row.items()} for item in items[rest[0]]}
+        fits = [item for item in joined if joined[item] <= allowed]
+        fits.sort(key=lambda item: (-len(joined[item] & missing), rng.random()))
+        return next(filter(None, (complete({**row, a: i}, rest[1:]) for a, i in fits)), None)
+
+    def new(row: dict) -> set:
+        return missing.intersection(itertools.combinations(sorted(row.items()), 2))
 
     while missing:
-        first = min(missing)
-        row = complete(dict(first))
-        if row is None:
+        first = dict(min(missing))
+        rest = [a for a in range(len(names)) if a not in first]
+        found = [complete(first, rng.sample(rest, len(rest))) for _ in range(_TRIES)]
+        if None in found:
             raise ValueError(
-                f"no row has {named(first)}: another option has no value that is allowed with both"
+                f"no row has {named(first.items())}: another option has no value that both allow"
             )
-        rows.append(named(row.items()))
-        missing -= set(itertools.combinations(sorted(row.items()), 2))
+        best = max(found, key=lambda row: len(new(row)))
+        rows.append(named(best.items()))
+        missing -= new(best)
     return rows
+
+
+def count_pairs(rows: list[dict]) -> int:
+    """The number of different pairs in rows."""
+    return len({pair for row in rows for pair in itertools.combinations(row.items(), 2)})

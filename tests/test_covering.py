@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from covering import pairs
+from covering import count_pairs, pairs
 from helpers import fails
 
 OPTIONS = {"a": list("abcdef"), "b": [0, 1, 2], "c": [None, 1.5], "d": [False, True], "e": [(1, 2), 3, None]}
@@ -22,6 +22,7 @@ def test_every_pair_occurs_and_none_that_is_forbidden(forbidden):
             assert any((row[a], row[b]) == (x, y) for row in rows) != forbidden({a: x, b: y}), (a, x, b, y)
     assert 16 <= len(rows) <= 21  # at least 6 * 3, less the forbidden pairs
     assert rows == pairs(OPTIONS, forbidden)
+    assert count_pairs(rows) == (94 if forbidden is _forbidden else 97)
 
 
 def test_a_pair_that_fits_into_no_row():
