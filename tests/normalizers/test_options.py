@@ -15,6 +15,7 @@ from covering import count_pairs, pairs
 from helpers import near
 from plain_normalizers import FORMULAS, SOFT, softmax_n
 
+import jaxsoft
 from jaxsoft import normalizers
 
 ROWS, V = (2, 3), 5
@@ -299,3 +300,104 @@ def test_options_together(name, x64):
             ]
             assert not np.any(np.asarray(gradients[argument])[~np.isfinite(a)]), (case, argument)
             near(np.sum(gradients[argument] * direction), np.sum(weights * (ends[0] - ends[1])) / 2e-6, 3e-6)
+
+
+# --- similarities normalized over banks ----------------------------------------------------------------------
+
+QUERIES, GALLERY, BANK = 4, 5, 3
+RETRIEVAL = {
+    "dynamic": [False, True],
+    "bank": ["[bank, gallery]", "[gallery, bank]", "linear_logits"],
+    "log": [True, False],
+    "k": [1, 2],
+    "where": [False, True],
+    "query_bank_where": [False, True],
+    "gallery_bank_where": [False, True],
+}
+
+
+def _inverted(s, bank, beta, case):
+    """One factor, of a query's similarities `[gallery]`, and of a bank `[bank, gallery]`; absent entries are NaN."""
+    present = ~np.isnan(s)
+    factor = np.full(GALLERY, -np.inf)
+    for g in np.flatnonzero(present):
+        counts = bank[:, g][~np.isnan(bank[:, g])]
+        if len(counts):
+            factor[g] = beta * s[g] - np.log(np.sum(np.exp(beta * counts)))
+    factor = factor if case["log"] else np.exp(factor)
+    hubs = set()
+    for row in bank:
+        here = np.flatnonzero(~np.isnan(row))
+        hubs |= set(here[_best(row[here], case["k"])])
+    if case["dynamic"] and not (present.any() and np.nanargmax(s) in hubs):
+        factor = np.full(GALLERY, -np.inf if case["log"] else 0.0)
+        factor[present] = np.log(s[present]) if case["log"] else s[present]
+    return factor
+
+
+def test_retrieval_options_together(x64):
+    cases, rng = pairs(RETRIEVAL), np.random.default_rng(0)
+    assert (len(cases), count_pairs(cases)) == (9, 96)
+    cotangent = rng.normal(size=(QUERIES, GALLERY))
+    points = []
+    for case in cases:
+        floats = {
+            "similarities": 0.1 + rng.random((QUERIES, GALLERY)),
+            "query_beta": 0.7,
+            "gallery_beta": 3.0,
+        }
+        keeps = {}
+        for name in ("similarities", "query_bank", "gallery_bank"):
+            shape = (QUERIES if name == "similarities" else BANK, GALLERY)
+            floats.setdefault(name, rng.normal(size=shape))
+            masked = case["where" if name == "similarities" else name + "_where"]
+            keeps[name] = rng.random(shape) < (0.7 if masked else 1.0)
+        points.append((floats, keeps))
+
+    def run(case, floats, keeps):
+        floats, laid = dict(floats), (lambda a: a) if case["bank"] == "[bank, gallery]" else jnp.transpose
+        options = {"bank_axis": 0 if case["bank"] == "[bank, gallery]" else 1}
+        banks = []
+        for name in ("query_bank", "gallery_bank"):
+            bank = laid(
+                floats.pop(name) if case["bank"] == "linear_logits" else hidden(floats.pop(name), keeps[name])
+            )
+            if case["bank"] == "linear_logits":
+                bank = jaxsoft.linear_logits(bank, jnp.eye(BANK), block_size=2)
+            banks.append(bank)
+            if case[name + "_where"]:
+                options[name + "_where"] = laid(keeps[name])
+        if case["where"]:
+            options["where"] = keeps["similarities"]
+        s = hidden(floats.pop("similarities"), keeps["similarities"])
+        options |= floats | {name: case[name] for name in ("dynamic", "log", "k")}
+        y = normalizers.dual_inverted_softmax(s, *banks, **options)
+        return jnp.sum(cotangent * jnp.where(jnp.isfinite(y), y, 0)), y
+
+    def hidden(a, keep):
+        return jnp.where(keep, a, jnp.nan)
+
+    def plain(case, floats, keeps):
+        a = {name: np.where(keep, floats[name], np.nan) for name, keep in keeps.items()}
+        total = 0.0 if case["log"] else 1.0
+        for name in ("query", "gallery"):
+            factor = np.stack(
+                [_inverted(s, a[name + "_bank"], floats[name + "_beta"], case) for s in a["similarities"]]
+            )
+            total = total + factor if case["log"] else total * factor
+        return total
+
+    @jax.jit
+    def everything(points):
+        return [
+            jax.grad(lambda floats, case=case, keeps=keeps: run(case, floats, keeps), has_aux=True)(floats)
+            for case, (floats, keeps) in zip(cases, points)
+        ]
+
+    for case, (floats, keeps), (gradients, y) in zip(cases, points, everything(points)):
+        np.testing.assert_allclose(y, plain(case, floats, keeps), 1e-9, 1e-9, err_msg=str(case))
+        for name, a in floats.items():
+            direction = rng.normal(size=np.shape(a))
+            ends = [plain(case, floats | {name: a + step * direction}, keeps) for step in (1e-6, -1e-6)]
+            slopes = [np.sum(cotangent * np.where(np.isfinite(end), end, 0)) for end in ends]
+            near(np.sum(gradients[name] * direction), (slopes[0] - slopes[1]) / 2e-6, 3e-6)
