@@ -108,19 +108,33 @@ MASK_CASES = pairs({"hidden by": ["nothing"], **MASKS}) + pairs({"hidden by": HI
 
 
 def test_visible_keys_and_their_number(x64):
+    """Keys may be NaN that lengths or a mask of keys hide from all queries."""
+
     def run(case):
         options, keep = mask_options(case, np.random.default_rng(0))
         arrays, static = split(options)
+        absent = np.zeros((B, S), bool)
+        if case["key_value_seq_lengths"]:
+            absent |= np.arange(S) >= LENGTHS["key_value_seq_lengths"][:, None]
+        if case["hidden by"] == "key mask":
+            absent |= ~options["mask"][:, 0, 0]
+        keys = np.where(absent, np.nan, 0.0)[..., None, None]
 
-        def visible(arrays):
-            query, key = jnp.zeros((B, T, N, H)), jnp.zeros((B, S, N, H))
-            value = jnp.broadcast_to(jnp.eye(S)[:, None], (B, S, N, S))
+        def visible(arrays, keys):
+            query, key = jnp.zeros((B, T, N, H)), jnp.broadcast_to(keys, (B, S, N, H))
+            value = keys + jnp.eye(S)[:, None]
             return dot_product_attention(
-                query, key, value, normalizer=counted, block_sizes=case["blocks"], **static, **arrays
+                query,
+                key,
+                jnp.broadcast_to(value, (B, S, N, S)),
+                normalizer=counted,
+                block_sizes=case["blocks"],
+                **static,
+                **arrays,
             )
 
         expected = keep * keep.sum(-1, keepdims=True)
-        return jax.jit(visible)(arrays), np.moveaxis(expected, 1, 2)
+        return jax.jit(visible)(arrays, keys), np.moveaxis(expected, 1, 2)
 
     for case in MASK_CASES:
         got, expected = run(case)
