@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from covering import count_pairs, pairs
 from helpers import compilations, fails, trees_close
 from jax.sharding import PartitionSpec as P
 
@@ -280,3 +281,114 @@ def test_no_tracer_outlives_its_trace(name):
 
     with jax.checking_leaks():
         jax.make_jaxpr(jax.jit(jax.grad(loss)))(jnp.ones((6, 4)))
+
+
+# --- losses that read their logits several times ---------------------------------------------------------
+
+N, D, V = 7, 4, 9
+
+
+def _reads(logits, a, function):
+    """Reads of the logits with options of all kinds, by functions of jaxsoft or (dense) as plain formulas."""
+    if function == "jaxsoft":
+        lse, entropy = jaxsoft.logsumexp, jaxsoft.entropy
+        nll = lambda labels, **o: losses.cross_entropy(logits, labels, **o)
+        tempered, capped = jaxsoft.temperature(logits, a["tau"]), lambda: jaxsoft.softcap(logits, 1.5)
+    else:
+        at = lambda x, labels: jnp.take_along_axis(x, jnp.maximum(labels, 0)[:, None], axis=1)[:, 0]
+        lse = lambda x, where=True: jnp.log(jnp.sum(jnp.where(where, jnp.exp(x), 0), axis=1))
+
+        def entropy(x, where):
+            e = jnp.where(where, jnp.exp(x), 0)
+            p = e / jnp.where(where.any(-1, keepdims=True), e.sum(1, keepdims=True), 1)
+            return -jnp.sum(p * jnp.log(jnp.where(where, p, 1)), axis=1)
+
+        nll = lambda labels, where=True: jnp.where(labels < 0, 0, lse(logits, where) - at(logits, labels))
+        tempered, capped = logits / a["tau"][:, None], lambda: 1.5 * jnp.tanh(logits / 1.5)
+    return {
+        "rows are ignored": lambda: nll(a["labels"]),
+        "no row is ignored": lambda: nll(a["all_labels"]),
+        "entries are masked": lambda: entropy(logits, where=a["mask"]),
+        "rows are masked": lambda: entropy(
+            logits, where=jnp.broadcast_to(a["row_mask"][:, None], (*a["tau"].shape, V))
+        ),
+        "columns are masked": lambda: lse(logits, where=a["column_mask"]),
+        "the option where": lambda: nll(a["labels"], where=a["where"]),
+        "temperature": lambda: lse(tempered),
+        "cap": lambda: lse(capped()),
+        "further logits": lambda: lse(logits) * lse(a["further"]),
+    }
+
+
+def _several_reads(logits, labels, all_labels, tau, mask, row_mask, further, *, names, **masks):
+    a = dict(labels=labels, all_labels=all_labels, tau=tau, mask=mask, row_mask=row_mask, further=further)
+    reads = _reads(logits, a | masks, "jaxsoft")
+    return sum((i + 1) * reads[name]() for i, name in enumerate(names))
+
+
+READS = list(_reads(jnp.ones((N, V)), {"tau": jnp.ones(N)}, "plain"))
+OPTIONS = {
+    **{name: [True, False] for name in READS},
+    "function": ["weighted_sum", "weighted_mean"],
+    "bias": [False, True],
+    "scale": [False, True],
+    "softcap": [None, 2.0],
+    "temperature": [False, True],
+    "transpose_weight": [False, True],
+    "block_size": [None, 4],
+    "chunk_size": [3, None],
+    "weights": [True, False],
+}
+# A cap comes before a temperature, and only once.
+CASES = pairs(OPTIONS, lambda p: p.get("cap") and (p.get("softcap") is not None or p.get("temperature")))
+
+
+def test_the_design_of_reads():
+    """The number of calls, and of pairs of options that meet in one."""
+    assert (len(CASES), count_pairs(CASES)) == (10, 542)
+
+
+@pytest.mark.parametrize("i", range(len(CASES)))
+def test_losses_that_read_their_logits_several_times(i, x64):
+    case, rng = CASES[i], np.random.default_rng(i)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape))
+    positive = lambda *shape: jnp.asarray(0.5 + rng.random(shape))
+    floats = {"hidden": normal(N, D), "weight": normal(D, V), "tau": positive(N)}
+    floats |= {"further hidden": normal(N, D), "further weight": normal(D, V)}
+    floats |= {name: a for name, a in dict(bias=normal(V), scale=positive(N)).items() if case[name]}
+    floats |= {name: a for name, a in dict(temperature=positive(), weights=normal(N)).items() if case[name]}
+    labels = jnp.asarray([0, 3, -100, 8, -100, 2, 2], jnp.int32)
+    where = jnp.asarray(rng.random((N, V)) < 0.6) | (jnp.arange(V) == labels[:, None])
+    mask = jnp.asarray(rng.random((N, V)) < 0.6).at[3].set(False)
+    row_mask, column_mask = jnp.asarray([1, 0, 1, 1, 0, 1, 0], bool), jnp.arange(V) % 3 != 1
+    fixed = dict(labels=labels, all_labels=jnp.abs(labels) % V, mask=mask, row_mask=row_mask)
+    names = tuple(name for name in READS if case[name])
+    source = ("bias", "scale", "temperature")
+
+    def fast(f):
+        weight = f["weight"].T if case["transpose_weight"] else f["weight"]
+        given = {name: case[name] for name in ("softcap", "transpose_weight", "block_size")}
+        logits = jaxsoft.linear_logits(f["hidden"], weight, **{n: f.get(n) for n in source}, **given)
+        further = jaxsoft.linear_logits(f["further hidden"], f["further weight"])
+        by_row = (labels, fixed["all_labels"], f["tau"], mask, row_mask, further)
+        options = dict(names=names, where=where, column_mask=column_mask)
+        options |= dict(chunk_size=case["chunk_size"], weights=f.get("weights"))
+        return getattr(losses, case["function"])(_several_reads, logits, *by_row, **options)
+
+    def plain(f):
+        x = f["hidden"] @ f["weight"] * f.get("scale", jnp.ones(N))[:, None] + f.get("bias", 0)
+        x = x if case["softcap"] is None else case["softcap"] * jnp.tanh(x / case["softcap"])
+        a = (
+            fixed
+            | f
+            | dict(where=where, column_mask=column_mask, further=f["further hidden"] @ f["further weight"])
+        )
+        reads = _reads(x / f.get("temperature", 1), a, "plain")
+        weights = f.get("weights", jnp.ones(N))
+        if case["function"] == "weighted_mean":
+            weights = jnp.where(labels < 0, 0, weights)
+            weights = weights / jnp.sum(weights)
+        return jnp.vdot(weights, sum((i + 1) * reads[name]() for i, name in enumerate(names)))
+
+    got, expected = jax.jit(lambda f: (jax.value_and_grad(fast)(f), jax.value_and_grad(plain)(f)))(floats)
+    trees_close(got, expected, 1e-11)
