@@ -1,4 +1,4 @@
-"""Options at a second value: each takes the other branch, or differs from a neutral default, against a plain formula."""
+"""Options at a second value, one off the default or on another branch, against plain formulas."""
 
 import jax
 import jax.numpy as jnp
