@@ -148,7 +148,7 @@ DIRECTIONS = {
     "spam": (o.scale_by_spam(B1, B2, EPS, **SPAM), lambda: spam(**SPAM)),
     "spam, unclipped": (
         o.scale_by_spam(B1, B2, EPS, **OFTEN),
-        lambda: spam(**OFTEN | {"threshold": 1e30}),
+        lambda: spam(**OFTEN | {"clip_start": 99}),
     ),
     "spike_clip_by_second_moment": (
         optax.chain(o.spike_clip_by_second_moment(3.0, B2, 2), optax.ema(B1, debias=False)),
