@@ -338,6 +338,39 @@ def test_invariances(entry, x64):
         np.testing.assert_allclose(a, b[..., order] if entry.dense_only else b, rtol=1e-9, atol=1e-9)
 
 
+# They jump where scores are equal to the label's, where too many are the largest, and where the label's is 0.
+_JUMPS = (
+    "losses.dual_focal_loss",
+    "normalizers.entropy_target_softmax",
+    "losses.spherical_softmax_cross_entropy[eps=0]",
+)
+
+
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if e.id not in _JUMPS], ids=lambda e: e.id)
+def test_equal_scores(entry, x64):
+    """Equal scores are the limit of scores whose earlier column is larger; gradients lie between both sides."""
+    columns, step = np.arange(V), 1e-8
+    x = np.random.default_rng(seed_of(entry)).integers(-1, 2, (*LEADING, V)) / 2
+    x[..., :3] = x[..., 3:6]  # pairs of equals; below, no row is constant
+    x[..., 6] = np.where(x[..., 0] == 0, 0.5, 0)
+    given = inputs_of(entry, dtype=np.float64)
+    both = lambda moved: value_and_gradient(entry)(jnp.asarray(moved), given, {})
+    result, gradient = both(x)
+    limit, of_limit = both(x - step * columns)
+    trees_close(result, limit, 1e-5)
+    if not entry.differentiable:
+        return
+    if entry.least_columns:  # a selection
+        trees_close(gradient, of_limit, 1e-5)
+        return
+    for shift in range(3):
+        one = columns == (np.arange(6).reshape(*LEADING, 1) + shift) % V
+        sides = np.stack([both(x + sign * step * one)[1] for sign in (-1, 1)])
+        low, high = sides.min(0) - 1e-5, sides.max(0) + 1e-5
+        inside = (gradient >= low) & (gradient <= high)
+        assert np.all(inside | ~one), (gradient[one], low[one], high[one])
+
+
 def head(entry, dtype, leading=LEADING, columns=V):
     rng = np.random.default_rng(seed_of(entry) + 7)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
