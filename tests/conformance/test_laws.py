@@ -17,6 +17,7 @@ from helpers import (
     contract_weights,
     floats,
     matrix_products,
+    near,
     rows_and_gradients,
     trees_close,
 )
@@ -242,6 +243,40 @@ def test_a_row_without_entries(entry):
             np.testing.assert_allclose(a[keep], b[keep], rtol=1e-6, atol=1e-6)
         if entry.differentiable:
             assert jnp.all(gradient[0, 1] == 0) and jnp.all(jnp.isfinite(gradient))
+
+
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if e.differentiable], ids=lambda e: e.id)
+def test_nan_shows_in_its_row_alone(entry, x64):
+    """At the label, at another class, at the only class present, or in a teacher's row: no guard takes it for 0."""
+    x, given = scores(entry, dtype=np.float64), inputs_of(entry, dtype=np.float64)
+    label = 0
+    for name, at in (
+        ("soft", jnp.argmax),
+        ("positive_mask", jnp.argmax),
+        ("positives", jnp.max),
+        ("labels", jnp.max),
+    ):
+        label = int(at(given[name][1, 1])) if name in given else label
+    if "soft" in given:  # one class can be the only one with a probability
+        given["soft"] = given["soft"].at[1, 1].set(jnp.arange(V) == label)
+    program, others = value_and_gradient(entry), np.ones(LEADING, bool)
+    others[1, 1] = False
+    cases = [(x.at[1, 1, c].set(jnp.nan), given, {}) for c in (label, (label + 4) % V)]
+    if "teacher" in given:
+        teacher = given["teacher"].at[1, 1, label].set(jnp.nan)
+        cases.append((x, {**given, "teacher": teacher}, {}))
+    if entry.where:
+        alone = {"where": jnp.ones(x.shape, bool).at[1, 1].set(jnp.arange(V) == label)}
+        cases += [(spoiled, known, alone) for spoiled, known, _ in (cases[0], *cases[2:])]
+    plain = {}
+    for spoiled, known, options in cases:
+        if len(options) not in plain:
+            plain[len(options)] = floats(program(x, given, options)[0])
+        result, gradient = program(spoiled, known, options)
+        for a, b in zip(floats(result), plain[len(options)]):
+            assert np.any(np.isnan(a[1, 1])), (label, spoiled[1, 1])
+            near(a[others], b[others], 1e-12)
+        assert np.all(np.isfinite(gradient[others]))
 
 
 def exact(x, given, program):
