@@ -105,17 +105,22 @@ def test_keeps_dtypes_with_64_bits_and_strict_promotion(name, x64):
 
 
 @every
-def test_bfloat16_parameters_follow_float32(name):
-    tx = CASES[name].make()
-    params = params_tree(jnp.bfloat16)
-    grads = gradients(0, params)
+def test_half_precision_parameters_follow_float32(name):
+    """Float16 numbers whose squares underflow or overflow there: every moment and norm is in float32."""
+
+    def scaled(tree):
+        return tree | {"matrix": tree["matrix"] * 5e-4, "nested": (tree["nested"][0] * 1e3, None)}
+
+    tx, params = CASES[name].make(), scaled(params_tree(jnp.float16))
+    grads = scaled(gradients(0, params))
     wide = functools.partial(jax.tree.map, lambda x: x.astype(jnp.float32))
     update = jax.jit(tx.update)
     low, _ = update(grads, tx.init(params), params)
     high, _ = update(wide(grads), tx.init(wide(params)), wide(params))
     if CASES[name].rescales_noise:
         low["scalar"] = high["scalar"] = None
-    chex.assert_trees_all_close(wide(low), high, rtol=2e-2, atol=1e-6)
+    for a, b in zip(jax.tree.leaves(wide(low)), jax.tree.leaves(high), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3 * np.max(np.abs(b), initial=0) + 6e-8)
 
 
 @every
