@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxsoft._numerics import as_ids
-from jaxsoft.losses._common import LabelledRows
+from jaxsoft.losses._common import LabelledRows, poison_of
 from jaxsoft.rows import RowReduction, reductions
 
 
@@ -24,4 +24,4 @@ def label_score(ids: Array) -> RowReduction:
 def finish(rows: LabelledRows, loss: Array, score: Array, count: Array) -> Array:
     """The losses of rows with class ids: +inf where the label is absent, 0 for a row without classes."""
     loss = jnp.where(score == -jnp.inf, jnp.inf, loss)
-    return rows.finish(jnp.where(count > 0, loss, 0))
+    return rows.finish(jnp.where(count > 0, loss, 0) * poison_of(score))

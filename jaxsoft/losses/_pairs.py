@@ -104,7 +104,7 @@ def where_present(total: Array, present: Array) -> Array:
 
 
 def _pair_finalize(total, first, second, *args):
-    return where_present(total, (first.log_sum > -jnp.inf) & (second.log_sum > -jnp.inf))
+    return where_present(total, (first.log_sum != -jnp.inf) & (second.log_sum != -jnp.inf))
 
 
 def pair_sum(

@@ -240,7 +240,7 @@ def one_vs_each_loss(
     score, count = rows.reduce((reductions.take(rows.labels), reductions.count()))
     absent = score == -jnp.inf
     loss = rows.reduce(reductions.mapped_sum(_against, jnp.where(absent, 0, score), rows.labels))
-    return rows.finish(jnp.where(absent & (count > 0), jnp.inf, loss))
+    return rows.finish(jnp.where(absent & (count > 0), jnp.inf, loss) * poison_of(score))
 
 
 def _against(x, cols, score, label):

@@ -445,7 +445,7 @@ def top_k_distillation_loss(
     shift, correction, log_sum = (a[..., None] for a in partition)
     absent = scores == -jnp.inf
     log_q = reductions.LogPartition(shift, correction, log_sum).log_softmax(jnp.where(absent, shift, scores))
-    given = p > 0
+    given = p != 0
     kl = jnp.where(given, p * (jnp.log(jnp.where(given, p, 1)) - log_q), 0 * log_q)
     loss = jnp.sum(jnp.where(absent & given, jnp.inf, kl), axis=-1)
     if tail == "bucket":
@@ -720,13 +720,13 @@ def _to_mixture(total, tile, partition, partitions, log_shares):
         log_p = log_softmax_of(teacher, part) + log_shares[..., i, None]
         log_each.append(jnp.where(teacher.keep, log_p, -jnp.inf))
     log_p = functools.reduce(jnp.logaddexp, log_each)
-    some = log_p > -jnp.inf
+    some = log_p != -jnp.inf
     terms = jnp.exp(log_p) * (jnp.where(some, log_p, 0) - log_softmax_of(tile, partition))
     return total + jnp.sum(jnp.where(some, jnp.where(tile.keep, terms, jnp.inf), 0), axis=-1)
 
 
 def _mixture_finalize(total, partition, *args):
-    return where_present(total, partition.log_sum > -jnp.inf)
+    return where_present(total, partition.log_sum != -jnp.inf)
 
 
 def _binary_update(total, tile, beta):

@@ -317,8 +317,8 @@ def cauchy_schwarz_divergence(
     wanted = [own, of_second(own, other), reductions.mapped_logsumexp(_both, entry_args=(other,))]
     parts = reduce_rows(logits, [w._replace(finalize=partition_of) for w in wanted], axis=axis, where=where)
     xx, zz, xz = parts
-    present = (xx.log_sum > -jnp.inf) & (zz.log_sum > -jnp.inf)
-    common = xz.log_sum > -jnp.inf
+    present = (xx.log_sum != -jnp.inf) & (zz.log_sum != -jnp.inf)
+    common = xz.log_sum != -jnp.inf
     log_xx, log_zz, log_xz = (jnp.where(common, part.log_sum, 0) for part in parts)
     divergence = ((xx.shift - xz.shift) + (zz.shift - xz.shift)) + ((log_xx - log_xz) + (log_zz - log_xz))
     return jnp.where(common, divergence, jnp.where(present, jnp.inf, 0))

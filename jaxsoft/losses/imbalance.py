@@ -207,14 +207,15 @@ def noisy_softmax_cross_entropy(
     others, score = rows.reduce(
         (reductions.log_partition_excluding(rows.labels[..., None]), reductions.take(rows.labels))
     )
-    absent, rivals = score == -jnp.inf, others.log_sum > -jnp.inf
+    absent, rivals = score == -jnp.inf, others.log_sum != -jnp.inf
+    poison = poison_of(score)
     score = jnp.where(absent, others.shift, score)
     if key is not None:
         xi = jnp.abs(jax.random.normal(key, score.shape, score.dtype))
         norms = norm_product if rows.keep is None else jnp.where(rows.keep, norm_product, 0)
         score = score - alpha * xi * (norms.astype(score.dtype) - score)
     loss = jnp.where(absent, jnp.inf, jax.nn.softplus(-others.log_softmax(score)))
-    return rows.finish(jnp.where(rivals, loss, 0))
+    return rows.finish(jnp.where(rivals, loss, 0) * poison)
 
 
 def adaptive_margin_cross_entropy(
@@ -368,7 +369,8 @@ def emma_loss(
     base = jnp.where(absent, 0, score)
     reach = jnp.broadcast_to(jnp.asarray(radius, base.dtype), base.shape)
     lse = rows.reduce(reductions.mapped_logsumexp(_with_margin, base, rows.labels, reach, **arrays))
-    return rows.finish(jnp.where(lse == -jnp.inf, 0, jnp.where(absent, jnp.inf, lse)))
+    loss = jnp.where(lse == -jnp.inf, 0, jnp.where(absent, jnp.inf, lse))
+    return rows.finish(loss * poison_of(score))
 
 
 def _with_margin(x, cols, score, label, radius, lipschitz):

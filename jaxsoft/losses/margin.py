@@ -171,7 +171,8 @@ def _compete(negatives: LogPartition, positives: LogPartition, absent: Array) ->
     shift = negatives.shift + positives.shift
     log_sum = jnp.where(both, negatives.log_sum, 0) + jnp.where(both, positives.log_sum, 0)
     loss = jnp.where(both | jnp.isnan(shift), jax.nn.softplus(shift + log_sum), 0)
-    return jnp.where(absent & negative, jnp.inf, loss)
+    loss = jnp.where(absent & negative, jnp.inf, loss)
+    return loss * jnp.where(jnp.isnan(positives.log_sum), jnp.nan, 1)  # also without negatives
 
 
 def _against_target(

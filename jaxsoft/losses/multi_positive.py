@@ -177,7 +177,7 @@ def decoupled_softmax_loss(
     total, count = positives.sum(
         scores, _decoupled_term, negatives.shift, jnp.where(some, negatives.log_sum, 0)
     )
-    return rows.finish(jnp.where(some, safe_divide(total, count), 0))
+    return rows.finish(jnp.where(some | jnp.isnan(total), safe_divide(total, count), 0))
 
 
 def _decoupled_term(x, cols, shift, log_sum, positive):
@@ -360,7 +360,8 @@ def soft_top_k(
     rows = LabelledRows(x, axis, present, None, None, False, None)
     at, _ = _threshold(rows, k, alpha)
     top, tau, steepness, number, solvable = (jnp.expand_dims(a, axis) for a in at)
-    s = jnp.where(solvable, jax.nn.sigmoid(steepness * ((x - top) - tau)), jnp.where(number > 0, 1, 0))
+    soft = jax.nn.sigmoid(steepness * ((x - top) - tau))
+    s = jnp.where(solvable | jnp.isnan(x), soft, jnp.where(number > 0, 1, 0))
     return jnp.where(present, s, 0).astype(scores.dtype)
 
 
@@ -416,7 +417,8 @@ def soft_top_k_loss(
     at, scores = _threshold(positives.rows, k, alpha, positives.taken)
     total, count = positives.sum(scores, _soft_top_k_term, at.top, at.tau, at.alpha)
     hopeless = jnp.where((at.k <= 0) & (count > 0), jnp.inf, 0)
-    return positives.rows.finish(jnp.where(at.solvable, safe_divide(total, count), hopeless))
+    known = at.solvable | jnp.isnan(total)
+    return positives.rows.finish(jnp.where(known, safe_divide(total, count), hopeless))
 
 
 def _soft_top_k_term(x, cols, top, tau, alpha, positive):

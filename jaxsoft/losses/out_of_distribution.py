@@ -75,7 +75,7 @@ def energy_margin_loss(
     _checks.boolean("is_out", is_out)
     _checks.shape("is_out", is_out, rows_of(logits.shape, rows.axis), "one boolean per example")
     top, excess = rows.reduce(_tempered_logsumexp(_per_row(temperature, rows)))
-    present = excess > -jnp.inf
+    present = excess != -jnp.inf
     energy = -(top + jnp.where(present, excess, 0))
     violation = jax.nn.relu(jnp.where(is_out, m_out - energy, energy - m_in))
     return rows.finish(jnp.where(present, violation * violation, 0))
@@ -117,7 +117,7 @@ def outlier_exposure_loss(
     """
     rows = _rows(logits, axis, where, weights)
     partition, mean = rows.reduce((reductions.log_partition(), reductions.mean()))
-    return rows.finish(jnp.where(partition.log_sum > -jnp.inf, -partition.log_softmax(mean), 0))
+    return rows.finish(jnp.where(partition.log_sum != -jnp.inf, -partition.log_softmax(mean), 0))
 
 
 def dro_temperature_loss(
@@ -205,7 +205,7 @@ def _in_gauge(state, m, t):
 
 
 def _tempered_parts(state, t):
-    some = state[1] > 0
+    some = state[1] != 0
     return finite_gauge(state[0]), jnp.where(some, t * jnp.log(jnp.where(some, state[1], 1)), -jnp.inf)
 
 

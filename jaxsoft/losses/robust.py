@@ -332,7 +332,7 @@ def _normalized(rows: LabelledRows, loss: str, q: Any, gamma: Any) -> tuple[Arra
         total = rows.reduce(reductions.mapped_sum(_focal_term, partition.shift, log_sum, by_row(gamma)))
     else:
         total = count - 1
-    total = jnp.where(count > 1, total, 0)  # a single class costs 0
+    total = jnp.where(count > 1, total, jnp.inf)  # a single class costs 0
     return nll, lambda nll: safe_divide(_phi(loss, nll, q, gamma), total)
 
 

@@ -67,7 +67,7 @@ def spherical_z_loss(
     _checks.number("eps", eps, at_least=0)
     rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     score, moments = rows.reduce((reductions.take(rows.labels), reductions.moments()))
-    spread = moments.variance > 0
+    spread = ~(moments.variance <= 0)
     std = jnp.where(spread, jnp.sqrt(jnp.where(spread, moments.variance, 1)), 0)
     absent = score == -jnp.inf
     z = safe_divide(moments.deviation(jnp.where(absent, moments.mean, score)), std + eps)

@@ -272,10 +272,10 @@ def _relu_terms(power: float) -> Callable:
 
 
 def positive_power(x: Array, power: Any) -> Array:
-    """`relu(x) ** power`, with the derivative 0 where x <= 0."""
-    positive = x > 0
-    safe = jnp.where(positive, x, 1)
-    return jnp.where(positive, safe if _is(power, 1) else safe * safe if _is(power, 2) else safe**power, 0)
+    """`relu(x) ** power`, with the derivative 0 where x <= 0; it passes on NaN."""
+    zero = x <= 0
+    safe = jnp.where(zero, 1, x)
+    return jnp.where(zero, 0, safe if _is(power, 1) else safe * safe if _is(power, 2) else safe**power)
 
 
 def _is(power: Any, value: float) -> bool:
@@ -373,9 +373,9 @@ def _log_excess(tile: Tile, params) -> Tile:
     """`power * log(relu(n a / (sum a + eps) - offset))`, absent where relu is 0: its softmax has the powers."""
     a = jax.nn.softplus(tile.x)
     excess = a * params["per_mass"][..., None] - params["offset"][..., None]
-    inside = tile.keep & (excess > 8 * jnp.finfo(a.dtype).eps)  # less is rounding error
-    log = jnp.log(jnp.where(inside, excess, 1))
-    return tile.with_scores(jnp.where(inside, params["power"][..., None] * log, -jnp.inf))
+    outside = ~tile.keep | (excess <= 8 * jnp.finfo(a.dtype).eps)  # less is rounding error
+    log = jnp.log(jnp.where(outside, 1, excess))
+    return tile.with_scores(jnp.where(outside, -jnp.inf, params["power"][..., None] * log))
 
 
 def _reweighted_attention_weights(rows, *, scale, power=15.0, offset=None, eps=1e-8):
@@ -453,8 +453,8 @@ _MPC_STEPS, _MPC_CUTOFF = 5, -14.0
 
 def _limit_exponential(tile: Tile, params) -> Array:
     z = tile.x - params["top"][..., None] - params["shift"][..., None]
-    near = tile.keep & (z >= _MPC_CUTOFF)
-    return jnp.where(near, (1 + jnp.where(near, z, 0) / 2**_MPC_STEPS) ** (2**_MPC_STEPS), 0)
+    far = ~tile.keep | (z < _MPC_CUTOFF)
+    return jnp.where(far, 0, (1 + jnp.where(far, 0, z) / 2**_MPC_STEPS) ** (2**_MPC_STEPS))
 
 
 _MPC = divided_by_sum(_limit_exponential)

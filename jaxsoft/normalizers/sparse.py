@@ -26,7 +26,7 @@ Scores = Float[Array, "*rows columns"]
 
 def _selected(tile, params):
     bound, last = params["bound"][..., None], params["last"][..., None]
-    chosen = (tile.x > bound) | ((tile.x == bound) & (tile.cols <= last))
+    chosen = (tile.x > bound) | ((tile.x == bound) & (tile.cols <= last)) | jnp.isnan(tile.x)
     return tile.with_scores(jnp.where(tile.keep & chosen, tile.scores, -jnp.inf))
 
 
@@ -104,18 +104,18 @@ def entmax_powers(tile, params, exponent: float | None) -> tuple[Array, Array, A
     if exponent is not None and not near:
         u = jnp.where(tile.keep, slope * shifted - t, -1)
         lower = (u > 0).astype(u.dtype) if exponent == 1 else positive_power(u, exponent - 1)
-        return jnp.maximum(u, 0), positive_power(u, exponent), lower
+        return positive_power(u, 1), positive_power(u, exponent), lower
     z = jnp.maximum(shifted - t, -1e3)  # below, the weight is 0
     u = _select(near, 1 + slope * z, slope * shifted - t)
-    support = tile.keep & (u > 0)
-    u = jnp.where(support, u, 1)
+    outside = ~tile.keep | (u <= 0)
+    u = jnp.where(outside, 1, u)
     # For a slope below 1e-4, y is always small.
     y = slope * z
     small = near & (jnp.abs(y) < 0.1)
     direct = jnp.log(u) / jnp.where(slope < 1e-4, 1, slope)
     log_p = jnp.where(small, jnp.where(small, z, 0) * log1p_ratio(jnp.where(small, y, 0)), direct)
-    p = jnp.where(support, jnp.exp(log_p), 0)
-    return jnp.where(support, u, 0), p, p / u
+    p = jnp.where(outside, 0, jnp.exp(log_p))
+    return jnp.where(outside, 0, u), p, p / u
 
 
 @functools.cache
@@ -155,7 +155,7 @@ def define_entmax(rows, *, alpha: Any = 1.5):
     params = {"slope": rows.per_row("alpha", alpha) - 1}
     fixed = rows.detached()
     top, n = fixed.reduce((reductions.maximum(), reductions.count()))
-    params["top"] = jnp.where(jnp.isfinite(top), top, 0)
+    params["top"] = jnp.where(jnp.isinf(top), 0, top)
     params["threshold"] = lax.stop_gradient(_threshold(fixed, *lax.stop_gradient((params, n)), exponent))
     # Two differentiated steps give the threshold its derivatives, to third order.
     for _ in range(2):
@@ -186,7 +186,8 @@ def _threshold(rows, params, n: Array, exponent: float | None) -> Array:
         proposal, total = _newton(rows, {**params, "threshold": t}, exponent)
         lo, hi = jnp.where(total >= 1, t, lo), jnp.where(total >= 1, hi, t)
         new = jnp.where((proposal >= lo) & (proposal <= hi), proposal, (lo + hi) / 2)
-        return step + 1, lo, hi, new, jnp.max(jnp.abs(new - t) / tolerance, initial=0)
+        moved = jnp.where(jnp.isnan(total), 0, jnp.abs(new - t) / tolerance)  # a row of NaN is finished
+        return step + 1, lo, hi, new, jnp.max(moved, initial=0)
 
     def unfinished(carry):
         return (carry[0] < _MOST_STEPS) & (carry[-1] > 1)

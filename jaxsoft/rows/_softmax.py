@@ -208,6 +208,6 @@ def softmax_top_k(
     best, partition = reduce_rows(logits, both, axis=axis, where=where, implementation=implementation)
     if renormalize:
         partition = reduce_rows(best.values, reductions.log_partition())
-    present = best.values > -jnp.inf
+    present = best.values != -jnp.inf
     log_p = LogPartition(*(p[..., None] for p in partition)).log_softmax(jnp.where(present, best.values, 0))
     return TopK(jnp.where(present, jnp.exp(log_p), 0).astype(logits.dtype), best.indices)

@@ -312,8 +312,8 @@ def _moments_finalize(state, *args):
     log_s = log_or_neg_inf(s)
     return SoftmaxMoments(
         logsumexp=finite_gauge(m) + log_s,
-        mean=mean + jnp.where(s > 0, finite_gauge(m), 0),
-        entropy=jnp.where(s > 0, jnp.where(s > 0, log_s, 0) - mean, 0),
+        mean=mean + jnp.where(s != 0, finite_gauge(m), 0),
+        entropy=jnp.where(s != 0, jnp.where(s != 0, log_s, 0) - mean, 0),
         variance=safe_divide(rest[0], s) - mean * mean if rest else None,
     )
 
@@ -631,7 +631,7 @@ def _pair_neutral(state):
 def _pair_finalize(state):
     m, s, u, n, z, v, lost = state
     p, q = partition_of((m, s)), partition_of((n, z))
-    both = (s > 0) & (z > 0)
+    both = (s != 0) & (z != 0)
     log_s, log_z = (jnp.where(both, a.log_sum, 0) for a in (p, q))
     cross = log_z - safe_divide(v, s)
     divergence = cross - (log_s - safe_divide(u, s))

@@ -297,6 +297,40 @@ def test_a_row_without_entries(entry, x64):
             assert jnp.all(gradient[0, 1] == 0) and jnp.all(jnp.isfinite(gradient))
 
 
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if e.differentiable], ids=lambda e: e.id)
+def test_nan_shows_in_its_row_alone(entry, x64):
+    """At the label, at another class, at the only class present, or in a teacher's row: no guard takes it for 0."""
+    x, given = scores(entry, dtype=np.float64), inputs_of(entry, dtype=np.float64)
+    label = 0
+    for name, at in (
+        ("soft", jnp.argmax),
+        ("positive_mask", jnp.argmax),
+        ("positives", jnp.max),
+        ("labels", jnp.max),
+    ):
+        label = int(at(given[name][1, 1])) if name in given else label
+    if "soft" in given:  # one class can be the only one with a probability
+        given["soft"] = given["soft"].at[1, 1].set(jnp.arange(V) == label)
+    program, others = value_and_gradient(entry), np.ones(LEADING, bool)
+    others[1, 1] = False
+    cases = [(x.at[1, 1, c].set(jnp.nan), given, {}) for c in (label, (label + 4) % V)]
+    if "teacher" in given:
+        teacher = given["teacher"].at[1, 1, label].set(jnp.nan)
+        cases.append((x, {**given, "teacher": teacher}, {}))
+    if entry.where:
+        alone = {"where": jnp.ones(x.shape, bool).at[1, 1].set(jnp.arange(V) == label)}
+        cases += [(spoiled, known, alone) for spoiled, known, _ in (cases[0], *cases[2:])]
+    plain = {}
+    for spoiled, known, options in cases:
+        if len(options) not in plain:
+            plain[len(options)] = floats(program(x, given, options)[0])
+        result, gradient = program(spoiled, known, options)
+        for a, b in zip(floats(result), plain[len(options)]):
+            assert np.any(np.isnan(a[1, 1])), (label, spoiled[1, 1])
+            near(a[others], b[others], 1e-12)
+        assert np.all(np.isfinite(gradient[others]))
+
+
 def exact(x, given, program):
     """The float results of a program for the same numbers in float64."""
     with float64():
@@ -389,6 +423,39 @@ def test_invariances(entry, x64):
             moved[name] = array[..., order]
     for a, b in zip(floats(f(x[..., order], moved)), base):
         np.testing.assert_allclose(a, b[..., order] if entry.dense_only else b, rtol=1e-9, atol=1e-9)
+
+
+# They jump where scores are equal to the label's, where too many are the largest, and where the label's is 0.
+_JUMPS = (
+    "losses.dual_focal_loss",
+    "normalizers.entropy_target_softmax",
+    "losses.spherical_softmax_cross_entropy[eps=0]",
+)
+
+
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if e.id not in _JUMPS], ids=lambda e: e.id)
+def test_equal_scores(entry, x64):
+    """Equal scores are the limit of scores whose earlier column is larger; gradients lie between both sides."""
+    columns, step = np.arange(V), 1e-8
+    x = np.random.default_rng(seed_of(entry)).integers(-1, 2, (*LEADING, V)) / 2
+    x[..., :3] = x[..., 3:6]  # pairs of equals; below, no row is constant
+    x[..., 5] = np.where(x[..., 0] == 0, 0.5, 0)
+    given = inputs_of(entry, dtype=np.float64)
+    both = lambda moved: value_and_gradient(entry)(jnp.asarray(moved), given, {})
+    result, gradient = both(x)
+    limit, of_limit = both(x - step * columns)
+    trees_close(result, limit, 1e-5)
+    if not entry.differentiable:
+        return
+    if entry.least_columns:  # a selection
+        trees_close(gradient, of_limit, 1e-5)
+        return
+    for shift in range(3):
+        one = columns == (np.arange(6).reshape(*LEADING, 1) + shift) % V
+        sides = np.stack([both(x + sign * step * one)[1] for sign in (-1, 1)])
+        low, high = sides.min(0) - 1e-5, sides.max(0) + 1e-5
+        inside = (gradient >= low) & (gradient <= high)
+        assert np.all(inside | ~one), (gradient[one], low[one], high[one])
 
 
 @every

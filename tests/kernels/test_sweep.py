@@ -154,3 +154,20 @@ def test_tables_of_tiles_fit_into_scalar_memory():
         tile = np.arange(shape[2])
         got = (np.asarray(bits)[:, :, tile // 32] >> (tile % 32)) & 1
         np.testing.assert_array_equal(got, seen if tables == shape[0] else seen.any(0, keepdims=True))
+
+
+def test_a_table_of_more_tiles_than_a_word_has_bits():
+    """70 tiles along the columns: three words of bits, the sign bits among them."""
+    rng = np.random.default_rng(1)
+    x, seen = rng.normal(size=(1, 2, 70)), rng.random((1, 2, 70)) < 0.5
+    seen[:, :, 31:33] = seen[:, 0, 63:65] = True
+    operands = Operands({}, {}, None, jnp.int32(0), jnp.asarray(seen))
+
+    def body(block, carry):
+        return Out((carry[0] + jnp.sum(block.raw, 1),), (), ())
+
+    plan = Plan("columns", (), None, Tiles(1, 1))
+    kernel = Kernel("pallas_tpu", True, "")
+    scores = Scores(values=jnp.asarray(x, jnp.float32))
+    result = tpu.sweep(kernel, body, scores, operands, lambda own, like: (like,), plan)
+    np.testing.assert_allclose(result.carry[0][0], np.sum(x * seen, -1), rtol=1e-5)

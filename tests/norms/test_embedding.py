@@ -30,6 +30,15 @@ def test_equals_torch():
     np.testing.assert_allclose(vjp(jnp.asarray(cotangent))[0], weight.grad.numpy(), rtol=1e-4, atol=1e-5)
 
 
+def test_another_eps_and_no_padding(x64):
+    table, ids, scale, bias = make(jnp.float64)
+    rows = np.asarray(table)[np.asarray(ids)]
+    unit = (rows - rows.mean(-1, keepdims=True)) / np.sqrt(rows.var(-1, keepdims=True) + 0.5)
+    np.testing.assert_allclose(
+        stable_embedding(table, ids, scale, bias, eps=0.5), unit * scale + bias, rtol=1e-12
+    )
+
+
 def test_padding_is_the_bias():
     table, _, scale, bias = make()
     table = table.at[3].set(0)

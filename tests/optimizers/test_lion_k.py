@@ -190,11 +190,14 @@ def test_majority_vote():
     np.testing.assert_allclose(state.mu[:, 0], 0.01 * grads[:, 0], rtol=1e-6)  # of each worker's own gradient
 
 
-def test_many_workers_do_not_overflow_the_vote():
+@pytest.mark.parametrize("workers", [1, 2, 128, 255, 256])
+def test_many_workers_do_not_overflow_the_vote(workers):
+    """All agree, but in the last column half of them are against one more, or all cancel."""
+    half = np.where(np.arange(workers) < workers / 2, -1.0, 1.0)
+    grads = jnp.stack([jnp.ones(workers), -jnp.ones(workers), jnp.asarray(half, jnp.float32)], axis=1)
     tx = o.scale_by_lion_k(axis_name="workers")
-    grads = jnp.ones((300, 2)).at[:, 1].set(-1.0)
     u, _ = jax.vmap(tx.update, axis_name="workers")(grads, jax.vmap(tx.init)(grads))
-    np.testing.assert_array_equal(u[0], [1.0, -1.0])
+    np.testing.assert_array_equal(u, np.broadcast_to([1, -1, np.sign(half.sum())], u.shape))
 
 
 def test_mean_of_directions():

@@ -491,3 +491,15 @@ def test_bad_arguments():
         o.dequantize_blockwise(q, block_size=128)
     with pytest.raises(TypeError, match="codes"):
         o.dequantize_blockwise(o.QuantizedArray(jnp.ones(512), q.scales))
+
+
+@pytest.mark.parametrize("shape", [(), (7, 3)])
+def test_a_block_of_one_entry_comes_back_exactly(shape):
+    """And blocks that are as long as all entries but one, or longer than all."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    one = o.quantize_blockwise(x, block_size=1)
+    assert one.scales.size == x.size
+    np.testing.assert_allclose(o.dequantize_blockwise(one, block_size=1), x, rtol=1e-6)
+    for block in (max(x.size - 1, 1), x.size + 1):
+        back = o.dequantize_blockwise(o.quantize_blockwise(x, block_size=block), block_size=block)
+        np.testing.assert_allclose(back, x, atol=0.0071 * np.max(np.abs(x)))
