@@ -1,5 +1,6 @@
 # make train   train a small language model on real text, beside the plain baseline
 # make test    all tests: on the oldest supported versions, and on the newest jax if a newer Python is found
+# make mutate  tests the tests: slips of a maintainer, each of which some test must catch; not a part of make test
 # make lint    ruff and pyright
 # make bench   the measurements that README.md reports
 # make docs    the documentation, into site/; a broken link is an error
@@ -15,10 +16,11 @@ NEWEST_PYTHON ?= $(shell for v in 3.14 3.13 3.12; do for p in python$$v $${PYENV
 ORACLES ?= ,oracles
 WORKERS ?= 2
 TRAIN_FLAGS ?=
+MUTATE_FLAGS ?=
 
 PIP = -m pip install --quiet --disable-pip-version-check
 
-.PHONY: train test test-oldest test-newest lint bench docs clean
+.PHONY: train test test-oldest test-newest mutate lint bench docs clean
 
 train: .venv/ready
 	.venv/bin/python examples/train_lm.py $(TRAIN_FLAGS)
@@ -40,6 +42,9 @@ else
 test-newest:
 	@echo "== no Python 3.12 or newer found (PATH, pyenv): the newest jax is not tested"
 endif
+
+mutate: .venv/ready-tests
+	.venv/bin/python tests/mutate.py --workers $(WORKERS) $(MUTATE_FLAGS)
 
 lint: .venv/ready-tests
 	.venv/bin/ruff check .

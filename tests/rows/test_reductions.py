@@ -624,6 +624,15 @@ def test_a_nan_stays_in_its_row(case, x64):
     np.testing.assert_array_equal(g_spoiled["x"][other], g_clean["x"][other])
 
 
+def test_a_first_block_without_entries_does_not_set_the_centre():
+    """Large scores in float32 keep the digits of their variance, although the first block of a row is absent."""
+    x = 1e4 + jnp.asarray(np.random.default_rng(4).normal(size=(3, 9)), jnp.float32)
+    x = x.at[1, :3].set(-INF).at[2, 3:6].set(-INF)
+    exact = np.where(x > -INF, np.asarray(x, np.float64), np.nan)
+    variance = reduce_rows(x, r.moments(), block_size=3).variance
+    np.testing.assert_allclose(variance, np.nanvar(exact, axis=1), rtol=1e-4)
+
+
 def test_nan_wins_a_maximum(x64):
     x = jnp.asarray([[1.0, jnp.nan, 5.0, jnp.nan], [1.0, 2.0, 5.0, 3.0]])
     for block in (1, 2, 4):
