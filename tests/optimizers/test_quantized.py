@@ -361,6 +361,16 @@ def test_an_integer_stands_for_its_key(stochastic):
     assert any(jnp.any(a != b) for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(results[2])))
 
 
+def test_workers_round_the_same_gradient_differently():
+    """Otherwise their rounding errors would not average out."""
+    tx = o.compress_gradients("linear", axis_name="i", stochastic_rounding=True)
+    gradient = jnp.full(1000, 0.3).at[0].set(1)
+    mean = jax.vmap(lambda g: tx.update(g, tx.init(g))[0], axis_name="i")(jnp.stack([gradient] * 16))[0, 1:]
+    # A worker's code is one step of 1 / 127 up or down: its standard deviation is at most half of that.
+    assert np.std(mean) < 1.5 * 0.5 / 127 / np.sqrt(16)
+    assert abs(np.mean(mean) - 0.3) < 2e-4
+
+
 def test_stochastic_rounding_differs_from_step_to_step():
     tx = o.quantize_state(optax.trace(0.0), min_size=1, stochastic_rounding=True)
     g = jax.random.normal(jax.random.key(0), (300,))
