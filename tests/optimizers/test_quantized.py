@@ -302,11 +302,14 @@ def test_unsigned_names():
     assert jnp.max(jnp.abs(error)) < 0.0036
 
 
-def test_second_moments_never_become_zero():
+@pytest.mark.parametrize("chunk_size", [None, 256])
+@pytest.mark.parametrize("stochastic_rounding", [False, True])
+def test_second_moments_never_become_zero(stochastic_rounding, chunk_size):
     """A gradient of 1 beside one of 1e-4: the second moment's ratio of 1e-8 is below the map."""
     params = jnp.zeros(256)
     grads = jnp.full(256, 1e-4).at[0].set(1.0)
-    tx = o.quantize_state(optax.scale_by_adam(), min_size=1)
+    rounding = dict(stochastic_rounding=stochastic_rounding, chunk_size=chunk_size)
+    tx = o.quantize_state(optax.scale_by_adam(), min_size=1, **rounding)
     _, state = tx.update(grads, tx.init(params), params)
     assert np.all(state.inner_state.nu > 0)
     updates, _ = tx.update(jnp.zeros(256), state, params)
