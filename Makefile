@@ -2,6 +2,7 @@
 # make test       what a change must pass: the oldest supported versions, the newest jax, kernels on jax 0.11
 # make test-fast  a part of it for daily work, in minutes
 # make test-all   every law on every case, see CONTRIBUTING.md; hours
+# make mutate     tests the tests: each slip of tests/mutations must be caught; half an hour
 # make lint       ruff and pyright
 # make bench      the measurements that README.md reports
 # make docs       the documentation, into site/; a broken link is an error
@@ -20,13 +21,14 @@ KERNELS_JAX = 0.11.2
 ORACLES ?= ,oracles
 WORKERS ?= 2
 TRAIN_FLAGS ?=
+MUTATE_FLAGS ?=
 
 PIP = -m pip install --quiet --disable-pip-version-check
 PART = @$(PYTHON) tests/parts.py
 PYTEST = -m pytest -n $(WORKERS)
 KERNEL_TESTS = tests/kernels/test_gpu.py tests/kernels/test_inside.py tests/kernels/test_lowering.py
 
-.PHONY: train test test-all test-fast test-oldest test-newest test-kernels lint bench docs clean
+.PHONY: train test test-all test-fast test-oldest test-newest test-kernels mutate lint bench docs clean
 
 train: .venv/ready
 	.venv/bin/python examples/train_lm.py $(TRAIN_FLAGS)
@@ -65,6 +67,9 @@ endif
 test-fast: .venv/ready-tests
 	$(PART) "fast tests" env JAXSOFT_DESIGN=fast .venv/bin/python $(PYTEST) -m "not slow" \
 	  tests/test_imports.py tests/test_static_options.py tests/conformance tests/optimizers/test_common.py
+
+mutate: .venv/ready-tests
+	.venv/bin/python tests/mutate.py --workers $(WORKERS) $(MUTATE_FLAGS)
 
 lint: .venv/ready-tests
 	$(PART) "ruff" .venv/bin/ruff check .

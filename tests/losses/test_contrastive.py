@@ -128,6 +128,21 @@ def test_nothing_but_absent_pairs(name):
     assert jnp.all(value == 0) and jnp.all(pullback(jnp.ones(N))[0] == 0)
 
 
+@cases
+def test_a_pair_without_similarities_is_a_masked_pair(name, x64):
+    """A row of -inf only has loss 0 and gradient 0."""
+    ours, _ = CASES[name]
+    keep = jnp.arange(N) != 2
+    s = jnp.asarray(np.random.default_rng(6).normal(size=(N, N)))
+    both = [
+        jax.vjp(lambda s, w=w: ours(s, where=w), a)
+        for a, w in ((s, keep), (jnp.where(keep[:, None] & keep, s, -jnp.inf), None))
+    ]
+    (expected, pull), (value, pull_absent) = both
+    close(value, expected, 1e-12)
+    close(pull_absent(jnp.arange(1.0, N + 1))[0], pull(jnp.arange(1.0, N + 1))[0], 1e-12)
+
+
 def test_an_absent_similarity():
     s = jnp.asarray(S).at[1, 1].set(-jnp.inf)
     value, gradient = jax.value_and_grad(lambda s: losses.clip_loss(s)[0])(s)

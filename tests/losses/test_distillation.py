@@ -245,6 +245,10 @@ def test_top_k_teachers(x64):
     for tail, value in expected.items():
         close(losses.top_k_distillation_loss(s, ids, p, tail=tail), value, 1e-12)
     assert jnp.all(expected["bucket"] <= losses.distillation_loss(s, t) + 1e-12)
+    padded = p.at[:, 2].set(0)  # a list that is padded with ids of probability 0 is a shorter list
+    for tail in expected:
+        loss = functools.partial(losses.top_k_distillation_loss, s, tail=tail)
+        close(loss(ids, padded), loss(ids[:, :2], p[:, :2]), 1e-12)
     # Streamed, with its gradient; a padded list; an absent class.
     operands = pairs(columns=6, n=3)
     p2 = p.at[0, 2].set(0)

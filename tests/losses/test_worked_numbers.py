@@ -262,6 +262,20 @@ def test_smoothing_is_its_definition(smoothing, a, kind, x64):
     close(value, smoothed(masked, q), 1e-13)
 
 
+@pytest.mark.parametrize("loss", [CE, losses.poly_loss])
+@pytest.mark.parametrize("soft", [False, True])
+def test_smoothing_is_that_of_the_labels(loss, soft, x64):
+    """Of class ids and of distributions, with all classes and with some."""
+    x, y = example()
+    some = jnp.arange(7) != (y[:, None] + 2) % 7
+    for where in (jnp.ones_like(some), some):
+        q = jnp.where(where, jax.nn.softmax(x[::-1]), 0) if soft else jax.nn.one_hot(y, 7)
+        q = q / jnp.sum(q, axis=-1, keepdims=True)
+        smooth = 0.7 * q + 0.3 * where / jnp.sum(where, axis=-1, keepdims=True)
+        got = loss(x, q if soft else y, label_smoothing=0.3, where=where)
+        close(got, loss(x, smooth, where=where), 1e-13)
+
+
 @kinds
 def test_the_gradient_of_the_spherical_loss(kind, x64):
     """Orthogonal to the logits (scale invariance), summing to 0 (shift invariance), and not zero."""

@@ -97,6 +97,10 @@ def test_top_k_gate_noise():
     close(top_k_gate(H, 2, noise_logits=raw, key=KEY), top_k_gate(jnp.asarray(by_hand), 2))
     by_hand = np.asarray(H) + normal * 2.0 / 4
     close(top_k_gate(H, 3, noise_std=2.0, key=KEY), top_k_gate(jnp.asarray(by_hand), 3))
+    keep = jnp.array([True, True, False, True])  # the noise is shared among the experts that are present
+    by_hand = np.asarray(H) + normal * 2.0 / 3
+    masked = top_k_gate(H, 2, noise_std=2.0, key=KEY, where=keep)
+    close(masked, top_k_gate(jnp.asarray(by_hand), 2, where=keep))
     with float64():
         h, raw64 = H.astype(jnp.float64), raw.astype(jnp.float64)
         check_grads(lambda h, r: top_k_gate(h, 3, noise_logits=r, key=KEY), (h, raw64), 1)

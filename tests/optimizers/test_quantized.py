@@ -302,11 +302,14 @@ def test_unsigned_names():
     assert jnp.max(jnp.abs(error)) < 0.0036
 
 
-def test_second_moments_never_become_zero():
+@pytest.mark.parametrize("chunk_size", [None, 256])
+@pytest.mark.parametrize("stochastic_rounding", [False, True])
+def test_second_moments_never_become_zero(stochastic_rounding, chunk_size):
     """A gradient of 1 beside one of 1e-4: the second moment's ratio of 1e-8 is below the map."""
     params = jnp.zeros(256)
     grads = jnp.full(256, 1e-4).at[0].set(1.0)
-    tx = o.quantize_state(optax.scale_by_adam(), min_size=1)
+    rounding = dict(stochastic_rounding=stochastic_rounding, chunk_size=chunk_size)
+    tx = o.quantize_state(optax.scale_by_adam(), min_size=1, **rounding)
     _, state = tx.update(grads, tx.init(params), params)
     assert np.all(state.inner_state.nu > 0)
     updates, _ = tx.update(jnp.zeros(256), state, params)
@@ -359,6 +362,16 @@ def test_an_integer_stands_for_its_key(stochastic):
     results = [tx.update(g, tx.init(g)) for tx in map(stochastic, (7, jax.random.key(7), 8))]
     chex.assert_trees_all_equal(results[0], results[1])
     assert any(jnp.any(a != b) for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(results[2])))
+
+
+def test_workers_round_the_same_gradient_differently():
+    """Otherwise their rounding errors would not average out."""
+    tx = o.compress_gradients("linear", axis_name="i", stochastic_rounding=True)
+    gradient = jnp.full(1000, 0.3).at[0].set(1)
+    mean = jax.vmap(lambda g: tx.update(g, tx.init(g))[0], axis_name="i")(jnp.stack([gradient] * 16))[0, 1:]
+    # A worker's code is one step of 1 / 127 up or down: its standard deviation is at most half of that.
+    assert np.std(mean) < 1.5 * 0.5 / 127 / np.sqrt(16)
+    assert abs(np.mean(mean) - 0.3) < 2e-4
 
 
 def test_stochastic_rounding_differs_from_step_to_step():

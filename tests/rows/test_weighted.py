@@ -95,6 +95,23 @@ def test_a_loss_that_is_jitted_and_options_that_are_arrays():
     trees_close(a, jax.grad(lambda s: plain(HIDDEN, WEIGHT, label_smoothing=s))(smoothing), 2e-6)
 
 
+def two_passes(logits, labels):
+    """One pass reads all rows, the other one those that are not ignored."""
+    return jaxsoft.logsumexp(logits) + losses.cross_entropy(logits, labels)
+
+
+def test_a_loss_with_one_masked_and_one_unmasked_pass():
+    labels = LABELS.at[1].set(-100)
+    fast_, plain_ = (
+        jax.value_and_grad(lambda h, w, f=f: f(jaxsoft.linear_logits(h, w)), (0, 1))(HIDDEN, WEIGHT)
+        for f in (
+            lambda logits: losses.weighted_sum(two_passes, logits, labels, weights=WEIGHTS),
+            lambda logits: jnp.sum(WEIGHTS * two_passes(logits, labels)),
+        )
+    )
+    trees_close(fast_, plain_, 2e-6)
+
+
 def test_no_rows_and_no_examples_that_count():
     empty = jnp.zeros((0, 4))
     value, gradient = jax.value_and_grad(fast, (0, 1))(empty, WEIGHT, jnp.zeros(0, jnp.int32), jnp.zeros(0))
