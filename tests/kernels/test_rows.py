@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import matrix_products
+from helpers import equations, matrix_products
 from jax.sharding import PartitionSpec as P
 from kernels.compare import close, run, same
 from rows.test_reductions import CASES, given_of, make_scores, some_function
 
 import jaxsoft
 from jaxsoft import losses
+from jaxsoft.attention import dot_product_attention
 from jaxsoft.rows import RowReduction, _sweeps, reduce_rows, reductions
 
 INF, NAN = np.inf, np.nan
@@ -42,6 +43,17 @@ def test_every_reduction(case):
     close(got[case.id], expected[case.id])
     names = [f"{case.id}.{name}" for name in case.inputs if f"{case.id}.{name}" in gradient]
     close([got_gradient[name] for name in names], [gradient[name] for name in names])
+
+
+def test_equal_scores_of_several_tiles():
+    """The first columns are the best, and the gradient is theirs."""
+
+    def f(p, implementation):
+        return reduce_rows(p["x"], reductions.top_k(3), implementation=implementation)
+
+    x = jnp.asarray(np.random.default_rng(2).integers(0, 2, (6, 11)), jnp.float32).at[0].set(0)
+    got, _ = same(f, {"x": x}, 0, rows=4, columns=4)
+    np.testing.assert_array_equal(got.indices, jax.lax.top_k(x, 3)[1])
 
 
 def test_every_reduction_with_one_gradient():
@@ -185,6 +197,24 @@ def test_products_are_in_the_dtype_asked_for():
     products = list(matrix_products(traced, 128))
     assert len(products) == 4 and all(dtypes == {jnp.dtype(jnp.bfloat16)} for dtypes in products)
     assert all(a.dtype == jnp.float32 for a in traced.out_avals)
+
+
+def test_products_of_half_precision_add_up_in_float32():
+    """Seen in the program: an interpreter on a CPU adds up in float32 in any case."""
+
+    def f(hidden, weight, query):
+        logits = jaxsoft.linear_logits(hidden, weight, implementation="pallas_tpu")
+        out = dot_product_attention(query, query, query, implementation="pallas_tpu")
+        return jnp.sum(losses.cross_entropy(logits, jnp.zeros(8, jnp.int32))) + jnp.sum(
+            out.astype(jnp.float32)
+        )
+
+    half = [jnp.ones(shape, jnp.bfloat16) for shape in ((8, 16), (16, 128), (1, 8, 2, 16))]
+    with jaxsoft.kernels.interpreted(), jaxsoft.kernels.block_sizes(**BLOCKS):
+        traced = jax.make_jaxpr(jax.grad(f, (0, 1, 2)))(*half)
+    products = [e for e in equations(traced) if e.primitive.name == "dot_general"]
+    assert sum(v.aval.dtype == jnp.bfloat16 for e in products for v in e.invars) >= 18  # of at least 9
+    assert {e.outvars[0].aval.dtype for e in products} == {jnp.dtype(jnp.float32)}
 
 
 @pytest.mark.parametrize("transposed", [False, True])
