@@ -28,7 +28,7 @@ from conformance.entry import IDS, PER_COLUMN, PER_ROW, Entry, make_inputs
 from conformance.table import ENTRIES
 from jaxsoft import losses
 
-LEADING, V, D = (2, 3), 6, 4
+LEADING, V, D = (2, 3), 8, 4
 every = pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: e.id)
 every_loss = pytest.mark.parametrize("entry", [e for e in ENTRIES if e.loss], ids=lambda e: e.id)
 
@@ -142,7 +142,7 @@ def dense_head(entry):
 @_Program
 def streamed_head(entry):
     """What `of_head` gives with logits that are never stored, in two blocks of columns, and its gradients."""
-    return jax.value_and_grad(of_head(entry, dense=False, softcap=softcap(entry), block_size=3), has_aux=True)
+    return jax.value_and_grad(of_head(entry, dense=False, softcap=softcap(entry), block_size=4), has_aux=True)
 
 
 def row_mask(entry, given, leading=LEADING, columns=V):
@@ -439,7 +439,7 @@ def test_equal_scores(entry, x64):
     columns, step = np.arange(V), 1e-8
     x = np.random.default_rng(seed_of(entry)).integers(-1, 2, (*LEADING, V)) / 2
     x[..., :3] = x[..., 3:6]  # pairs of equals; below, no row is constant
-    x[..., 5] = np.where(x[..., 0] == 0, 0.5, 0)
+    x[..., 6] = np.where(x[..., 0] == 0, 0.5, 0)
     given = inputs_of(entry, dtype=np.float64)
     both = lambda moved: value_and_gradient(entry)(jnp.asarray(moved), given, {})
     result, gradient = both(x)
@@ -477,7 +477,7 @@ def test_streamed_is_dense(entry, x64):
         return jax.jit(jax.value_and_grad(run, has_aux=True))(point, given, where)
 
     # Ragged blocks; without a mask, or with one of columns alone, sums over affine logits take closed forms.
-    trees_close(both(mask, dense=False, softcap=softcap(entry), block_size=4), expected, 1e-10)
+    trees_close(both(mask, dense=False, softcap=softcap(entry), block_size=3), expected, 1e-10)
     affine = jax.jit(jax.value_and_grad(of_head(entry, dense=True), has_aux=True))
     some, everything = jnp.arange(V) < 5, jnp.ones(V, bool)
     expected = affine(point, given, some)
@@ -537,7 +537,7 @@ def test_sharded_rows_are_a_single_device(entry, x64):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
 
     def local(operands, given):
-        result = jax.tree.leaves(entry.call(expression(operands, block_size=3), given))
+        result = jax.tree.leaves(entry.call(expression(operands, block_size=4), given))
         return [jnp.sin(a.astype(jnp.float64)) for a in result]
 
     sharded = jax.shard_map(
