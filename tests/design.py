@@ -1,11 +1,13 @@
 """Which laws run on which cases: the full product, or a covering design fixed by rule (CONTRIBUTING.md).
 
 A law is a test with a parameter `entry` (tests/conformance) or `name` (tests/optimizers/test_common.py). It is of the
-formula, or, with the marker `engine`, of a mechanism that all functions share. A case is
+formula, or, with the marker `engine`, of a mechanism that all functions share. With the marker `table`, any other test
+is a law of its own cases, all of one rank. A case is
 
 * leading: an entry that is `thorough`, the first entry or the first optimizer of a family;
 * an export: the first entry of any other export, any other optimizer;
-* a variant: a further entry of an export.
+* a variant: a further entry of an export;
+* of a table: see above.
 
 `$JAXSOFT_DESIGN` names a row of `DESIGNS`: for each kind of law and case, 1 is every case, n every n-th, where each law
 begins at another case, and 0 none. Nothing is left out by hand.
@@ -19,21 +21,21 @@ import pytest
 # law -> case -> one in how many
 DESIGNS = {
     "all": {
-        "formula": dict(leading=1, export=1, variant=1),
-        "engine": dict(leading=1, export=1, variant=1),
+        "formula": dict(leading=1, export=1, variant=1, table=1),
+        "engine": dict(leading=1, export=1, variant=1, table=1),
     },
     "cover": {
-        "formula": dict(leading=1, export=1, variant=3),
-        "engine": dict(leading=1, export=3, variant=3),
+        "formula": dict(leading=1, export=1, variant=3, table=2),
+        "engine": dict(leading=1, export=3, variant=3, table=2),
     },
     # The newest versions, where only the libraries differ.
     "newest": {
-        "formula": dict(leading=3, export=0, variant=0),
-        "engine": dict(leading=1, export=0, variant=0),
+        "formula": dict(leading=3, export=0, variant=0, table=4),
+        "engine": dict(leading=1, export=0, variant=0, table=4),
     },
     "fast": {
-        "formula": dict(leading=6, export=12, variant=0),
-        "engine": dict(leading=6, export=0, variant=0),
+        "formula": dict(leading=6, export=12, variant=0, table=4),
+        "engine": dict(leading=6, export=0, variant=0, table=4),
     },
 }
 
@@ -46,13 +48,15 @@ def case_of(item) -> tuple[str, str] | None:
         return entry.rank, entry.id
     if "name" in params and hasattr(item.module, "RANKS"):
         return item.module.RANKS.get(params["name"], "export"), params["name"]
+    if params and item.get_closest_marker("table"):
+        return "table", item.callspec.id
     return None
 
 
 def group(items: list[pytest.Item]) -> None:
     """Sorts the laws by case, those of a case in one process, so that they share its compiled programs."""
     cases = {i: case_of(item) for i, item in enumerate(items)}
-    laws = [i for i, case in cases.items() if case is not None]
+    laws = [i for i, case in cases.items() if case is not None and case[0] != "table"]
     order = {case: i for i, case in reversed(cases.items())}
     ordered = sorted(laws, key=lambda i: order[cases[i]])
     for i, item in zip(laws, [items[i] for i in ordered]):
