@@ -57,7 +57,8 @@ class _Positives(NamedTuple):
         absent = self.given & (scores == -jnp.inf)
         x = jnp.where(self.given & ~absent, scores, 0)
         terms = term(x, None, *(a[..., None] for a in args), self.given & ~absent)
-        terms = terms * jnp.where(jnp.isnan(x), jnp.nan, 1)  # an id out of range: NaN in the whole gradient
+        # An id out of range: NaN in the whole gradient.
+        terms = terms * jnp.where(jnp.any(jnp.isnan(x), axis=-1, keepdims=True), jnp.nan, 1)
         total = jnp.sum(jnp.where(absent, jnp.inf, terms), axis=-1)
         return total, jnp.sum(self.given, axis=-1).astype(total.dtype)
 
