@@ -12,6 +12,7 @@ from helpers import near
 
 from jaxsoft.attention import hyper, linear, reuse, softmax_free
 
+pytestmark = pytest.mark.table
 RANDOM_KEY = jax.random.key(0)
 B, T, N, K, H, V = 2, 7, 4, 2, 4, 3
 

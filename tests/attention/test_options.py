@@ -340,6 +340,7 @@ def plain(case, formulas, keep, floats, arrays, constants):
     return [out, *statistics] if case["statistics"] else [out]
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("i", range(len(CASES)))
 def test_options_together(i, x64):
     """Values, and derivatives along a random direction of each float argument (by differences of the formula)."""

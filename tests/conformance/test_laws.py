@@ -458,6 +458,7 @@ def test_equal_scores(entry, x64):
         assert np.all(inside | ~one), (gradient[one], low[one], high[one])
 
 
+@pytest.mark.engine
 @every
 def test_streamed_is_dense(entry, x64):
     operands = head(entry)
@@ -527,6 +528,7 @@ def test_products_are_in_the_dtype_asked_for(entry):
             assert all(a.dtype == jnp.float32 for a in traced.out_avals)
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("entry", [e for e in ENTRIES if e.thorough and not e.dense_only], ids=lambda e: e.id)
 def test_sharded_rows_are_a_single_device(entry, x64):
     """Rows over two devices, the weight on both: same results, and gradients summed once."""

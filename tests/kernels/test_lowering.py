@@ -17,6 +17,9 @@ from jaxsoft.attention import dot_product_attention
 from jaxsoft.rows import reduce_rows
 
 
+pytestmark = pytest.mark.table
+
+
 class Device(NamedTuple):
     kind: str
     platform: str
