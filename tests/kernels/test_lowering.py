@@ -16,7 +16,6 @@ from jaxsoft import kernels, losses
 from jaxsoft.attention import dot_product_attention
 from jaxsoft.rows import reduce_rows
 
-
 pytestmark = pytest.mark.table
 
 
