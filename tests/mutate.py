@@ -166,6 +166,8 @@ def main(arguments: list[str] | None = None, root: pathlib.Path = ROOT) -> int:
         for s in read_slips(root / "tests" / "mutations")
         if options.only in "\n".join((s.file, s.new, s.kind))
     ]
+    if not slips:
+        parser.error(f"--only: no slip contains {options.only!r}")
     console = Console(soft_wrap=True, highlight=False)
 
     def run_all(f, items, tell):

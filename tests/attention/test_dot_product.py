@@ -121,6 +121,7 @@ def test_batch_axes_jit_vmap_and_half_precision():
         np.testing.assert_allclose(np.asarray(out, np.float64), exact, atol=tolerance)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(
     "name", ["softmax", "softpick", "self_adjust_softmax", "entmax15", "clipped_softmax"]
 )
@@ -141,6 +142,7 @@ def test_forward_mode_and_second_order(name, x64):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("name", NORMALIZERS)
 def test_scores_of_any_size(name):
     """Scores far from 0, by a bias: values as in float64, gradients finite."""

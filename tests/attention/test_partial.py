@@ -57,6 +57,7 @@ def parts_of(q, k, v, **options):
         yield partial_attention(q, k[:, lo:hi], v[:, lo:hi], key_offset=lo, **options)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("name", ONE_PASS)
 def test_parts_merge_in_any_order(name, x64):
     """Values and gradients, with positions of the whole and a part that no query may see."""

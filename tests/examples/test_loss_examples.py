@@ -28,6 +28,7 @@ def test_every_example_is_here():
     assert sorted(FAMILIES) == sorted(path.stem for path in EXAMPLES.glob("[!_]*.py"))
 
 
+@pytest.mark.table
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_table(family, monkeypatch, capsys):

@@ -37,6 +37,7 @@ def attend(p, implementation, **options):
     return dot_product_attention(p["q"], p["k"], p["v"], implementation=implementation, **options)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in STREAMED])
 def test_every_normalizer(name):
     """The same with stored scores. Causal, so that some queries see few keys or one; heads share keys."""
@@ -105,6 +106,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(name):
     """With the gradients of bias, slopes, sinks and scale; queries that see nothing; dropout of the same weights."""

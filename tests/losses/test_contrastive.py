@@ -60,6 +60,7 @@ CASES = {
 cases = pytest.mark.parametrize("name", CASES)
 
 
+@pytest.mark.table
 @cases
 @pytest.mark.parametrize("masked", [False, True])
 def test_values_and_derivatives(name, masked, x64):

@@ -113,6 +113,7 @@ CONSTANT_TEACHER = ("cross_entropy", "binary")
 W = np.random.default_rng(1).normal(size=4)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("name", OURS)
 def test_two_expressions_are_two_arrays(name, x64):
     """Values and gradients of all operands, in ragged blocks, masked, and with the gradient in the forward pass.

@@ -93,6 +93,7 @@ def both_masked(loss, x, y, keep_x, keep_y, pairs):
     return run(np.where(keep_x[..., None], x, np.nan), np.where(keep_y[..., None], y, np.nan))
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("name", [*OF_PAIRS, *OF_SAMPLES])
 def test_functions_of_two_samples(name, x64):
     pairs = name in OF_PAIRS
@@ -213,6 +214,7 @@ ELEMENTWISE = {
 }
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("name", ELEMENTWISE)
 def test_elementwise_losses(name, x64):
     loss, count = ELEMENTWISE[name]

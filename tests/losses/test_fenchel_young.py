@@ -7,7 +7,6 @@ import optax
 import pytest
 from helpers import example, kinds, logits_of, values_and_gradient
 from jax.sharding import PartitionSpec as P
-from jax.test_util import check_grads
 
 import jaxsoft
 from jaxsoft import losses
@@ -115,16 +114,27 @@ def test_second_derivatives_and_alpha(kind, x64):
     """The threshold is a constant to the program, yet the Hessian is that of entmax, and alpha has its derivative."""
     x, y, g = (jnp.asarray(a) for a in example(scale=1.0))
     direction = jnp.cos(17 * x)
+
+    @jax.jit
+    def along(alpha):
+        gradient = jax.grad(lambda x: g @ ENTMAX(logits_of(x, kind), y, alpha=alpha))
+        slope = jax.jvp(lambda x: jaxsoft.entmax(x, alpha=alpha), (x,), (direction,))[1]
+        return jax.jvp(gradient, (x,), (direction,))[1], slope
+
     for alpha in (1.4, 2.0):
-        gradient = jax.grad(lambda x, a=alpha: g @ ENTMAX(logits_of(x, kind), y, alpha=a))
-        _, curvature = jax.jit(lambda x, f=gradient: jax.jvp(f, (x,), (direction,)))(x)
-        _, slope = jax.jvp(lambda x, a=alpha: jaxsoft.entmax(x, alpha=a), (x,), (direction,))
+        curvature, slope = along(alpha)
         np.testing.assert_allclose(curvature, g[:, None] * slope, atol=1e-11)
     q = jnp.asarray(np.random.default_rng(2).dirichlet(np.ones(5), 6))
     for labels in (y, q):
-        f = jax.jit(lambda a, labels=labels: g @ ENTMAX(logits_of(x, kind), labels, alpha=a))
-        np.testing.assert_allclose(f(1.4), g @ ENTMAX(x, labels, alpha=1.4), rtol=1e-12)
-        check_grads(f, (1.4,), order=2, rtol=1e-5, atol=1e-6)
+        f = lambda a, labels=labels: g @ ENTMAX(logits_of(x, kind), labels, alpha=a)
+        both = jax.jit(
+            lambda a, f=f: (f(a), jax.grad(f)(a), jax.grad(jax.grad(f))(a), jax.jvp(f, (a,), (1.0,))[1])
+        )
+        value, first, second, forward = both(1.4)
+        np.testing.assert_allclose(value, g @ ENTMAX(x, labels, alpha=1.4), rtol=1e-12)
+        low, high = both(1.4 - 1e-5), both(1.4 + 1e-5)
+        np.testing.assert_allclose([first, second], np.subtract(high[:2], low[:2]) / 2e-5, rtol=1e-6)
+        np.testing.assert_allclose(forward, first, rtol=1e-12)
 
 
 def test_the_derivative_with_respect_to_the_labels(x64):

@@ -252,6 +252,7 @@ every = pytest.mark.parametrize("name", LAWS)
 MASKED = [name for name in LAWS if name not in ("intervals", "lorentz")]
 
 
+@pytest.mark.table
 @every
 def test_jit_vmap_and_gradients(name, x64):
     f, args = LAWS[name]
@@ -268,6 +269,7 @@ def test_jit_vmap_and_gradients(name, x64):
     np.testing.assert_allclose(jax.jvp(along, (0.0,), (1.0,))[1], slope, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.table
 @every
 def test_half_precision(name):
     f, args = LAWS[name]
@@ -280,6 +282,7 @@ def test_half_precision(name):
     assert all(g.dtype == jnp.bfloat16 and jnp.all(jnp.isfinite(g)) for g in pullback(jnp.ones_like(value)))
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("name", MASKED)
 def test_what_does_not_count_is_absent(name, x64):
     f, args = LAWS[name]

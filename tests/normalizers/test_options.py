@@ -258,6 +258,7 @@ def plain(formula, floats, others, keep, noise, absent):
     return y
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_options_together(name, x64):
     function = FUNCTIONS[name]

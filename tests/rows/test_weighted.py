@@ -365,6 +365,7 @@ def test_the_design_of_reads():
     assert (len(CASES), count_pairs(CASES)) == (10, 542)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("i", range(len(CASES)))
 def test_losses_that_read_their_logits_several_times(i, x64):
     case, rng = CASES[i], np.random.default_rng(i)
