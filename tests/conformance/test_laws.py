@@ -282,7 +282,7 @@ def test_a_row_without_entries(entry, x64):
     if entry.where:
         where = jnp.broadcast_to(keep[..., None], x.shape)
         cases.append((x.at[0, 1].set(jnp.nan), {"where": where}))
-        jax.eval_shape(program, x, given, {"where": keep[..., None]})
+        jax.eval_shape(value(entry), x, given, {"where": keep[..., None]})
     for spoiled, options in cases:
         result, gradient = program(spoiled, given, options)
         for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(full)):
