@@ -48,7 +48,9 @@ def streamed(scores, block_size=2):
     return jaxsoft.linear_logits(jnp.eye(len(scores), dtype=scores.dtype), scores, block_size=block_size)
 
 
-kinds = pytest.mark.parametrize("kind", ["dense", "streamed"])
+def kinds(test):
+    """Runs a test on stored and on streamed logits; `make test` runs it on one of them."""
+    return pytest.mark.table(pytest.mark.parametrize("kind", ["dense", "streamed"])(test))
 
 
 def logits_of(scores, kind, block_size=2):

@@ -28,6 +28,7 @@ def test_worked_numbers(kind, x64):
     np.testing.assert_allclose(gradient[0], [0.814649 - 1, 0.162070, 0, 0, 0.023280], atol=1e-6)
 
 
+@pytest.mark.table
 @kinds
 @pytest.mark.parametrize("alpha", [1.25, 1.5, 2.0, 3.0])
 def test_the_entmax_package(alpha, kind, x64):

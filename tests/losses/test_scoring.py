@@ -144,6 +144,7 @@ EVERY = {
 }
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("soft", [False, True], ids=["ids", "distributions"])
 @pytest.mark.parametrize("name", EVERY)
 def test_absent_labels_and_empty_rows(name, soft):

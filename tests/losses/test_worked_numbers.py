@@ -290,6 +290,7 @@ def test_the_gradient_of_the_spherical_loss(kind, x64):
 # --- labels of any kind ----------------------------------------------------------------------------------
 
 
+@pytest.mark.table
 @kinds
 @pytest.mark.parametrize(
     ("dtype", "columns"), [(np.uint8, 256), (np.uint8, 300), (np.int8, 300), (np.uint32, 300)]

@@ -161,6 +161,7 @@ def test_formulas_with_the_derivatives_of_torch(normalizer, formula, shape):
 # --- entmax ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.table
 @shapes
 @pytest.mark.parametrize("spread", [0.3, 30.0])
 @pytest.mark.parametrize("name", ["sparsemax", "entmax15"])
@@ -171,6 +172,7 @@ def test_exact_entmax(name, spread, shape):
     check(ours(getattr(jaxsoft, name), g, x), expected, dict(rtol=1e-10, atol=1e-11))
 
 
+@pytest.mark.table
 @shapes
 @pytest.mark.parametrize("alpha", [1.1, 1.5, 1.75, 2.5])
 def test_entmax_by_bisection(alpha, shape):
