@@ -129,7 +129,9 @@ def optimistic_mirror_descent(
     def change(old: jax.Array, g: jax.Array) -> jax.Array:
         if mirror == "euclidean":
             return jnp.sum((g - old) ** 2)
-        return jnp.max(jnp.abs(g - old), initial=0) ** 2
+        # By index: the derivative of `max` compares again, and finds no entry if XLA rounds it otherwise there.
+        distance = jnp.abs(g - old).reshape(-1)
+        return distance[jnp.argmax(distance)] ** 2 if distance.size else jnp.zeros([], distance.dtype)
 
     def init(params: optax.Params) -> OptimisticMirrorDescentState:
         return OptimisticMirrorDescentState(
