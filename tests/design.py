@@ -1,10 +1,11 @@
 """Which laws run on which cases: the full product, or a covering design fixed by rule (CONTRIBUTING.md).
 
-A law is a test with a parameter `entry` (tests/conformance) or `name` (tests/optimizers/test_common.py). It is of the
+A law is a test with a parameter `entry` (tests/conformance), `name` (tests/optimizers/test_common.py) or `case`
+(a reduction, tests/rows and tests/kernels). It is of the
 formula, or, with the marker `engine`, of a mechanism that all functions share. With the marker `table`, any other test
 is a law of its own cases, all of one rank. A case is
 
-* leading: an entry that is `thorough`, the first entry or the first optimizer of a family;
+* leading: a reduction, an entry that is `thorough`, the first entry or the first optimizer of a family;
 * an export: the first entry of any other export, any other optimizer;
 * a variant: a further entry of an export;
 * of a table: see above.
@@ -48,6 +49,8 @@ def case_of(item) -> tuple[str, str] | None:
         return entry.rank, entry.id
     if "name" in params and hasattr(item.module, "RANKS"):
         return item.module.RANKS.get(params["name"], "export"), params["name"]
+    if hasattr(params.get("case"), "id"):
+        return "leading", params["case"].id
     if params and item.get_closest_marker("table"):
         return "table", item.callspec.id
     return None

@@ -34,6 +34,7 @@ def all_losses(hidden, weight, labels, cotangents, dense, block_size):
     return jnp.stack([jnp.vdot(c, f(logits, labels)) for c, f in zip(cotangents, LOSSES)])
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(
     "vocab, block_sizes, dtype, tolerance",
     [
