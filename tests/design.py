@@ -31,8 +31,8 @@ DESIGNS = {
     },
     # The newest versions, where only the libraries differ.
     "newest": {
-        "formula": dict(leading=3, export=0, variant=0, table=4),
-        "engine": dict(leading=2, export=0, variant=0, table=4),
+        "formula": dict(leading=4, export=0, variant=0, table=4),
+        "engine": dict(leading=3, export=0, variant=0, table=4),
     },
     "fast": {
         "formula": dict(leading=6, export=12, variant=0, table=4),
