@@ -39,7 +39,10 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_traceback_in_locations_limit", 0)  # a tenth of the time of lowering
 gc.set_threshold(50_000, 20, 20)  # tracing makes millions of objects, few of them in cycles
 # JAX makes a new MLIR context for every program, a fifth of the time of a small one. The programs of a file share one.
-_make_context = mlir.make_ir_context = functools.lru_cache(mlir.make_ir_context)
+# (A private name of JAX: without it, the tests are only slower.)
+_make_context = functools.lru_cache(getattr(mlir, "make_ir_context", None))
+if hasattr(mlir, "make_ir_context"):
+    mlir.make_ir_context = _make_context
 
 
 @contextlib.contextmanager

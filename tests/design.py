@@ -1,17 +1,16 @@
 """Which laws run on which cases: the full product, or a covering design fixed by rule (CONTRIBUTING.md).
 
-A law is a test with a parameter `entry` (tests/conformance), `name` (tests/optimizers/test_common.py) or `case`
-(a reduction, tests/rows and tests/kernels). It is of the
-formula, or, with the marker `engine`, of a mechanism that all functions share. With the marker `table`, any other test
-is a law of its own cases, all of one rank. A case is
+A law is a test with a parameter `entry` (tests/conformance), `name` (tests/optimizers/test_common.py) or `case` (a
+reduction; tests/rows, tests/kernels). It is of the formula, or, with the marker `engine`, of a mechanism that all
+functions share. With the marker `table`, any other test is a law of its own cases, all of one rank. A case is
 
 * leading: a reduction, an entry that is `thorough`, the first entry or the first optimizer of a family;
 * an export: the first entry of any other export, any other optimizer;
 * a variant: a further entry of an export;
 * of a table: see above.
 
-`$JAXSOFT_DESIGN` names a row of `DESIGNS`: for each kind of law and case, 1 is every case, n every n-th, where each law
-begins at another case, and 0 none. Nothing is left out by hand.
+`$JAXSOFT_DESIGN` names a row of `DESIGNS`, where 1 is every case, n every n-th, with each law beginning at another one,
+and 0 none. Nothing is left out by hand.
 """
 
 import os
@@ -19,26 +18,22 @@ import zlib
 
 import pytest
 
-# law -> case -> one in how many
+RANKS = ("leading", "export", "variant")
+# Of the cases of each rank, one in how many runs under a law of either kind; and of a table's.
 DESIGNS = {
-    "all": {
-        "formula": dict(leading=1, export=1, variant=1, table=1),
-        "engine": dict(leading=1, export=1, variant=1, table=1),
-    },
-    "cover": {
-        "formula": dict(leading=1, export=1, variant=3, table=2),
-        "engine": dict(leading=1, export=3, variant=3, table=2),
-    },
-    # The newest versions, where only the libraries differ.
-    "newest": {
-        "formula": dict(leading=4, export=0, variant=0, table=4),
-        "engine": dict(leading=3, export=0, variant=0, table=4),
-    },
-    "fast": {
-        "formula": dict(leading=6, export=12, variant=0, table=4),
-        "engine": dict(leading=6, export=0, variant=0, table=4),
-    },
+    "all": dict(formula=(1, 1, 1), engine=(1, 1, 1), table=1),
+    "cover": dict(formula=(1, 1, 3), engine=(1, 3, 3), table=2),
+    "newest": dict(formula=(4, 0, 0), engine=(3, 0, 0), table=4),  # where only the libraries differ
+    "fast": dict(formula=(6, 12, 0), engine=(6, 0, 0), table=4),
 }
+
+
+def share_of(design: str, item, rank: str) -> int:
+    """One in how many cases of this rank a design runs under a law; 0 is none."""
+    if rank == "table":
+        return DESIGNS[design]["table"]
+    kind = "engine" if item.get_closest_marker("engine") else "formula"
+    return DESIGNS[design][kind][RANKS.index(rank)]
 
 
 def case_of(item) -> tuple[str, str] | None:
@@ -79,7 +74,7 @@ def select(config, items: list[pytest.Item]) -> None:
             kept.append(item)
             continue
         law = item.function.__name__
-        share = DESIGNS[design]["engine" if item.get_closest_marker("engine") else "formula"][case[0]]
+        share = share_of(design, item, case[0])
         turn = turns.setdefault((law, case[0]), {})  # by case
         index = turn.setdefault(case[1], len(turn)) + zlib.crc32(law.encode())
         (kept if share and index % share == 0 else left).append(item)

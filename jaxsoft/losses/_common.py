@@ -221,5 +221,5 @@ def score_or_zero(score: Array) -> Array:
 
 
 def poison_of(score: Array) -> Array:
-    """1, or NaN where the label is out of range: a factor that makes the gradient NaN as well."""
+    """1, or NaN where the score is NaN, as that of a label out of range: a factor that spreads it to every gradient."""
     return jnp.where(jnp.isnan(score), jnp.nan, 1).astype(score.dtype)

@@ -26,7 +26,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, finite_gauge, log_or_neg_inf
-from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, check_floats, prepare, prepare_positives
+from jaxsoft.losses._common import (
+    IGNORE_INDEX,
+    LabelledRows,
+    check_floats,
+    poison_of,
+    prepare,
+    prepare_positives,
+)
 from jaxsoft.rows import LinearLogits, Logits, linear_logits, reductions
 from jaxsoft.rows.inner import check_axis, check_dense, rows_of
 from jaxsoft.rows.reductions import LogPartition
@@ -172,7 +179,7 @@ def _compete(negatives: LogPartition, positives: LogPartition, absent: Array) ->
     log_sum = jnp.where(both, negatives.log_sum, 0) + jnp.where(both, positives.log_sum, 0)
     loss = jnp.where(both | jnp.isnan(shift), jax.nn.softplus(shift + log_sum), 0)
     loss = jnp.where(absent & negative, jnp.inf, loss)
-    return loss * jnp.where(jnp.isnan(positives.log_sum), jnp.nan, 1)  # also without negatives
+    return loss * poison_of(positives.log_sum)  # also without negatives
 
 
 def _against_target(
@@ -544,8 +551,7 @@ def sphereface2_loss(
     absent = cosine == -jnp.inf
     positive = jax.nn.softplus(-logit(jnp.where(absent, 0, cosine), s, -m, t, b))
     loss = (positive_weight * positive + (1 - positive_weight) * negatives) / s
-    loss = loss * jnp.where(jnp.isnan(cosine), jnp.nan, 1)  # a label out of range: NaN in every gradient
-    loss = jnp.where(absent, jnp.inf, loss)
+    loss = jnp.where(absent, jnp.inf, loss * poison_of(cosine))
     return rows.finish(jnp.where(count > 0, loss, 0))
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, as_ids, safe_divide
-from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, prepare_positives
+from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, poison_of, prepare_positives
 from jaxsoft.normalizers.inner import present_scores
 from jaxsoft.rows import Logits, RowReduction, reduce_rows, reductions
 from jaxsoft.rows.inner import check_axis, check_range, compiled
@@ -57,8 +57,7 @@ class _Positives(NamedTuple):
         absent = self.given & (scores == -jnp.inf)
         x = jnp.where(self.given & ~absent, scores, 0)
         terms = term(x, None, *(a[..., None] for a in args), self.given & ~absent)
-        # An id out of range: NaN in the whole gradient.
-        terms = terms * jnp.where(jnp.any(jnp.isnan(x), axis=-1, keepdims=True), jnp.nan, 1)
+        terms = terms * poison_of(jnp.sum(x, axis=-1, keepdims=True))  # one id out of range: NaN for the row
         total = jnp.sum(jnp.where(absent, jnp.inf, terms), axis=-1)
         return total, jnp.sum(self.given, axis=-1).astype(total.dtype)
 

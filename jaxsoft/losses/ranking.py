@@ -27,6 +27,7 @@ from jaxsoft.losses._common import (
     LabelledRows,
     check_floats,
     check_weights,
+    poison_of,
     prepare,
     score_or_zero,
     widened,
@@ -55,7 +56,7 @@ class _Against(NamedTuple):
         """`log_sum`; 0 without negatives, +inf where the positive is absent, NaN where its id is out of range."""
         none = self.log_sum == -jnp.inf
         value = jnp.where(self.score == -jnp.inf, jnp.inf, jnp.where(none, 0, self.log_sum))
-        return jnp.where(none, 0, value) * jnp.where(jnp.isnan(self.score), jnp.nan, 1)
+        return jnp.where(none, 0, value) * poison_of(self.score)
 
 
 def _scalar(value: Any, rows: LabelledRows) -> Array:
