@@ -119,6 +119,7 @@ def run_tests(root: pathlib.Path, tests: str, slip: Slip | None = None, timeout:
                     **os.environ,
                     "PYTHONPATH": "",
                     "PYTEST_ADDOPTS": "",
+                    "JAXSOFT_DESIGN": "all",
                     "JAXSOFT_CACHE": cache,
                     "COLUMNS": "400",
                 },
