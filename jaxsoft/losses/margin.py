@@ -193,7 +193,7 @@ def _against_target(
     negatives, cosine = rows.reduce((others, reductions.take(rows.labels)))
     absent = cosine == -jnp.inf
     score, drop = target(jnp.where(absent, 0, cosine))
-    positive = LogPartition(-score, jnp.zeros_like(score), drop)
+    positive = LogPartition(-score, jnp.zeros_like(score), jnp.asarray(drop, score.dtype))
     return rows.finish(_compete(negatives, positive, absent))
 
 
