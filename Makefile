@@ -28,7 +28,7 @@ PART = @$(PYTHON) tests/parts.py
 PYTEST = -m pytest -n $(WORKERS)
 KERNEL_TESTS = tests/kernels/test_gpu.py tests/kernels/test_inside.py tests/kernels/test_lowering.py
 
-.PHONY: train test test-all test-fast test-oldest test-newest test-kernels mutate lint bench docs clean
+.PHONY: train test test-all test-fast test-oldest test-newest test-kernels mutate lint bench docs environments clean
 
 train: .venv/ready
 	.venv/bin/python examples/train_lm.py $(TRAIN_FLAGS)
@@ -92,6 +92,8 @@ docs: .venv/ready-docs
 	$(PART) "the docs" .venv/bin/mkdocs build --strict
 
 # ---- environments
+
+environments: .venv/ready-tests $(if $(NEWEST_PYTHON),.venv-newest/ready-tests) $(if $(KERNELS_PYTHON),.venv-kernels/ready-tests)
 
 .venv/ready: pyproject.toml tests/oldest.txt
 	$(PYTHON) -m venv .venv

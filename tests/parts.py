@@ -3,35 +3,28 @@
 Without arguments it prints the minutes of each part at its last run.
 """
 
-import json
 import pathlib
 import subprocess
 import sys
 import time
 
-KEPT = pathlib.Path(__file__).parent.parent / "build" / "parts.json"
-
-
-def read() -> dict[str, float]:
-    return json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.exists() else {}
+KEPT = pathlib.Path(__file__).parent.parent / "build" / "parts"  # a file per part, since parts may run side by side
 
 
 def report() -> None:
-    parts = read()
-    for name, seconds in parts.items():
-        print(f"{seconds / 60:6.1f} min  {name}")
-    print(f"{sum(parts.values()) / 60:6.1f} min  in all")
+    files = sorted(KEPT.iterdir(), key=lambda path: path.stat().st_mtime) if KEPT.exists() else []
+    seconds = [float(path.read_text(encoding="utf-8")) for path in files]
+    for path, part in zip(files, seconds):
+        print(f"{part / 60:6.1f} min  {path.name}")
+    print(f"{sum(seconds) / 60:6.1f} min  sum of the parts; some run side by side")
 
 
 def run(name: str, command: list[str]) -> int:
     print(f"== {name}", flush=True)
     start = time.monotonic()
     code = subprocess.run(command, check=False).returncode
-    parts = read()
-    parts.pop(name, None)  # the latest comes last
-    parts[name] = round(time.monotonic() - start, 1)
-    KEPT.parent.mkdir(exist_ok=True)
-    KEPT.write_text(json.dumps(parts, indent=1), encoding="utf-8")
+    KEPT.mkdir(parents=True, exist_ok=True)
+    (KEPT / name).write_text(f"{time.monotonic() - start:.1f}", encoding="utf-8")
     return code
 
 
