@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 
-KEPT = pathlib.Path(__file__).parent.parent / "build" / "parts"  # a file per part, since parts may run side by side
+KEPT = (
+    pathlib.Path(__file__).parent.parent / "build" / "parts"
+)  # a file per part, since parts may run side by side
 
 
 def report() -> None:

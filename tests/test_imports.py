@@ -7,7 +7,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 # What each package may import of the library beside itself; the modules that stand alone count as one step.
-BOTTOM = {"_checks", "_numerics", "_trees", "_version"}
+BOTTOM = {"_checks", "_numerics", "_roots", "_trees", "_version"}
 LADDER = {
     "kernels": BOTTOM,
     "rows": BOTTOM | {"kernels"},

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, is_present, safe_divide
+from jaxsoft._roots import differentiable, search
 from jaxsoft.normalizers._exponential import (
     SOFTMAX,
     SUM,
@@ -406,39 +407,32 @@ def _entropy_target_softmax(rows, *, entropy):
     log_spread = jnp.log(jnp.where(spread > 0, spread, 1))
     lo, hi = (bound - log_spread for bound in _LOG_BETA_RANGE)
 
-    log_beta = lax.stop_gradient(_log_beta(fixed, *lax.stop_gradient((lo, hi, top, target))))
-    # Two differentiated Newton steps give the root its derivatives, to third order.
-    found = log_beta
-    for _ in range(2):
-        found, _ = _newton(rows, found, top, target)
-    reached = jnp.abs(lax.stop_gradient(found) - log_beta) < 0.1  # elsewhere the target cannot be met
-    return scaled(SOFTMAX, jnp.exp(jnp.where(reached, found, log_beta)))
+    root, found = lax.stop_gradient(_log_beta(fixed, *lax.stop_gradient((lo, hi, top, target))))
+    log_beta = differentiable(_newton_step, root, rows, top, target)
+    return scaled(
+        SOFTMAX, jnp.exp(jnp.where(found, log_beta, root))
+    )  # a target that cannot be met is a constant
 
 
-def _newton(rows, log_beta, top, target) -> tuple[Array, Array]:
-    """`log_beta` after a Newton step, and the entropy before it."""
+def _newton(rows, top, target, log_beta) -> tuple[Array, Array]:
+    """`log_beta` after a Newton step, and the excess of the entropy before it."""
     moments = rows.reduce(_centred_moments(jnp.exp(log_beta), top))
-    return log_beta + safe_divide(moments.entropy - target, moments.variance), moments.entropy
+    excess = moments.entropy - target
+    flat = moments.variance == 0  # the step is as long as it can be
+    step = jnp.where(flat, jnp.copysign(jnp.inf, excess), safe_divide(excess, moments.variance))
+    return log_beta + step, excess
+
+
+def _newton_step(rows, top, target, log_beta) -> Array:
+    return _newton(rows, top, target, log_beta)[0]
 
 
 @compiled
-def _log_beta(rows, lo, hi, top, target) -> Array:
-    """The log of the beta between two bounds that gives a row this entropy, without derivatives."""
-
-    def search(carry):
-        step, lo, hi, log_beta, _ = carry
-        proposal, h = _newton(rows, log_beta, top, target)
-        flat = h > target
-        lo, hi = jnp.where(flat, log_beta, lo), jnp.where(flat, hi, log_beta)
-        inside = (proposal > lo) & (proposal < hi)
-        new = jnp.where(inside, proposal, (lo + hi) / 2)
-        return step + 1, lo, hi, new, jnp.max(jnp.abs(new - log_beta), initial=0)
-
-    def unfinished(carry):
-        return (carry[0] < _NEWTON_STEPS) & (carry[-1] > 8 * jnp.finfo(rows.dtype).eps)
-
-    start = (jnp.int32(0), lo, hi, (2 * lo + hi) / 3, jnp.max(hi - lo, initial=0))
-    return lax.while_loop(unfinished, search, start)[3]
+def _log_beta(rows, lo, hi, top, target) -> tuple[Array, Array]:
+    """The log of the beta between two bounds that gives a row this entropy, and whether there is one."""
+    tolerance = 8 * float(jnp.finfo(rows.dtype).eps)
+    improve = functools.partial(_newton, rows, top, target)
+    return search(improve, lo, hi, (2 * lo + hi) / 3, tolerance, _NEWTON_STEPS)
 
 
 def _negated(tile, params):

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxsoft import _checks
 from jaxsoft._numerics import expm1_over, log1p_ratio, safe_divide
+from jaxsoft._roots import differentiable, search
 from jaxsoft.normalizers._exponential import SOFTMAX
 from jaxsoft.normalizers._normalizer import defined_by, normalize
 from jaxsoft.normalizers.rectified import divided_by_sum, positive_power
@@ -73,9 +74,10 @@ def sparse_softmax(
     return normalize(_sparse_softmax, scores, axis, where, "sparse_softmax", k=k)
 
 
-# Two sums over a row find the threshold by Newton's method. It rises to the root without overshooting, since the sum of
-# the weights is convex and decreasing in the threshold (alpha <= 2). With e = alpha - 1 the weights are u^(1 / e), and
-# the threshold has one of two forms:
+# Two sums over a row find the threshold. With e = alpha - 1 and S the sum of the weights, Newton's method solves
+# S^e = 1 for alpha <= 2. S^e is a norm: convex in the threshold, and linear in it for equal scores. So the threshold
+# rises to the root without overshooting, in half the steps of S = 1, which needs fewer for alpha > 2 only.
+# The weights are u^(1 / e), and the threshold has one of two forms:
 #
 #   alpha >= 1.1:  u = e (x - top) - t, from t = -1, where the largest entry alone has weight 1;
 #   else:          u = 1 + e z with z = (x - top) - t, from t = 0, and u^(1 / e) = exp(z log(1 + e z) / (e z)), which is
@@ -156,19 +158,27 @@ def define_entmax(rows, *, alpha: Any = 1.5):
     fixed = rows.detached()
     top, n = fixed.reduce((reductions.maximum(), reductions.count()))
     params["top"] = jnp.where(jnp.isinf(top), 0, top)
-    params["threshold"] = lax.stop_gradient(_threshold(fixed, *lax.stop_gradient((params, n)), exponent))
-    # Two differentiated steps give the threshold its derivatives, to third order.
-    for _ in range(2):
-        params["threshold"], _ = _newton(rows, params, exponent)
+    root = lax.stop_gradient(_threshold(fixed, *lax.stop_gradient((params, n)), exponent))
+    params["threshold"] = differentiable(_newton_step(exponent), root, rows, params)
     return _entmax_functions(exponent)[1]._replace(params=params)
 
 
-def _newton(rows, params, exponent: float | None) -> tuple[Array, Array]:
-    """The threshold after a Newton step, and the sum of the weights before it."""
+def _newton(rows, params, threshold: Array, exponent: float | None) -> tuple[Array, Array]:
+    """The threshold after a Newton step, and the sum of the weights before it, minus 1."""
+    params = {**params, "threshold": threshold}
     total, lower = rows.reduce(_entmax_functions(exponent)[0]._replace(args=(params,)))
     slope = params["slope"]
     scale = _select(is_near_softmax(slope, exponent), 1, slope)
-    return params["threshold"] + safe_divide(total - 1, lower) * scale, total
+    # (S^e - 1) / (e S^(e - 1)), divided by the derivative of S
+    of_norm = total * expm1_over(jnp.log(jnp.where(total > 0, total, 1)), -slope)
+    convex = slope <= 1 if exponent is None else exponent >= 1
+    change = _select(convex, of_norm, total - 1)
+    return threshold + safe_divide(change, lower) * scale, total - 1
+
+
+@functools.cache
+def _newton_step(exponent: float | None):
+    return lambda rows, params, threshold: _newton(rows, params, threshold, exponent)[0]
 
 
 @functools.partial(compiled, static_argnums=(3,))
@@ -176,28 +186,14 @@ def _threshold(rows, params, n: Array, exponent: float | None) -> Array:
     """The threshold for n entries per row, without derivatives."""
     slope, top = params["slope"], params["top"]
     near = is_near_softmax(slope, exponent)
-    # After a step this small, the error is of the order of its square; two more steps follow.
+    # After a step this small, the error is of the order of its square. (For alpha > 2 the steps may be shorter.)
     eps = float(jnp.finfo(rows.dtype).eps)
     tolerance = jnp.where(slope > 1, 2 * eps, 0.1 * eps**0.5)
-
-    # Where a Newton step would leave the interval that holds the root (alpha > 2), the interval is halved.
-    def search(carry):
-        step, lo, hi, t, _ = carry
-        proposal, total = _newton(rows, {**params, "threshold": t}, exponent)
-        lo, hi = jnp.where(total >= 1, t, lo), jnp.where(total >= 1, hi, t)
-        new = jnp.where((proposal >= lo) & (proposal <= hi), proposal, (lo + hi) / 2)
-        moved = jnp.where(jnp.isnan(total), 0, jnp.abs(new - t) / tolerance)  # a row of NaN is finished
-        return step + 1, lo, hi, new, jnp.max(moved, initial=0)
-
-    def unfinished(carry):
-        return (carry[0] < _MOST_STEPS) & (carry[-1] > 1)
-
     # The root for a single entry, and for n equal ones
     log_n = jnp.log(jnp.maximum(n, 1))
     lo = _select(near, jnp.zeros_like(top), -jnp.ones_like(top))
     hi = _select(near, expm1_over(log_n, -slope), -(safe_divide(jnp.ones_like(n), n) ** slope))
-    far = jnp.max(jnp.full_like(top, jnp.inf), initial=0)  # varies over the rows' mesh axes
-    return lax.while_loop(unfinished, search, (jnp.int32(0), lo, hi, lo, far))[3]
+    return search(lambda t: _newton(rows, params, t, exponent), lo, hi, lo, tolerance, _MOST_STEPS)[0]
 
 
 @defined_by(define_entmax)

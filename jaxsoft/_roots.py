@@ -1,0 +1,81 @@
+"""Roots of decreasing functions, one per row: a safeguarded search, and their derivatives as implicit functions."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array
+
+
+def search(
+    improve: Callable[[Array], tuple[Array, Array]],
+    lo: Array,
+    hi: Array,
+    start: Array,
+    tolerance: Any,
+    most_steps: int,
+) -> tuple[Array, Array]:
+    """The roots between two bounds, and whether there is one: a step that leaves the bounds halves the interval.
+
+    Args:
+      improve: `t -> (proposal, value)`, where the value is that of the function at t: above 0 on the left of its root.
+        A row with the value NaN is finished.
+      lo: a bound on the left of each root.
+      hi: a bound on the right.
+      start: where the search begins.
+      tolerance: a step as small as this is the last one.
+      most_steps: the number of steps after which the search ends in any case.
+    """
+
+    def step(carry):
+        count, lo, hi, t, _, _ = carry
+        proposal, value = improve(t)
+        lo, hi = jnp.where(value >= 0, t, lo), jnp.where(value >= 0, hi, t)
+        within = (proposal >= lo) & (proposal <= hi)
+        new = jnp.where(within, proposal, (lo + hi) / 2)
+        moved = jnp.where(jnp.isnan(value), 0, jnp.abs(new - t) / tolerance)
+        return count + 1, lo, hi, new, within, jnp.max(moved, initial=0)
+
+    def unfinished(carry):
+        return (carry[0] < most_steps) & (carry[-1] > 1)
+
+    far = jnp.max(jnp.full_like(lo, jnp.inf), initial=0)  # varies over the rows' mesh axes
+    return lax.while_loop(unfinished, step, (jnp.int32(0), lo, hi, start, lo == lo, far))[3:5]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def differentiable(newton: Callable, root: Array, *operands: Any) -> Array:
+    """`root`, found without derivatives, as a function of `operands`.
+
+    `newton(*operands, root)` is a Newton step from the root. It stays there, and to first order it does not depend on
+    where it began; so its derivatives for the operands are those of the root. They are exact to every order, as they
+    are taken at a root that is itself differentiable.
+    """
+    del newton, operands
+    return root
+
+
+def _differentiable_jvp(newton, primals, tangents):
+    out = differentiable(newton, *primals)
+    leaves, treedef = jax.tree.flatten(primals[1:])
+    dleaves = jax.tree.leaves(tangents[1:])
+    active = [i for i, d in enumerate(dleaves) if not isinstance(d, SymbolicZero)]
+    if not active:
+        return out, jnp.zeros_like(out)
+
+    def step(given):
+        all_leaves = list(leaves)
+        for i, leaf in zip(active, given):
+            all_leaves[i] = leaf
+        return newton(*treedef.unflatten(all_leaves), out)
+
+    return out, jax.jvp(step, ([leaves[i] for i in active],), ([dleaves[i] for i in active],))[1]
+
+
+differentiable.defjvp(_differentiable_jvp, symbolic_zeros=True)
