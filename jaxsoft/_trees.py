@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +29,14 @@ def combine(floats: Any, others: Any) -> Any:
     return jax.tree.map(lambda f, o: o if f is None else f, floats, others, is_leaf=lambda x: x is None)
 
 
+def replaced(leaves: Sequence, at: Iterable[int], new: Iterable) -> list:
+    """The leaves, with new ones at some places."""
+    out = list(leaves)
+    for i, leaf in zip(at, new):
+        out[i] = leaf
+    return out
+
+
 def pull(function: Callable, operands: tuple, cotangents: Any) -> Any:
     """The cotangents of the float leaves of `operands`, from those of `function(*operands)`; None for other leaves."""
     floats, others = partition(operands)
@@ -42,18 +49,6 @@ def add_at(total: Array, part: Array, starts: dict[int, Any]) -> Array:
     index = [jnp.asarray(starts.get(axis, 0), jnp.int32) for axis in range(total.ndim)]
     old = lax.dynamic_slice(total, index, part.shape)
     return lax.dynamic_update_slice(total, old + part.astype(total.dtype), index)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def first_order_only(reason: str, function: Callable, *args: Any) -> Any:
-    """`function(*args)`, whose derivative raises `TypeError(reason)`: for gradients not computed by such steps."""
-    del reason
-    return function(*args)
-
-
-@first_order_only.defjvp
-def _refuse(reason, function, primals, tangents):
-    raise TypeError(reason)
 
 
 def is_explicitly_sharded(a: Any) -> bool:

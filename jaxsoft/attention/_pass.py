@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxsoft._numerics import accumulation_dtype
-from jaxsoft._trees import partition
+from jaxsoft._trees import partition, replaced
 from jaxsoft.attention._spec import AttentionSpec, Inputs, Visibility
 from jaxsoft.attention._visibility import as_rows, cut_entries, over_pairs, positions, visible
 from jaxsoft.rows import Tile
@@ -190,19 +190,13 @@ def tangents(spec: AttentionSpec, functions: tuple, states, masks: Visibility, o
     def pair_tangent(dactive, pair):
         i, j, _ = pair
         block_leaves, block_treedef = jax.tree.flatten(cut(operands, i, j))
-        all_tangents = [None] * len(leaves)
-        for k, d in zip(active, dactive):
-            all_tangents[k] = d
-        tangent_tree = jax.tree.unflatten(treedef, all_tangents)
-        block_tangents = jax.tree.leaves(cut(tangent_tree, i, j))
+        all_tangents = treedef.unflatten(replaced([None] * len(leaves), active, dactive))
+        block_tangents = jax.tree.leaves(cut(all_tangents, i, j))
         primals = [block_leaves[k] for k in active]
         state = _at(states, i)
 
         def sums(keep, active_leaves):
-            all_leaves = list(block_leaves)
-            for k, leaf in zip(active, active_leaves):
-                all_leaves[k] = leaf
-            block, block_args = jax.tree.unflatten(block_treedef, all_leaves)
+            block, block_args = block_treedef.unflatten(replaced(block_leaves, active, active_leaves))
             tile = _tile(spec, block, masks, keep, i, j)
             return block_sums(functions, state, [tile] * len(functions), block_args)
 

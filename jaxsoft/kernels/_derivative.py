@@ -23,7 +23,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
-from jaxsoft._trees import combine, partition
+from jaxsoft._trees import combine, partition, replaced
 
 
 def attach(rule: Callable, pull_back: Callable | None, states: Any, masks: Any, operands: Any) -> Any:
@@ -67,9 +67,7 @@ def _attach_jvp(rule, pull_back, primals, tangents):
         return combine(lax.stop_gradient(floats), others), masks, operands
 
     def push(residuals: list, tangents: list) -> list:
-        leaves: list = [None] * len(given)
-        for i, d in zip(active, tangents):
-            leaves[i] = d
+        leaves = replaced([None] * len(given), active, tangents)
         return jax.tree.leaves(rule(*arguments(residuals), operands_def.unflatten(leaves)))
 
     def pull(residuals: list, cotangents: list) -> list:
@@ -109,10 +107,7 @@ def _tangent(function: Callable, primals: Any, tangents: Any) -> Any:
     active = [i for i, d in enumerate(given) if not isinstance(d, ad.Zero | SymbolicZero)]
 
     def of_active(*some):
-        all_leaves = list(leaves)
-        for i, leaf in zip(active, some):
-            all_leaves[i] = leaf
-        return function(*treedef.unflatten(all_leaves))
+        return function(*treedef.unflatten(replaced(leaves, active, some)))
 
     return jax.jvp(of_active, [leaves[i] for i in active], [given[i] for i in active])[1]
 

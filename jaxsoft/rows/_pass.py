@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxsoft._trees import partition
+from jaxsoft._trees import partition, replaced
 from jaxsoft.rows._logits import LinearLogits
 from jaxsoft.rows._masks import Masks, col_mask, row_mask, unmasked
 from jaxsoft.rows._reduction import Arrays, RowReduction, Tile, block_sums
@@ -162,10 +162,7 @@ def tangents(functions, block: int, states, masks: Masks, operands, given) -> li
 
     def block_tangent(dactive, start, size):
         def sums(active_leaves):
-            all_leaves = list(leaves)
-            for i, leaf in zip(active, active_leaves):
-                all_leaves[i] = leaf
-            source, arrays = jax.tree.unflatten(treedef, all_leaves)
+            source, arrays = treedef.unflatten(replaced(leaves, active, active_leaves))
             block = read_block(source, start, size, masks, arrays)
             return block_sums(functions, states, block, [a.args for a in arrays])
 
