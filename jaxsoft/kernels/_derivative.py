@@ -67,22 +67,18 @@ def _attach_jvp(rule, pull_back, primals, tangents):
         return combine(lax.stop_gradient(floats), others), masks, operands
 
     def push(residuals: list, tangents: list) -> list:
-        leaves = replaced([None] * len(given), active, tangents)
+        leaves = replaced([None] * operands_def.num_leaves, active, tangents)
         return jax.tree.leaves(rule(*arguments(residuals), operands_def.unflatten(leaves)))
 
-    def pull(residuals: list, cotangents: list) -> list:
-        assert pull_back is not None
-        d = pull_back(*arguments(residuals), floats_def.unflatten(cotangents))
-        leaves = operands_def.flatten_up_to(d)
-        return [leaves[i] for i in active]
-
     some = [given[i] for i in active]
-    d = (
-        push(residuals, some)
-        if pull_back is None
-        else _linear(push, pull, floats_def.num_leaves, residuals, some)
-    )
-    return out, floats_def.unflatten(d)
+    if pull_back is None:
+        return out, floats_def.unflatten(push(residuals, some))
+
+    def pull(residuals: list, cotangents: list) -> list:
+        d = operands_def.flatten_up_to(pull_back(*arguments(residuals), floats_def.unflatten(cotangents)))
+        return [d[i] for i in active]
+
+    return out, floats_def.unflatten(_linear(push, pull, floats_def.num_leaves, residuals, some))
 
 
 # --- a function with another's derivative --------------------------------------------------------------------

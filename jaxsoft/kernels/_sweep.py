@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxsoft._numerics import accumulation_dtype
+
 
 def abreast(a: Any) -> int:
     """The number of matrices whose features lie side by side in an operand."""
@@ -51,6 +53,11 @@ class Scores(NamedTuple):
     right: Any = None
     transposed: bool = False
     precision: Any = None
+
+    @property
+    def wide(self) -> Any:
+        """The dtype in which a tile is computed: float32 (of float64, which tests interpret, float64)."""
+        return accumulation_dtype(self.dtype)
 
     @property
     def dtype(self) -> Any:

@@ -45,7 +45,7 @@ def refusal(
     if (wrong := objection((source, arrays))) is not None:
         return wrong
     for r, a in zip(functions, arrays):
-        like = jax.ShapeDtypeStruct((n,), jnp.float32)
+        like = jax.ShapeDtypeStruct((n,), source._accumulation_dtype)
         for state in jax.tree.leaves(jax.eval_shape(r.init, like, *a.args)):
             if state.shape[:1] != (n,) or state.ndim > 2:
                 return f"a state must be one or a few numbers per row, got shape {state.shape}"
