@@ -47,8 +47,8 @@ def reduce_rows(
       block_size: columns read at a time. Default: all columns of an array, the expression's own choice for a
         `LinearLogits`. Kernels have their own block sizes.
       implementation: `"xla"`, or the kernels `"pallas_tpu"` or `"mosaic_gpu"`. None: the expression's own, else the
-        best one that can run the case (`jaxsoft.kernels.explain` says which, and why). It changes no derivative: of
-        kernels, XLA computes forward mode and second derivatives.
+        best one that can run the case (`jaxsoft.kernels.explain` says which, and why). All have the same
+        derivatives: of kernels, ordinary operations compute forward mode and higher orders.
 
     Returns:
       The results in the structure of `reductions`, each of shape `[*rows]` (or `[*rows, k]`), in float32 for
