@@ -78,7 +78,7 @@ def select(config, items: list[pytest.Item]) -> None:
             continue
         law = item.function.__name__
         share = share_of(design, item, case[0])
-        turn = turns.setdefault((item.module.__name__, law, case[0]), {})  # by case
+        turn = turns.setdefault((law, case[0]), {})  # by case
         index = turn.setdefault(case[1], len(turn)) + zlib.crc32(law.encode())
         (kept if share and index % share == 0 else left).append(item)
     if left:
