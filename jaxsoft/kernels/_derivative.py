@@ -1,12 +1,12 @@
-"""The derivative of states that a pass computed without one: a linear rule, which a kernel may transpose.
+"""The derivative of states that were computed without one: a linear rule, whose transpose may be a kernel.
 
-JAX cannot differentiate a kernel. The derivative of its results is the `rule` that a pass over the same scores by XLA
-has, too: it is linear in the tangents and consists of ordinary operations, so that JAX can evaluate it (forward mode),
-differentiate it (higher orders) and batch it. Only its transpose, which reverse mode needs, is computed by a kernel,
-whose own derivative is that of the rule's transpose.
+JAX cannot differentiate a kernel. The derivative of its results is the rule that the same pass has in XLA. It is linear
+in the tangents and consists of ordinary operations, so JAX can evaluate it (forward mode), differentiate it (higher
+orders) and batch it. Only the transpose of the rule, which reverse mode needs, is a kernel, and the derivative of that
+kernel is the derivative of the rule's transpose in ordinary operations.
 
-JAX's `linear_call` is a linear function with a given transpose, too, but has neither batching nor higher orders.
-`_linear_p` is such a primitive with both.
+JAX's own linear function with a given transpose, `linear_call`, has neither batching nor higher orders. `_linear_p` has
+both.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def attach(rule: Callable, pull_back: Callable | None, states: Any, masks: Any, 
     """`states`, computed without derivatives, as differentiable functions of `operands`.
 
     Args:
-      rule: `(states, masks, operands, tangents) -> the tangents of the states' float leaves`. It is linear in
-        `tangents`, a tree like `operands` with None for leaves without a tangent.
-      pull_back: `(states, masks, operands, cotangents) -> the cotangents of operands`: the transpose of `rule`, by a
-        kernel; None for leaves without one. None: JAX transposes `rule`.
+      rule: `(states, masks, operands, tangents) -> the tangents of the states' float leaves`, linear in `tangents`,
+        a tree like `operands` with None for leaves without a tangent.
+      pull_back: `(states, masks, operands, cotangents) -> the cotangents of operands`, the transpose of `rule` as a
+        kernel, with None for leaves that are not floating; if None, JAX transposes `rule`.
       states: a tree of arrays.
       masks: arrays without derivatives that `states` depend on.
       operands: the other arrays that `states` depend on.
@@ -97,7 +97,7 @@ def _differentiated_as_jvp(ordinary, function, primals, tangents):
 
 
 def _tangent(function: Callable, primals: Any, tangents: Any) -> Any:
-    """The tangent of `function(*primals)`, to which symbolic zeros do not contribute operations."""
+    """The tangent of `function(*primals)`, without operations for symbolic zeros."""
     leaves, treedef = jax.tree.flatten(primals)
     given = treedef.flatten_up_to(tangents)
     active = [i for i, d in enumerate(given) if not isinstance(d, ad.Zero | SymbolicZero)]
@@ -114,9 +114,9 @@ def _tangent(function: Callable, primals: Any, tangents: Any) -> Any:
 def _linear(
     push: Callable, pull: Callable, results: int, residuals: list[Array], tangents: list[Array]
 ) -> list:
-    """`push(residuals, tangents)`, linear in the tangents, of ordinary operations; transposed, `pull`.
+    """`push(residuals, tangents)`, linear in the tangents; its transpose is `pull(residuals, cotangents)`.
 
-    The results have the types of the first residuals, of which they are the tangents.
+    The results are tangents of the first residuals (`results` of them), and have their types.
     """
     options = dict(push=push, pull=pull, results=results, fixed=len(residuals))
     return _linear_p.bind(*residuals, *tangents, **options)
