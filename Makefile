@@ -26,7 +26,8 @@ MUTATE_FLAGS ?=
 PIP = -m pip install --quiet --disable-pip-version-check
 PART = @$(PYTHON) tests/parts.py
 PYTEST = -m pytest -n $(WORKERS)
-KERNEL_TESTS = tests/kernels/test_gpu.py tests/kernels/test_inside.py tests/kernels/test_lowering.py
+KERNEL_TESTS = tests/kernels/test_gpu.py tests/kernels/test_inside.py tests/kernels/test_lowering.py \
+               tests/kernels/test_derivatives.py
 
 .PHONY: train test test-all test-fast test-oldest test-newest test-kernels mutate lint bench docs environments clean
 

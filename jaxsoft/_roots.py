@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
+
+from jaxsoft._trees import tangent_of
 
 
 def search(
@@ -62,20 +63,8 @@ def differentiable(newton: Callable, root: Array, *operands: Any) -> Array:
 
 
 def _differentiable_jvp(newton, primals, tangents):
-    out = differentiable(newton, *primals)
-    leaves, treedef = jax.tree.flatten(primals[1:])
-    dleaves = jax.tree.leaves(tangents[1:])
-    active = [i for i, d in enumerate(dleaves) if not isinstance(d, SymbolicZero)]
-    if not active:
-        return out, jnp.zeros_like(out)
-
-    def step(given):
-        all_leaves = list(leaves)
-        for i, leaf in zip(active, given):
-            all_leaves[i] = leaf
-        return newton(*treedef.unflatten(all_leaves), out)
-
-    return out, jax.jvp(step, ([leaves[i] for i in active],), ([dleaves[i] for i in active],))[1]
+    root = differentiable(newton, *primals)
+    return root, tangent_of(lambda *operands: newton(*operands, root), primals[1:], tangents[1:])
 
 
 differentiable.defjvp(_differentiable_jvp, symbolic_zeros=True)

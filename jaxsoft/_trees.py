@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jax.interpreters import ad
 from jaxtyping import Array
 
 
@@ -30,6 +31,26 @@ def combine(floats: Any, others: Any) -> Any:
     return jax.tree.map(lambda f, o: o if f is None else f, floats, others, is_leaf=lambda x: x is None)
 
 
+def replaced(leaves: Sequence, at: Iterable[int], new: Iterable) -> list:
+    """The leaves, with new ones at some places."""
+    out = list(leaves)
+    for i, leaf in zip(at, new):
+        out[i] = leaf
+    return out
+
+
+def tangent_of(function: Callable, primals: Any, tangents: Any) -> Any:
+    """The tangent of `function(*primals)`, without operations for symbolic zeros."""
+    leaves, treedef = jax.tree.flatten(primals)
+    given = treedef.flatten_up_to(tangents)
+    active = [i for i, d in enumerate(given) if not isinstance(d, ad.Zero | SymbolicZero)]
+
+    def of_active(*some):
+        return function(*treedef.unflatten(replaced(leaves, active, some)))
+
+    return jax.jvp(of_active, [leaves[i] for i in active], [given[i] for i in active])[1]
+
+
 def pull(function: Callable, operands: tuple, cotangents: Any) -> Any:
     """The cotangents of the float leaves of `operands`, from those of `function(*operands)`; None for other leaves."""
     floats, others = partition(operands)
@@ -42,18 +63,6 @@ def add_at(total: Array, part: Array, starts: dict[int, Any]) -> Array:
     index = [jnp.asarray(starts.get(axis, 0), jnp.int32) for axis in range(total.ndim)]
     old = lax.dynamic_slice(total, index, part.shape)
     return lax.dynamic_update_slice(total, old + part.astype(total.dtype), index)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def first_order_only(reason: str, function: Callable, *args: Any) -> Any:
-    """`function(*args)`, whose derivative raises `TypeError(reason)`: for gradients not computed by such steps."""
-    del reason
-    return function(*args)
-
-
-@first_order_only.defjvp
-def _refuse(reason, function, primals, tangents):
-    raise TypeError(reason)
 
 
 def is_explicitly_sharded(a: Any) -> bool:

@@ -2,7 +2,8 @@
 
 A law is a test with a parameter `entry` (tests/conformance), `name` (tests/optimizers/test_common.py) or `case` (a
 reduction; tests/rows, tests/kernels). It is of the formula, or, with the marker `engine`, of a mechanism that all
-functions share. With the marker `table`, any other test is a law of its own cases, all of one rank. A case is
+functions share, or, with the marker `kernels`, runs over kernels. With the marker `table`, any other test is a law of
+its own cases, all of one rank. A case is
 
 * leading: a reduction, an entry that is `thorough`, the first entry or the first optimizer of a family;
 * an export: the first entry of any other export, any other optimizer;
@@ -21,10 +22,12 @@ import pytest
 RANKS = ("leading", "export", "variant")
 # Of the cases of each rank, one in how many runs under a law of either kind; and of a table's.
 DESIGNS = {
-    "all": dict(formula=(1, 1, 1), engine=(1, 1, 1), table=1),
-    "cover": dict(formula=(1, 1, 3), engine=(1, 3, 3), table=2),
-    "newest": dict(formula=(4, 0, 0), engine=(3, 0, 0), table=4),  # where only the libraries differ
-    "fast": dict(formula=(6, 12, 0), engine=(6, 0, 0), table=4),
+    "all": dict(formula=(1, 1, 1), engine=(1, 1, 1), kernels=(1, 1, 1), table=1),
+    "cover": dict(formula=(1, 1, 3), engine=(1, 3, 3), kernels=(18, 0, 0), table=2),
+    "newest": dict(
+        formula=(4, 0, 0), engine=(3, 0, 0), kernels=(0, 0, 0), table=4
+    ),  # where only the libraries differ
+    "fast": dict(formula=(6, 12, 0), engine=(6, 0, 0), kernels=(0, 0, 0), table=4),
 }
 
 
@@ -32,7 +35,7 @@ def share_of(design: str, item, rank: str) -> int:
     """One in how many cases of this rank a design runs under a law; 0 is none."""
     if rank == "table":
         return DESIGNS[design]["table"]
-    kind = "engine" if item.get_closest_marker("engine") else "formula"
+    kind = next((kind for kind in ("kernels", "engine") if item.get_closest_marker(kind)), "formula")
     return DESIGNS[design][kind][RANKS.index(rank)]
 
 

@@ -166,8 +166,8 @@ def dot_product_attention(
         default.
       block_sizes: queries and keys per block; None: chosen automatically. They change the result only by rounding.
       precision: of the matrix products, as in `jax.lax.dot_general`; they accumulate in float32 at least.
-      implementation: `"xla"`, or the kernels `"pallas_tpu"` or `"mosaic_gpu"` (reverse mode and first order only);
-        None picks the best one that can run the case (see `jaxsoft.kernels.explain`).
+      implementation: `"xla"`, or the kernels `"pallas_tpu"` or `"mosaic_gpu"`, all with the same derivatives. None
+        picks the best one that can run the case (see `jaxsoft.kernels.explain`).
       return_residual: whether to return the log-sum-exp of each query as well, as `jax.nn` does.
       return_statistics: whether to return `AttentionStatistics` as well; replaces the residual.
 

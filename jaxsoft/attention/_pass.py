@@ -16,11 +16,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
 from jaxsoft._numerics import accumulation_dtype
-from jaxsoft._trees import combine
+from jaxsoft._trees import partition, replaced
 from jaxsoft.attention._spec import AttentionSpec, Inputs, Visibility
 from jaxsoft.attention._visibility import as_rows, cut_entries, over_pairs, positions, visible
 from jaxsoft.rows import Tile
@@ -166,23 +165,21 @@ def finished_states(
     return over_pairs(spec, body, empty_states(spec, functions, inputs, args))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def attach(spec, functions, floats, others, inputs, masks, args):
-    """The float leaves of finished states, as differentiable functions of the arrays they were computed from."""
-    del spec, functions, others, inputs, masks, args
-    return floats
+def tangents(spec: AttentionSpec, functions: tuple, states, masks: Visibility, operands, given) -> list:
+    """The tangents of the finished states' float leaves, linear in those of the operands.
 
-
-def _attach_jvp(spec, functions, primals, tangents):
-    floats, others, inputs, masks, args = primals
-    out = attach(spec, functions, floats, others, inputs, masks, args)
-    states = combine(lax.stop_gradient(floats), others)
-    leaves, treedef = jax.tree.flatten((inputs, args))
-    dleaves = jax.tree.leaves((tangents[2], tangents[4]))
-    active = [k for k, d in enumerate(dleaves) if not isinstance(d, SymbolicZero)]
-    zeros = jax.tree.map(jnp.zeros_like, floats)
-    if not active:
-        return out, zeros
+    Args:
+      spec: the attention.
+      functions: the reductions.
+      states: their finished states.
+      masks: the masks.
+      operands: the inputs and the reductions' arrays.
+      given: a tree like `operands` with their tangents; None for a leaf without one.
+    """
+    leaves, treedef = jax.tree.flatten(operands)
+    dleaves = treedef.flatten_up_to(given)
+    active = [k for k, d in enumerate(dleaves) if d is not None]
+    zeros = jax.tree.map(jnp.zeros_like, partition(states)[0])
     # Gradients accumulate over the pairs, in float32 or wider.
     dactive = [dleaves[k].astype(jnp.promote_types(leaves[k].dtype, jnp.float32)) for k in active]
 
@@ -192,20 +189,14 @@ def _attach_jvp(spec, functions, primals, tangents):
 
     def pair_tangent(dactive, pair):
         i, j, _ = pair
-        block_leaves, block_treedef = jax.tree.flatten(cut((inputs, args), i, j))
-        given = [None] * len(leaves)
-        for k, d in zip(active, dactive):
-            given[k] = d
-        tangent_tree = jax.tree.unflatten(treedef, given)
-        block_tangents = jax.tree.leaves(cut(tangent_tree, i, j))
+        block_leaves, block_treedef = jax.tree.flatten(cut(operands, i, j))
+        all_tangents = treedef.unflatten(replaced([None] * len(leaves), active, dactive))
+        block_tangents = jax.tree.leaves(cut(all_tangents, i, j))
         primals = [block_leaves[k] for k in active]
         state = _at(states, i)
 
         def sums(keep, active_leaves):
-            all_leaves = list(block_leaves)
-            for k, leaf in zip(active, active_leaves):
-                all_leaves[k] = leaf
-            block, block_args = jax.tree.unflatten(block_treedef, all_leaves)
+            block, block_args = block_treedef.unflatten(replaced(block_leaves, active, active_leaves))
             tile = _tile(spec, block, masks, keep, i, j)
             return block_sums(functions, state, [tile] * len(functions), block_args)
 
@@ -228,7 +219,4 @@ def _attach_jvp(spec, functions, primals, tangents):
 
         return jax.tree.map(add, total, part)
 
-    return out, over_pairs(spec, body, zeros)
-
-
-attach.defjvp(_attach_jvp, symbolic_zeros=True)
+    return over_pairs(spec, body, zeros)

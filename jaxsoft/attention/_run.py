@@ -9,11 +9,11 @@ import jax
 from jax import lax
 from jaxtyping import Array
 
-from jaxsoft._trees import align_varying, combine, partition
+from jaxsoft._trees import align_varying
 from jaxsoft.attention import _sweeps
-from jaxsoft.attention._pass import attach, finished_states
+from jaxsoft.attention._pass import finished_states, tangents
 from jaxsoft.attention._spec import AttentionSpec, Inputs, Visibility
-from jaxsoft.kernels.inner import Kernel, Work, blocks, choose, likely, measured_sizes
+from jaxsoft.kernels.inner import Kernel, Work, attach, blocks, choose, likely, measured_sizes
 
 # Approximate number of scores per pair of blocks, which bounds the temporary memory.
 _PAIR_ENTRIES = {"cpu": 2**22, "other": 2**25}
@@ -44,8 +44,7 @@ def _run(
     if kernel is not None:
         return _sweeps.run(kernel, spec, functions, inputs, masks, args)
     states = finished_states(spec, functions, *lax.stop_gradient((inputs, masks, args)))
-    floats, others = partition(states)
-    return combine(attach(spec, functions, floats, others, inputs, masks, args), others)
+    return attach(functools.partial(tangents, spec, functions), None, states, masks, (inputs, args))
 
 
 def _work(groups: int, queries: int, keys: int, query: Array) -> Work:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxsoft._trees import combine, partition, pull
+from jaxsoft._trees import partition, pull
 from jaxsoft.attention import _pass
 from jaxsoft.attention._pass import finish
 from jaxsoft.attention._spec import AttentionSpec, Inputs, Visibility
@@ -31,9 +31,9 @@ from jaxsoft.kernels.inner import (
     Plan,
     Scores,
     Tiles,
+    attach,
     objection,
     plain,
-    with_gradient,
 )
 from jaxsoft.rows import Tile
 from jaxsoft.rows.inner import block_sums
@@ -52,14 +52,11 @@ def refusal(
 def run(kernel: Kernel, spec: AttentionSpec, functions, inputs: Inputs, masks: Visibility, args) -> list:
     """The states of reductions for all rows, with derivatives attached; leaves are `[nq, B, K, R, ...]`."""
     states = _states(kernel, spec, functions, *lax.stop_gradient((inputs, masks, args)))
-    floats, others = partition(states)
-    case = _backward(spec, functions, states, floats, inputs, masks, args)
+    rule, pull_back = functools.partial(_pass.tangents, spec, functions), None
+    case = _backward(spec, functions, states, partition(states)[0], inputs, masks, args)
     if all(kernel.backend().refusal(kernel, *sweep) is None for sweep in case):
-        static = (kernel, spec, functions)
-        floats = with_gradient(_pull_back, static, floats, others, inputs, masks, args)
-    else:
-        floats = _pass.attach(spec, functions, floats, others, inputs, masks, args)
-    return combine(floats, others)
+        pull_back = functools.partial(_pull_back, kernel, spec, functions)
+    return attach(rule, pull_back, states, masks, (inputs, args))
 
 
 # --- between blocks and matrices -------------------------------------------------------------------------------
@@ -363,14 +360,14 @@ def _product(a: Array, b: Array, axes: tuple, spec: AttentionSpec) -> Array:
     )
 
 
-def _pull_back(kernel, spec, functions, floats, others, inputs, masks, args, cotangents) -> tuple:
-    """The cotangents of others, inputs, masks and args, given those of the states' float leaves."""
-    case = _backward(spec, functions, combine(floats, others), cotangents, inputs, masks, args)
+def _pull_back(kernel, spec, functions, states, masks, operands, cotangents) -> tuple:
+    """The cotangents of inputs and args, given those of the states' float leaves."""
+    inputs, args = operands
+    case = _backward(spec, functions, states, cotangents, inputs, masks, args)
     by_query, by_key = (kernel.backend().sweep(kernel, *sweep) for sweep in case)
     d_query, d_rows = jax.tree.map(lambda a: _by_block(spec, jnp.sum(a, axis=0), spec.nq), by_query.carry)
     d_key, d_value = jax.tree.map(lambda a: _by_block(spec, a[0], spec.nk), by_key.carry)
     d_bias = None if inputs.bias is None else _gather_five_axes(spec, by_query.entries, inputs.bias)
     d_inputs = Inputs(d_query, d_key, d_value, d_rows["scale"], d_bias, d_rows["slopes"])
     wanted = partition((inputs, args))[0]
-    d_inputs, d_args = jax.tree.map(lambda a, d: d.astype(a.dtype), wanted, (d_inputs, d_rows["args"]))
-    return None, d_inputs, None, d_args
+    return jax.tree.map(lambda a, d: d.astype(a.dtype), wanted, (d_inputs, d_rows["args"]))

@@ -13,14 +13,13 @@ columns have features, `[G, n, D]`, those of C matrices may lie side by side, as
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxsoft._trees import first_order_only
+from jaxsoft._numerics import accumulation_dtype
 
 
 def abreast(a: Any) -> int:
@@ -54,6 +53,11 @@ class Scores(NamedTuple):
     right: Any = None
     transposed: bool = False
     precision: Any = None
+
+    @property
+    def wide(self) -> Any:
+        """The dtype in which a tile is computed: float32 (of float64, which tests interpret, float64)."""
+        return accumulation_dtype(self.dtype)
 
     @property
     def dtype(self) -> Any:
@@ -189,31 +193,3 @@ class Plan(NamedTuple):
     entry_dtypes: tuple = ()
     live: Callable | None = None
     tiles: Tiles | None = None
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def with_gradient(backward: Callable, static: tuple, floats: Any, *operands: Any) -> Any:
-    """`floats`, computed without derivatives, as a function of `operands`.
-
-    Args:
-      backward: `(*static, floats, *operands, cotangents) -> the cotangents of the operands`, None for those without.
-      static: hashable arguments of `backward`.
-      floats: floating arrays computed by sweeps.
-      *operands: the arrays that `floats` depend on.
-    """
-    del backward, static, operands
-    return floats
-
-
-def _with_gradient_forward(backward, static, *arrays):
-    del backward, static
-    return arrays[0], arrays
-
-
-def _with_gradient_backward(backward, static, arrays, cotangents):
-    reason = "kernels have no second derivatives: use implementation='xla', which has those of every order and mode"
-    arrays, cotangents = first_order_only(reason, lambda *operands: operands, arrays, cotangents)
-    return None, *backward(*static, *arrays, cotangents)
-
-
-with_gradient.defvjp(_with_gradient_forward, _with_gradient_backward)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxsoft._numerics import accumulation_dtype
 from jaxsoft._trees import is_explicitly_sharded, is_float
 from jaxsoft.kernels._sweep import Block, Operands, Plan, Scores, Tiles, of_one
 
@@ -31,10 +32,10 @@ def examples(
         depth = scores.left.shape[-1]
         left = struct((br, depth), scores.dtype)
         right = struct((bc, depth) if scores.transposed else (depth, bc), scores.dtype)
-    number, raw = struct((), jnp.int32), struct((br, bc), jnp.float32)
+    number, raw = struct((), jnp.int32), struct((br, bc), scores.wide)
     block = Block(raw, rows, cols, entries, index, index, number, inside, left, right)
     own, size = (cols, bc) if plan.over == "rows" else (rows, br)
-    return block, jax.eval_shape(init, own, struct((size,), jnp.float32))
+    return block, jax.eval_shape(init, own, struct((size,), scores.wide))
 
 
 def objection(arrays: Any) -> str | None:
@@ -51,7 +52,7 @@ def plain(a: jax.Array) -> jax.Array:
     """A per-row or per-column array for kernels: booleans as int32; floats as float32, in which gradients add up."""
     if a.dtype == jnp.bool_:
         return a.astype(jnp.int32)
-    return a.astype(jnp.float32) if is_float(a) else a
+    return a.astype(accumulation_dtype(a.dtype)) if is_float(a) else a
 
 
 def is_ragged(scores: Scores, tiles: Tiles) -> bool:

@@ -391,8 +391,8 @@ def linear_logits(
         is float32 for bfloat16 activations and float32 parameters; write `dtype=jnp.bfloat16` for such a model.
         The sums, everything after the product (bias, softcap, the loss) and the gradients' sums over blocks
         are in float32; the gradients have the dtypes of hidden and weight.
-      implementation: `"xla"`, or the kernels `"pallas_tpu"` or `"mosaic_gpu"` (reverse mode and first order only);
-        None picks the best one that can run the case (see `jaxsoft.kernels.explain`).
+      implementation: `"xla"`, or the kernels `"pallas_tpu"` or `"mosaic_gpu"`, all with the same derivatives. None
+        picks the best one that can run the case (see `jaxsoft.kernels.explain`).
 
     Returns:
       A `LinearLogits`, a pytree with `.shape`, `.dtype` and `.dense()`.

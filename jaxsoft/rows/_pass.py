@@ -5,8 +5,8 @@ reductions' states. The derivative (see `RowReduction`) is one more loop, linear
 
     d(state) = sum over blocks of  jvp(update from neutral(state))( d(block of scores) ),
 
-attached with `custom_jvp`. Its body is checkpointed: JAX transposes the loop by itself, recomputing a block
-instead of keeping it, which gives reverse mode. Since the rule consists of ordinary JAX operations, forward
+which `jaxsoft.kernels` attaches to the states. Its body is checkpointed: JAX transposes the loop by itself, recomputing
+a block instead of keeping it, which gives reverse mode. Since the rule consists of ordinary JAX operations, forward
 mode, second order, `vmap` and `checkpoint` also work on logits that are never stored.
 """
 
@@ -19,10 +19,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
-from jaxsoft._trees import combine, partition
+from jaxsoft._trees import partition, replaced
 from jaxsoft.rows._logits import LinearLogits
 from jaxsoft.rows._masks import Masks, col_mask, row_mask, unmasked
 from jaxsoft.rows._reduction import Arrays, RowReduction, Tile, block_sums
@@ -139,28 +138,21 @@ def empty_masked_rows(functions, states, source: Source, masks: Masks, arrays: l
 # --- the derivative --------------------------------------------------------------------------------------
 
 
-def attach(functions, block: int, states, source: Source, masks: Masks, arrays: list[Arrays]) -> list:
-    """Attaches the reductions' derivatives to finished states that were computed without derivatives."""
-    floats, others = partition(states)
-    return combine(_attach(functions, block, floats, others, source, masks, arrays), others)
+def tangents(functions, block: int, states, masks: Masks, operands, given) -> list:
+    """The tangents of the finished states' float leaves, linear in those of the operands.
 
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _attach(functions, block, floats, others, source, masks, arrays):
-    """The float leaves of finished states, as functions of the operands they were computed from."""
-    del functions, block, others, source, masks, arrays
-    return floats
-
-
-def _attach_jvp(functions, block, primals, tangents):
-    floats, others, source, masks, arrays = primals
-    # The primal output must be attached again: with plain states, second derivatives would be wrong.
-    out = _attach(functions, block, floats, others, source, masks, arrays)
-    states = combine(lax.stop_gradient(floats), others)
-
-    leaves, treedef = jax.tree.flatten((source, arrays))
-    dleaves = jax.tree.leaves((tangents[2], tangents[4]))
-    active = [i for i, d in enumerate(dleaves) if not isinstance(d, SymbolicZero)]
+    Args:
+      functions: the reductions.
+      block: columns read at a time.
+      states: their finished states.
+      masks: the masks.
+      operands: the source and the reductions' arrays.
+      given: a tree like `operands` with their tangents; None for a leaf without one.
+    """
+    source, arrays = operands
+    leaves, treedef = jax.tree.flatten(operands)
+    dleaves = treedef.flatten_up_to(given)
+    active = [i for i, d in enumerate(dleaves) if d is not None]
     # Gradients of these leaves add up over the blocks, in at least float32, for any dtype of the leaves.
     adds_up = jax.tree.leaves((source._accumulates(), [Arrays(*_flags(a)) for a in arrays]))
     dactive = [
@@ -170,10 +162,7 @@ def _attach_jvp(functions, block, primals, tangents):
 
     def block_tangent(dactive, start, size):
         def sums(active_leaves):
-            all_leaves = list(leaves)
-            for i, leaf in zip(active, active_leaves):
-                all_leaves[i] = leaf
-            source, arrays = jax.tree.unflatten(treedef, all_leaves)
+            source, arrays = treedef.unflatten(replaced(leaves, active, active_leaves))
             block = read_block(source, start, size, masks, arrays)
             return block_sums(functions, states, block, [a.args for a in arrays])
 
@@ -189,11 +178,8 @@ def _attach_jvp(functions, block, primals, tangents):
         part = of_block(dactive, start)
         return jax.tree.map(jnp.add, total, part)
 
-    zeros = jax.tree.map(jnp.zeros_like, floats)
-    return out, over_blocks(source.shape[-1], block, body, zeros) if active else zeros
-
-
-_attach.defjvp(_attach_jvp, symbolic_zeros=True)
+    zeros = jax.tree.map(jnp.zeros_like, partition(states)[0])
+    return over_blocks(source.shape[-1], block, body, zeros)
 
 
 def _flags(arrays: Arrays):

@@ -13,12 +13,12 @@ from jaxtyping import Array, Bool
 
 from jaxsoft import _checks
 from jaxsoft._trees import align_varying
-from jaxsoft.kernels.inner import Kernel, choose
+from jaxsoft.kernels.inner import Kernel, attach, choose
 from jaxsoft.rows import _sweeps
 from jaxsoft.rows._filter import filtered
 from jaxsoft.rows._logits import LinearLogits, Logits, StoredLogits, check_axis, rows_of
 from jaxsoft.rows._masks import Masks, split_mask
-from jaxsoft.rows._pass import attach, closed_form, entries, finished_states, mask_rows
+from jaxsoft.rows._pass import closed_form, entries, finished_states, mask_rows, tangents
 from jaxsoft.rows._reduction import Arrays, RowReduction, arrays_of, finalize, is_reduction
 from jaxsoft.rows._source import Source
 
@@ -47,8 +47,8 @@ def reduce_rows(
       block_size: columns read at a time. Default: all columns of an array, the expression's own choice for a
         `LinearLogits`. Kernels have their own block sizes.
       implementation: `"xla"`, or the kernels `"pallas_tpu"` or `"mosaic_gpu"`. None: the expression's own, else the
-        best one that can run the case (`jaxsoft.kernels.explain` says which, and why). Kernels have no forward-mode
-        and no second derivatives.
+        best one that can run the case (`jaxsoft.kernels.explain` says which, and why). All have the same
+        derivatives: of kernels, ordinary operations compute forward mode and higher orders.
 
     Returns:
       The results in the structure of `reductions`, each of shape `[*rows]` (or `[*rows, k]`), in float32 for
@@ -162,4 +162,4 @@ def stream(
     if kernel is not None:
         return _sweeps.stream(kernel, functions, block, source, masks, arrays)
     states = finished_states(functions, block, *lax.stop_gradient((source, masks, arrays)))
-    return attach(functions, block, states, source, masks, arrays)
+    return attach(functools.partial(tangents, functions, block), None, states, masks, (source, arrays))

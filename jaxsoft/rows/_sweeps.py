@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxsoft._trees import align_varying, combine, is_float, partition, pull
-from jaxsoft.kernels.inner import Block, Kernel, Operands, Out, Plan, Scores, objection, plain, with_gradient
+from jaxsoft._trees import align_varying, is_float, partition, pull
+from jaxsoft.kernels.inner import Block, Kernel, Operands, Out, Plan, Scores, attach, objection, plain
 from jaxsoft.rows import _pass
 from jaxsoft.rows._cotangents import Parts, operand_cotangents, parts_of
 from jaxsoft.rows._logits import LinearLogits
@@ -45,7 +45,7 @@ def refusal(
     if (wrong := objection((source, arrays))) is not None:
         return wrong
     for r, a in zip(functions, arrays):
-        like = jax.ShapeDtypeStruct((n,), jnp.float32)
+        like = jax.ShapeDtypeStruct((n,), source._accumulation_dtype)
         for state in jax.tree.leaves(jax.eval_shape(r.init, like, *a.args)):
             if state.shape[:1] != (n,) or state.ndim > 2:
                 return f"a state must be one or a few numbers per row, got shape {state.shape}"
@@ -57,14 +57,13 @@ def refusal(
 def stream(kernel: Kernel, functions, block: int, source: Source, masks: Masks, arrays: list[Arrays]) -> list:
     """The finished states of the reductions, with their derivatives attached."""
     states = finished_states(kernel, functions, *jax.lax.stop_gradient((source, masks, arrays)))
-    floats, others = partition(states)
-    backward = _backward(functions, states, floats, source, masks, arrays)
+    rule, pull_back = functools.partial(_pass.tangents, functions, block), None
     # weighted_sum computes the gradient of a chunk's stored product itself.
     stored_product = isinstance(source, LinearLogits) and source._raw_scores() is not None
-    if stored_product or kernel.backend().refusal(kernel, *backward) is not None:
-        return _pass.attach(functions, block, states, source, masks, arrays)
-    operands = (others, source, masks, arrays)
-    return combine(with_gradient(_pull_back, (kernel, functions), floats, *operands), others)
+    backward = _backward(functions, states, partition(states)[0], source, masks, arrays)
+    if not stored_product and kernel.backend().refusal(kernel, *backward) is None:
+        pull_back = functools.partial(_pull_back, kernel, functions)
+    return attach(rule, pull_back, states, masks, (source, arrays))
 
 
 # --- the operands of a tile ----------------------------------------------------------------------------------
@@ -193,16 +192,15 @@ def _cotangents(kernel: Kernel, *case) -> tuple[Array, Parts]:
     return raw, Parts(rows, cols, entries)
 
 
-def _pull_back(kernel, functions, floats, others, source, masks, arrays, cotangents) -> tuple:
-    """The cotangents of others, source, masks and arrays, from the cotangents of the states' float leaves."""
-    case = (functions, combine(floats, others), cotangents, source, masks, arrays)
+def _pull_back(kernel, functions, states, masks, operands, cotangents) -> tuple:
+    """The cotangents of source and arrays, from the cotangents of the states' float leaves."""
+    source, arrays = operands
+    case = (functions, states, cotangents, source, masks, arrays)
     if isinstance(source, LinearLogits):
         d_hidden, d_weight, d = _product_cotangents(kernel, *case)
-        d_source, d_arrays = operand_cotangents(source, arrays, d, hidden=d_hidden, weight=d_weight)
-    else:
-        d_raw, d = _cotangents(kernel, *case)
-        d_source, d_arrays = operand_cotangents(source, arrays, d, values=d_raw)
-    return None, d_source, None, d_arrays
+        return operand_cotangents(source, arrays, d, hidden=d_hidden, weight=d_weight)
+    d_raw, d = _cotangents(kernel, *case)
+    return operand_cotangents(source, arrays, d, values=d_raw)
 
 
 def _product_cotangents(

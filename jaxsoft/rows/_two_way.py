@@ -16,10 +16,11 @@ from jaxtyping import Array, Bool
 
 from jaxsoft._numerics import finite_gauge
 from jaxsoft._trees import align_varying
+from jaxsoft.kernels.inner import attach
 from jaxsoft.rows import reductions
 from jaxsoft.rows._logits import Logits
 from jaxsoft.rows._masks import Masks
-from jaxsoft.rows._pass import attach, empty_states, mask_rows, over_blocks, read_block
+from jaxsoft.rows._pass import empty_states, mask_rows, over_blocks, read_block, tangents
 from jaxsoft.rows._reduce import as_source
 from jaxsoft.rows._reduction import Arrays, RowReduction, Tile, finalize
 from jaxsoft.rows.reductions import LogPartition
@@ -60,7 +61,8 @@ def _run(functions: tuple[RowReduction, ...], block: int, source, masks: Masks, 
         return over_blocks(source.shape[-1], block, body, empty_states(functions, source, arrays))
 
     states = finished(*lax.stop_gradient((source, masks, arrays)))
-    states = attach(functions, block, states, source, masks, arrays)
+    rule = functools.partial(tangents, functions, block)
+    states = attach(rule, None, states, masks, (source, arrays))
     return finalize(functions[:-1], states, arrays), reductions.partition_of(states[-1])
 
 

@@ -24,8 +24,8 @@ from jaxtyping import Array, Float
 
 from jaxsoft import _checks, _trees
 from jaxsoft._numerics import weigh
-from jaxsoft._trees import add_at, align_varying, combine, first_order_only, is_float, partition
-from jaxsoft.kernels.inner import Kernel, Work, compiled
+from jaxsoft._trees import add_at, align_varying, combine, is_float, partition, replaced
+from jaxsoft.kernels.inner import Kernel, Work, compiled, differentiated_as
 from jaxsoft.rows._cotangents import block_cotangents
 from jaxsoft.rows._logits import LinearLogits, Logits, check_axis, rows_of
 from jaxsoft.rows._masks import Masks, col_mask, row_mask
@@ -155,8 +155,8 @@ def weighted_sum(
     For `linear_logits` the value and the gradient together cost three matrix products instead of the four of a
     loss that recomputes its logits, and memory for `[chunk_size, vocab]`. Without a gradient, it costs only the
     forward pass. For dense logits it is the plain sum. The gradient is exact for every operand (hidden,
-    weight, bias, scale, temperature, weights, and all floating arguments of the loss), in reverse and forward mode. It
-    is of first order only: use `(weights * loss(...)).sum()` for second derivatives.
+    weight, bias, scale, temperature, weights, and all floating arguments of the loss), in reverse and forward mode.
+    Second derivatives are those of `(weights * loss(...)).sum()`, and cost as much.
 
     Args:
       loss: any loss of jaxsoft, or any function `(logits, *row_args, **options) -> [rows]` that reads the
@@ -359,9 +359,7 @@ def _value_and_gradient(call: _Loss, chunk: int, perturbed, logits, by_row, arra
         tape = _Tape()
 
         def value(probes, active_leaves):
-            leaves = list(mine)
-            for i, leaf in zip(active, active_leaves):
-                leaves[i] = leaf
+            leaves = replaced(mine, active, active_leaves)
             bias, scale, temperature, by_row, arrays = jax.tree.unflatten(others_tree, leaves)
             fields = {f.name: getattr(logits, f.name) for f in dataclasses.fields(LinearLogits)}
             fields.update(hidden=hidden, bias=bias, scale=scale, temperature=temperature)
@@ -404,12 +402,6 @@ def _value_and_gradient(call: _Loss, chunk: int, perturbed, logits, by_row, arra
     return total, (d_logits, d_by_row, d_arrays)
 
 
-_NO_SECOND_DERIVATIVES = (
-    "weighted_sum and weighted_mean have no second derivatives, because their gradient is taken in the forward "
-    "pass: write (weights * loss(logits, labels)).sum(), which has derivatives of every order and mode"
-)
-
-
 def _product_gradient(logits, block, hidden, raw, functions, calls, d_probes, row, d_hidden, d_weight):
     """Adds a chunk's share to the gradients of hidden and weight, one block of columns at a time."""
     all_masks = [c.masks for c in calls]
@@ -445,17 +437,32 @@ def _any(keeps: list[Array | None]) -> Array | None:
 
 @functools.partial(_weighted.defjvp, symbolic_zeros=True)
 def _weighted_jvp(call, chunk, primals, tangents):
-    """The tangent is that of the linear map `tangents -> sum(gradient * tangent)`, whose transpose is the gradient."""
-    perturbed = jax.tree.map(lambda t: not isinstance(t, SymbolicZero), tangents)
-    run = functools.partial(_value_and_gradient, call, chunk, perturbed)
+    """The tangent is that of the linear map `tangents -> sum(gradient * tangent)`, whose transpose is the gradient.
+
+    The derivatives of the gradient are those of the plain sum's gradient, which recomputes its logits.
+    """
+    treedef = jax.tree.structure(primals)
+    given = treedef.flatten_up_to(tangents)
+    active = [i for i, t in enumerate(given) if not isinstance(t, SymbolicZero)]
+    perturbed = treedef.unflatten([i in active for i in range(len(given))])
+
+    def in_chunks(*primals):
+        total, gradient = _value_and_gradient(call, chunk, perturbed, *primals)
+        gradient = treedef.flatten_up_to(gradient)
+        return total, [gradient[i] for i in active]
+
+    def ordinary(*primals):
+        leaves = jax.tree.leaves(primals)
+
+        def total(some):
+            logits, by_row, arrays = treedef.unflatten(replaced(leaves, active, some))
+            return call(dataclasses.replace(logits, filter_eps=None), by_row, arrays)
+
+        return jax.value_and_grad(total)([leaves[i] for i in active])
+
     # A call that is not differentiated stays whole: JAX would move parts out of its loops, and keep them in memory.
-    total, gradients = first_order_only(_NO_SECOND_DERIVATIVES, run, *primals)
-    leaves = (jax.tree.leaves(tree, is_leaf=lambda leaf: leaf is None) for tree in (gradients, tangents))
-    parts = [
-        jnp.sum(g.astype(total.dtype) * t.astype(total.dtype))
-        for g, t in zip(*leaves, strict=True)
-        if g is not None and not isinstance(t, SymbolicZero)
-    ]
+    total, gradient = differentiated_as(ordinary, in_chunks, *primals)
+    parts = [jnp.sum(g.astype(total.dtype) * given[i].astype(total.dtype)) for i, g in zip(active, gradient)]
     return total, functools.reduce(jnp.add, parts)
 
 

@@ -177,24 +177,7 @@ def test_too_many_features():
         jax.eval_shape(f, hidden, weight)
 
 
-# --- derivatives, imports, arguments -------------------------------------------------------------------------
-
-
-def heads_of(x, **options):
-    heads = x[:, :16].reshape(1, 6, 2, 8)
-    return dot_product_attention(heads, heads, heads, **options)
-
-
-@pytest.mark.parametrize("f", [lse, linear, heads_of])
-def test_forward_mode_and_second_derivatives_are_for_xla(f):
-    def gradient(x, implementation):
-        return jax.grad(lambda x: f(x, implementation=implementation).sum())(x)
-
-    with kernels.interpreted():
-        with pytest.raises(TypeError, match=r"forward-mode|jvp"):
-            jax.jvp(lambda x: f(x, implementation="pallas_tpu"), (X,), (X,))
-        with pytest.raises(TypeError, match="no second derivatives: use implementation='xla'"):
-            jax.jvp(lambda x: gradient(x, "pallas_tpu"), (X,), (X,))
+# --- imports, arguments --------------------------------------------------------------------------------------
 
 
 def test_pallas_is_imported_by_the_kernels_only():

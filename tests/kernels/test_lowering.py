@@ -191,29 +191,58 @@ def test_masks_and_biases_of_long_rows(width, device):
     assert kernels_in(f, head, head, head, *beside, device=device) == 3
 
 
+def ones(tree):
+    return jax.tree.map(jnp.ones_like, tree)
+
+
+def total(tree):
+    return sum(jnp.sum(a.astype(jnp.float32)) for a in jax.tree.leaves(tree))
+
+
+# Transforms of a function of operands, and how many kernels they have: two forward passes, and backward one of the
+# head and two of attention. Forward mode and what it is applied to add none.
+TRANSFORMS = {
+    "grad": (5, lambda f: jax.grad(f)),
+    "checkpoint": (5, lambda f: jax.grad(jax.checkpoint(f))),
+    "vmap of grad": (5, lambda f: jax.vmap(jax.grad(f), in_axes=({"h": 0, "w": None, "q": None},))),
+    "jvp": (2, lambda f: lambda p: jax.jvp(f, (p,), (ones(p),))[1]),
+    "forward over reverse": (2, lambda f: lambda p: jax.jvp(jax.grad(f), (p,), (ones(p),))[1]),
+    "reverse over forward": (5, lambda f: jax.grad(lambda p: jax.jvp(f, (p,), (ones(p),))[1])),
+    "reverse over reverse": (5, lambda f: jax.grad(lambda p: total(jax.grad(f)(p)))),
+}
+
+
 @one_of_each
-@pytest.mark.parametrize("check", [True, False])
-def test_rows_sharded_over_devices(check, device):
+@pytest.mark.parametrize(("name", "check"), [(name, True) for name in TRANSFORMS] + [("grad", False)])
+def test_rows_sharded_over_devices(name, check, device):
+    """In every transform, gradients are summed over the devices once; ordinary operations store no scores."""
+    count, transform = TRANSFORMS[name]
     mesh = device.mesh(2, axis_types=(AxisType.Auto,))
 
-    def local(h, w, labels, q):
-        logits = jaxsoft.linear_logits(h, w, implementation=device.implementation)
-        out = dot_product_attention(q, q, q, is_causal=True, implementation=device.implementation)
-        return jax.lax.psum(losses.cross_entropy(logits, labels).sum() + out.sum(), "data")
+    def local(p, labels):
+        logits = jaxsoft.linear_logits(p["h"], p["w"], block_size=512, implementation=device.implementation)
+        out = dot_product_attention(*[p["q"]] * 3, is_causal=True, implementation=device.implementation)
+        return jax.lax.psum(losses.cross_entropy(logits, labels).sum() + total(out), "data")
 
-    specs = (P("data"), P(), P("data"), P("data"))
+    specs = (dict(h=P("data"), w=P(), q=P("data")), P("data"))
     half = jnp.bfloat16
-    arrays = (
-        array(600, 64, dtype=half),
-        array(64, 3000, dtype=half),
-        array(600, dtype=jnp.int32),
-        array(4, 256, 4, 64, dtype=half),
+    operands = dict(
+        h=array(600, 64, dtype=half), w=array(64, 3000, dtype=half), q=array(4, 384, 4, 64, dtype=half)
     )
-    with jax.sharding.use_abstract_mesh(mesh):
+    if name.startswith("vmap"):
+        operands["h"] = array(2, 600, 64, dtype=half)
+
+    def transformed(p, labels):
         f = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=check)
-        traced = jax.jit(jax.grad(f, (0, 1, 3))).trace(*arrays)
+        return transform(lambda p: f(p, labels))(p)
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(transformed).trace(operands, array(600, dtype=jnp.int32))
         text = traced.lower(lowering_platforms=(device.lowered_for,)).as_text()
-    assert text.count(device.call) == 5
+    assert text.count(device.call) == count
+    assert text.count("all_reduce") == (1 if check else 2)
+    if count == 2:  # a kernel's backward pass stores the gradient of a stretch of columns
+        assert "300x3000x" not in text and "384x384x" not in text
 
 
 @one_of_each

@@ -355,14 +355,14 @@ class _Visit(NamedTuple):
     def _begin(self, refs: _Refs, block: Block) -> None:
         """Stores the carry before the first tile."""
         layout = self.layout
-        like = jnp.zeros(layout.bc if layout.over_rows else layout.br, jnp.float32)
+        like = jnp.zeros(layout.bc if layout.over_rows else layout.br, self.scores.wide)
         _store(refs.carry, self.init(block.cols if layout.over_rows else block.rows, like))
 
     def _work(self, refs: _Refs, block: Block) -> None:
         """Adds the scores to the block, calls `body`, and stores what it returns."""
         matrices = [ref[0] for ref in refs.matrices]
         if self.scores.values is not None:
-            block = block._replace(raw=matrices[0].astype(jnp.float32))
+            block = block._replace(raw=matrices[0].astype(self.scores.wide))
         else:
             left, right = matrices
             block = block._replace(raw=_product(self.scores, left, right), left=left, right=right)
@@ -383,5 +383,5 @@ def _product(scores: Scores, left: jax.Array, right: jax.Array) -> jax.Array:
     """The scores of a tile, in float32."""
     contract = (((1,), (1 if scores.transposed else 0,)), ((), ()))
     return lax.dot_general(
-        left, right, contract, precision=scores.precision, preferred_element_type=jnp.float32
+        left, right, contract, precision=scores.precision, preferred_element_type=scores.wide
     )
