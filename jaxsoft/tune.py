@@ -69,9 +69,8 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         w = self.work
-        name = f"{w.kind} {w.rows} x {w.columns}" + (f", {w.features} features" if w.features else "")
         many = f", {self.batch} x {self.heads}" if w.kind == "attention" else ""
-        return f"{name}{many}, {jnp.dtype(self.dtype).name}"
+        return f"{w.kind} {w.shape}{many}, {jnp.dtype(self.dtype).name}"
 
 
 def dense(rows: int, columns: int, dtype: Any) -> Case:
@@ -374,9 +373,7 @@ def _summary(table: tables.Table) -> None:
     for work in dict.fromkeys(row.work for row in table.rows):
         rows = table.nearest(work)
         ms, xla_ms = sum(r.ms for r in rows), sum(r.xla_ms for r in rows)
-        name = f"{work.kind} {work.rows} x {work.columns}" + (
-            f", {work.features} features" if work.features else ""
-        )
+        name = f"{work.kind} {work}"
         chosen = table.implementation if ms <= xla_ms else "xla"
         print(f"{name:<48}kernels {ms:10.3f} ms   xla {xla_ms:10.3f} ms   -> {chosen}")
 

@@ -20,15 +20,18 @@ class Decision(NamedTuple):
       what: the pass, in words.
       implementation: `"xla"`, `"pallas_tpu"` or `"mosaic_gpu"`.
       reasons: for each other kernel implementation, why it does not run the pass.
+      because: why this one runs it: the request, or the measurement that decided; empty for XLA where no other can.
     """
 
     what: str
     implementation: str
     reasons: dict[str, str]
+    because: str = ""
 
     def __str__(self) -> str:
+        because = f", {self.because}" if self.because else ""
         others = "; ".join(f"not {name}: {reason}" for name, reason in self.reasons.items())
-        return f"{self.what}: {self.implementation}" + (f" ({others})" if others else "")
+        return f"{self.what}: {self.implementation}{because}" + (f" ({others})" if others else "")
 
 
 _log: contextvars.ContextVar[list | None] = contextvars.ContextVar("log", default=None)
@@ -78,7 +81,7 @@ def likely(implementation: str | None, work: Work) -> bool:
     if implementation is not None:
         return implementation in BACKENDS
     names, kind = _backends_here()
-    return any(_tables.objection(name, kind, work) is None for name in names)
+    return any(_tables.verdict(name, kind, work).faster for name in names)
 
 
 def measured_sizes(implementation: str | None, work: Work) -> dict[str, int]:
@@ -114,35 +117,38 @@ def choose(
     """
     _checks.option("implementation", implementation, (None, *IMPLEMENTATIONS))
     reasons: dict[str, str] = {}
-    chosen = None
-    for name, (platform, _) in BACKENDS.items():
+    chosen, because = None, "as requested" if implementation == "xla" else ""
+    for name in BACKENDS:
         if implementation not in (None, name):
             reasons[name] = f"implementation={implementation!r} was requested"
             continue
-        reason, kernel = _possible(name, platform, implementation is not None, work, case)
-        if reason is None and chosen is None:
-            chosen = kernel
-        elif reason is not None:
+        kernel, reason = _candidate(name, implementation is not None, work, case)
+        if kernel is None:
             reasons[name] = reason
+        elif chosen is None:
+            chosen, because = kernel, reason
     if implementation in BACKENDS and chosen is None:
         raise ValueError(f"implementation={implementation!r} cannot run {what}: {reasons[implementation]}")
     log = _log.get()
     if log is not None:
-        decision = Decision(what, "xla" if chosen is None else chosen.name, reasons)
+        decision = Decision(what, "xla" if chosen is None else chosen.name, reasons, because)
         if decision not in log[-1:]:  # a pass may be traced more than once
             log.append(decision)
     return chosen
 
 
-def _possible(name, platform, asked: bool, work: Work, case) -> tuple[str | None, Kernel | None]:
-    """Why a backend cannot run a pass (None if it can), and the `Kernel` it would be."""
+def _candidate(name: str, asked: bool, work: Work, case) -> tuple[Kernel | None, str]:
+    """The `Kernel` of a backend for a pass and why to take it, or None and why not."""
     here, kind = _device.device()
-    interpret = _device.is_interpreted()
+    platform, interpret = BACKENDS[name][0], _device.is_interpreted()
     if here != platform and not (asked and interpret):
-        return f"it needs a {platform.upper()}, this is a {here.upper()}", None
+        return None, f"it needs a {platform.upper()}, this is a {here.upper()}"
     kernel = Kernel(name, interpret, kind if here == platform else "", _device.blocks())
     backend = kernel.backend()
     reason = backend.unavailable(kernel) or case(backend, kernel)
-    if reason is None and not asked:
-        reason = _tables.objection(name, kernel.device_kind, work)
-    return reason, kernel
+    if reason is not None:
+        return None, reason
+    if asked:
+        return kernel, "as requested"
+    verdict = _tables.verdict(name, kernel.device_kind, work)
+    return kernel if verdict.faster else None, verdict.reason

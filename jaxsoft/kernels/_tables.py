@@ -1,7 +1,9 @@
 """Measurements for each kind of device: whether kernels are faster than XLA, and with which block sizes.
 
 Tables are JSON files that `python -m jaxsoft.tune` writes. The user's table takes precedence over the one shipped with
-the library. A file that cannot be read counts as missing: `explain` says so, without an exception or a warning.
+the library. A device without a table takes one of its generation, and work that was not measured takes the nearest that
+was: kernels are refused only where they were slower, or where nothing is known. `explain` says which table and which
+work decided. A file that cannot be read counts as missing: `explain` says so, without an exception or a warning.
 """
 
 from __future__ import annotations
@@ -14,9 +16,12 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jax
+
+from jaxsoft.kernels import _device
 from jaxsoft.kernels._device import Kernel, Work
 from jaxsoft.kernels._sweep import Plan, Scores
 
@@ -78,8 +83,8 @@ class Table(NamedTuple):
     rows: tuple[Row, ...]
 
     def nearest(self, work: Work) -> list[Row]:
-        """The lines of the nearest measured work of the same kind and itemsize; empty if there is no such work."""
-        same = [r for r in self.rows if (r.work.kind, r.work.itemsize) == (work.kind, work.itemsize)]
+        """The lines of the nearest measured work of the same kind; empty if there is none."""
+        same = [r for r in self.rows if r.work.kind == work.kind]
         best = min((r.work for r in same), key=work.distance, default=None)
         return [r for r in same if r.work == best]
 
@@ -138,7 +143,7 @@ def user_path(device_kind: str) -> pathlib.Path:
 
 
 def table(device_kind: str) -> Table | None:
-    """The table for a kind of device: the user's, else the shipped one, else None."""
+    """The table for a kind of device or its generation: the user's, else the shipped one, else None."""
     return _find(device_kind)[0]
 
 
@@ -167,20 +172,31 @@ def _find(device_kind: str) -> tuple[Table | None, str | None]:
 @functools.lru_cache(maxsize=32)
 def _load(device_kind: str, directory: pathlib.Path) -> tuple[Table | None, str | None]:
     """A table, and what was wrong with the first invalid file, if any. Each file is read once per process."""
-    wrong = None
     if not device_kind:
         return None, None
-    for folder in (directory, SHIPPED):
+    own = [folder / file_name(device_kind) for folder in (directory, SHIPPED)]
+    found, wrong = _first_table(own, lambda kind: kind == device_kind)
+    if found is None:
+        others = [path for folder in (directory, SHIPPED) for path in sorted(folder.glob("*.json"))]
+        related = _device.generation(device_kind)
+        found, _ = _first_table(others, lambda kind: _device.generation(kind) == related)
+    return found, wrong
+
+
+def _first_table(paths: list[pathlib.Path], fits: Callable[[str], bool]) -> tuple[Table | None, str | None]:
+    """The first table of a device that fits, and what was wrong with the first invalid file, if any."""
+    wrong = None
+    for path in paths:
         try:
-            found = read(folder / file_name(device_kind))
+            found = read(path)
         except BrokenTable as error:
             wrong = wrong or str(error)
             continue
         except OSError:
             continue
-        if found.device_kind == device_kind:
+        if fits(found.device_kind):
             return found, wrong
-        wrong = wrong or f"{folder / file_name(device_kind)} is the table of a {found.device_kind!r}"
+        wrong = wrong or f"{path} is the table of a {found.device_kind!r}"
     return None, wrong
 
 
@@ -192,22 +208,34 @@ def forget() -> None:
 # --- looking up work in tables ---------------------------------------------------------------------------------------
 
 
-def objection(implementation: str, device_kind: str, work: Work) -> str | None:
-    """Why kernels do not run some work unless requested; None if they were measured and not slower than XLA."""
+class Verdict(NamedTuple):
+    """What the tables say about kernels for some work.
+
+    Attributes:
+      faster: whether kernels were measured and not slower than XLA.
+      reason: the measurement, or why there is none.
+    """
+
+    faster: bool
+    reason: str
+
+
+def verdict(implementation: str, device_kind: str, work: Work) -> Verdict:
+    """Whether kernels run some work unless the user requests something else, and the measurement that decides."""
     found, wrong = _find(device_kind)
-    how = f"run {COMMAND}, or request it with the argument implementation"
-    if found is None or found.implementation != implementation:
-        return f"it has not been measured on {device_kind!r}: {how}" + (f" ({wrong})" if wrong else "")
-    rows = found.nearest(work)
-    if not rows:
-        what = f"{work.kind} rows in {8 * work.itemsize} bits"
-        return f"it has not been measured on {device_kind!r} for {what}: {how}"
+    rows = [] if found is None or found.implementation != implementation else found.nearest(work)
+    note = f"; {wrong}" if wrong else ""
+    if found is None or not rows:
+        how = f"run {COMMAND}, or request it with the argument implementation"
+        what = f" for {work.kind} rows" if found is not None else ""
+        return Verdict(False, f"it has not been measured on {device_kind!r}{what}: {how}{note}")
     ms, xla_ms = sum(r.ms for r in rows), sum(r.xla_ms for r in rows)
+    if found.jax != jax.__version__:
+        note = f"; measured with jax {found.jax}, this is {jax.__version__}{note}"
+    where = f"on {found.device_kind!r} at {rows[0].work}"
     if ms <= xla_ms:
-        return None
-    near = rows[0].work
-    shape = f"{near.rows} x {near.columns}" + (f", {near.features} features" if near.features else "")
-    return f"XLA was faster on {device_kind!r} at {shape} ({xla_ms:.3g} ms, it took {ms:.3g} ms)"
+        return Verdict(True, f"it was faster {where} ({ms:.3g} ms, XLA took {xla_ms:.3g} ms{note})")
+    return Verdict(False, f"XLA was faster {where} ({xla_ms:.3g} ms, it took {ms:.3g} ms{note})")
 
 
 def sizes(
@@ -230,7 +258,7 @@ def sizes(
     found = table(device_kind)
     measured = []
     if found is not None and found.implementation == implementation:
-        rows = found.nearest(work)
+        rows = [r for r in found.nearest(work) if r.work.itemsize == work.itemsize]
         measured = [dict(r.sizes) for r in rows if r.direction in (direction, "both") and r.sizes]
     return [*measured[:1], {}]
 
