@@ -17,7 +17,12 @@ from jaxsoft import _checks
 
 # For each kernel implementation, the platform it runs on and its package.
 BACKENDS = {"pallas_tpu": ("tpu", "jaxsoft.kernels.tpu"), "mosaic_gpu": ("gpu", "jaxsoft.kernels.gpu")}
-IMPLEMENTATIONS = ("xla", *BACKENDS)
+IMPLEMENTATIONS = ("xla", "cudnn", *BACKENDS)
+
+
+# The largest block of scores that XLA computes at a time on a GPU or TPU, as far as block sizes can keep to it: 128 MiB
+# in float32. The steps of its loops are then few, and their products large. A CPU has block sizes of its own.
+BLOCK_SCORES = 2**25
 
 
 class Kernel(NamedTuple):
@@ -164,6 +169,12 @@ def compiled(function: Callable, static_argnums: tuple[int, ...] = ()) -> Callab
         return run((is_interpreted(), blocks()), *args)
 
     return call
+
+
+def evenly(length: int, most: float, multiple: int) -> int:
+    """The size of equal blocks of at most `most`, as few as possible, rounded up to a multiple."""
+    blocks = max(math.ceil(length / most), 1)
+    return -(-math.ceil(length / blocks) // multiple) * multiple
 
 
 # Kinds of devices as jax names them, by generation. One generation shares a table, and what its compilers can do.

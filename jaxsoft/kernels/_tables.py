@@ -41,6 +41,7 @@ class Row(NamedTuple):
       sizes: the best sizes by name; empty for the backend's own choice.
       ms: time of the kernels, in milliseconds.
       xla_ms: time of `implementation="xla"`.
+      cudnn_ms: time of `implementation="cudnn"`; None if it was not measured.
     """
 
     work: Work
@@ -48,10 +49,13 @@ class Row(NamedTuple):
     sizes: dict[str, int]
     ms: float
     xla_ms: float
+    cudnn_ms: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The line as it is written in the file."""
         rest = {"pass": self.direction, "sizes": dict(self.sizes), "ms": self.ms, "xla_ms": self.xla_ms}
+        if self.cudnn_ms is not None:
+            rest["cudnn_ms"] = self.cudnn_ms
         return {**self.work._asdict(), **rest}
 
     @staticmethod
@@ -59,7 +63,7 @@ class Row(NamedTuple):
         """Reads a line of the file; raises `KeyError`, `TypeError` or `ValueError` if it is not valid."""
         work = Work(line["kind"], *(int(line[name]) for name in Work._fields[1:]))
         sizes = {str(name): int(size) for name, size in line["sizes"].items()}
-        times = [float(line["ms"]), float(line["xla_ms"])]
+        times = [float(line[name]) for name in ("ms", "xla_ms", "cudnn_ms") if name in line]
         if work.kind not in KINDS or line["pass"] not in PASSES:
             raise ValueError(f"a line has an unknown kind {work.kind!r} or pass {line['pass']!r}")
         if any(size < 1 for size in sizes.values()) or any(not 0 < t < math.inf for t in times):
@@ -209,10 +213,10 @@ def forget() -> None:
 
 
 class Verdict(NamedTuple):
-    """What the tables say about kernels for some work.
+    """What the tables say about an implementation for some work.
 
     Attributes:
-      faster: whether kernels were measured and not slower than XLA.
+      faster: whether it runs unless the user requests another one.
       reason: the measurement, or why there is none.
     """
 
@@ -236,6 +240,28 @@ def verdict(implementation: str, device_kind: str, work: Work) -> Verdict:
     if ms <= xla_ms:
         return Verdict(True, f"it was faster {where} ({ms:.3g} ms, XLA took {xla_ms:.3g} ms{note})")
     return Verdict(False, f"XLA was faster {where} ({xla_ms:.3g} ms, it took {ms:.3g} ms{note})")
+
+
+def cudnn_verdict(device_kind: str, work: Work) -> Verdict:
+    """Whether cuDNN runs an attention unless the user requests something else: where it was faster than kernels.
+
+    Where no kernels run, it does: the alternative stores or recomputes blocks of scores in many small steps.
+    """
+    found, _ = _find(device_kind)
+    if found is None:
+        return Verdict(True, f"the library has no measured kernels for {device_kind!r}")
+    measured = found._replace(rows=tuple(r for r in found.rows if r.cudnn_ms is not None))
+    rows = measured.nearest(work)
+    if not rows:
+        return Verdict(False, f"it has not been measured on {device_kind!r}: run {COMMAND}")
+    cudnn_ms = sum(r.cudnn_ms or 0 for r in rows)
+    name, ms = min((sum(r.ms for r in rows), found.implementation), (sum(r.xla_ms for r in rows), "xla"))[
+        ::-1
+    ]
+    where = f"on {found.device_kind!r} at {rows[0].work}"
+    if cudnn_ms <= ms:
+        return Verdict(True, f"it was faster {where} ({cudnn_ms:.3g} ms, {name} took {ms:.3g} ms)")
+    return Verdict(False, f"{name} was faster {where} ({ms:.3g} ms, it took {cudnn_ms:.3g} ms)")
 
 
 def sizes(
