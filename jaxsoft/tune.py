@@ -219,6 +219,7 @@ def tune_case(
     args = arguments(case)
     xla, expected = measure(case, "xla", args, repeats, None)
     say(f"{case}\n  {'xla':<24}{_words(xla)}")
+    cudnn = _cudnn(case, args, repeats, expected, say)
     found: list[tuple[dict[str, int], Times]] = []
     pairs = [{"rows": r, "columns": c} for r, c in itertools.product(*candidates[case.work.kind])]
     for sizes in ({}, *pairs):
@@ -247,8 +248,22 @@ def tune_case(
         own = next((ms(t) for s, t in found if not s), float("inf"))
         best, times = min(found, key=lambda pair: ms(pair[1]))
         best, took = (best, ms(times)) if ms(times) < _WORTHWHILE * own else ({}, own)
-        rows.append(tables.Row(case.work, direction, best, took, ms(xla)))
+        cudnn_ms = None if cudnn is None else ms(cudnn)
+        rows.append(tables.Row(case.work, direction, best, took, ms(xla), cudnn_ms))
     return rows
+
+
+def _cudnn(case: Case, args: tuple, repeats: int, expected: list, say: Callable[[str], None]) -> Times | None:
+    """The times of cuDNN's attention; None if it does not run the case."""
+    if case.work.kind != "attention" or device()[0] != "gpu":
+        return None
+    try:
+        times, _ = measure(case, "cudnn", args, repeats, expected)
+    except Exception as error:  # jax, cuDNN and the device raise all kinds of errors
+        say(f"  {'cudnn':<24}failed: {_first_line(error)}")
+        return None
+    say(f"  {'cudnn':<24}{_words(times)}")
+    return times
 
 
 def _first_line(error: Exception) -> str:

@@ -99,8 +99,8 @@ def call_of(
         return "a window must end at the query: local_window_size=(left, 0)"
     if left is not None and masks.key_lengths is not None:
         return "a window with key_value_seq_lengths may leave a query without keys"
-    if left is not None and spec.queries - left > spec.keys:
-        return "the window leaves some queries without keys"
+    if left is not None and spec.queries != spec.keys:
+        return "a window needs as many queries as keys"
     # A single query is decoded, for which jax has no gradient; its rare gradient is XLA's.
     call = Call(width**-0.5 if scale is None else float(scale), right == 0, left, spec.queries > 1)
     try:  # jax has checks of its own, which depend on the versions of jax and cuDNN

@@ -228,40 +228,43 @@ def verdict(implementation: str, device_kind: str, work: Work) -> Verdict:
     """Whether kernels run some work unless the user requests something else, and the measurement that decides."""
     found, wrong = _find(device_kind)
     rows = [] if found is None or found.implementation != implementation else found.nearest(work)
-    note = f"; {wrong}" if wrong else ""
     if found is None or not rows:
-        how = f"run {COMMAND}, or request it with the argument implementation"
+        how = f"run {COMMAND}, or request it with the argument implementation" + (
+            f"; {wrong}" if wrong else ""
+        )
         what = f" for {work.kind} rows" if found is not None else ""
-        return Verdict(False, f"it has not been measured on {device_kind!r}{what}: {how}{note}")
-    ms, xla_ms = sum(r.ms for r in rows), sum(r.xla_ms for r in rows)
-    if found.jax != jax.__version__:
-        note = f"; measured with jax {found.jax}, this is {jax.__version__}{note}"
-    where = f"on {found.device_kind!r} at {rows[0].work}"
-    if ms <= xla_ms:
-        return Verdict(True, f"it was faster {where} ({ms:.3g} ms, XLA took {xla_ms:.3g} ms{note})")
-    return Verdict(False, f"XLA was faster {where} ({xla_ms:.3g} ms, it took {ms:.3g} ms{note})")
+        return Verdict(False, f"it has not been measured on {device_kind!r}{what}: {how}")
+    return _verdict(found, rows, "XLA", sum(r.ms for r in rows), sum(r.xla_ms for r in rows), wrong)
 
 
 def cudnn_verdict(device_kind: str, work: Work) -> Verdict:
-    """Whether cuDNN runs an attention unless the user requests something else: where it was faster than kernels.
+    """Whether cuDNN runs an attention unless the user requests something else: where it was not slower than kernels.
 
-    Where no kernels run, it does: the alternative stores or recomputes blocks of scores in many small steps.
+    It does where no kernels were measured: XLA takes many more passes over the scores.
     """
-    found, _ = _find(device_kind)
+    found, wrong = _find(device_kind)
     if found is None:
         return Verdict(True, f"the library has no measured kernels for {device_kind!r}")
-    measured = found._replace(rows=tuple(r for r in found.rows if r.cudnn_ms is not None))
-    rows = measured.nearest(work)
+    rows = found._replace(rows=tuple(r for r in found.rows if r.cudnn_ms is not None)).nearest(work)
     if not rows:
         return Verdict(False, f"it has not been measured on {device_kind!r}: run {COMMAND}")
-    cudnn_ms = sum(r.cudnn_ms or 0 for r in rows)
-    name, ms = min((sum(r.ms for r in rows), found.implementation), (sum(r.xla_ms for r in rows), "xla"))[
-        ::-1
-    ]
+    ms, xla_ms = sum(r.ms for r in rows), sum(r.xla_ms for r in rows)
+    name = found.implementation if ms <= xla_ms else "XLA"
+    return _verdict(found, rows, name, sum(r.cudnn_ms or 0 for r in rows), min(ms, xla_ms), wrong)
+
+
+def _verdict(
+    found: Table, rows: list[Row], other: str, ms: float, other_ms: float, wrong: str | None
+) -> Verdict:
+    """The comparison of an implementation with another one."""
     where = f"on {found.device_kind!r} at {rows[0].work}"
-    if cudnn_ms <= ms:
-        return Verdict(True, f"it was faster {where} ({cudnn_ms:.3g} ms, {name} took {ms:.3g} ms)")
-    return Verdict(False, f"{name} was faster {where} ({ms:.3g} ms, it took {cudnn_ms:.3g} ms)")
+    notes = (
+        [] if found.jax == jax.__version__ else [f"measured with jax {found.jax}, this is {jax.__version__}"]
+    )
+    note = "".join(f"; {text}" for text in (*notes, *([wrong] if wrong else [])))
+    if ms <= other_ms:
+        return Verdict(True, f"it was faster {where} ({ms:.3g} ms, {other} took {other_ms:.3g} ms{note})")
+    return Verdict(False, f"{other} was faster {where} ({other_ms:.3g} ms, it took {ms:.3g} ms{note})")
 
 
 def sizes(

