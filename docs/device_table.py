@@ -23,7 +23,8 @@ from jax.sharding import AbstractDevice, AbstractMesh
 import jaxsoft
 from jaxsoft import losses
 from jaxsoft.attention import dot_product_attention
-from jaxsoft.kernels.inner import tables
+from jaxsoft.kernels.inner import BACKENDS, tables
+from jaxsoft.rows import softmax_top_k
 
 GUIDE = pathlib.Path(__file__).parent / "guides" / "kernels.md"
 BEGIN, END = "<!-- devices: written by docs/device_table.py -->\n", "<!-- devices: end -->\n"
@@ -80,35 +81,31 @@ _cache = (array(64, 1, 32, 128), array(64, 32768, 8, 128), array(64, 32768, 8, 1
 _layer = array(8192, 4096), array(4096, 131072)
 
 CALLS: dict[str, tuple[Callable, tuple]] = {
-    "attention, softmax, T=8192": (_attention(), _heads),
-    "the same, a window of 1024": (_attention(local_window_size=(1024, 0)), _heads),
-    "the same, a bias": (_attention(), (*_heads, array(1, 16, 8192, 8192))),
-    "the same, dropout": (lambda *a: _attention(dropout_rate=0.1, dropout_key=jax.random.key(0))(*a), _heads),
-    "the same, float32": (_attention(), _wide),
-    "attention, softmax_one": (_attention(normalizer=jaxsoft.softmax_one), _heads),
-    "attention, scalable_softmax": (_attention(normalizer=jaxsoft.scalable_softmax), _heads),
-    "attention, softpick": (_attention(normalizer=jaxsoft.softpick), _heads),
-    "attention, sigmoid_weights": (_attention(normalizer=jaxsoft.sigmoid_weights), _heads),
-    "attention, sparsemax": (_attention(normalizer=jaxsoft.sparsemax), _heads),
-    "attention, sparse_softmax (k=3)": (
-        _attention(normalizer=functools.partial(jaxsoft.sparse_softmax, k=3)),
+    "attention, softmax": (_attention(), _heads),
+    "the same with a bias": (_attention(), (*_heads, array(1, 16, 8192, 8192))),
+    "the same with dropout": (
+        lambda *a: _attention(dropout_rate=0.1, dropout_key=jax.random.key(0))(*a),
         _heads,
     ),
-    "decode, 64 x 32 heads, 32768 keys": (dot_product_attention, _cache),
-    "cross_entropy of a head, 8192 x 4096 x 131072": (_head, _layer),
-    "its gradient": (jax.grad(_head, (0, 1)), _layer),
-    "weighted_sum of it": (jax.grad(_weighted, (0, 1)), _layer),
+    "the same in float32": (_attention(), _wide),
+    "attention, softmax_one": (_attention(normalizer=jaxsoft.softmax_one), _heads),
+    "attention, softpick": (_attention(normalizer=jaxsoft.softpick), _heads),
+    "attention, sparsemax": (_attention(normalizer=jaxsoft.sparsemax), _heads),
+    "decode, 32768 keys": (dot_product_attention, _cache),
+    "gradient of a head, 8192 x 4096 x 131072": (jax.grad(_head, (0, 1)), _layer),
+    "the same by weighted_sum": (jax.grad(_weighted, (0, 1)), _layer),
     "logsumexp, 8192 x 32768": (jaxsoft.logsumexp, (array(8192, 32768),)),
     "logsumexp, 256 x 1048576": (jaxsoft.logsumexp, (array(256, 2**20),)),
-    "softmax_top_k(5), 8192 x 32768": (lambda x: jaxsoft.rows.softmax_top_k(x, 5), (array(8192, 32768),)),
+    "softmax_top_k, 8192 x 32768": (lambda x: softmax_top_k(x, 5), (array(8192, 32768),)),
 }
 
 
 @contextlib.contextmanager
 def on(device: Device) -> Iterator[None]:
-    """Traces for a device, with the tables that ship."""
+    """Traces for a device, with cuDNN and with the tables that ship."""
     kind = AbstractDevice(device_kind=device.kind, num_cores=1, platform=device.platform)
-    with tempfile.TemporaryDirectory() as empty, mock.patch.dict(os.environ, JAXSOFT_TUNING=empty):
+    cudnn = mock.patch("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91300)
+    with tempfile.TemporaryDirectory() as empty, mock.patch.dict(os.environ, JAXSOFT_TUNING=empty), cudnn:
         tables.forget()
         with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=kind)):
             yield
@@ -116,31 +113,42 @@ def on(device: Device) -> Iterator[None]:
 
 
 def cell(call: str, device: Device) -> tuple[str, str]:
-    """The implementation of the last pass of a call on a device, and the reason."""
+    """The implementation that runs a call on a device, of its last pass if it has several, and the reason."""
     function, arguments = CALLS[call]
     with on(device):
         decision = jaxsoft.kernels.explain(function, *arguments)[-1]
-    own = {"gpu": "mosaic_gpu", "tpu": "pallas_tpu"}[device.platform]
-    reason = decision.because or decision.reasons[own]
-    # The table must not depend on the version of jax that writes it.
-    return decision.implementation, re.sub(r"; measured with jax [^)]*", "", reason)
-
-
-def rows() -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """For each call, the cells of all devices."""
-    for call in CALLS:
-        yield call, [cell(call, device) for device in DEVICES]
+    here = {"cudnn", *(name for name, (platform, _) in BACKENDS.items() if platform == device.platform)}
+    others = [f"{name}: {why}" for name, why in decision.reasons.items() if name in here]
+    reason = f"{decision.implementation}: {decision.because}" if decision.because else "; ".join(others)
+    # The table must not depend on the version of jax that writes it, and says the same of like devices.
+    reason = re.sub(r"; measured with jax [^)]*", "", reason)
+    reason = reason.replace(f", this is {device.kind!r}", "").replace(
+        f"measured on {device.kind!r}", "measured"
+    )
+    reason = reason.replace(f" for {device.kind!r}", "").replace(f", this is a {device.platform.upper()}", "")
+    return decision.implementation, reason
 
 
 def text() -> str:
     """The table in Markdown, with its reasons as notes."""
     notes: dict[str, int] = {}
     lines = ["| | " + " | ".join(d.name for d in DEVICES) + " |", "| --- |" + " --- |" * len(DEVICES)]
-    for call, cells in rows():
+    for call in CALLS:
+        cells = [cell(call, device) for device in DEVICES]
         words = [f"{name} ({notes.setdefault(reason, len(notes) + 1)})" for name, reason in cells]
         lines.append(f"| {call} | " + " | ".join(words) + " |")
     lines += ["", *(f"{i}. {reason}" for reason, i in notes.items())]
     return "\n".join(lines) + "\n"
+
+
+def cells_of(table: str) -> dict[tuple[str, str], tuple[str, str]]:
+    """The implementation and the reason for each call and name of a device, read from the table in Markdown."""
+    notes = dict(re.findall(r"^(\d+)\. (.*)$", table, re.MULTILINE))
+    names, _, *lines = (
+        [part.strip() for part in line.split("|")[1:-1]] for line in table.splitlines() if "|" in line
+    )
+    cells = {(line[0], name): part.split(" (") for line in lines for name, part in zip(names[1:], line[1:])}
+    return {key: (name, notes[number.strip(")")]) for key, (name, number) in cells.items()}
 
 
 def written() -> str:
