@@ -198,3 +198,24 @@ def test_a_refused_kernel_leaves_no_blocks_behind(monkeypatch, tmp_path):
         assert decision.implementation == "xla" and "float32" in decision.reasons["mosaic_gpu"]
         assert math.prod(loops(dot_product_attention, q, q, q)) == 128
     _tables.forget()
+
+
+@pytest.mark.parametrize("kind, name", [("NVIDIA H200", "mosaic_gpu"), ("TPU v5 lite", "pallas_tpu")])
+@pytest.mark.parametrize("work", ["dense", "linear"])
+def test_block_sizes_that_do_not_fit(kind, name, work):
+    def f(hidden, weight, implementation=None):
+        if work == "dense":
+            return jaxsoft.logsumexp(hidden, implementation=implementation)
+        return jaxsoft.logsumexp(jaxsoft.linear_logits(hidden, weight, implementation=implementation))
+
+    arrays = struct(8192, 8192), struct(8192, 8192)
+    device = AbstractDevice(
+        device_kind=kind, num_cores=1, platform="gpu" if kind.startswith("NVIDIA") else "tpu"
+    )
+    mesh = jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device))
+    with mesh, jaxsoft.kernels.block_sizes(rows=5000, columns=5000):
+        (decision,) = jaxsoft.kernels.explain(f, *arrays)
+        with pytest.raises(ValueError, match=f"'{name}' cannot run .*5000"):
+            jax.eval_shape(functools.partial(f, implementation=name), *arrays)
+    assert decision.implementation == "xla"
+    assert "5000" in decision.reasons[name]

@@ -173,7 +173,7 @@ def test_too_many_features():
     def f(hidden, weight):
         return jaxsoft.logsumexp(jaxsoft.linear_logits(hidden, weight, implementation="pallas_tpu"))
 
-    with kernels.interpreted(), pytest.raises(ValueError, match="65536 features leave no room"):
+    with kernels.interpreted(), pytest.raises(ValueError, match="65536 features leave no room for a tile"):
         jax.eval_shape(f, hidden, weight)
 
 
