@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxsoft import _checks
-from jaxsoft._trees import align_varying, is_explicitly_sharded, partition
+from jaxsoft._trees import align_varying, is_explicitly_sharded, is_partitioned, partition
 from jaxsoft.attention._rows import AttentionRows
 from jaxsoft.attention._run import work_of
 from jaxsoft.attention._spec import AttentionSpec, Visibility
@@ -95,6 +95,8 @@ def call_of(
         return "there is nothing to read"
     if any(map(is_explicitly_sharded, arrays)):
         return "an operand is sharded over Explicit mesh axes: call the function inside jax.shard_map"
+    if spec.implementation is None and any(map(is_partitioned, arrays)):
+        return "of arrays on Auto mesh axes, it takes some shardings only: call the function inside jax.shard_map"
     if right not in (None, 0) or (right is None and left is not None):
         return "a window must end at the query: local_window_size=(left, 0)"
     if left is not None and masks.key_lengths is not None:

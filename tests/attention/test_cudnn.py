@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxsoft
 from jaxsoft import kernels
@@ -104,6 +105,23 @@ def test_vmap_makes_the_batch_larger(cudnn):
     found = calls(mapped, array(3, *Q.shape), array(5, *KV.shape), array(5, 3, *KV.shape))
     assert len(found) == 2
     assert {got["intermediate_tensor_shape"]["dimensions"][0] for _, got in found} == {"30"}
+
+
+def test_shards(cudnn):
+    """Inside `shard_map` it runs; of arrays that the compiler may partition, only by name."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+
+    def local(q, kv):
+        return jax.lax.psum(jnp.sum(dot_product_attention(q, kv, kv).astype(jnp.float32)), "data")
+
+    f = jax.shard_map(local, mesh=mesh, in_specs=(P(None, "data"), P()), out_specs=P())
+    assert len(calls(jax.grad(f, (0, 1)), Q, KV)) == 2
+    q, kv = (jax.device_put(jnp.zeros(a.shape, a.dtype), NamedSharding(mesh, P("data"))) for a in (Q, KV))
+    with mock.patch.object(_device, "device", lambda: ("gpu", A100)):
+        decision = kernels.explain(dot_product_attention, q, kv, kv)[-1]
+        named = kernels.explain(functools.partial(dot_product_attention, implementation="cudnn"), q, kv, kv)
+    assert decision.implementation == "xla" and "takes some shardings only" in decision.reasons["cudnn"]
+    assert named[-1].implementation == "cudnn"
 
 
 # --- what it does not get ----------------------------------------------------------------------------------------

@@ -162,6 +162,17 @@ def test_explicitly_sharded_operands():
         refused("sharded over Explicit mesh axes: call the function inside jax.shard_map", lse, x)
 
 
+def test_operands_that_the_compiler_partitions():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    x = jax.device_put(X, NamedSharding(mesh, P("data")))
+    words = "every device would compute all rows of arrays on Auto mesh axes: call .* jax.shard_map"
+    for f in (lse, linear, jax.jit(lse, static_argnames="implementation")):
+        refused(words, f, x)
+    one = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+    with kernels.interpreted():
+        lse(jax.device_put(X, NamedSharding(one, P("data"))), implementation="pallas_tpu")
+
+
 def test_nothing_to_read():
     refused("nothing to read", lse, jnp.zeros((0, 4)))
     refused("nothing to read", lse, jnp.zeros((4, 0)))
