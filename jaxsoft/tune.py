@@ -3,10 +3,10 @@
     python -m jaxsoft.tune [--out FILE] [--kinds dense linear attention] [--minutes 20]
 
 Rows of stored scores, linear heads and attention are timed forward and backward, with several block sizes, against
-`implementation="xla"` (attention on a GPU also against `"cudnn"`). Block sizes whose results differ from XLA's are left out. The table is written to
-`$JAXSOFT_TUNING` or `~/.cache/jaxsoft/tuning`, where jaxsoft finds it from the next process on: with
-`implementation=None` it then runs kernels where they were not slower than XLA, with the best sizes. `--smoke` does all
-this with tiny shapes and interpreted kernels, on any machine.
+`implementation="xla"` (attention on a GPU also against `"cudnn"`). Block sizes whose results differ from XLA's are left
+out. The table is written to `$JAXSOFT_TUNING` or `~/.cache/jaxsoft/tuning`, where jaxsoft finds it from the next
+process on: with `implementation=None` it then runs kernels where they were not slower than XLA, with the best sizes.
+`--smoke` does all this with tiny shapes and interpreted kernels, on any machine.
 """
 
 from __future__ import annotations

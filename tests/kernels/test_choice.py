@@ -78,6 +78,21 @@ def test_explain_of_what_was_asked_for():
     assert decision.implementation == "xla"
 
 
+def test_explain_sees_what_was_traced_before_and_traces_loops_once():
+    f = jax.jit(lse)
+    f(X)
+    for _ in range(2):
+        assert len(kernels.explain(f, X)) == 1
+    traced = []
+
+    def body(carry, row):
+        traced.append(row)
+        return carry + lse(row), None
+
+    decisions = kernels.explain(lambda x: jax.lax.scan(body, 0.0, x)[0], X)
+    assert len(decisions) == 1 and len(traced) < len(X)
+
+
 def test_a_tpu_that_is_too_old():
     device = AbstractDevice(device_kind="TPU v3", num_cores=2, platform="tpu")
     with (
