@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import ad
+from jax.sharding import AxisType
 from jaxtyping import Array
 
 
@@ -68,6 +69,17 @@ def add_at(total: Array, part: Array, starts: dict[int, Any]) -> Array:
 def is_explicitly_sharded(a: Any) -> bool:
     """Whether an axis of an array is sharded over an Explicit mesh axis."""
     return any(axis is not None for axis in jax.typeof(a).sharding.spec)
+
+
+def is_partitioned(a: Any) -> bool:
+    """Whether the compiler may partition an array: it lies on a mesh with Auto axes of several devices.
+
+    JAX does not say how, and not always: `in_shardings` of `jit` cannot be seen.
+    """
+    mesh = jax.typeof(a).sharding.mesh
+    return any(
+        mesh.shape[name] > 1 and kind == AxisType.Auto for name, kind in zip(mesh.axis_names, mesh.axis_types)
+    )
 
 
 def align_varying(tree: Any) -> Any:

@@ -3,10 +3,10 @@
     python -m jaxsoft.tune [--out FILE] [--kinds dense linear attention] [--minutes 20]
 
 Rows of stored scores, linear heads and attention are timed forward and backward, with several block sizes, against
-`implementation="xla"`. Block sizes whose results differ from XLA's are left out. The table is written to
-`$JAXSOFT_TUNING` or `~/.cache/jaxsoft/tuning`, where jaxsoft finds it from the next process on: with
-`implementation=None` it then runs kernels where they were not slower than XLA, with the best sizes. `--smoke` does all
-this with tiny shapes and interpreted kernels, on any machine.
+`implementation="xla"` (attention on a GPU also against `"cudnn"`). Block sizes whose results differ from XLA's are left
+out. The table is written to `$JAXSOFT_TUNING` or `~/.cache/jaxsoft/tuning`, where jaxsoft finds it from the next
+process on: with `implementation=None` it then runs kernels where they were not slower than XLA, with the best sizes.
+`--smoke` does all this with tiny shapes and interpreted kernels, on any machine.
 """
 
 from __future__ import annotations
@@ -69,9 +69,8 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         w = self.work
-        name = f"{w.kind} {w.rows} x {w.columns}" + (f", {w.features} features" if w.features else "")
         many = f", {self.batch} x {self.heads}" if w.kind == "attention" else ""
-        return f"{name}{many}, {jnp.dtype(self.dtype).name}"
+        return f"{w.kind} {w.shape}{many}, {jnp.dtype(self.dtype).name}"
 
 
 def dense(rows: int, columns: int, dtype: Any) -> Case:
@@ -220,6 +219,7 @@ def tune_case(
     args = arguments(case)
     xla, expected = measure(case, "xla", args, repeats, None)
     say(f"{case}\n  {'xla':<24}{_words(xla)}")
+    cudnn = _cudnn(case, args, repeats, expected, say)
     found: list[tuple[dict[str, int], Times]] = []
     pairs = [{"rows": r, "columns": c} for r, c in itertools.product(*candidates[case.work.kind])]
     for sizes in ({}, *pairs):
@@ -248,8 +248,22 @@ def tune_case(
         own = next((ms(t) for s, t in found if not s), float("inf"))
         best, times = min(found, key=lambda pair: ms(pair[1]))
         best, took = (best, ms(times)) if ms(times) < _WORTHWHILE * own else ({}, own)
-        rows.append(tables.Row(case.work, direction, best, took, ms(xla)))
+        cudnn_ms = None if cudnn is None else ms(cudnn)
+        rows.append(tables.Row(case.work, direction, best, took, ms(xla), cudnn_ms))
     return rows
+
+
+def _cudnn(case: Case, args: tuple, repeats: int, expected: list, say: Callable[[str], None]) -> Times | None:
+    """The times of cuDNN's attention; None if it does not run the case."""
+    if case.work.kind != "attention" or device()[0] != "gpu":
+        return None
+    try:
+        times, _ = measure(case, "cudnn", args, repeats, expected)
+    except Exception as error:  # jax, cuDNN and the device raise all kinds of errors
+        say(f"  {'cudnn':<24}failed: {_first_line(error)}")
+        return None
+    say(f"  {'cudnn':<24}{_words(times)}")
+    return times
 
 
 def _first_line(error: Exception) -> str:
@@ -374,9 +388,7 @@ def _summary(table: tables.Table) -> None:
     for work in dict.fromkeys(row.work for row in table.rows):
         rows = table.nearest(work)
         ms, xla_ms = sum(r.ms for r in rows), sum(r.xla_ms for r in rows)
-        name = f"{work.kind} {work.rows} x {work.columns}" + (
-            f", {work.features} features" if work.features else ""
-        )
+        name = f"{work.kind} {work}"
         chosen = table.implementation if ms <= xla_ms else "xla"
         print(f"{name:<48}kernels {ms:10.3f} ms   xla {xla_ms:10.3f} ms   -> {chosen}")
 

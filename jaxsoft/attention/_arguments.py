@@ -12,7 +12,8 @@ from jaxtyping import Array
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype
-from jaxsoft.attention._rows import AttentionRows, to_blocks
+from jaxsoft.attention._blocks import key_blocks, to_blocks
+from jaxsoft.attention._rows import AttentionRows
 from jaxsoft.attention._run import choose_block_sizes
 from jaxsoft.attention._spec import AttentionSpec, Inputs, Visibility
 from jaxsoft.kernels.inner import IMPLEMENTATIONS
@@ -88,6 +89,7 @@ def prepare(
         None if softcap is None else _checks.static_number("softcap", softcap, above=0),
         precision,
         implementation,
+        block_sizes,
     )
     masks = Visibility(
         query_lengths=_lengths("query_seq_lengths", query_seq_lengths, batch),
@@ -106,7 +108,8 @@ def prepare(
 
     query, key, value = _hide(query, key, value, masks, spec.key_offset)
     dtype = accumulation_dtype(query.dtype, key.dtype)
-    rows = AttentionRows(spec, Inputs(_query_blocks(spec, query), *_key_blocks(spec, key, value)), masks)
+    in_blocks = to_blocks(spec, jnp.swapaxes(query, 1, 2)), key_blocks(spec, key), key_blocks(spec, value)
+    rows = AttentionRows(spec, Inputs(*in_blocks), masks)
     inputs = rows.inputs
     scale = 1 / math.sqrt(h) if scale is None else scale
     if _checks.is_concrete_number(scale):
@@ -210,16 +213,3 @@ def _hide(query, key, value, masks: Visibility, key_offset: int):
         keep = jnp.arange(query.shape[1], dtype=jnp.int32) < masks.query_lengths[:, None]
         query = jnp.where(keep[..., None, None], query, 0)
     return query, key, value
-
-
-def _query_blocks(spec: AttentionSpec, query: Array) -> Array:
-    return to_blocks(spec, jnp.swapaxes(query, 1, 2))
-
-
-def _key_blocks(spec: AttentionSpec, key: Array, value: Array) -> tuple[Array, Array]:
-    def blocks(a):
-        a = jnp.pad(a, ((0, 0), (0, spec.nk * spec.bk - spec.keys), (0, 0), (0, 0)))
-        a = a.reshape(spec.batch, spec.nk, spec.bk, spec.heads, a.shape[-1])
-        return jnp.transpose(a, (1, 0, 3, 2, 4))
-
-    return blocks(key), blocks(value)

@@ -9,8 +9,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft.attention._arguments import prepare
-from jaxsoft.attention._rows import to_user
+from jaxsoft.attention._blocks import to_user
+from jaxsoft.attention._cudnn import Options, attention_or_reason
 from jaxsoft.attention._weights import last_pass, weighting
+from jaxsoft.normalizers import softmax
 from jaxsoft.normalizers.inner import after, is_exponential, times_scale
 from jaxsoft.rows import reductions
 
@@ -166,8 +168,9 @@ def dot_product_attention(
         default.
       block_sizes: queries and keys per block; None: chosen automatically. They change the result only by rounding.
       precision: of the matrix products, as in `jax.lax.dot_general`; they accumulate in float32 at least.
-      implementation: `"xla"`, or the kernels `"pallas_tpu"` or `"mosaic_gpu"`, all with the same derivatives. None
-        picks the best one that can run the case (see `jaxsoft.kernels.explain`).
+      implementation: `"xla"`; `"cudnn"`, for softmax on NVIDIA GPUs; or the kernels `"pallas_tpu"` or `"mosaic_gpu"`,
+        all with the same derivatives. None picks the best one that can run the case (see
+        `jaxsoft.kernels.explain`).
       return_residual: whether to return the log-sum-exp of each query as well, as `jax.nn` does.
       return_statistics: whether to return `AttentionStatistics` as well; replaces the residual.
 
@@ -223,7 +226,26 @@ def dot_product_attention(
         moments = after(reductions.softmax_moments(variance=False), before)._replace(args=(last.params,))
         maximum = after(reductions.maximum(), before)._replace(args=(last.params,))
         passes += [moments, maximum]
-    states = rows.run(passes)
+    options = Options(bias, mask, alibi_slopes, sinks, dropout_rate, return_residual, return_statistics)
+
+    def by_xla(query, key, value, query_lengths, key_lengths):
+        return dot_product_attention(
+            query,
+            key,
+            value,
+            scale=scale,
+            is_causal=is_causal,
+            query_seq_lengths=query_lengths,
+            key_value_seq_lengths=key_lengths,
+            local_window_size=local_window_size,
+            implementation="xla",
+        )
+
+    arrays = tuple(a.reshape(rows.spec.batch, *a.shape[-3:]) for a in (query, key, value))
+    fused = attention_or_reason(rows, arrays, normalizer in (None, softmax), scale, options, by_xla)
+    if not isinstance(fused, str):
+        return fused.reshape(shape)
+    states = rows.run(passes, {"cudnn": fused})
     out = to_user(rows.spec, passes[0].finalize(states[0], last.params), shape).astype(query.dtype)
     if not (return_residual or return_statistics):
         return out

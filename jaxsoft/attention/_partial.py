@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Int
 from jaxsoft import _checks
 from jaxsoft._numerics import log_or_neg_inf
 from jaxsoft.attention._arguments import prepare
-from jaxsoft.attention._rows import AttentionRows, from_blocks, to_blocks, to_user
+from jaxsoft.attention._blocks import from_blocks, to_blocks, to_user
+from jaxsoft.attention._rows import AttentionRows
 from jaxsoft.attention._spec import AttentionSpec
 from jaxsoft.attention._weights import last_pass, weighted_values, weighting
 from jaxsoft.kernels.inner import compiled

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxsoft._numerics import accumulation_dtype
-from jaxsoft.attention._run import run
+from jaxsoft.attention._blocks import recut, recut_rows, to_blocks
+from jaxsoft.attention._run import for_xla, run
 from jaxsoft.attention._spec import AttentionSpec, Inputs, Visibility
 from jaxsoft.attention._visibility import count
 from jaxsoft.normalizers import Normalizer
@@ -41,10 +42,10 @@ class AttentionRows:
         """The dtype of statistics and parameters."""
         return accumulation_dtype(self.inputs.query.dtype, self.inputs.key.dtype)
 
-    def run(self, wanted: list[RowReduction]) -> list:
-        """The states of row reductions, in one pass."""
+    def run(self, wanted: list[RowReduction], refused: dict[str, str] | None = None) -> list:
+        """The states of row reductions, in one pass; `refused` says why other implementations do not run it."""
         functions = tuple(r._replace(args=()) for r in wanted)
-        return run(self.spec, functions, self.inputs, self.masks, [r.args for r in wanted])
+        return run(self.spec, functions, self.inputs, self.masks, [r.args for r in wanted], refused)
 
     def _without_values(self) -> Self:
         return dataclasses.replace(self, inputs=self.inputs._replace(value=None))
@@ -64,7 +65,11 @@ class AttentionRows:
 
     def count(self) -> Array:
         """The number of visible keys per query."""
-        return count(self.spec, self.inputs, self.masks)
+        cut = for_xla(self.spec)
+        if cut == self.spec:
+            return count(self.spec, self.inputs, self.masks)
+        inputs, masks, _ = recut(self.spec, cut, self.inputs, self.masks, [])
+        return recut_rows(cut, self.spec, count(cut, inputs, masks))
 
     def detached(self) -> Self:
         """The same rows without gradient, to be reduced."""
@@ -90,29 +95,3 @@ class AttentionRows:
         if getattr(value, "ndim", 0) == 1:
             value = value[:, None]
         return to_blocks(p, per_row(name, value, (p.batch, p.heads * p.groups, p.queries), self.dtype))
-
-
-def to_blocks(spec: AttentionSpec, rows: Array) -> Array:
-    """`[B, N, T, ...]` as `[nq, B, K, R, ...]`, padded to whole blocks with the last row (0 may be invalid)."""
-    rest = rows.shape[3:]
-    # Blocks are cut in the user's order of axes: a kernel that restores this order needs no copy.
-    rows = jnp.swapaxes(rows, 1, 2)
-    pad = spec.nq * spec.bq - spec.queries
-    if pad:
-        rows = jnp.pad(rows, ((0, 0), (0, pad), (0, 0), *((0, 0) for _ in rest)), mode="edge")
-    rows = rows.reshape(spec.batch, spec.nq, spec.bq, spec.heads, spec.groups, *rest)
-    return jnp.moveaxis(rows, (1, 2), (0, 4)).reshape(*spec.rows, *rest)
-
-
-def from_blocks(spec: AttentionSpec, blocks: Array) -> Array:
-    """`[nq, B, K, R, ...]` as `[B, N, T, ...]`."""
-    rest = blocks.shape[4:]
-    blocks = blocks.reshape(spec.nq, spec.batch, spec.heads, spec.groups, spec.bq, *rest)
-    rows = jnp.moveaxis(blocks, 0, 3).reshape(spec.batch, spec.heads * spec.groups, spec.nq * spec.bq, *rest)
-    return rows[:, :, : spec.queries]
-
-
-def to_user(spec: AttentionSpec, blocks: Array, shape: tuple[int, ...]) -> Array:
-    """A per-row array in blocks as `[*batch, T, N, ...]`; `shape` is that of the user's query."""
-    rows = jnp.swapaxes(from_blocks(spec, blocks), 1, 2)
-    return rows.reshape(*shape[:-1], *rows.shape[3:])

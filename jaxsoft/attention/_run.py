@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -11,24 +12,54 @@ from jaxtyping import Array
 
 from jaxsoft._trees import align_varying
 from jaxsoft.attention import _sweeps
+from jaxsoft.attention._blocks import recut, recut_rows
 from jaxsoft.attention._pass import finished_states, tangents
 from jaxsoft.attention._spec import AttentionSpec, Inputs, Visibility
-from jaxsoft.kernels.inner import Kernel, Work, attach, blocks, choose, likely, measured_sizes
+from jaxsoft.kernels.inner import (
+    BLOCK_SCORES,
+    Kernel,
+    Work,
+    attach,
+    blocks,
+    choose,
+    device,
+    evenly,
+    likely,
+    measured_sizes,
+)
 
-# Approximate number of scores per pair of blocks, which bounds the temporary memory.
-_PAIR_ENTRIES = {"cpu": 2**22, "other": 2**25}
-_WIDEST_BLOCK = {"queries": 512, "keys": 256}
+# On a CPU: the approximate number of scores per pair of blocks, which bounds the temporary memory; the widest blocks.
+_CPU_PAIR_SCORES = 2**22
+_CPU_WIDEST = {"queries": 512, "keys": 256}
+# Elsewhere: blocks are as large as `BLOCK_SCORES` allows. Wider ones compute more of what a causal mask hides.
+_WIDEST = {"queries": 1024, "keys": 2048}
+_NARROWEST = {"queries": 64, "keys": 128}
 
 
-def run(spec: AttentionSpec, functions: tuple, inputs: Inputs, masks: Visibility, args: list) -> list:
-    """The states of reductions (`functions`, their arrays in `args`) for all rows; leaves are `[nq, B, K, R, ...]`."""
+def run(
+    spec: AttentionSpec, functions: tuple, inputs: Inputs, masks: Visibility, args: list, refused: dict | None
+) -> list:
+    """The states of reductions (`functions`, their arrays in `args`) for all rows; leaves are `[nq, B, K, R, ...]`.
+
+    `refused` says why other implementations do not run the pass.
+    """
 
     def refusal(backend, kernel: Kernel) -> str | None:
         return _sweeps.refusal(backend, kernel, spec, functions, inputs, masks, args)
 
-    work = _work(spec.groups, spec.queries, spec.keys, inputs.query)
-    kernel = choose("reductions of the rows of an attention", spec.implementation, work, refusal)
-    return _run(spec, functions, kernel, inputs, masks, args)
+    kernel = choose(
+        "reductions of the rows of an attention",
+        spec.implementation,
+        work_of(spec, inputs.query),
+        refusal,
+        refused,
+    )
+    cut = spec if kernel is not None else for_xla(spec)
+    if cut == spec:
+        return _run(spec, functions, kernel, inputs, masks, args)
+    # The blocks are those of a kernel, which was likely to run but does not.
+    states = _run(cut, functions, None, *recut(spec, cut, inputs, masks, args))
+    return jax.tree.map(functools.partial(recut_rows, cut, spec), states)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -45,6 +76,18 @@ def _run(
         return _sweeps.run(kernel, spec, functions, inputs, masks, args)
     states = finished_states(spec, functions, *lax.stop_gradient((inputs, masks, args)))
     return attach(functools.partial(tangents, spec, functions), None, states, masks, (inputs, args))
+
+
+def for_xla(spec: AttentionSpec) -> AttentionSpec:
+    """The same attention in XLA's blocks: `spec` has a kernel's if one was likely to run."""
+    rows = spec.batch * spec.heads * spec.groups
+    bq, bk = _xla_block_sizes(spec.given, rows, spec.queries, spec.keys)
+    return dataclasses.replace(spec, bq=bq, bk=bk)
+
+
+def work_of(spec: AttentionSpec, query: Array) -> Work:
+    """The size of a pass."""
+    return _work(spec.groups, spec.queries, spec.keys, query)
 
 
 def _work(groups: int, queries: int, keys: int, query: Array) -> Work:
@@ -73,18 +116,30 @@ def _kernel_block_sizes(given, groups: int, t: int, s: int, tuned: dict[str, int
 
 
 def _xla_block_sizes(given, rows: int, t: int, s: int) -> tuple[int, int]:
-    entries = _PAIR_ENTRIES["cpu" if jax.default_backend() == "cpu" else "other"]
+    """Queries and keys per block for XLA; `rows` is the number of query heads in the batch."""
+    sizes = _cpu_block_sizes if device()[0] == "cpu" else _accelerator_block_sizes
+    bq, bk = sizes(given, max(rows, 1), t, s)
+    return max(min(bq, t), 1), max(min(bk, s), 1)
+
+
+def _cpu_block_sizes(given, rows: int, t: int, s: int) -> tuple[int, int]:
     shrink = 1
-    while shrink < 8 and rows * math.prod(_WIDEST_BLOCK.values()) > entries * shrink**2:
+    while shrink < 8 and rows * math.prod(_CPU_WIDEST.values()) > _CPU_PAIR_SCORES * shrink**2:
         shrink *= 2
-    sizes = []
-    for name, size, length in (("queries", given[0], t), ("keys", given[1], s)):
-        if size is None:
-            blocks = -(-length * shrink // _WIDEST_BLOCK[name])
-            even = -(-length // max(blocks, 1))
-            size = -(-even // 8) * 8
-        sizes.append(max(min(size, length), 1))
-    bq, bk = sizes
+    bq = given[0] or evenly(t, _CPU_WIDEST["queries"] / shrink, 8)
+    bk = given[1] or evenly(s, _CPU_WIDEST["keys"] / shrink, 8)
     if given[1] is None and t < 64:  # few queries: long key blocks
-        bk = max(min(s, max(bk, min(4096, entries // max(rows * bq, 1) // 8 * 8))), 1)
+        bk = max(bk, min(4096, _CPU_PAIR_SCORES // (rows * max(min(bq, t), 1)) // 8 * 8))
     return bq, bk
+
+
+def _accelerator_block_sizes(given, rows: int, t: int, s: int) -> tuple[int, int]:
+    """Blocks of about twice as many keys as queries, which together have at most `BLOCK_SCORES` scores, if possible."""
+    scores = BLOCK_SCORES // rows
+    wide = 1 << math.isqrt(2 * scores).bit_length() - 1
+    bk = given[1] or max(_NARROWEST["keys"], min(wide, _WIDEST["keys"]))
+    bq = given[0] or max(_NARROWEST["queries"], min(scores // min(bk, max(s, 1)), _WIDEST["queries"]))
+    bq = given[0] or evenly(t, bq, 8)
+    if given[1] is None and bq >= t:  # few queries: long key blocks
+        bk = max(bk, scores // max(t, 1))
+    return bq, given[1] or evenly(s, bk, 128)

@@ -33,6 +33,7 @@ class AttentionSpec:
       softcap: as in `linear_logits`, or None.
       precision: of the matrix products.
       implementation: the one that the user asked for, or None.
+      given: the block sizes that the user asked for, each a number or None.
     """
 
     batch: int
@@ -50,6 +51,7 @@ class AttentionSpec:
     softcap: float | None = None
     precision: Any = None
     implementation: str | None = None
+    given: tuple[int | None, int | None] = (None, None)
 
     @property
     def nq(self) -> int:

@@ -7,6 +7,7 @@ import contextvars
 import functools
 import importlib
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -14,9 +15,14 @@ import jax
 
 from jaxsoft import _checks
 
-# For each implementation, the platform it runs on and its package.
+# For each kernel implementation, the platform it runs on and its package.
 BACKENDS = {"pallas_tpu": ("tpu", "jaxsoft.kernels.tpu"), "mosaic_gpu": ("gpu", "jaxsoft.kernels.gpu")}
-IMPLEMENTATIONS = ("xla", *BACKENDS)
+IMPLEMENTATIONS = ("xla", "cudnn", *BACKENDS)
+
+
+# The largest block of scores that XLA computes at a time on a GPU or TPU, as far as block sizes can keep to it: 128 MiB
+# in float32. The steps of its loops are then few, and their products large. A CPU has block sizes of its own.
+BLOCK_SCORES = 2**25
 
 
 class Kernel(NamedTuple):
@@ -56,10 +62,27 @@ class Work(NamedTuple):
     features: int
     itemsize: int
 
-    def distance(self, other: Work) -> float:
-        """The sum of the absolute log ratios of the sizes; both must be of the same kind."""
-        pairs = zip(self[1:4], other[1:4])
-        return sum(abs(math.log2(max(a, 1) / max(b, 1))) for a, b in pairs)
+    def distance(self, other: Work) -> tuple[float, float]:
+        """How far two works of the same kind are apart: first by itemsize, then by the log ratios of their sizes.
+
+        Rows count twice: their number decides whether they fill the device, columns only how long each of them takes.
+        """
+        itemsize, rows, columns, features = (
+            abs(math.log2(max(a, 1) / max(b, 1)))
+            for a, b in ((getattr(self, name), getattr(other, name)) for name in _SIZES)
+        )
+        return itemsize, 2 * rows + columns + features
+
+    @property
+    def shape(self) -> str:
+        """The sizes in words."""
+        return f"{self.rows} x {self.columns}" + (f", {self.features} features" if self.features else "")
+
+    def __str__(self) -> str:
+        return f"{self.shape} in {8 * self.itemsize} bits"
+
+
+_SIZES = ("itemsize", "rows", "columns", "features")
 
 
 _interpreted = contextvars.ContextVar("interpreted", default=False)
@@ -146,6 +169,28 @@ def compiled(function: Callable, static_argnums: tuple[int, ...] = ()) -> Callab
         return run((is_interpreted(), blocks()), *args)
 
     return call
+
+
+def evenly(length: int, most: float, multiple: int) -> int:
+    """The size of equal blocks of at most `most`, as few as possible, rounded up to a multiple."""
+    blocks = max(math.ceil(length / most), 1)
+    return -(-math.ceil(length / blocks) // multiple) * multiple
+
+
+# Kinds of devices as jax names them, by generation. One generation shares a table, and what its compilers can do.
+_GENERATIONS = {
+    "Ampere": r"\b(A100|A30|A800)\b",
+    "Ada": r"\b(L4|L20|L40S?|RTX \d000 Ada|RTX 40\d0)\b",
+    "Hopper": r"\bG?H(100|200|800|20)\b",
+    "Blackwell": r"\bG?B[123]00\b",
+    "TPU v5e": r"\bTPU v5( ?lite|e)\b",
+    "TPU v6e": r"\bTPU v6( ?lite|e)\b",
+}
+
+
+def generation(kind: str) -> str:
+    """The generation of a kind of device; of an unknown kind, the kind itself."""
+    return next((name for name, kinds in _GENERATIONS.items() if re.search(kinds, kind)), kind)
 
 
 def device() -> tuple[str, str]:

@@ -1,7 +1,9 @@
 """Measurements for each kind of device: whether kernels are faster than XLA, and with which block sizes.
 
 Tables are JSON files that `python -m jaxsoft.tune` writes. The user's table takes precedence over the one shipped with
-the library. A file that cannot be read counts as missing: `explain` says so, without an exception or a warning.
+the library. A device without a table takes one of its generation, and work that was not measured takes the nearest that
+was: kernels are refused only where they were slower, or where nothing is known. `explain` says which table and which
+work decided. A file that cannot be read counts as missing: `explain` says so, without an exception or a warning.
 """
 
 from __future__ import annotations
@@ -14,9 +16,12 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jax
+
+from jaxsoft.kernels import _device
 from jaxsoft.kernels._device import Kernel, Work
 from jaxsoft.kernels._sweep import Plan, Scores
 
@@ -36,6 +41,7 @@ class Row(NamedTuple):
       sizes: the best sizes by name; empty for the backend's own choice.
       ms: time of the kernels, in milliseconds.
       xla_ms: time of `implementation="xla"`.
+      cudnn_ms: time of `implementation="cudnn"`; None if it was not measured.
     """
 
     work: Work
@@ -43,10 +49,13 @@ class Row(NamedTuple):
     sizes: dict[str, int]
     ms: float
     xla_ms: float
+    cudnn_ms: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The line as it is written in the file."""
         rest = {"pass": self.direction, "sizes": dict(self.sizes), "ms": self.ms, "xla_ms": self.xla_ms}
+        if self.cudnn_ms is not None:
+            rest["cudnn_ms"] = self.cudnn_ms
         return {**self.work._asdict(), **rest}
 
     @staticmethod
@@ -54,7 +63,7 @@ class Row(NamedTuple):
         """Reads a line of the file; raises `KeyError`, `TypeError` or `ValueError` if it is not valid."""
         work = Work(line["kind"], *(int(line[name]) for name in Work._fields[1:]))
         sizes = {str(name): int(size) for name, size in line["sizes"].items()}
-        times = [float(line["ms"]), float(line["xla_ms"])]
+        times = [float(line[name]) for name in ("ms", "xla_ms", "cudnn_ms") if name in line]
         if work.kind not in KINDS or line["pass"] not in PASSES:
             raise ValueError(f"a line has an unknown kind {work.kind!r} or pass {line['pass']!r}")
         if any(size < 1 for size in sizes.values()) or any(not 0 < t < math.inf for t in times):
@@ -78,8 +87,8 @@ class Table(NamedTuple):
     rows: tuple[Row, ...]
 
     def nearest(self, work: Work) -> list[Row]:
-        """The lines of the nearest measured work of the same kind and itemsize; empty if there is no such work."""
-        same = [r for r in self.rows if (r.work.kind, r.work.itemsize) == (work.kind, work.itemsize)]
+        """The lines of the nearest measured work of the same kind; empty if there is none."""
+        same = [r for r in self.rows if r.work.kind == work.kind]
         best = min((r.work for r in same), key=work.distance, default=None)
         return [r for r in same if r.work == best]
 
@@ -138,7 +147,7 @@ def user_path(device_kind: str) -> pathlib.Path:
 
 
 def table(device_kind: str) -> Table | None:
-    """The table for a kind of device: the user's, else the shipped one, else None."""
+    """The table for a kind of device or its generation: the user's, else the shipped one, else None."""
     return _find(device_kind)[0]
 
 
@@ -167,20 +176,31 @@ def _find(device_kind: str) -> tuple[Table | None, str | None]:
 @functools.lru_cache(maxsize=32)
 def _load(device_kind: str, directory: pathlib.Path) -> tuple[Table | None, str | None]:
     """A table, and what was wrong with the first invalid file, if any. Each file is read once per process."""
-    wrong = None
     if not device_kind:
         return None, None
-    for folder in (directory, SHIPPED):
+    own = [folder / file_name(device_kind) for folder in (directory, SHIPPED)]
+    found, wrong = _first_table(own, lambda kind: kind == device_kind)
+    if found is None:
+        others = [path for folder in (directory, SHIPPED) for path in sorted(folder.glob("*.json"))]
+        related = _device.generation(device_kind)
+        found, _ = _first_table(others, lambda kind: _device.generation(kind) == related)
+    return found, wrong
+
+
+def _first_table(paths: list[pathlib.Path], fits: Callable[[str], bool]) -> tuple[Table | None, str | None]:
+    """The first table of a device that fits, and what was wrong with the first invalid file, if any."""
+    wrong = None
+    for path in paths:
         try:
-            found = read(folder / file_name(device_kind))
+            found = read(path)
         except BrokenTable as error:
             wrong = wrong or str(error)
             continue
         except OSError:
             continue
-        if found.device_kind == device_kind:
+        if fits(found.device_kind):
             return found, wrong
-        wrong = wrong or f"{folder / file_name(device_kind)} is the table of a {found.device_kind!r}"
+        wrong = wrong or f"{path} is the table of a {found.device_kind!r}"
     return None, wrong
 
 
@@ -192,22 +212,59 @@ def forget() -> None:
 # --- looking up work in tables ---------------------------------------------------------------------------------------
 
 
-def objection(implementation: str, device_kind: str, work: Work) -> str | None:
-    """Why kernels do not run some work unless requested; None if they were measured and not slower than XLA."""
+class Verdict(NamedTuple):
+    """What the tables say about an implementation for some work.
+
+    Attributes:
+      faster: whether it runs unless the user requests another one.
+      reason: the measurement, or why there is none.
+    """
+
+    faster: bool
+    reason: str
+
+
+def verdict(implementation: str, device_kind: str, work: Work) -> Verdict:
+    """Whether kernels run some work unless the user requests something else, and the measurement that decides."""
     found, wrong = _find(device_kind)
-    how = f"run {COMMAND}, or request it with the argument implementation"
-    if found is None or found.implementation != implementation:
-        return f"it has not been measured on {device_kind!r}: {how}" + (f" ({wrong})" if wrong else "")
-    rows = found.nearest(work)
+    rows = [] if found is None or found.implementation != implementation else found.nearest(work)
+    if found is None or not rows:
+        how = f"run {COMMAND}, or request it with the argument implementation" + (
+            f"; {wrong}" if wrong else ""
+        )
+        what = f" for {work.kind} rows" if found is not None else ""
+        return Verdict(False, f"it has not been measured on {device_kind!r}{what}: {how}")
+    return _verdict(found, rows, "XLA", sum(r.ms for r in rows), sum(r.xla_ms for r in rows), wrong)
+
+
+def cudnn_verdict(device_kind: str, work: Work) -> Verdict:
+    """Whether cuDNN runs an attention unless the user requests something else: where it was not slower than kernels.
+
+    It does where no kernels were measured: XLA takes many more passes over the scores.
+    """
+    found, wrong = _find(device_kind)
+    if found is None:
+        return Verdict(True, f"the library has no measured kernels for {device_kind!r}")
+    rows = found._replace(rows=tuple(r for r in found.rows if r.cudnn_ms is not None)).nearest(work)
     if not rows:
-        what = f"{work.kind} rows in {8 * work.itemsize} bits"
-        return f"it has not been measured on {device_kind!r} for {what}: {how}"
+        return Verdict(False, f"it has not been measured on {device_kind!r}: run {COMMAND}")
     ms, xla_ms = sum(r.ms for r in rows), sum(r.xla_ms for r in rows)
-    if ms <= xla_ms:
-        return None
-    near = rows[0].work
-    shape = f"{near.rows} x {near.columns}" + (f", {near.features} features" if near.features else "")
-    return f"XLA was faster on {device_kind!r} at {shape} ({xla_ms:.3g} ms, it took {ms:.3g} ms)"
+    name = found.implementation if ms <= xla_ms else "XLA"
+    return _verdict(found, rows, name, sum(r.cudnn_ms or 0 for r in rows), min(ms, xla_ms), wrong)
+
+
+def _verdict(
+    found: Table, rows: list[Row], other: str, ms: float, other_ms: float, wrong: str | None
+) -> Verdict:
+    """The comparison of an implementation with another one."""
+    where = f"on {found.device_kind!r} at {rows[0].work}"
+    notes = (
+        [] if found.jax == jax.__version__ else [f"measured with jax {found.jax}, this is {jax.__version__}"]
+    )
+    note = "".join(f"; {text}" for text in (*notes, *([wrong] if wrong else [])))
+    if ms <= other_ms:
+        return Verdict(True, f"it was faster {where} ({ms:.3g} ms, {other} took {other_ms:.3g} ms{note})")
+    return Verdict(False, f"{other} was faster {where} ({other_ms:.3g} ms, it took {ms:.3g} ms{note})")
 
 
 def sizes(
@@ -230,7 +287,7 @@ def sizes(
     found = table(device_kind)
     measured = []
     if found is not None and found.implementation == implementation:
-        rows = found.nearest(work)
+        rows = [r for r in found.nearest(work) if r.work.itemsize == work.itemsize]
         measured = [dict(r.sizes) for r in rows if r.direction in (direction, "both") and r.sizes]
     return [*measured[:1], {}]
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsoft._numerics import accumulation_dtype
-from jaxsoft._trees import is_explicitly_sharded, is_float
+from jaxsoft._trees import is_explicitly_sharded, is_float, is_partitioned
 from jaxsoft.kernels._sweep import Block, Operands, Plan, Scores, Tiles, of_one
 
 
@@ -45,6 +45,8 @@ def objection(arrays: Any) -> str | None:
         return "kernels compute in float32, but float64 was given"
     if any(map(is_explicitly_sharded, leaves)):
         return "an operand is sharded over Explicit mesh axes: call the function inside jax.shard_map"
+    if any(map(is_partitioned, leaves)):
+        return "every device would compute all rows of arrays on Auto mesh axes: call the function inside jax.shard_map"
     return None
 
 

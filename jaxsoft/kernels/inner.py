@@ -5,8 +5,19 @@ Not for users: these names may change at any time.
 # ruff: noqa: F401 (imported here for others)
 
 from jaxsoft.kernels import _tables as tables
-from jaxsoft.kernels._choice import choose, likely, measured_sizes
+from jaxsoft.kernels._choice import choose, choose_cudnn, likely, measured_sizes, unlogged
 from jaxsoft.kernels._derivative import attach, differentiated_as
-from jaxsoft.kernels._device import BACKENDS, IMPLEMENTATIONS, Kernel, Work, blocks, compiled, device
+from jaxsoft.kernels._device import (
+    BACKENDS,
+    BLOCK_SCORES,
+    IMPLEMENTATIONS,
+    Kernel,
+    Work,
+    blocks,
+    compiled,
+    device,
+    evenly,
+    generation,
+)
 from jaxsoft.kernels._sweep import Block, Operands, Out, Plan, Scores, Tiles
 from jaxsoft.kernels._trace import objection, plain

@@ -14,16 +14,15 @@ from jaxtyping import Array, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype
-from jaxsoft.kernels.inner import IMPLEMENTATIONS, Work
+from jaxsoft.kernels.inner import BLOCK_SCORES, IMPLEMENTATIONS, Work, device, evenly
 from jaxsoft.rows._product import product
 from jaxsoft.rows._source import Source, cut
 
-# Default block of logits: about `_BLOCK_ENTRIES` entries, which bounds the temporary memory for any number of rows, and
-# at most `_WIDEST_BLOCK` columns. Measured on a CPU (docs/architecture.md); accelerators need larger products.
-_BLOCK_ENTRIES = {"cpu": 2**21, "other": 2**25}
-_WIDEST_BLOCK = {"cpu": 512, "other": 8192}
-_NARROWEST_BLOCK = 128
-
+# Default block of logits on a CPU: about `_CPU_BLOCK_SCORES` entries, which bounds the temporary memory for any number
+# of rows, and at most `_CPU_WIDEST` columns (measured, docs/architecture.md). Elsewhere, only `BLOCK_SCORES` bounds it.
+_CPU_BLOCK_SCORES = 2**21
+_CPU_WIDEST = 512
+_NARROWEST = 128
 
 # What to write instead of methods of arrays
 _ROWS = "jaxsoft.reduce_rows(logits, jaxsoft.rows.reductions.{}())"
@@ -278,9 +277,9 @@ class LinearLogits(Source):
         return n, mean, jnp.maximum(centred, 0)
 
     def _default_block_size(self, rows: int) -> int:
-        backend = "cpu" if jax.default_backend() == "cpu" else "other"
-        width = _BLOCK_ENTRIES[backend] // max(rows, 1) // 128 * 128
-        return min(max(width, _NARROWEST_BLOCK), _WIDEST_BLOCK[backend])
+        if device()[0] == "cpu":
+            return min(max(_CPU_BLOCK_SCORES // max(rows, 1) // 128 * 128, _NARROWEST), _CPU_WIDEST)
+        return evenly(self.vocab_size, max(BLOCK_SCORES // max(rows, 1) // 128 * 128, _NARROWEST), 128)
 
 
 @jax.tree_util.register_dataclass
@@ -381,8 +380,8 @@ def linear_logits(
       softcap: caps the logits smoothly to `(-softcap, softcap)` by `softcap * tanh(logits / softcap)`.
       temperature: applied last, divides the logits: a positive scalar or one number per row. Differentiable.
       transpose_weight: whether `weight` is laid out `[vocab, d]`; nothing is copied either way.
-      block_size: columns computed at a time. Default: chosen from the number of rows and the backend, about
-        4 MiB of logits on a CPU.
+      block_size: columns computed at a time. Default: chosen from the number of rows and the device, about
+        8 MiB of float32 logits on a CPU, at most 128 MiB on others.
       filter_eps: the backward pass skips blocks of logits in which no gradient exceeds `filter_eps` times the largest
         cotangent in magnitude; None, the default, is exact. Reverse mode only.
       precision: of the matrix products, as in `jax.lax.dot_general`; they accumulate in float32 at least.

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 from jaxsoft import _checks, _trees
 from jaxsoft._numerics import weigh
 from jaxsoft._trees import add_at, align_varying, combine, is_float, partition, replaced
-from jaxsoft.kernels.inner import Kernel, Work, compiled, differentiated_as
+from jaxsoft.kernels.inner import Kernel, Work, compiled, device, differentiated_as, evenly
 from jaxsoft.rows._cotangents import block_cotangents
 from jaxsoft.rows._logits import LinearLogits, Logits, check_axis, rows_of
 from jaxsoft.rows._masks import Masks, col_mask, row_mask
@@ -34,14 +34,26 @@ from jaxsoft.rows._reduce import stream
 from jaxsoft.rows._reduction import Arrays, finalize
 from jaxsoft.rows._source import cut
 
-# Measured on a CPU (docs/architecture.md): chunks of 512 rows, with columns in blocks of 1024. Accelerators need
-# larger products.
-_CHUNK_ROWS = 512
-_BLOCK_COLUMNS = {"cpu": 1024, "other": 8192}
+# On a CPU, chunks of 512 rows, with columns in blocks of 1024 (measured, docs/architecture.md). Elsewhere, products of
+# 512 rows are small, and every chunk reads and writes the float32 sum of the weight's gradient: 16 of 87 ms on an H200
+# at 8192 x 4096 x 131072. Chunks have twice as many rows as features, if their scores take at most 2 GiB in float32.
+_CPU_CHUNK_ROWS = 512
+_CPU_BLOCK_COLUMNS = 1024
+_CHUNK_SCORES = 2**29
 
 
-def _block_columns() -> int:
-    return _BLOCK_COLUMNS["cpu" if jax.default_backend() == "cpu" else "other"]
+def _chunk_rows(logits: LinearLogits) -> int:
+    """Rows per chunk, for the flat rows of `logits`."""
+    n, features = logits.hidden.shape
+    if device()[0] == "cpu":
+        return _CPU_CHUNK_ROWS
+    most = min(2 * features, _CHUNK_SCORES // max(logits.vocab_size, 1))
+    return evenly(n, max(most, _CPU_CHUNK_ROWS), 8)
+
+
+def _block_columns(logits: LinearLogits, rows: int) -> int:
+    """Columns per block, for a chunk of `rows` rows."""
+    return _CPU_BLOCK_COLUMNS if device()[0] == "cpu" else logits._default_block_size(rows)
 
 
 class _Call(NamedTuple):
@@ -123,8 +135,7 @@ class ChunkLogits(LinearLogits):
         return self
 
     def _default_block_size(self, rows: int) -> int:
-        del rows
-        return _block_columns()
+        return _CPU_BLOCK_COLUMNS if device()[0] == "cpu" else super()._default_block_size(rows)
 
     def _accumulates(self) -> Any:
         return dataclasses.replace(super()._accumulates(), raw=False)
@@ -168,7 +179,8 @@ def weighted_sum(
       weights: `[*rows]`, 1 by default; floats, counts or booleans. A weight of 0 hides a loss that is not finite; to
         keep a NaN in the logits out of the gradient, mask the row or ignore its label.
       axis: the axis that holds a row; passed to `loss` if it is not the last one.
-      chunk_size: rows stored at a time, 512 by default.
+      chunk_size: rows stored at a time. Default: 512 on a CPU; twice the width of `hidden` on others, but at most
+        2 GiB of float32 logits.
       **options: passed to `loss`; `where` may vary by row, other arrays must not. Numbers that the loss closes over may
         be traced, but not differentiated: pass those as options.
 
@@ -241,7 +253,7 @@ def weighted_sum(
     # Outside of `jit`, each call would compile its loops anew; compiled, a loss must not hold tracers.
     staged = isinstance(jnp.zeros(()), Tracer)
     run = _weighted if staged or _holds_tracers(loss) else _compiled
-    return run(call, min(chunk_size or _CHUNK_ROWS, max(n, 1)), *operands)
+    return run(call, min(chunk_size or _chunk_rows(operands[0]), max(n, 1)), *operands)
 
 
 def _holds_tracers(*held: Any) -> bool:
@@ -337,7 +349,7 @@ def _weighted(call: _Loss, chunk: int, logits: LinearLogits, by_row: _ByRow, arr
 def _value_and_gradient(call: _Loss, chunk: int, perturbed, logits, by_row, arrays):
     """The weighted sum, and its gradient (None where `perturbed` is False), in one loop over chunks of rows."""
     n, columns = logits.shape
-    block = min(logits.block_size or _block_columns(), max(columns, 1))
+    block = min(logits.block_size or _block_columns(logits, chunk), max(columns, 1))
     wide = logits._accumulation_dtype
 
     # Everything but hidden and weight is differentiated by JAX, through the loss of a chunk.

@@ -1,6 +1,7 @@
 """Tables of measured block sizes: read, obeyed, doubted, and written by the tuner."""
 
 import json
+import tomllib
 import warnings
 
 import jax
@@ -120,8 +121,12 @@ def test_the_nearest_work_counts():
     table = Table(KIND, "pallas_tpu", "0", ROWS)
     assert table.nearest(Work("dense", 2000, 9000, 0, 4)) == list(ROWS[:2])
     assert table.nearest(Work("dense", 3, 100, 0, 4)) == [ROWS[2]]
-    assert table.nearest(Work("dense", 3, 100, 0, 2)) == []
+    assert table.nearest(Work("dense", 3, 100, 0, 2)) == [ROWS[2]]
     assert table.nearest(Work("linear", 1, 1, 1, 2)) == list(ROWS[3:5])
+    wide = Row(Work("linear", 1, 1, 1, 4), "both", {}, 1.0, 1.0)  # the itemsize counts before the sizes
+    table = table._replace(rows=(*ROWS, wide))
+    assert table.nearest(Work("linear", 1024, 4096, 64, 4)) == [wide]
+    assert table._replace(rows=ROWS[:3]).nearest(Work("linear", 1, 1, 1, 2)) == []
 
 
 class TestSizes:
@@ -190,7 +195,7 @@ class TestChoice:
     def test_xla_where_it_was_faster(self, table):
         decision = self.explain(jaxsoft.logsumexp, f32(16, 128))
         assert decision.implementation == "xla"
-        assert "XLA was faster on 'TPU v5 lite' at 16 x 128 (1 ms, it took 3 ms)" in str(decision)
+        assert "XLA was faster on 'TPU v5 lite' at 16 x 128 in 32 bits (1 ms, it took 3 ms" in str(decision)
         # Forward and backward count together: 1 + 2 against 2 + 1.5.
         hidden, weight = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((1024, 64), (64, 4096)))
 
@@ -203,20 +208,106 @@ class TestChoice:
         _tables.forget()
         assert self.explain(head, hidden, weight).implementation == "xla"
 
+    def test_the_nearest_measurement_decides_and_is_named(self, table):
+        decision = self.explain(jaxsoft.logsumexp, jax.ShapeDtypeStruct((900, 5000), jnp.bfloat16))
+        assert decision.implementation == "pallas_tpu"
+        where = "faster on 'TPU v5 lite' at 1024 x 4096 in 32 bits (3 ms, XLA took 4 ms"
+        assert f"pallas_tpu, it was {where}; measured with jax 0, this is {jax.__version__})" in str(decision)
+        table._replace(jax=jax.__version__).write(_tables.user_path(KIND))
+        _tables.forget()
+        assert self.explain(jaxsoft.logsumexp, f32(1024, 4096)).because == f"it was {where})"
+
     def test_xla_where_nothing_was_measured(self, table):
-        decision = self.explain(jaxsoft.logsumexp, jax.ShapeDtypeStruct((16, 128), jnp.bfloat16))
+        table._replace(rows=ROWS[3:]).write(_tables.user_path(KIND))
+        _tables.forget()
+        decision = self.explain(jaxsoft.logsumexp, f32(16, 128))
         assert decision.implementation == "xla"
-        assert "for dense rows in 16 bits" in str(decision)
+        assert "not been measured on 'TPU v5 lite' for dense rows" in str(decision)
 
     def test_what_is_asked_for_is_obeyed(self, table):
         for name in ("xla", "pallas_tpu"):
-            assert self.explain(jaxsoft.logsumexp, f32(16, 128), implementation=name).implementation == name
+            decision = self.explain(jaxsoft.logsumexp, f32(16, 128), implementation=name)
+            assert (decision.implementation, decision.because) == (name, "as requested")
 
     def test_blocks_of_attention_are_those_of_what_will_run(self, table):
         with on_device():
             assert likely(None, Work("attention", 512, 512, 64, 4))
-            assert not likely(None, Work("attention", 512, 512, 64, 2))
+            assert likely(None, Work("attention", 512, 512, 64, 2))
+            assert not likely("xla", Work("attention", 512, 512, 64, 4))
             assert likely("pallas_tpu", Work("attention", 512, 512, 64, 2))
+
+
+HOPPER = ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA H200", "NVIDIA GH200 480GB")
+OTHERS = (
+    "NVIDIA A100-SXM4-80GB",
+    "NVIDIA L4",
+    "NVIDIA B200",
+    "AMD Instinct MI300X",
+    "TPU v5 lite",
+    "NVIDIA L40S",
+)
+
+
+class TestShipped:
+    """The tables that users get, without one of their own."""
+
+    def kernels(self, kind, rows, columns, features, itemsize=2, device="NVIDIA H100 PCIe"):
+        return _tables.verdict("mosaic_gpu", device, Work(kind, rows, columns, features, itemsize)).faster
+
+    def test_a_generation_shares_a_table(self, directory):
+        for kind in HOPPER:
+            found = _tables.table(kind)
+            assert found is not None and found.device_kind == "NVIDIA H200"
+        for kind in OTHERS:
+            assert _tables.table(kind) is None
+
+    def test_the_own_table_of_a_device_comes_first(self, directory):
+        written = Table("NVIDIA H100 NVL", "mosaic_gpu", "0", ROWS)
+        written.write(_tables.user_path(written.device_kind))
+        found = [_tables.table(kind) for kind in ("NVIDIA H100 NVL", "NVIDIA H200", "NVIDIA H100 PCIe")]
+        assert found[0] == written
+        assert found[1] == _tables.read(_tables.SHIPPED / "nvidia-h200.json")
+        assert found[2] == written  # the user's of the same generation, before the library's
+
+    @pytest.mark.parametrize("rows, columns", [(8192, 32768), (65536, 1024), (4096, 4096), (2048, 128256)])
+    def test_many_rows_go_to_kernels(self, directory, rows, columns):
+        assert self.kernels("dense", rows, columns, 0)
+        assert self.kernels("dense", rows, columns, 0, itemsize=4)
+
+    @pytest.mark.parametrize(
+        "rows, columns", [(256, 2**20), (256, 131072), (128, 32768), (1, 50257), (64, 1000)]
+    )
+    def test_few_rows_go_to_xla(self, directory, rows, columns):
+        assert not self.kernels("dense", rows, columns, 0)
+
+    def test_heads_and_attentions_go_to_kernels(self, directory):
+        for rows, features, columns in ((8192, 4096, 131072), (512, 768, 50257), (32768, 8192, 128256)):
+            assert self.kernels("linear", rows, columns, features)
+        for queries, keys, width in ((1, 500, 64), (32, 2**17, 128), (1024, 1024, 256), (2**17, 2**17, 128)):
+            assert self.kernels("attention", queries, keys, width)
+
+    def test_explain_names_the_device_and_the_work(self, directory):
+        with on_device(HOPPER[0], "gpu"):
+            (decision,) = jaxsoft.kernels.explain(
+                jaxsoft.logsumexp, jax.ShapeDtypeStruct((9000, 30000), jnp.bfloat16)
+            )
+            (few,) = jaxsoft.kernels.explain(jaxsoft.logsumexp, f32(256, 2**20))
+        assert decision.implementation == "mosaic_gpu"
+        assert "faster on 'NVIDIA H200' at 8192 x 32768 in 16 bits (0.515 ms, XLA took" in decision.because
+        assert few.implementation == "xla"
+        assert "XLA was faster on 'NVIDIA H200' at 256 x 1048576 in 16 bits" in few.reasons["mosaic_gpu"]
+
+    def test_the_wheel_holds_them(self):
+        root = _tables.SHIPPED.parents[2]
+        if not (root / "pyproject.toml").exists():
+            pytest.skip("this is not a checkout")
+        wheel = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"][
+            "wheel"
+        ]
+        assert wheel == {"packages": ["jaxsoft"]}  # all files below it that git does not ignore
+        ignored = (root / ".gitignore").read_text().split()
+        for path in _tables.SHIPPED.glob("*.json"):
+            assert not any(path.relative_to(root).match(f"*/{pattern}") for pattern in ignored)
 
 
 class TestTuner:

@@ -50,12 +50,13 @@ def unavailable(kernel: Kernel) -> str | None:
 def refusal(kernel: Kernel, body: Callable, scores: Scores, operands: Operands, init: Callable, plan: Plan):
     """Why a sweep cannot run, or None if it can."""
     tiles = tiles_of(kernel, scores, plan)
-    blocks = [tiles.rows * tiles.columns * 4 * 4]
+    tile, name = tiles.rows * tiles.columns * 4 * 4, f"{tiles.rows} x {tiles.columns}"
+    if tile > _VMEM:
+        return f"a tile of {name} does not fit into vector memory"
     if scores.values is None:
         depth = scores.left.shape[-1] * scores.left.dtype.itemsize * 2
-        blocks.append((tiles.rows + tiles.columns) * depth)
-    if sum(blocks) > _VMEM:
-        return f"rows of {scores.left.shape[-1]} features leave no room for a tile in vector memory"
+        if tile + (tiles.rows + tiles.columns) * depth > _VMEM:
+            return f"rows of {scores.left.shape[-1]} features leave no room for a tile of {name} in vector memory"
     return unsupported(body, init, scores, operands, plan, tiles, _UNSUPPORTED)
 
 
