@@ -246,6 +246,29 @@ def test_rows_sharded_over_devices(name, check, device):
 
 
 @one_of_each
+def test_a_frozen_operand_costs_nothing(device):
+    """Neither its sweep over the scores of an attention, nor its product of the gradient of a head."""
+
+    def lowered(f, *arrays):
+        with jax.sharding.use_abstract_mesh(device.mesh()):
+            return (
+                jax.jit(jax.grad(f)).trace(*arrays).lower(lowering_platforms=(device.lowered_for,)).as_text()
+            )
+
+    def attended(q, k, v):
+        return total(dot_product_attention(q, k, v, implementation=device.implementation))
+
+    def of_head(hidden, weight):
+        logits = jaxsoft.linear_logits(hidden, weight, implementation=device.implementation)
+        return total(jaxsoft.logsumexp(logits))
+
+    assert lowered(attended, *heads()).count(device.call) == 2
+    half = jnp.bfloat16
+    text = lowered(of_head, array(512, 256, dtype=half), array(256, 3000, dtype=half))
+    assert text.count("stablehlo.dot_general") == 1
+
+
+@one_of_each
 def test_sizes_of_the_user(device):
     def f(x):
         return jaxsoft.logsumexp(x, implementation=device.implementation)
