@@ -24,9 +24,8 @@ RANKS = ("leading", "export", "variant")
 DESIGNS = {
     "all": dict(formula=(1, 1, 1), engine=(1, 1, 1), kernels=(1, 1, 1), table=1),
     "cover": dict(formula=(1, 1, 3), engine=(1, 3, 3), kernels=(18, 0, 0), table=2),
-    "newest": dict(
-        formula=(4, 0, 0), engine=(3, 0, 0), kernels=(0, 0, 0), table=4
-    ),  # where only the libraries differ
+    # where only the libraries differ
+    "newest": dict(formula=(4, 0, 0), engine=(3, 0, 0), kernels=(0, 0, 0), table=4),
     "fast": dict(formula=(6, 12, 0), engine=(6, 0, 0), kernels=(0, 0, 0), table=4),
 }
 
