@@ -283,15 +283,11 @@ def transforms(attention):
     def gradient(*x):
         return jax.grad(loss, (0, 1, 2))(*x)
 
-    def square(*x):
-        return sum(jnp.sum(g.astype(jnp.float32) ** 2) for g in gradient(*x))
-
     return dict(
         value=attention(*x, lengths),
         gradient=gradient(*x),
         jvp=jax.jvp(loss, x, d)[1],
         forward_over_reverse=jax.jvp(gradient, x, d)[1],
-        reverse_over_reverse=jax.grad(square, (0, 1, 2))(*x),
         vmap_of_gradient=jax.vmap(gradient, (0, None, 0))(xs[0], x[1], xs[2]),
     )
 
