@@ -260,8 +260,14 @@ class _Sweep:
         p, s = self.p, self.s
         memory = self._memory()
         out = self._results()
+
+        def body(*refs):
+            self._kernel(jax.tree.structure(memory), jax.tree.structure(out), refs)
+
+        # The name that profilers show.
+        body.__name__ = f"sweep_over_{p.plan.over}_{s.groups}x{WARPGROUP}x{s.minor}"
         kernel = plgpu.kernel(
-            lambda *refs: self._kernel(jax.tree.structure(memory), jax.tree.structure(out), refs),
+            body,
             out_type=tuple(jax.tree.leaves(out)),
             grid=(p.g, -(-s.blocks // s.together), s.parts, s.together),
             grid_names=("batch", "group", "part", "block"),
