@@ -472,7 +472,11 @@ def evaluate(space: Space, body: Body, args: list[Value]) -> list[Value]:
 
 def _constant(var) -> Value:
     """The value of a literal or of a constant of a jaxpr."""
-    x = np.asarray(var.val, var.aval.dtype) if isinstance(var, core.Literal) else np.asarray(var)
+    x = (
+        np.asarray(var.val, getattr(var.aval, "dtype", None))
+        if isinstance(var, core.Literal)
+        else np.asarray(var)
+    )
     if x.ndim > 0:
         raise Unsupported("its functions close over arrays")
     return constant(x)

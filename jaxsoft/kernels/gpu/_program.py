@@ -582,7 +582,7 @@ class Program:
             self.products_from_registers.add((kind, self.half(b.x.dtype)))
         return dims
 
-    def start(self, space: Space, own: list[Value]) -> list[list]:
+    def start(self, space: Space, own: list) -> list[list]:
         """The carry before the first tile, as the arrays of each leaf."""
         operands = own[: self._counted(self.operands.rows if self.major == "r" else self.operands.cols)]
         like = Value((self.major,), _narrow.scalar(np.float32(0)).items.reshape(1))

@@ -234,6 +234,10 @@ def _accumulator(width: int):
     return plgpu.ACC((WARPGROUP, width), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
 
 
+def _accumulating(start):
+    return plgpu.ACC.init(start)  # pyright: ignore[reportPrivateImportUsage]
+
+
 def _interpreter():
     return getattr(plgpu, "InterpretGPUParams")  # noqa: B009  (older versions have none)
 
@@ -755,7 +759,7 @@ class _Sweep:
         refs = [source.at[_batch(source, at), leaf.at + i, stretch] for i in range(leaf.count)]
         return leaf.value(space, [_load(ref, plgpu.Layout.WGMMA.reduce(1)) for ref in refs])
 
-    def _passing(self, space: Space, leaf: Leaf, shared: _Shared, slot) -> Value | None:
+    def _passing(self, space: Space, leaf: Leaf, shared: _Shared, slot) -> Any:
         """An operand along the minor axis, of one tile: features stay in shared memory, numbers are loaded."""
         if not leaf.pack:
             return None
@@ -843,7 +847,7 @@ class _Sweep:
                 return pl.run_scoped(run, _accumulator(width))
             if self.p.kernel.interpret:  # the interpreter has no accumulators that start from something
                 return start + pl.run_scoped(run, _accumulator(width))
-            return pl.run_state(lambda acc: plgpu.wgmma(acc, a_side, b_ref))(plgpu.ACC.init(start))
+            return pl.run_state(lambda acc: plgpu.wgmma(acc, a_side, b_ref))(_accumulating(start))
 
         return Item(dims, _narrow.Product(compute))
 
