@@ -249,8 +249,10 @@ class Program:
             return (wanted,)
         if self.plan.over == "rows":
             return (64,)
-        # 256 columns of a product read its rows less often; not if the last tile would be mostly empty.
-        widest = self.scores.values is None and -(-length // 256) * 256 <= 1.1 * length
+        # 256 columns of a product read its rows less often; not if the last tile, or one that a mask cuts, would be
+        # mostly empty.
+        skips = self.plan.live is not None or self.operands.seen is not None
+        widest = self.scores.values is None and not skips and -(-length // 256) * 256 <= 1.1 * length
         return (256, 128, 64) if widest else (128, 64)
 
     def _wanted_width(self) -> int | None:
