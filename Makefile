@@ -4,10 +4,11 @@
 # make test-all   every law on every case, see CONTRIBUTING.md; hours
 # make mutate     tests the tests: each slip of tests/mutations must be caught; half an hour
 # make lint       ruff and pyright
+# make kernels    compiles the GPU kernels and compares their machine code with the accepted one; needs no GPU, 300 MB
 # make bench      the measurements that README.md reports
 # make docs       the documentation, into site/; a broken link is an error
 #
-# Everything is set up in .venv, .venv-newest and .venv-kernels; nothing outside this folder is touched.
+# Everything is set up in .venv, .venv-newest, .venv-kernels and .venv-cuda; nothing outside this folder is touched.
 
 SHELL := /bin/bash
 # The oldest supported Python if it is there, else whatever python3 is.
@@ -22,6 +23,7 @@ ORACLES ?= ,oracles
 WORKERS ?= 2
 TRAIN_FLAGS ?=
 MUTATE_FLAGS ?=
+KERNELS_FLAGS ?=
 
 PIP = -m pip install --quiet --disable-pip-version-check
 PART = @$(PYTHON) tests/parts.py
@@ -29,7 +31,7 @@ PYTEST = -m pytest -n $(WORKERS)
 KERNEL_TESTS = tests/kernels/test_gpu.py tests/kernels/test_inside.py tests/kernels/test_lowering.py \
                tests/kernels/test_derivatives.py
 
-.PHONY: train test test-all test-fast test-oldest test-newest test-kernels mutate lint bench docs environments clean
+.PHONY: train test test-all test-fast test-oldest test-newest test-kernels mutate lint kernels bench docs environments clean
 
 train: .venv/ready
 	.venv/bin/python examples/train_lm.py $(TRAIN_FLAGS)
@@ -77,6 +79,14 @@ lint: .venv/ready-tests
 	$(PART) "ruff format" .venv/bin/ruff format --check .
 	$(PART) "pyright" .venv/bin/pyright --pythonpath .venv/bin/python
 
+ifneq ($(KERNELS_PYTHON),)
+kernels: .venv-cuda/ready
+	PYTHONPATH=$(CURDIR) .venv-cuda/bin/python benchmarks/compiled.py $(KERNELS_FLAGS)
+else
+kernels:
+	@echo "make kernels: no Python 3.12 found (PATH, pyenv)"; exit 1
+endif
+
 bench: .venv/ready
 	.venv/bin/python benchmarks/linear_cross_entropy.py
 	.venv/bin/python benchmarks/attention.py
@@ -119,5 +129,12 @@ environments: .venv/ready-tests $(if $(NEWEST_PYTHON),.venv-newest/ready-tests) 
 	$(PART) "set-up of jax $(KERNELS_JAX)" .venv-kernels/bin/python $(PIP) 'jax==$(KERNELS_JAX)' -e '.[tests]'
 	@touch $@
 
+# The compiler of GPU code comes with JAX's CUDA plugin, which works without a GPU.
+.venv-cuda/ready: pyproject.toml
+	$(KERNELS_PYTHON) -m venv .venv-cuda
+	$(PART) "set-up of the compiler for GPUs" .venv-cuda/bin/python $(PIP) 'jax==$(KERNELS_JAX)' \
+	  'jax-cuda12-plugin==$(KERNELS_JAX)' 'jax-cuda12-pjrt==$(KERNELS_JAX)' nvidia-cuda-nvcc-cu12 nvidia-cuda-nvdisasm -e .
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-newest .venv-kernels build site runs
+	rm -rf .venv .venv-newest .venv-kernels .venv-cuda build site runs

@@ -154,6 +154,82 @@ def test_registers_hold_numbers_of_four_bytes(dtype):
             evaluated(lambda r, c, x: (x > 0).astype(dtype) + (x > 1).astype(dtype), row, col, tile)
 
 
+def test_what_depends_on_rows_only_is_computed_ahead():
+    """And what is computed twice, once; outputs and operations on axes stay where they are."""
+    row, tile = jax.ShapeDtypeStruct((7919,), jnp.float32), jax.ShapeDtypeStruct((7919, COLUMNS), jnp.float32)
+
+    def function(r, x):
+        shift = jnp.where(jnp.isfinite(r), jnp.exp(r), 0)[:, None]
+        again = jnp.where(jnp.isfinite(r), jnp.exp(r), 0)[:, None]
+        return jnp.tanh(x - shift) + jnp.sin(x - again), r + 1
+
+    body, _ = _narrow.trace(function, row, tile)
+    ahead, rest = _narrow.split(body, body.invars[:1], lambda shape: len(shape) == 1)
+    names = [eqn.primitive.name for eqn in rest.eqns]
+    assert [v.aval.shape for v in ahead.outvars] == [(7919,)]
+    assert {eqn.primitive.name for eqn in ahead.eqns} >= {"is_finite", "exp", "select_n"}
+    assert sorted(set(names)) == ["add", "broadcast_in_dim", "sin", "sub", "tanh"]
+    assert names.count("sub") == 1
+
+
+def test_a_comparison_that_holds_needs_no_mask():
+    row, col = (jax.ShapeDtypeStruct((n,), jnp.int32) for n in (7919, COLUMNS))
+    tile = jax.ShapeDtypeStruct((7919, COLUMNS), jnp.float32)
+
+    def function(r, c, x):
+        keep = (c[None] <= r[:, None]) & (c[None] > r[:, None] * 2)
+        return jnp.where(keep, x, -jnp.inf)
+
+    body, _ = _narrow.trace(function, row, col, tile)
+    r, c = body.invars[:2]
+    (found,) = _narrow.comparisons(body, {r, c})  # not the other: 2 r is no argument
+    assert (found.name, found.left, found.right) == ("le", c, r)
+    rest = [eqn.primitive.name for eqn in _narrow.where_true(body, {found.out}).eqns]
+    assert "gt" in rest and "select_n" in rest and "le" not in rest and "and" not in rest
+    both = {eqn.outvars[0] for eqn in body.eqns if eqn.primitive.name in ("le", "gt")}
+    whole = _narrow.where_true(body, both)
+    assert not whole.eqns and whole.outvars == [body.invars[2]]
+
+
+def test_products_are_added_to_what_is_known_when_they_are_computed():
+    def function(carry, x, y):
+        return carry + jax.lax.dot(x, y), jnp.exp(x)
+
+    wide, half = jax.ShapeDtypeStruct((7919, 64), jnp.float32), jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    body, _ = _narrow.trace(lambda carry, x, y: function(carry, x, y)[::-1], wide, wide, half)
+    assert [eqn.primitive.name for eqn in body.eqns][:2] in (["dot_general", "add"], ["exp", "dot_general"])
+    starts = []
+    product = _narrow.Product(lambda start: starts.append(start) or (1.0 if start is None else start + 1.0))
+    assert (product.added_to(2.0), product.read(), product.read(), product.added_to(3.0)) == (
+        3.0,
+        1.0,
+        1.0,
+        4.0,
+    )
+    assert starts == [2.0, None]  # once it was read, it is not computed again
+
+
+@pytest.mark.parametrize("name", ["exp", "logistic", "tanh", "div"])
+def test_functions_of_tiles(name):
+    """The formulas that the kernels use, with exact instructions."""
+    from jaxsoft.kernels.gpu import _functions
+
+    x = jnp.concatenate(
+        [jnp.linspace(-100, 80, 4001), jnp.linspace(-0.5, 0.5, 1001), jnp.asarray([-jnp.inf])]
+    )
+    args = (x, 1 + x * x) if name == "div" else (x,)
+    got = np.asarray(_functions.functions(True)[name](*args), np.float64)
+    exact = {"exp": np.exp, "tanh": np.tanh, "div": np.divide, "logistic": lambda x: 1 / (1 + np.exp(-x))}[
+        name
+    ]
+    with np.errstate(over="ignore", invalid="ignore"):
+        want = exact(*(np.asarray(a, np.float64) for a in args))
+    tolerance = 2e-7 + 1e-7 * np.abs(np.where(np.isfinite(x), x, 0)) if name in ("exp", "logistic") else 5e-7
+    normal_numbers = np.isfinite(want) & (np.abs(want) > 1e-37)
+    assert (np.abs(got - want) <= 2 * tolerance * np.abs(want))[normal_numbers].all()
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+
+
 # --- sweeps ------------------------------------------------------------------------------------------------------
 
 
@@ -339,6 +415,18 @@ def test_attention_to_keys_that_do_not_fill_the_tile(keys, blocks):
     want = _attention(q, k, v, "xla", block_sizes=blocks)
     with jaxsoft.kernels.interpreted():
         got = _attention(q, k, v, "mosaic_gpu", block_sizes=blocks)
+    agree(got, want, 1.5e-2)
+
+
+@interpreter
+def test_tiles_that_no_mask_cuts():
+    """Two whole tiles and one on the diagonal: other instructions run on whole tiles."""
+    shapes = (1, 64, 1, 64), (1, 192, 1, 64), (1, 192, 1, 64)
+    q, k, v = (normal(i, shape).astype(jnp.bfloat16) for i, shape in enumerate(shapes))
+    how = {"is_causal": True, "query_offset": 128}
+    want = _attention(q, k, v, "xla", **how)
+    with jaxsoft.kernels.interpreted(), jaxsoft.kernels.block_sizes(rows=64, columns=64):
+        got = _attention(q, k, v, "mosaic_gpu", **how)
     agree(got, want, 1.5e-2)
 
 

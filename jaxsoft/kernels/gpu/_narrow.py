@@ -10,15 +10,16 @@ the columns. Inserting, moving and broadcasting axes is then mere bookkeeping an
 Registers hold float32, int32, uint32 and booleans only, whatever the traced dtype is (`held`): Mosaic GPU has few
 operations on narrower numbers. Half precision exists in memory and in matrix products.
 
-`evaluate` goes through the equations of the jaxpr. It enters calls (`_INLINED`), applies elementwise operations item by
-item (`_ELEMENTWISE`, `_map`), and has a rule for each operation on axes, reduction and product (`_RULES`). Any other
-primitive is `Unsupported`.
+`trace` gives the equations of the jaxpr, with calls inlined (`_INLINED`). `evaluate` goes through them: it applies
+elementwise operations item by item (`_ELEMENTWISE`, `_map`), and has a rule for each operation on axes, reduction and
+product (`_RULES`). Any other primitive is `Unsupported`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -36,18 +37,51 @@ class Unsupported(Exception):
     """The body does something for which this evaluator or Mosaic GPU has no rule; the message says what."""
 
 
+class Product:
+    """A product of two matrices that is not yet computed: it may accumulate onto what it is added to.
+
+    Args:
+      compute: `start -> start + product`, and `None -> product`.
+    """
+
+    def __init__(self, compute: Callable):
+        self._compute, self._x = compute, None
+
+    def read(self) -> Any:
+        """The product, computed once."""
+        if self._x is None:
+            self._x = self._compute(None)
+        return self._x
+
+    def added_to(self, start: Any) -> Any:
+        """`start` plus the product."""
+        return self._compute(start) if self._x is None else start + self._x
+
+
+class Number(NamedTuple):
+    """An array in shared memory that is loaded wherever it is read: registers are scarcer than loads."""
+
+    read: Callable
+
+
 class Item(NamedTuple):
     """An array over the wide axes `dims` (a string of their letters, in the space's order), in registers.
 
     `Space.item` makes those of arrays that come from outside, and sees to the order of the axes.
 
-    If `memory` is not empty (it may be a name), the array is in shared memory instead, and `x` is what the space's
-    `load` and `product` take.
+    Instead of an array, `x` may be a `Product` or a `Number`. If `memory` is not empty (it may be a name), the array is
+    in shared memory instead, and `x` is what the space's `load` and `product` take.
     """
 
     dims: str
     x: Any
     memory: str = ""
+
+    def array(self, load: Callable) -> Any:
+        """The array in registers."""
+        return (
+            load(self) if self.memory else self.x.read() if isinstance(self.x, Product | Number) else self.x
+        )
 
 
 class Value(NamedTuple):
@@ -72,16 +106,24 @@ class Space:
       layout: `(array, dims) -> array` in the register layout of these axes.
       load: `item in shared memory -> array` in registers.
       product: `(left, right, kind, out) -> item` with axes `out`: the product of two items over axis `kind`.
+      functions: for some elementwise primitives of one operand, what takes their place on whole tiles.
 
     Attributes:
       crosses_warps: whether there was a reduction over the first axis of an array, that is, across warps.
     """
 
     def __init__(
-        self, sizes: dict, traced: dict, order: str, layout: Callable, load: Callable, product: Callable
+        self,
+        sizes: dict,
+        traced: dict,
+        order: str,
+        layout: Callable,
+        load: Callable,
+        product: Callable,
+        functions: Mapping[str, Callable] = types.MappingProxyType({}),
     ):
         self.sizes, self.traced, self.order = sizes, traced, order
-        self.layout, self.load, self.product = layout, load, product
+        self.layout, self.load, self.product, self.functions = layout, load, product, functions
         self.crosses_warps = False
 
     def actual(self, size: int) -> int:
@@ -105,7 +147,7 @@ class Space:
 
     def spread(self, item: Item, dims: str) -> Any:
         """The array of an item, broadcast to the axes `dims`."""
-        x = self.load(item) if item.memory else item.x
+        x = item.array(self.load)
         if item.dims == dims:
             return x
         at = tuple(dims.index(d) for d in item.dims)
@@ -127,6 +169,13 @@ def single(kinds: str, item: Item) -> Value:
     items = np.empty((1,) * len(kinds), object)
     items[(0,) * len(kinds)] = item
     return Value(tuple(kinds), items)
+
+
+def single_like(value: Value, item: Item) -> Value:
+    """The value of one item, with the axes of another value of one item."""
+    items = np.empty(value.items.shape, object)
+    items[(0,) * items.ndim] = item
+    return Value(value.kinds, items)
 
 
 def scalar(x: Any) -> Value:
@@ -151,38 +200,266 @@ def arrays(space: Space, value: Value, kinds: tuple, shape: tuple[int, ...]) -> 
     return [space.spread(item, dims) for item in np.broadcast_to(value.items, extents).ravel()]
 
 
-def trace(function: Callable, *args: Any) -> tuple[Any, Any]:
-    """The jaxpr of a function of `ShapeDtypeStruct`s, and the shapes and dtypes of what it returns."""
+class Name:
+    """A variable of a `Body`."""
+
+    def __init__(self, aval: Any):
+        self.aval = aval
+
+
+class Equation(NamedTuple):
+    """An equation of a `Body`, with what rules read of a jaxpr's equation."""
+
+    primitive: Any
+    params: dict
+    invars: list
+    outvars: list
+
+
+class Body(NamedTuple):
+    """A traced function: a jaxpr whose calls are inlined, without equations that no output depends on.
+
+    Attributes:
+      invars: the variables that are its arguments.
+      eqns: the equations.
+      outvars: variables or literals.
+    """
+
+    invars: list
+    eqns: list[Equation]
+    outvars: list
+
+
+def trace(function: Callable, *args: Any) -> tuple[Body, Any]:
+    """The body of a function of `ShapeDtypeStruct`s, and the shapes and dtypes of what it returns."""
     closed, out = jax.make_jaxpr(function, return_shape=True)(*args)
-    for const in closed.consts:
+    return flat(closed), out
+
+
+def flat(closed: Any) -> Body:
+    """The body that a closed jaxpr stands for."""
+    invars = [Name(v.aval) for v in closed.jaxpr.invars]
+    eqns: list[Equation] = []
+    body = Body(invars, eqns, _inline(closed, invars, eqns))
+    return _added_early(_needed(_once(body)))
+
+
+def _once(body: Body) -> Body:
+    """The body without equations that compute what an earlier one did, or that compute nothing."""
+    same: dict[Name, Any] = {}
+    found: dict[Any, Equation] = {}
+    eqns = []
+
+    def first(v):
+        return same.get(v, v) if isinstance(v, Name) else v
+
+    for eqn in body.eqns:
+        eqn = eqn._replace(invars=[first(v) for v in eqn.invars])
+        if _is_identity(eqn):
+            same[eqn.outvars[0]] = eqn.invars[0]
+            continue
+        inputs = [
+            v if isinstance(v, Name) else (v.aval.dtype, np.asarray(v.val).tobytes()) for v in eqn.invars
+        ]
+        key = (eqn.primitive, *sorted((name, str(x)) for name, x in eqn.params.items()), *inputs)
+        earlier = found.setdefault(key, eqn)
+        if earlier is eqn:
+            eqns.append(eqn)
+        else:
+            same.update(zip(eqn.outvars, earlier.outvars))
+    return Body(body.invars, eqns, [first(v) for v in body.outvars])
+
+
+def _added_early(body: Body) -> Body:
+    """The body with each sum of a product and something known earlier right after the product.
+
+    Then the operands of the product are no longer needed.
+    """
+    read: dict[Any, list] = {}
+    for eqn in [*body.eqns, Equation(None, {}, body.outvars, [])]:
+        for v in _names(eqn.invars):
+            read.setdefault(v, []).append(eqn)
+    known, done, eqns = set(body.invars), set(), []
+    for eqn in body.eqns:
+        if id(eqn) in done:
+            continue
+        eqns.append(eqn)
+        known.update(eqn.outvars)
+        chain, v = [], eqn.outvars[0]
+        while eqn.primitive.name == "dot_general" and len(read[v]) == 1 and read[v][0].primitive is not None:
+            following = read[v][0]
+            chain.append(following)
+            if following.primitive.name not in ("transpose", "convert_element_type"):
+                others = [u for u in _names(following.invars) if u is not v]
+                if following.primitive.name in ("add", "add_any") and known.issuperset(others):
+                    eqns += chain
+                    done.update(map(id, chain))
+                    known.update(u for each in chain for u in each.outvars)
+                break
+            v = following.outvars[0]
+    return body._replace(eqns=eqns)
+
+
+_IDENTITIES = (
+    *("stop_gradient", "copy", "copy_p", "optimization_barrier", "reshard", "sharding_constraint"),
+    *("reshape", "convert_element_type"),
+)
+
+
+def _is_identity(eqn: Equation) -> bool:
+    """Whether an equation's output is its input."""
+    name, old, new = eqn.primitive.name, eqn.invars[:1], eqn.outvars[0].aval
+    same = (
+        len(eqn.outvars) == 1
+        and bool(old)
+        and (old[0].aval.shape, old[0].aval.dtype) == (new.shape, new.dtype)
+    )
+    return same and name in _IDENTITIES
+
+
+def _needed(body: Body) -> Body:
+    """The body without equations that no output depends on."""
+    live, needed = set(_names(body.outvars)), []
+    for eqn in reversed(body.eqns):
+        if live.intersection(eqn.outvars):
+            needed.append(eqn)
+            live.update(_names(eqn.invars))
+    return body._replace(eqns=needed[::-1])
+
+
+def _names(variables: list) -> list[Name]:
+    """The variables that are not literals."""
+    return [v for v in variables if isinstance(v, Name)]
+
+
+def is_read(body: Body, var: Name) -> bool:
+    """Whether an output depends on an argument."""
+    return any(var in each for each in (body.outvars, *(eqn.invars for eqn in body.eqns)))
+
+
+def split(body: Body, given: list[Name], may_be_kept: Callable) -> tuple[Body, Body]:
+    """Divides a body into what depends on some of its arguments only, and the rest.
+
+    Args:
+      body: the body.
+      given: these arguments.
+      may_be_kept: `shape -> whether` a value of that shape may be computed ahead.
+
+    Returns:
+      A body whose arguments are `given`, and one that takes the outputs of the first after its own arguments.
+    """
+    known, early, late = set(given), [], []
+    constant: set[Name] = set()
+    for eqn in body.eqns:
+        names = set(_names(eqn.invars)) - constant
+        if not names:  # on either side, where it is needed
+            constant.update(eqn.outvars)
+            early.append(eqn)
+            late.append(eqn)
+        elif known.issuperset(names) and all(may_be_kept(v.aval.shape) for v in eqn.outvars):
+            known.update(eqn.outvars)
+            early.append(eqn)
+        else:
+            late.append(eqn)
+    # Outputs are computed in the rest: a loop's carry must not be an operand itself.
+    outputs = [v for v in _names(body.outvars) if v in known and v not in given]
+    stays = {id(eqn) for eqn in (*late, *_needed(Body(given, early, outputs)).eqns)}
+    needed = {v for eqn in late for v in _names(eqn.invars)}
+    for eqn in reversed(early):  # what is free stays: what it is computed from is kept instead
+        if eqn.primitive.name in _FREE and needed.intersection(eqn.outvars):
+            stays.add(id(eqn))
+            needed.update(_names(eqn.invars))
+    rest = [eqn for eqn in body.eqns if id(eqn) in stays]
+    kept = [v for eqn in early if id(eqn) not in stays for v in eqn.outvars if v in needed]
+    after = Body([*body.invars, *kept], rest, body.outvars)
+    return _needed(Body(given, early, kept)), _needed(after)
+
+
+class Comparison(NamedTuple):
+    """Where a body compares a number per row with one per column.
+
+    Attributes:
+      name: `"le"`, `"lt"`, `"ge"` or `"gt"`.
+      left: the argument of the body that is the left operand.
+      right: the argument that is the right operand.
+      out: the variable that holds the result for a tile.
+    """
+
+    name: str
+    left: Name
+    right: Name
+    out: Name
+
+
+def comparisons(body: Body, arguments: set[Name]) -> list[Comparison]:
+    """The comparisons of order between two different integer arguments, one number per row and one per column."""
+    source: dict[Name, Name] = {v: v for v in arguments if jnp.issubdtype(v.aval.dtype, jnp.integer)}
+    found = []
+    for eqn in body.eqns:
+        names = _names(eqn.invars)
+        if len(names) == 1 and eqn.primitive.name in _FREE and names[0] in source:
+            source[eqn.outvars[0]] = source[names[0]]
+        elif eqn.primitive.name in ("le", "lt", "ge", "gt") and len(names) == 2 and set(names) <= set(source):
+            left, right = (source[v] for v in names)
+            if left is not right:
+                found.append(Comparison(eqn.primitive.name, left, right, eqn.outvars[0]))
+    return found
+
+
+def where_true(body: Body, true: set[Name]) -> Body:
+    """The body where some variables are known to be true."""
+    true, same, eqns = set(true), {}, []
+    for eqn in body.eqns:
+        eqn = eqn._replace(invars=[same.get(v, v) if isinstance(v, Name) else v for v in eqn.invars])
+        name, given = eqn.primitive.name, [isinstance(v, Name) and v in true for v in eqn.invars]
+        if name in _FREE and all(given):
+            true.update(eqn.outvars)
+        elif name == "and" and any(given):
+            same[eqn.outvars[0]] = eqn.invars[given.index(True) ^ 1]
+            if all(given):
+                true.update(eqn.outvars)
+        elif name == "select_n" and given[0] and eqn.invars[2].aval.shape == eqn.outvars[0].aval.shape:
+            same[eqn.outvars[0]] = eqn.invars[2]
+            continue
+        eqns.append(eqn)
+    outvars = [same.get(v, v) if isinstance(v, Name) else v for v in body.outvars]
+    return _needed(Body(body.invars, eqns, outvars))
+
+
+# Operations on axes, which cost nothing.
+_FREE = ("broadcast_in_dim", "reshape", "squeeze")
+
+
+def _inline(jaxpr: Any, args: list, eqns: list[Equation]) -> list:
+    """Appends the equations of a jaxpr (closed or not) on given arguments; returns its outputs."""
+    consts = getattr(jaxpr, "consts", ())
+    for const in consts:
         if isinstance(const, Tracer) or np.ndim(const) > 0:
             raise Unsupported("its functions close over arrays")
-    return closed, out
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    known = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, args, strict=True))
+    for eqn in jaxpr.eqns:
+        invars = [v if isinstance(v, core.Literal) else known[v] for v in eqn.invars]
+        if eqn.primitive.name in _INLINED:
+            outvars = _inline(eqn.params[_INLINED[eqn.primitive.name]], invars, eqns)
+        else:
+            outvars = [Name(v.aval) for v in eqn.outvars]
+            eqns.append(Equation(eqn.primitive, eqn.params, invars, outvars))
+        known.update(zip(eqn.outvars, outvars, strict=True))
+    return [v if isinstance(v, core.Literal) else known[v] for v in jaxpr.outvars]
 
 
-def evaluate(space: Space, jaxpr: Any, args: list[Value]) -> list[Value]:
-    """The outputs of a jaxpr (closed or not) for the given values."""
-    consts = [constant(c) for c in getattr(jaxpr, "consts", ())]
-    return _evaluate(space, getattr(jaxpr, "jaxpr", jaxpr), consts, args)
-
-
-def _evaluate(space: Space, jaxpr, consts: list[Value], args: list[Value]) -> list[Value]:
-    known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+def evaluate(space: Space, body: Body, args: list[Value]) -> list[Value]:
+    """The outputs of a body for the given values."""
+    known = dict(zip(body.invars, args, strict=True))
 
     def read(var) -> Value:
-        if isinstance(var, core.Literal):
-            return _constant(var)
-        return known[var]
+        return known[var] if isinstance(var, Name) else _constant(var)
 
-    needed = _needed(jaxpr)
-    for eqn, is_needed in zip(jaxpr.eqns, needed):
-        if not is_needed:
-            continue
+    for eqn in body.eqns:
         name = eqn.primitive.name
         values = [read(v) for v in eqn.invars]
-        if name in _INLINED:
-            outs = evaluate(space, eqn.params[_INLINED[name]], values)
-        elif name in _RULES:
+        if name in _RULES:
             outs = _RULES[name](space, eqn, *values)
         elif name in _ELEMENTWISE:
             _check_integers(eqn)
@@ -190,24 +467,19 @@ def _evaluate(space: Space, jaxpr, consts: list[Value], args: list[Value]) -> li
         else:
             raise Unsupported(f"Mosaic GPU has no rule for {name}")
         known.update(zip(eqn.outvars, outs if isinstance(outs, list) else [outs]))
-    return [read(v) for v in jaxpr.outvars]
-
-
-def _needed(jaxpr) -> list[bool]:
-    """Which equations the outputs depend on."""
-    live = {v for v in jaxpr.outvars if not isinstance(v, core.Literal)}
-    needed = []
-    for eqn in reversed(jaxpr.eqns):
-        needed.append(any(v in live for v in eqn.outvars))
-        if needed[-1]:
-            live.update(v for v in eqn.invars if not isinstance(v, core.Literal))
-    return needed[::-1]
+    return [read(v) for v in body.outvars]
 
 
 def _constant(var) -> Value:
-    if np.ndim(var.val) > 0:
+    """The value of a literal or of a constant of a jaxpr."""
+    x = (
+        np.asarray(var.val, getattr(var.aval, "dtype", None))
+        if isinstance(var, core.Literal)
+        else np.asarray(var)
+    )
+    if x.ndim > 0:
         raise Unsupported("its functions close over arrays")
-    return constant(np.asarray(var.val, var.aval.dtype))
+    return constant(x)
 
 
 # --- elementwise -------------------------------------------------------------------------------------------
@@ -244,10 +516,51 @@ def _map(space: Space, function: Callable, *values: Value) -> Value:
 
 
 def _elementwise(space: Space, primitive, params: dict, *values: Value) -> Value:
-    rule = _ELEMENTWISE[primitive.name]
-    if rule is None:
-        return _map(space, functools.partial(primitive.bind, **params), *values)
-    return _map(space, lambda *x: rule(*x, **params), *values)
+    rule = _ELEMENTWISE[primitive.name] or primitive.bind
+    of_tiles = space.functions.get(primitive.name)
+
+    def function(*x):
+        if of_tiles is not None and x[0].ndim == 2 and x[0].dtype == jnp.float32:
+            return of_tiles(*x)
+        return rule(*x, **params)
+
+    return _map(space, function, *values)
+
+
+def _add(space: Space, eqn, a: Value, b: Value) -> Value:
+    """Adds a product by accumulating it, if the other operand has the same axes."""
+    _check_integers(eqn)
+    for start, term in ((a, b), (b, a)):
+        product = _product_of(term)
+        if product is not None and start.kinds == term.kinds and start.items.size == 1:
+            item = start.items.ravel()[0]
+            if item.dims == product.dims and not isinstance(item.x, Product):
+                return single_like(term, Item(item.dims, product.x.added_to(space.spread(item, item.dims))))
+    return _map(space, lax.add, a, b)
+
+
+def _convert(space: Space, eqn, value: Value) -> Value:
+    _check_integers(eqn)
+    dtype = eqn.params["new_dtype"]
+    if _product_of(value) is not None and held(dtype) == jnp.float32:  # as it is, in registers
+        return value
+    return _map(space, functools.partial(convert, new_dtype=dtype), value)
+
+
+def _div(space: Space, eqn, a: Value, b: Value) -> Value:
+    """Divides; a tile by one number per row or per column: multiplies by its reciprocal."""
+    _check_integers(eqn)
+    of_tile, by_tile = (any(len(item.dims) == 2 for item in value.items.ravel()) for value in (a, b))
+    is_float = jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating)
+    if "div" in space.functions and is_float and of_tile and not by_tile:
+        return _map(space, lax.mul, a, _map(space, lambda y: lax.full_like(y, 1) / y, b))
+    return _elementwise(space, eqn.primitive, eqn.params, a, b)
+
+
+def _product_of(value: Value) -> Item | None:
+    """The item of a value that is a product and not yet computed."""
+    item = value.items.ravel()[0] if value.items.size == 1 else None
+    return item if item is not None and isinstance(item.x, Product) else None
 
 
 def _without_options(function: Callable) -> Callable:
@@ -407,11 +720,8 @@ def _reduce_precision(x, *, exponent_bits, mantissa_bits):
 
 # The rule for each primitive; None: the primitive itself.
 _ELEMENTWISE: dict[str, Callable | None] = {
-    **dict.fromkeys(
-        ("add", "sub", "mul", "div", "neg", "abs", "max", "min", "and", "or", "xor", "rem", "atan2")
-    ),
+    **dict.fromkeys(("sub", "mul", "div", "neg", "abs", "max", "min", "and", "or", "xor", "rem", "atan2")),
     **dict.fromkeys(("gt", "ge", "lt", "le", "shift_left", "shift_right_logical", "shift_right_arithmetic")),
-    "add_any": lax.add,
     "and": None,
     "square": lambda x: x * x,
     "one_minus_square": lambda x: (_fill(x, 1) + x) * (_fill(x, 1) - x),
@@ -420,7 +730,6 @@ _ELEMENTWISE: dict[str, Callable | None] = {
     "ne": _not_equal,
     "select_n": _select,
     "clamp": _clamp,
-    "convert_element_type": convert,
     "is_finite": _is_finite,
     "integer_pow": _integer_pow,
     "sign": _sign,
@@ -723,8 +1032,9 @@ def _scan(space: Space, eqn, *values: Value) -> list:
     if [a.shape for a in jaxpr.in_avals[n_consts:]] != [a.shape for a in jaxpr.out_avals]:
         raise Unsupported("it has a loop whose carry changes its shape")
     consts, carry = list(values[:n_consts]), list(values[n_consts:])
+    body = flat(jaxpr)
     for _ in range(length):
-        carry = evaluate(space, jaxpr, [*consts, *carry])
+        carry = evaluate(space, body, [*consts, *carry])
     return carry
 
 
@@ -733,6 +1043,10 @@ def _argument(space: Space, eqn, *values: Value) -> list:
 
 
 _RULES: dict[str, Callable] = {
+    "add": _add,
+    "add_any": _add,
+    "div": _div,
+    "convert_element_type": _convert,
     "broadcast_in_dim": _broadcast_in_dim,
     "reshape": _reshape,
     "squeeze": _squeeze,

@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsoft._trees import align_varying
 from jaxsoft.kernels import _trace
 from jaxsoft.kernels._device import Kernel
 from jaxsoft.kernels._sweep import Operands, Out, Plan, Scores, Tiles, abreast, apart, of_one
 from jaxsoft.kernels.gpu import _narrow
-from jaxsoft.kernels.gpu._narrow import HALF, Item, Space, Unsupported, Value
+from jaxsoft.kernels.gpu._narrow import HALF, Body, Item, Space, Unsupported, Value
 
 # Bytes of shared memory per block of threads on Hopper, less some for barriers and reductions across warps.
 SHARED_MEMORY = 232448 - 4096
@@ -28,9 +29,11 @@ SHARED_MEMORY = 232448 - 4096
 WARPGROUP = 64
 # Bytes of the longest swizzled line of shared memory.
 _LINE = 128
+# The most registers of a thread, of 232, that may hold results of products: more spill.
+_MOST_ACCUMULATORS = 160
 # L2 budget, in bytes, for data that concurrent blocks share.
 _CACHED = 24 * 2**20
-# The largest number of parts of the minor axis that is tried by default.
+# The largest number of parts of the minor axis that is tried by default, unless more are needed for one per processor.
 _MOST_PARTS = 32
 # The most blocks of threads along the last axes of a CUDA grid.
 _LARGEST_GRID = 65535
@@ -44,8 +47,16 @@ _LETTERS = "hijklm"
 _LONGEST_FEATURES = 256
 
 
+# The most numbers per row that are computed outside of the kernel.
+_MOST_AHEAD = 24
+
+
+def _none(*args: Any) -> Any:
+    raise AssertionError("per-row numbers are neither loaded nor multiplied")
+
+
 class _TooLarge(Exception):
-    """Blocks of these sizes do not fit into shared memory; the message says why."""
+    """Blocks of these sizes do not fit into shared memory or registers; the message says why."""
 
 
 class Leaf(NamedTuple):
@@ -55,7 +66,8 @@ class Leaf(NamedTuple):
       kinds: the kinds of its axes after the batch, as in `Value.kinds`.
       shape: the lengths of these axes, in a tile as it is traced.
       dtype: the dtype that the body sees.
-      pack: `"f"` or `"i"` if it is among the packed float32 or int32 numbers, `"w"` (wide) if it is its own array.
+      pack: `"f"` or `"i"` if it is among the packed float32 or int32 numbers, `"w"` (wide) if it is its own array, `""`
+        if nothing reads it.
       at: its index among the packed numbers (the first of `count`), or among the wide arrays.
       abreast: how many matrices' features lie side by side in the wide array.
     """
@@ -106,6 +118,16 @@ class Packer:
             )
         self.counts[pack] += 1 if several else leaf.count
         self.leaves.append(leaf)
+
+    def reduced(self, is_read: Callable[[int], bool]) -> Packer:
+        """These leaves, of which narrow ones that are not read have no place."""
+        out = Packer()
+        for i, leaf in enumerate(self.leaves):
+            if leaf.pack == "w" or is_read(i):
+                out.add(leaf.kinds, leaf.shape, leaf.dtype, leaf.abreast)
+            else:
+                out.leaves.append(leaf._replace(pack="", at=0))
+        return out
 
     @property
     def wide(self) -> list[Leaf]:
@@ -186,10 +208,16 @@ class Program:
         }
         self.order = self.major + self.minor_letter + "".join(self.letters.values())
         self._trace(body, init)
+        self._compute_ahead()
+        self._compare()
         self.products_from_registers: set[tuple] = set()
         self.reads: dict[str, set[str]] = {}
         self.uses_sides = False
+        # Registers of a thread that hold results of products: the scores and carried features among them.
+        self.accumulators = self.minor // 2 + sum(features(leaf.shape[1]) // 2 for leaf in self.carry.wide)
         self.crosses_warps = self._try()
+        if self.accumulators > _MOST_ACCUMULATORS and minor > 64 and not self._wanted_width():
+            raise _TooLarge(f"a tile of {minor} needs more registers than there are")
         self.sizes = self._cut()
 
     # --- what is read ----------------------------------------------------------------------------------------
@@ -213,13 +241,23 @@ class Program:
 
     def _widths(self) -> tuple[int, ...]:
         """Lengths of a tile along the minor axis to try, the best first."""
-        name = "columns" if self.plan.over == "columns" else "rows"
-        wanted = dict(self.kernel.blocks).get(name)
-        if wanted is None:
-            return (64,) if self.scores.values is not None or self.plan.over == "rows" else (128, 64)
-        if wanted % 64 or wanted > 256:
-            raise Unsupported(f"a tile must have 64, 128, 192 or 256 {name}, not {wanted}")
-        return (wanted,)
+        wanted, length = self._wanted_width(), self.lengths[self.minor_letter]
+        if wanted is not None:
+            if wanted % 64 or wanted > 256:
+                name = "columns" if self.plan.over == "columns" else "rows"
+                raise Unsupported(f"a tile must have 64, 128, 192 or 256 {name}, not {wanted}")
+            return (wanted,)
+        if self.plan.over == "rows":
+            return (64,)
+        # 256 columns of a product read its rows less often; not if the last tile, or one that a mask cuts, would be
+        # mostly empty.
+        skips = self.plan.live is not None or self.operands.seen is not None
+        widest = self.scores.values is None and not skips and -(-length // 256) * 256 <= 1.1 * length
+        return (256, 128, 64) if widest else (128, 64)
+
+    def _wanted_width(self) -> int | None:
+        """The length of a tile along the minor axis that the user or a table of measurements asks for."""
+        return dict(self.kernel.blocks).get("columns" if self.plan.over == "columns" else "rows")
 
     def _traced_columns(self) -> int:
         """Number of columns while a body is traced: those of a tile, or along the major axis a recognizable number."""
@@ -314,6 +352,100 @@ class Program:
             if jnp.dtype(dtype) not in (*HALF, jnp.dtype(jnp.float32)):
                 raise Unsupported(f"entry outputs must be in bfloat16, float16 or float32, not in {dtype}")
 
+    def _compute_ahead(self) -> None:
+        """Takes out of the body what depends on per-row numbers only: it is computed once, outside of the kernel."""
+        count = {"r": self._counted(self.operands.rows), "c": self._counted(self.operands.cols)}
+        args = {
+            "r": self.body.invars[1:][: count["r"]],
+            "c": self.body.invars[1 + count["r"] :][: count["c"]],
+        }
+        self.given = [i for i, leaf in enumerate(self.rows.leaves[: count["r"]]) if leaf.pack != "w"]
+
+        def may_be_kept(shape: tuple[int, ...]) -> bool:
+            return shape[:1] == (_TRACED_ROWS,) and math.prod(shape[1:]) < _FEWEST_FEATURES
+
+        ahead, body = _narrow.split(self.body, [args["r"][i] for i in self.given], may_be_kept)
+        if sum(math.prod(v.aval.shape[1:]) for v in ahead.outvars) > _MOST_AHEAD:
+            ahead, body = ahead._replace(eqns=[], outvars=[]), self.body
+        self.ahead, self.body = ahead, body
+
+        def reduced(packer: Packer, letter: str) -> Packer:
+            def is_read(i: int) -> bool:
+                begins = letter == self.major and _narrow.is_read(self.init, self.init.invars[i])
+                return begins or _narrow.is_read(body, args[letter][i])
+
+            return packer.reduced(lambda i: i >= count[letter] or is_read(i))
+
+        self.rows, self.cols = reduced(self.rows, "r"), reduced(self.cols, "c")
+        for v in ahead.outvars:
+            self.rows.add(("r", *[None] * (len(v.aval.shape) - 1)), v.aval.shape, v.aval.dtype)
+
+    def _compare(self) -> None:
+        """Finds the comparisons of per-row with per-column numbers: on most tiles, the masks hide nothing."""
+        # Place of each argument among the leaves of rows and of columns.
+        place: dict[Any, tuple[str, int]] = {}
+        count = self._counted(self.operands.rows)
+        for i, v in enumerate(self.body.invars[1:][: count + self._counted(self.operands.cols)]):
+            place[v] = ("r", i) if i < count else ("c", i - count)
+        first = len(self.rows.leaves) - len(self.ahead.outvars)
+        for i, v in enumerate(self.body.invars[len(self.body.invars) - len(self.ahead.outvars) :]):
+            place[v] = ("r", first + i)
+        one = {
+            v
+            for v, (letter, i) in place.items()
+            if {"r": self.rows, "c": self.cols}[letter].leaves[i].count == 1
+        }
+        found = [c for c in _narrow.comparisons(self.body, one) if place[c.left][0] != place[c.right][0]]
+        skips = self.plan.live is not None or self.operands.seen is not None
+        several = self.lengths[self.minor_letter] > self.minor
+        # The name of each comparison, and the leaves that it compares.
+        self.compared = [(c.name, place[c.left], place[c.right]) for c in found] if skips and several else []
+        # The body on a tile on which all of them hold.
+        self.whole = _narrow.where_true(self.body, {c.out for c in found}) if self.compared else None
+
+    def ahead_of(self, rows: list) -> list:
+        """The per-row operands that are computed ahead, from the leaves of `Operands.rows`; `[G or 1, n, ...]`."""
+        if not self.ahead.outvars:
+            return []
+        given = [rows[i] for i in self.given]
+        of_each = {
+            v for v, a in zip(self.ahead.invars, given) if a.shape[0] > 1
+        }  # those that differ between matrices
+        for eqn in self.ahead.eqns:
+            if any(v in of_each for v in eqn.invars if isinstance(v, _narrow.Name)):
+                of_each.update(eqn.outvars)
+
+        def layout(x, dims):
+            """Inside shard_map, constants vary over the mesh axes of the operands."""
+            del dims
+            return align_varying((given, x))[1]
+
+        space = Space({"r": self.n}, self.traced, "r", layout, _none, _none)
+
+        def of_matrix(*arrays):
+            values = []
+            for a in arrays:
+                kinds = ("r", *[None] * (a.ndim - 1))
+                items = np.empty((1, *a.shape[1:]), object)
+                for at in np.ndindex(items.shape):
+                    x = a[(slice(None), *at[1:])]
+                    items[at] = space.item("r", _narrow.convert(x, x.dtype))
+                values.append(Value(kinds, items))
+            out = []
+            for v, value in zip(self.ahead.outvars, _narrow.evaluate(space, self.ahead, values)):
+                kinds = ("r", *[None] * (len(v.aval.shape) - 1))
+                numbers = _narrow.arrays(space, value, kinds, v.aval.shape)
+                out.append(jnp.stack(numbers, axis=-1).reshape(self.n, *v.aval.shape[1:]))
+            return out
+
+        in_axes = [0 if v in of_each else None for v in self.ahead.invars]
+        out_axes = [0 if v in of_each else None for v in self.ahead.outvars]
+        given = [a if axis == 0 else a[0] for a, axis in zip(given, in_axes)]
+        if not any(axis == 0 for axis in in_axes):
+            return [a[None] for a in of_matrix(*given)]
+        out = jax.vmap(of_matrix, in_axes, out_axes)(*given)
+        return [a if axis == 0 else a[None] for a, axis in zip(out, out_axes)]
+
     def _add_output(self, packer: Packer, letter: str, a) -> None:
         features = len(a.shape) == 2 and a.shape[1] >= _FEWEST_FEATURES and a.shape[1] in self.letters
         features = features and jnp.issubdtype(a.dtype, jnp.floating)
@@ -334,11 +466,11 @@ class Program:
             self.minor_letter: self.lengths[self.minor_letter] % self.minor != 0,
         }
 
-    def space(self, layout: Callable, load: Callable, product: Callable) -> Space:
+    def space(self, layout: Callable, load: Callable, product: Callable, **functions: Any) -> Space:
         """The space of this sweep's tiles, see `Space` for the functions."""
         sizes = {letter: features(size) for size, letter in self.letters.items()}
         sizes.update({self.major: WARPGROUP, self.minor_letter: self.minor})
-        return Space(sizes, self.traced, self.order, layout, load, product)
+        return Space(sizes, self.traced, self.order, layout, load, product, **functions)
 
     def tile(self, letters: str) -> str:
         """The letters in the order that axes have in arrays."""
@@ -355,7 +487,11 @@ class Program:
 
         def product(left, right, kind, letters):
             dims = self._product_of_shapes(left, right, kind, letters)
-            return space.item(dims, jnp.zeros(space.shape(dims), jnp.float32))
+
+            def compute(start):
+                return jnp.zeros(space.shape(dims), jnp.float32) if start is None else start + 0
+
+            return Item(dims, _narrow.Product(compute))
 
         space = self.space(lambda x, dims: x, load, product)
 
@@ -363,6 +499,9 @@ class Program:
             def operands(packer: Packer) -> list[Value]:
                 out = []
                 for leaf in packer.leaves:
+                    if not leaf.pack:
+                        out.append(None)
+                        continue
                     dims = self.tile("".join(k for k in leaf.kinds if k))
                     if leaf.pack == "w" and packer is not self.entries:
                         name = f"{leaf.kinds[0]}{leaf.at}"
@@ -381,7 +520,9 @@ class Program:
             side = jax.ShapeDtypeStruct((), self.scores.dtype)
             sides = self.sides(space, side, side)
             rows, cols, entries = (operands(packer) for packer in (self.rows, self.cols, self.entries))
-            out = self.visit(space, raw, rows, cols, entries, zero, zero, zero, zero, sides, values)
+            out = self.visit(
+                self.body, space, raw, rows, cols, entries, zero, zero, zero, zero, sides, values
+            )
             return jax.tree.leaves(out)
 
         jax.eval_shape(run)
@@ -433,6 +574,8 @@ class Program:
     def _product_of_shapes(self, left: Item, right: Item, kind: str, letters: str) -> str:
         """The axes of a product on shapes; notes what it reads."""
         dims, a, b = self.product_sides(left, right, kind, letters)
+        if set(dims) == set("rc"):
+            self.accumulators += self.minor // 2
         self.use(a, "product")
         self.use(b, "product")
         if not a.memory and set(a.dims) != {dims[0], kind}:
@@ -441,7 +584,7 @@ class Program:
             self.products_from_registers.add((kind, self.half(b.x.dtype)))
         return dims
 
-    def start(self, space: Space, own: list[Value]) -> list[list]:
+    def start(self, space: Space, own: list) -> list[list]:
         """The carry before the first tile, as the arrays of each leaf."""
         operands = own[: self._counted(self.operands.rows if self.major == "r" else self.operands.cols)]
         like = Value((self.major,), _narrow.scalar(np.float32(0)).items.reshape(1))
@@ -452,10 +595,13 @@ class Program:
     def _counted(tree) -> int:
         return len(jax.tree.leaves(tree))
 
-    def visit(self, space: Space, raw, rows, cols, entries, row, col, start, batch, sides, carry) -> tuple:
-        """Evaluates the body on a tile: the arrays of each carried leaf, of each entry output, of each column output.
+    def visit(
+        self, body: Body, space: Space, raw, rows, cols, entries, row, col, start, batch, sides, carry
+    ) -> tuple:
+        """Evaluates a body on a tile: the arrays of each carried leaf, of each entry output, of each column output.
 
         Args:
+          body: `self.body` or `self.whole`.
           space: the space of the arrays.
           raw: the scores.
           rows: values of `self.rows`.
@@ -493,8 +639,9 @@ class Program:
             *inside,
             *sides,
             *carry,
+            *rows[len(rows) - len(self.ahead.outvars) :],
         ]
-        out = _narrow.evaluate(space, self.body, args)
+        out = _narrow.evaluate(space, body, args)
         n_carry = len(self.carry.leaves)
         new = [leaf.numbers(space, v) for leaf, v in zip(self.carry.leaves, out[:n_carry])]
         written = out[n_carry : n_carry + self.n_entries]
@@ -548,7 +695,7 @@ class Program:
             # Two tiles of the other operands if there is room for two steps beside them, else one.
             fits = [n for n in (2, 1) if room - n * tile >= min(2, n) * step]
             tile_stages = min(fits[0] if fits else 1, n_tiles) if tile else 0
-            stages = min(named.get("stages", 4), steps * n_tiles, (room - tile_stages * tile) // step)
+            stages = min(named.get("stages", 6), steps * n_tiles, (room - tile_stages * tile) // step)
         if stages < 1:
             raise _TooLarge(
                 f"a tile of the operands needs {fixed + tile + step} bytes of shared memory, more than there are"
@@ -608,14 +755,16 @@ class Program:
         together = blocks
         if self.scores.values is None:
             each = groups * WARPGROUP * self.scores.left.shape[-1] * jnp.dtype(self.scores.dtype).itemsize
-            together = max(1, min(blocks, _CACHED // each))
+            groups_of_blocks = -(-blocks // max(1, min(blocks, _CACHED // each)))
+            together = -(-blocks // groups_of_blocks)
         if self.plan.over == "rows":
             return 1, together
         wanted = dict(self.kernel.blocks).get("parts")
         if wanted is None:
             least = 1 if together == blocks else -(-processors(self.kernel) // together)
+            most = max(least, _MOST_PARTS, processors(self.kernel) // (self.g * blocks))
             wanted = min(
-                range(least, max(least, _MOST_PARTS) + 1),
+                range(least, most + 1),
                 key=lambda parts: self._time(parts, blocks, n_tiles),
             )
         return max(1, min(wanted, n_tiles)), together

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -24,7 +26,7 @@ from jaxsoft._trees import align_varying
 from jaxsoft.kernels import _tables
 from jaxsoft.kernels._device import Kernel
 from jaxsoft.kernels._sweep import Operands, Plan, Result, Scores, Tiles, abreast
-from jaxsoft.kernels.gpu import _narrow
+from jaxsoft.kernels.gpu import _functions, _narrow
 from jaxsoft.kernels.gpu._narrow import Item, Space, Unsupported, Value
 from jaxsoft.kernels.gpu._program import WARPGROUP, Leaf, Packer, Program, entry_dtype, features
 
@@ -92,8 +94,12 @@ def _packed(program: Program, packer: Packer, leaves: list, length: int) -> dict
     """Packs narrow leaves `[batches, n, ...]` into one `[batches, count, length]` per dtype; wide leaves stay apart."""
     parts: dict[str, list] = {"f": [], "i": []}
     wide = []
-    batches = max((a.shape[0] for leaf, a in zip(packer.leaves, leaves) if leaf.pack != "w"), default=1)
+    batches = max(
+        (a.shape[0] for leaf, a in zip(packer.leaves, leaves) if leaf.pack in ("f", "i")), default=1
+    )
     for leaf, a in zip(packer.leaves, leaves, strict=True):
+        if not leaf.pack:
+            continue
         if leaf.pack == "w":
             dtype = program.stored(leaf)
             wide.append(None if dtype is None else _tiled(a.astype(dtype)))
@@ -118,8 +124,9 @@ class _Memory(NamedTuple):
       passing: packed operands along the minor axis.
       entries: entry operands, with the major axis first, `[G, n, S]` or `[G, S, n]`.
       start: `Operands.start`, `[1]`.
-      order: `[M, blocks, tiles]`, the tiles of each block, those with anything to do first; one table for each `G / M`
-        matrices. None if all tiles have something to do.
+      order: `[M, blocks, tiles]`, the tiles of each block, those with anything to do first, and of these the whole
+        ones; one table for each `G / M` matrices. None if all tiles have something to do.
+      whole: `[M, blocks]`, how many tiles of a block no mask cuts; None if that is not known.
       live: `[M, blocks]`, how many tiles of a block have anything to do.
       first: `[M, blocks]`, the blocks in the order in which they are started: most live tiles first.
     """
@@ -130,6 +137,7 @@ class _Memory(NamedTuple):
     entries: list
     start: Any
     order: Any
+    whole: Any
     live: Any
     first: Any
 
@@ -226,6 +234,10 @@ def _accumulator(width: int):
     return plgpu.ACC((WARPGROUP, width), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
 
 
+def _accumulating(start):
+    return plgpu.ACC.init(start)  # pyright: ignore[reportPrivateImportUsage]
+
+
 def _interpreter():
     return getattr(plgpu, "InterpretGPUParams")  # noqa: B009  (older versions have none)
 
@@ -260,17 +272,20 @@ class _Sweep:
         p, s = self.p, self.s
         memory = self._memory()
         out = self._results()
+
+        def body(*refs):
+            self._kernel(jax.tree.structure(memory), jax.tree.structure(out), refs)
+
+        # The name that profilers show.
+        body.__name__ = f"sweep_over_{p.plan.over}_{s.groups}x{WARPGROUP}x{s.minor}"
         kernel = plgpu.kernel(
-            lambda *refs: self._kernel(jax.tree.structure(memory), jax.tree.structure(out), refs),
+            body,
             out_type=tuple(jax.tree.leaves(out)),
             grid=(p.g, -(-s.blocks // s.together), s.parts, s.together),
             grid_names=("batch", "group", "part", "block"),
             num_threads=s.groups + 1,
             thread_name="warpgroup",
-            compiler_params=plgpu.CompilerParams(
-                lowering_semantics=plgpu.LoweringSemantics.Lane,
-                approx_math=bool(dict(p.kernel.blocks).get("approximate", 0)),
-            ),
+            compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
             interpret=_interpreter()() if p.kernel.interpret else None,
         )
         written = jax.tree.unflatten(jax.tree.structure(out), kernel(*jax.tree.leaves(memory)))
@@ -292,22 +307,22 @@ class _Sweep:
                 # A tile has the major axis first: registers cannot transpose it.
                 a = a.astype(entry_dtype(a.dtype))
                 entries.append(_aligned(a if p.major == "r" else jnp.swapaxes(a, 1, 2)))
+        rows += p.ahead_of(rows)
         own, passing = (rows, cols) if p.major == "r" else (cols, rows)
         product = self.product
         scores = [_tiled(side) for side, _ in self._sides()] if product else [_aligned(p.scores.values)]
+        own_packed = _packed(p, p.own, own, self.major_length)
+        passing_packed = _packed(p, p.passing, passing, self.minor_length)
         all_live = p.plan.live is None and p.operands.seen is None
-        order = (None, None, None) if all_live else self._order()
-        return _Memory(
-            scores,
-            _packed(p, p.own, own, self.major_length),
-            _packed(p, p.passing, passing, self.minor_length),
-            entries,
-            jnp.asarray(p.operands.start, jnp.int32).reshape(1),
-            *order,
-        )
+        order = (None,) * 4 if all_live else self._order(rows, cols)
+        start = jnp.asarray(p.operands.start, jnp.int32).reshape(1)
+        return _Memory(scores, own_packed, passing_packed, entries, start, *order)
 
-    def _order(self) -> tuple:
-        """`_Memory.order`, `live` and `first`, from `Plan.live` and `Operands.seen`, whose tiles may differ in size."""
+    def _order(self, rows: list, cols: list) -> tuple:
+        """`_Memory.order`, `whole`, `live` and `first`, from `Plan.live` and `Operands.seen`.
+
+        The tiles of these may differ in size. Constants if all that they depend on is static.
+        """
         p, s = self.p, self.s
 
         tiles = p.plan.tiles or Tiles(
@@ -318,9 +333,9 @@ class _Sweep:
 
         def overlapping(i, size: int, axis: int) -> list:
             """The caller's tiles that overlap our i-th one; some may be repeated."""
-            last = (jnp.minimum((i + 1) * size, lengths[axis]) - 1) // coarse[axis]
+            last = (np.minimum((i + 1) * size, lengths[axis]) - 1) // coarse[axis]
             return [
-                jnp.minimum(i * size // coarse[axis] + k, last) for k in range((size - 1) // coarse[axis] + 2)
+                np.minimum(i * size // coarse[axis] + k, last) for k in range((size - 1) // coarse[axis] + 2)
             ]
 
         def is_live_there(seen, i, j):
@@ -330,15 +345,45 @@ class _Sweep:
         def is_live(seen, i, j):
             pairs = [(a, b) for a in overlapping(i, s.major, 0) for b in overlapping(j, s.minor, 1)]
             pairs = pairs if p.major == "r" else [(b, a) for a, b in pairs]
-            found = [is_live_there(seen, a, b) for a, b in pairs]
-            return jnp.broadcast_to(functools.reduce(jnp.logical_or, found, False), (s.blocks, s.tiles))
+            found = functools.reduce(operator.or_, (is_live_there(seen, a, b) for a, b in pairs))
+            return found | np.zeros((s.blocks, s.tiles), bool)
 
-        i, j = jnp.arange(s.blocks, dtype=jnp.int32)[:, None], jnp.arange(s.tiles, dtype=jnp.int32)
+        i, j = np.arange(s.blocks, dtype=np.int32)[:, None], np.arange(s.tiles, dtype=np.int32)
         seen = p.operands.seen
         live = is_live(None, i, j)[None] if seen is None else jax.vmap(lambda each: is_live(each, i, j))(seen)
-        count = jnp.sum(live, axis=2, dtype=jnp.int32)
-        order = jnp.argsort(~live, axis=2, stable=True).astype(jnp.int32)
-        return order, count, jnp.argsort(-count, axis=1, stable=True).astype(jnp.int32)
+        whole = self._whole(rows, cols, live)
+        xp: Any = np if isinstance(live, np.ndarray) and isinstance(whole, np.ndarray | None) else jnp
+        kinds = ~live if whole is None else xp.where(live, xp.where(whole, 0, 1), 2)
+        count = live.sum(axis=2).astype(np.int32)
+        order = xp.argsort(kinds, axis=2, stable=True).astype(np.int32)
+        if whole is not None:
+            whole = (whole & live).sum(axis=2).astype(np.int32)
+        return order, whole, count, xp.argsort(-count, axis=1, stable=True).astype(np.int32)
+
+    def _whole(self, rows: list, cols: list, live) -> Any:
+        """`[M, blocks, tiles]`: whether all comparisons of `Program.compared` hold for all entries of a tile."""
+        p, s = self.p, self.s
+        sizes = {p.major: (s.blocks, s.major), p.minor_letter: (s.tiles, s.minor)}
+
+        def extreme(letter: str, i: int, name: str):
+            """The smallest or largest number in each block, `[1 or M, blocks]`."""
+            a = {"r": rows, "c": cols}[letter][i]
+            blocks, size = sizes[letter]
+            a = a.reshape(a.shape[0], -1)
+            xp: Any = np if isinstance(a, np.ndarray) else jnp
+            a = xp.pad(a, ((0, 0), (0, blocks * size - a.shape[1])), mode="edge")
+            return getattr(xp, name)(a.reshape(-1, blocks, size), axis=2)
+
+        found = []
+        for name, left, right in p.compared:
+            low = name in ("le", "lt")  # the largest on the left must be below the smallest on the right
+            a, b = extreme(*left, "max" if low else "min"), extreme(*right, "min" if low else "max")
+            a = a[:, :, None] if left[0] == p.major else a[:, None]
+            b = b[:, :, None] if right[0] == p.major else b[:, None]
+            found.append(getattr(operator, name)(a, b))
+        if not found or any(each.shape[0] not in (1, live.shape[0]) for each in found):
+            return None
+        return functools.reduce(operator.and_, found)
 
     def _results(self) -> _Results:
         """Shapes and dtypes of what the kernel writes."""
@@ -495,13 +540,13 @@ class _Sweep:
             @pl.when(me == s.groups)
             def _():
                 if s.groups > 1:  # leaves registers to the warpgroups that compute
-                    plgpu.set_max_registers(40, action="decrease")
+                    plgpu.set_max_registers(24, action="decrease")
                 self._fetch(memory, shared, at)
 
             @pl.when(me < s.groups)
             def _():
                 if s.groups > 1:
-                    plgpu.set_max_registers(232, action="increase")
+                    plgpu.set_max_registers(240, action="increase")
                 self._compute(memory, out, shared, at, me)
 
     def _range(self, memory: _Memory, at) -> tuple:
@@ -628,16 +673,21 @@ class _Sweep:
     def _compute(self, memory: _Memory, out: _Results, shared: _Shared, at, me) -> None:
         """A computing warpgroup: reads its own operands, visits its tiles one after another, writes the carry."""
         p, s = self.p, self.s
-        space = p.space(self._layout, self._load_item, functools.partial(self._multiply, shared, me))
+        space = p.space(
+            self._layout,
+            self._load_item,
+            functools.partial(self._multiply, shared, me),
+            functions=_functions.functions(p.kernel.interpret),
+        )
         mine = pl.ds(me * WARPGROUP, WARPGROUP)
         begin = at.block * s.major + me * WARPGROUP
         if shared.once is not None:
             plgpu.barrier_wait(shared.once)
         own = [self._own(space, leaf, memory, shared, at, mine, begin) for leaf in p.own.leaves]
-        _, count, tile_of = self._range(memory, at)
+        first, count, tile_of = self._range(memory, at)
         start = memory.start[0]
 
-        def tile(t, state):
+        def tile(body, t, state):
             j, carry = state
             following = tile_of(t + 1)  # asked for one tile ahead: it may come from device memory
             slot = self._await(shared, t)
@@ -648,7 +698,7 @@ class _Sweep:
             carry = [leaf.value(space, x) for leaf, x in zip(p.carry.leaves, carry)]
             entries = [self._entry(space, leaf, shared, slot, mine) for leaf in p.entries.leaves]
             carry, entries, cols = p.visit(
-                space, raw, rows, cols, entries, row, col, start, at.batch, sides, carry
+                body, space, raw, rows, cols, entries, row, col, start, at.batch, sides, carry
             )
             self._release(shared, t, slot)
             self._write(out, shared, at, me, j, entries, cols)
@@ -658,7 +708,11 @@ class _Sweep:
             [self._layout(x, p.tile("".join(k for k in leaf.kinds if k))) for x in numbers]
             for leaf, numbers in zip(p.carry.leaves, p.start(space, own))
         ]
-        _, carry = lax.fori_loop(0, count, tile, (tile_of(jnp.int32(0)), initial))
+        state, whole = (tile_of(jnp.int32(0)), initial), jnp.int32(0)
+        if memory.whole is not None:  # first those that no mask cuts
+            whole = jnp.clip(memory.whole[self._table(memory), at.block] - first, 0, count)
+            state = lax.fori_loop(0, whole, functools.partial(tile, p.whole), state)
+        _, carry = lax.fori_loop(whole, count, functools.partial(tile, p.body), state)
         if memory.order is not None and (shared.out or shared.cols):
             self._write_dead(memory, out, shared, at, me)
         self._write_carry(out, shared, at, me, carry)
@@ -692,8 +746,12 @@ class _Sweep:
         major, minor = self._mine(shared.resident, me), shared.steps[0].at[self._last_slot(t)]
         return raw, p.sides(space, *((major, minor) if p.major == "r" else (minor, major)))
 
-    def _own(self, space: Space, leaf: Leaf, memory: _Memory, shared: _Shared, at, mine, begin) -> Value:
+    def _own(
+        self, space: Space, leaf: Leaf, memory: _Memory, shared: _Shared, at, mine, begin
+    ) -> Value | None:
         """An operand along the major axis: features in shared memory, numbers straight from device memory."""
+        if not leaf.pack:
+            return None
         if leaf.pack == "w":
             item = space.item("".join(leaf.kinds), _at(shared.own[leaf.at], mine), "own")
             return leaf.value(space, [item])
@@ -701,13 +759,20 @@ class _Sweep:
         refs = [source.at[_batch(source, at), leaf.at + i, stretch] for i in range(leaf.count)]
         return leaf.value(space, [_load(ref, plgpu.Layout.WGMMA.reduce(1)) for ref in refs])
 
-    def _passing(self, space: Space, leaf: Leaf, shared: _Shared, slot) -> Value:
+    def _passing(self, space: Space, leaf: Leaf, shared: _Shared, slot) -> Any:
         """An operand along the minor axis, of one tile: features stay in shared memory, numbers are loaded."""
+        if not leaf.pack:
+            return None
         if leaf.pack == "w":
             item = space.item("".join(leaf.kinds), _at(shared.passing["w"][leaf.at], slot), "passing")
             return leaf.value(space, [item])
-        refs = [shared.passing[leaf.pack].at[slot, leaf.at + i] for i in range(leaf.count)]
-        return leaf.value(space, [_load(ref, plgpu.Layout.WGMMA.reduce(0)) for ref in refs])
+
+        def number(i):
+            ref = shared.passing[leaf.pack].at[slot, leaf.at + i]
+            layout = plgpu.Layout.WGMMA.reduce(0)
+            return _narrow.Number(lambda: _narrow.convert(_load(ref, layout), leaf.dtype))
+
+        return leaf.value(space, [Item(self.p.minor_letter, number(i)) for i in range(leaf.count)])
 
     def _entry(self, space: Space, leaf: Leaf, shared: _Shared, slot, mine) -> Value:
         """An entry operand of one tile."""
@@ -763,21 +828,28 @@ class _Sweep:
         dims, a, b = self.p.product_sides(left, right, kind, letters)
         b_ref = b.x if b.dims[0] == kind else _transposed(b.x)
         width = {**self.wide_sizes, self.p.minor_letter: self.s.minor}[dims[1]]
-        if a.memory and a.x.dtype == b_ref.dtype:
+
+        def compute(start):
             a_side = a.x
-        else:
-            a_side = _narrow.cast(self._load_item(a) if a.memory else a.x, b_ref.dtype)
-            if self.p.kernel.interpret:  # the interpreter multiplies from shared memory only
-                stage = shared.staged[f"{kind}{jnp.dtype(b_ref.dtype)}"].at[me]
-                _store(stage, a_side)
-                plgpu.commit_smem()
-                a_side = stage
+            if not a.memory or a.x.dtype != b_ref.dtype:
+                a_side = _narrow.cast(a.array(self._load_item), b_ref.dtype)
+                if self.p.kernel.interpret:  # the interpreter multiplies from shared memory only
+                    stage = shared.staged[f"{kind}{jnp.dtype(b_ref.dtype)}"].at[me]
+                    _store(stage, a_side)
+                    plgpu.commit_smem()
+                    a_side = stage
 
-        def run(acc):
-            plgpu.wgmma(acc, a_side, b_ref)
-            return acc[...]
+            def run(acc):
+                plgpu.wgmma(acc, a_side, b_ref)
+                return acc[...]
 
-        return Item(dims, pl.run_scoped(run, _accumulator(width)))
+            if start is None:
+                return pl.run_scoped(run, _accumulator(width))
+            if self.p.kernel.interpret:  # the interpreter has no accumulators that start from something
+                return start + pl.run_scoped(run, _accumulator(width))
+            return pl.run_state(lambda acc: plgpu.wgmma(acc, a_side, b_ref))(_accumulating(start))
+
+        return Item(dims, _narrow.Product(compute))
 
     # --- what is written ---------------------------------------------------------------------------------------------
 

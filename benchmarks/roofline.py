@@ -1,0 +1,91 @@
+"""What the kernels' machine code should take on an H200, beside what was measured: `python benchmarks/roofline.py`.
+
+A model of three ceilings: bytes at the rate of a copy, products at the rate of a large product, both measured on the
+same card, and instructions at four per cycle and multiprocessor (of a warp: 32 scores). Instructions per score are
+those of `results/compiled.json`, before the first change that it lists and now; where masks cut some tiles only, those
+of the other tiles. Rows are bound by the slower of memory and instructions. In attention, products and instructions of
+a tile hardly overlap: their times add up. The product of a head overlaps with its copies if the second-level cache is
+fast enough; the measured kernel is slower than this model, which knows nothing of power and latency.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import NamedTuple
+
+RESULTS = pathlib.Path(__file__).parent / "results" / "compiled.json"
+
+# Measured on the H200: bytes and operations per second, and the clock under load.
+COPY, PRODUCT, CACHE, CLOCK = 4.13e12, 772e12, 11e12, 1.75e9
+PROCESSORS = 132
+# The fraction of issue slots that row kernels used when they were bound by instructions.
+ISSUE = 0.62
+
+
+class Work(NamedTuple):
+    """A kernel on a shape.
+
+    Attributes:
+      kernel: its name in `compiled.json`.
+      scores: the scores that it visits.
+      products: operations of its products, per score.
+      bytes: read and written.
+      cached: bytes from the second-level cache, by width of a tile.
+      measured: milliseconds before the first change; None if not measured alone.
+    """
+
+    kernel: str
+    scores: float
+    products: float
+    bytes: float
+    cached: dict[str, float]
+    measured: float | None
+
+
+ROWS = 8192 * 32768
+HEAD = 8192 * 131072
+CAUSAL = 4 * 16 * 8192 * (8192 + 128) / 2
+HEADS = 4 * 16 * 8192 * 128 * 2
+TILES = {
+    "128": 65536 * 2 * 2**20,
+    "256": 32768 * 3 * 2**20,
+}  # a tile of the head reads 128 + 128 or 128 + 256 lines
+
+WORKS = [
+    Work("logsumexp", ROWS, 0, 2 * ROWS, {}, 0.201),
+    Work("head forward", HEAD, 2 * 4096, 0, TILES, 16.5),
+    Work("attention forward", CAUSAL, 4 * 128, 4 * HEADS, {}, 2.97),
+    Work("attention dQ", CAUSAL, 6 * 128, 6 * HEADS, {}, None),
+    Work("attention dK, dV", CAUSAL, 8 * 128, 6 * HEADS, {}, None),
+    Work("softpick forward", CAUSAL, 4 * 128, 4 * HEADS, {}, 7.2),
+    Work("sigmoid forward", CAUSAL, 4 * 128, 4 * HEADS, {}, 4.4),
+]
+
+
+def milliseconds(work: Work, instructions: float, width: str) -> float:
+    """The time that the ceilings allow."""
+    issue = work.scores * instructions / 32 / 4 / PROCESSORS / CLOCK
+    if not work.products:
+        return 1e3 * max(work.bytes / COPY, issue / ISSUE)
+    product = work.scores * work.products / PRODUCT
+    if work.cached:
+        return 1e3 * (max(product, work.cached[width] / CACHE) + issue)
+    return 1e3 * max(product + issue, work.bytes / COPY)
+
+
+def main() -> None:
+    content = json.loads(RESULTS.read_text())
+    before, now = content["history"][0], content["kernels"]
+    print(f"{'kernel':20}{'measured before':>17}{'modelled before':>17}{'predicted now':>15}  ms")
+    for work in WORKS:
+        measured = "-" if work.measured is None else f"{work.measured:.3g}"
+        old = milliseconds(work, before[work.kernel]["instructions"], "128")
+        width = now[work.kernel]["tile"].split()[-1]
+        new = milliseconds(work, now[work.kernel]["instructions"], width)
+        print(f"{work.kernel:20}{measured:>17}{old:17.3g}{new:15.3g}")
+    print("Measured: H200, jax 0.11.2. The attention's backward pass took 15.7 ms, spills included.")
+
+
+if __name__ == "__main__":
+    main()
