@@ -1,7 +1,7 @@
 """Sweeps on NVIDIA Hopper GPUs, with Pallas' Mosaic GPU backend.
 
-`_sweep` builds the kernel, `_program` plans it, `_narrow` evaluates the body of the sweep on a tile, and `_functions` has
-its elementwise functions in few instructions.
+`_sweep` builds the kernel, `_program` plans it, `_narrow` evaluates the body of the sweep on a tile, and `_functions`
+has its elementwise functions in few instructions.
 """
 
 from __future__ import annotations
