@@ -214,7 +214,7 @@ def test_the_table_of_losses_counts_matrix_products(table):
     assert costs["weighted_mean"] == costs["weighted_sum"] == ("1", "2")
     assert costs["distillation_loss"] == ("2", "4")  # two heads, of which one gets a gradient
     assert costs["trades_loss"] == ("4", "12")
-    assert costs["sparsemax_loss"] == ("4 + s", "3")
+    assert costs["sparsemax_loss"] == ("2 + s", "3")
 
 
 @pytest.mark.slow
