@@ -22,7 +22,9 @@ def search(
     tolerance: Any,
     most_steps: int,
 ) -> tuple[Array, Array]:
-    """The roots between two bounds, and whether there is one: a step that leaves the bounds halves the interval.
+    """The roots between two bounds, and the last steps as proposed, which are long where there is no root.
+
+    Where a step leaves the interval that holds the root, the interval is halved.
 
     Args:
       improve: `t -> (proposal, value)`, where the value is that of the function at t: above 0 on the left of its root.
@@ -38,16 +40,15 @@ def search(
         count, lo, hi, t, _, _ = carry
         proposal, value = improve(t)
         lo, hi = jnp.where(value >= 0, t, lo), jnp.where(value >= 0, hi, t)
-        within = (proposal >= lo) & (proposal <= hi)
-        new = jnp.where(within, proposal, (lo + hi) / 2)
+        new = jnp.where((proposal >= lo) & (proposal <= hi), proposal, (lo + hi) / 2)
         moved = jnp.where(jnp.isnan(value), 0, jnp.abs(new - t) / tolerance)
-        return count + 1, lo, hi, new, within, jnp.max(moved, initial=0)
+        return count + 1, lo, hi, new, proposal - t, jnp.max(moved, initial=0)
 
     def unfinished(carry):
         return (carry[0] < most_steps) & (carry[-1] > 1)
 
     far = jnp.max(jnp.full_like(lo, jnp.inf), initial=0)  # varies over the rows' mesh axes
-    return lax.while_loop(unfinished, step, (jnp.int32(0), lo, hi, start, lo == lo, far))[3:5]
+    return lax.while_loop(unfinished, step, (jnp.int32(0), lo, hi, start, start, far))[3:5]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

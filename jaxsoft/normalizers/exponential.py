@@ -407,11 +407,10 @@ def _entropy_target_softmax(rows, *, entropy):
     log_spread = jnp.log(jnp.where(spread > 0, spread, 1))
     lo, hi = (bound - log_spread for bound in _LOG_BETA_RANGE)
 
-    root, found = lax.stop_gradient(_log_beta(fixed, *lax.stop_gradient((lo, hi, top, target))))
+    root, step = lax.stop_gradient(_log_beta(fixed, *lax.stop_gradient((lo, hi, top, target))))
     log_beta = differentiable(_newton_step, root, rows, top, target)
-    return scaled(
-        SOFTMAX, jnp.exp(jnp.where(found, log_beta, root))
-    )  # a target that cannot be met is a constant
+    reached = jnp.abs(step) < 0.1  # elsewhere the target cannot be met
+    return scaled(SOFTMAX, jnp.exp(jnp.where(reached, log_beta, root)))
 
 
 def _newton(rows, top, target, log_beta) -> tuple[Array, Array]:
@@ -429,7 +428,7 @@ def _newton_step(rows, top, target, log_beta) -> Array:
 
 @compiled
 def _log_beta(rows, lo, hi, top, target) -> tuple[Array, Array]:
-    """The log of the beta between two bounds that gives a row this entropy, and whether there is one."""
+    """The log of the beta between two bounds that gives a row this entropy, and the last step of the search."""
     tolerance = 8 * float(jnp.finfo(rows.dtype).eps)
     improve = functools.partial(_newton, rows, top, target)
     return search(improve, lo, hi, (2 * lo + hi) / 3, tolerance, _NEWTON_STEPS)

@@ -360,7 +360,7 @@ BAD = [
     (dict(query_segment_ids=jnp.ones((2, 4), int)), ValueError, "together"),
     (dict(block_sizes=(0, None)), ValueError, "block_sizes"),
     (dict(block_sizes=8), TypeError, "block_sizes"),
-    (dict(implementation="cudnn"), ValueError, "implementation must be one of"),
+    (dict(implementation="triton"), ValueError, "implementation must be one of"),
     (dict(normalizer=jax.nn.softmax), TypeError, "normalizer must be a normalizer of jaxsoft"),
     (dict(normalizer=partial(jaxsoft.softmax, axis=0)), ValueError, "axis"),
     (dict(normalizer=partial(jaxsoft.softmax_n, n=jnp.ones(3))), ValueError, "n must broadcast"),

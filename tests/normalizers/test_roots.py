@@ -56,3 +56,20 @@ def test_a_row_of_nan_leaves_the_search_of_the_others_alone():
         beside = f(jnp.asarray(x_nan))
         assert np.isnan(beside[1]).all()
         np.testing.assert_array_equal(beside[::2], alone[::2])
+
+
+def test_a_target_out_of_reach_leaves_the_gradients_of_other_rows_alone(x64):
+    """The search goes on for the row that has no root, long after the others have theirs."""
+    x = np.random.default_rng(1).normal(size=(40, 12))
+    w = np.random.default_rng(2).normal(size=12)
+    gradient = jax.jit(
+        jax.grad(lambda x: jnp.sum(w * jaxsoft.normalizers.entropy_target_softmax(x, entropy=1.0)))
+    )
+    alone = gradient(jnp.asarray(x))
+    tied = x.copy()
+    tied[7] = 0.5  # equal scores: the entropy is log(12) at any temperature
+    beside = gradient(jnp.asarray(tied))
+    others = np.arange(40) != 7
+    assert np.min(np.max(np.abs(alone), axis=1)) > 1e-3
+    np.testing.assert_allclose(np.asarray(beside)[others], np.asarray(alone)[others], rtol=1e-8, atol=1e-10)
+    assert np.all(np.isfinite(beside[7]))
