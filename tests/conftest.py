@@ -8,8 +8,8 @@ import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# The number of XLA's threads. A warpgroup of an interpreted GPU kernel that waits for another one holds a thread, and so
-# does the call of the kernel. With one thread per core, all of two may wait forever.
+# The number of XLA's threads. A warpgroup of an interpreted GPU kernel that waits for another one holds a thread, and
+# so does the call of the kernel. With one thread per core, all of two may wait forever.
 os.environ.setdefault("NPROC", "8")
 # Compiling dominates the tests; with few optimizations, and each program compiled in one piece, it takes a third of the
 # time. One flag exists in the oldest versions only. `JAXSOFT_OPTIMIZED=1` runs the tests with the code that users run.
