@@ -384,13 +384,15 @@ def _kept(out: pathlib.Path | None, kinds: list[str], device_kind: str) -> tuple
 
 
 def _summary(table: tables.Table) -> None:
-    """Prints, for each work, which implementation `None` now selects."""
+    """Prints, for each work, which implementation `None` now selects (cuDNN: for calls that it can run)."""
     for work in dict.fromkeys(row.work for row in table.rows):
         rows = table.nearest(work)
-        ms, xla_ms = sum(r.ms for r in rows), sum(r.xla_ms for r in rows)
-        name = f"{work.kind} {work}"
-        chosen = table.implementation if ms <= xla_ms else "xla"
-        print(f"{name:<48}kernels {ms:10.3f} ms   xla {xla_ms:10.3f} ms   -> {chosen}")
+        times = {table.implementation: sum(r.ms for r in rows), "xla": sum(r.xla_ms for r in rows)}
+        cudnn = [r.cudnn_ms for r in rows if r.cudnn_ms is not None]
+        if len(cudnn) == len(rows):
+            times["cudnn"] = sum(cudnn)
+        each = "   ".join(f"{name} {ms:10.3f} ms" for name, ms in times.items())
+        print(f"{f'{work.kind} {work}':<48}{each}   -> {min(times, key=lambda name: times[name])}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -62,20 +62,18 @@ def explain(function: Callable, *args: Any, **kwargs: Any) -> list[Decision]:
       ...     print(decision.what, "by", decision.implementation)
       reductions of dense rows by xla
     """
-    token = _log.set([])
-    try:
-        leaves, treedef = jax.tree.flatten((args, kwargs))
-        arrays = {i: a for i, a in enumerate(leaves) if hasattr(a, "shape") and hasattr(a, "dtype")}
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    arrays = {i: a for i, a in enumerate(leaves) if hasattr(a, "shape") and hasattr(a, "dtype")}
 
-        def traced(arrays):
-            args, kwargs = treedef.unflatten([arrays.get(i, a) for i, a in enumerate(leaves)])
-            return function(*args, **kwargs)
+    def traced(arrays):
+        args, kwargs = treedef.unflatten([arrays.get(i, a) for i, a in enumerate(leaves)])
+        return function(*args, **kwargs)
 
-        with _explaining(object()):  # a key of caches: a function traced earlier is traced again
-            jax.eval_shape(traced, arrays)
-        return _log.get() or []
-    finally:
-        _log.reset(token)
+    decisions: list[Decision] = []
+    # The object is a key of caches: a function traced earlier is traced again.
+    with _device.setting(_log, decisions), _explaining(object()):
+        jax.eval_shape(traced, arrays)
+    return decisions
 
 
 def likely(implementation: str | None, work: Work) -> bool:
@@ -100,14 +98,9 @@ def _backends_here() -> tuple[list[str], str]:
     return [name for name, (platform, _) in BACKENDS.items() if platform == here], kind
 
 
-@contextlib.contextmanager
-def unlogged() -> Iterator[None]:
+def unlogged() -> contextlib.AbstractContextManager[None]:
     """Keeps what is traced inside the context out of `explain`: the derivative of a pass is not a pass of its own."""
-    token = _log.set(None)
-    try:
-        yield
-    finally:
-        _log.reset(token)
+    return _device.setting(_log, None)
 
 
 def choose(

@@ -85,12 +85,21 @@ class Work(NamedTuple):
 _SIZES = ("itemsize", "rows", "columns", "features")
 
 
+@contextlib.contextmanager
+def setting(variable: contextvars.ContextVar, value: Any) -> Iterator[None]:
+    """Gives a context variable a value inside the context."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
 _interpreted = contextvars.ContextVar("interpreted", default=False)
 _blocks = contextvars.ContextVar("blocks", default=())
 
 
-@contextlib.contextmanager
-def interpreted() -> Iterator[None]:
+def interpreted() -> contextlib.AbstractContextManager[None]:
     """Lets `implementation="pallas_tpu"` and `"mosaic_gpu"` run on any machine, in Pallas' interpreter.
 
     For tests: it gives the kernels' numbers, not their speed. Functions must be traced inside the context.
@@ -106,15 +115,10 @@ def interpreted() -> Iterator[None]:
       >>> print(lse.round(4))
       [2.0794 2.0794]
     """
-    token = _interpreted.set(True)
-    try:
-        yield
-    finally:
-        _interpreted.reset(token)
+    return setting(_interpreted, True)
 
 
-@contextlib.contextmanager
-def block_sizes(**sizes: int) -> Iterator[None]:
+def block_sizes(**sizes: int) -> contextlib.AbstractContextManager[None]:
     """Makes kernels use these block sizes instead of their own choice.
 
     Args:
@@ -134,11 +138,7 @@ def block_sizes(**sizes: int) -> Iterator[None]:
     """
     for name, size in sizes.items():
         _checks.integer(name, size, at_least=1)
-    token = _blocks.set(tuple(sorted(sizes.items())))
-    try:
-        yield
-    finally:
-        _blocks.reset(token)
+    return setting(_blocks, tuple(sorted(sizes.items())))
 
 
 def is_interpreted() -> bool:

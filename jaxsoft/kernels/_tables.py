@@ -16,7 +16,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -154,14 +154,9 @@ def table(device_kind: str) -> Table | None:
 _ignored = contextvars.ContextVar("ignored", default=False)
 
 
-@contextlib.contextmanager
-def ignored() -> Iterator[None]:
+def ignored() -> contextlib.AbstractContextManager[None]:
     """Ignores all tables inside the context, for measuring."""
-    token = _ignored.set(True)
-    try:
-        yield
-    finally:
-        _ignored.reset(token)
+    return _device.setting(_ignored, True)
 
 
 def _find(device_kind: str) -> tuple[Table | None, str | None]:

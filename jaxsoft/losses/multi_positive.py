@@ -295,7 +295,8 @@ def _threshold(rows: LabelledRows, k: Any, alpha: Any, wanted: Any = ()) -> tupl
     top, tau, solvable = lax.stop_gradient(_search(rows.detached(), *lax.stop_gradient((k, alpha))))
     tiny = 1e10 * float(jnp.finfo(rows.dtype).tiny)
 
-    # Two Newton steps of length 0 give tau its first and second derivatives.
+    # Two Newton steps of length 0 give tau its first and second derivatives. (Not `_roots.differentiable`: the tape of
+    # `weighted_sum` records the passes that a loss makes, not those of a derivative rule.)
     def attach(tau, at):
         excess = at.rest - k
         slope = jnp.where(at.slope > tiny, alpha * at.slope, jnp.inf)
