@@ -87,17 +87,19 @@ def align_varying(tree: Any) -> Any:
 
     Otherwise the loop of a derivative would contain one all-reduce per block; this leaves one per operand.
     """
-    axes = [_varying_axes(leaf) for leaf in jax.tree.leaves(tree)]
-    union = frozenset().union(*axes)
-    if not union:
-        return tree
+    return as_varying(tree, varying_axes(tree))
+
+
+def varying_axes(tree: Any) -> frozenset:
+    """Inside shard_map, the mesh axes over which any of the arrays varies."""
+    return frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in jax.tree.leaves(tree)))
+
+
+def as_varying(tree: Any, axes: Iterable[str]) -> Any:
+    """Lets all arrays vary over these mesh axes, in addition to their own."""
 
     def cast(leaf):
-        missing = tuple(sorted(union - _varying_axes(leaf)))
+        missing = tuple(sorted(frozenset(axes) - varying_axes(leaf)))
         return lax.pcast(leaf, missing, to="varying") if missing else leaf
 
     return jax.tree.map(cast, tree)
-
-
-def _varying_axes(a: Any) -> frozenset:
-    return frozenset(jax.typeof(a).manual_axis_type.varying)

@@ -18,6 +18,7 @@ from jaxsoft.kernels._device import (
     device,
     evenly,
     generation,
+    setting,
 )
 from jaxsoft.kernels._sweep import Block, Operands, Out, Plan, Scores, Tiles
 from jaxsoft.kernels._trace import objection, plain

@@ -62,7 +62,7 @@ def block_cotangents(
     Returns:
       The cotangents of `raw`, and those of the block's parts; `rows` holds this block's share of a sum over blocks.
     """
-    size, columns = raw.shape[-1], source.shape[-1]
+    size = raw.shape[-1]
     bias = source._bias_block(start, size, col_mask(masks, start, size))
     cut = cut_arrays(arrays, start, size, masks)
     parts = Parts(
@@ -74,7 +74,7 @@ def block_cotangents(
     def sums(raw, parts: Parts):
         rows, cols, entries = parts
         x = finish(raw, source.softcap, cols["bias"], rows["scale"], rows["temperature"])
-        block = tiles(x, start, masks, list(zip(cols["args"], entries["args"])), columns)
+        block = tiles(x, start, masks, list(zip(cols["args"], entries["args"])), source)
         return block_sums(functions, states, block, rows["args"])
 
     return pull(sums, (raw, parts), cotangents)

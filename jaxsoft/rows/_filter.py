@@ -19,23 +19,23 @@ from jaxsoft.kernels.inner import Kernel
 from jaxsoft.rows import _sweeps
 from jaxsoft.rows._cotangents import Parts, block_cotangents, operand_cotangents, parts_of
 from jaxsoft.rows._masks import col_mask
-from jaxsoft.rows._pass import finished_states, over_blocks
-from jaxsoft.rows._reduction import Arrays, finalize
+from jaxsoft.rows._pass import finish, finished_states, over_blocks
+from jaxsoft.rows._reduction import Arrays
 from jaxsoft.rows._source import cut
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def filtered(functions, block: int, kernel: Kernel | None, source, masks, arrays) -> Any:
-    """The results, with a backward pass that skips blocks whose gradient is negligible."""
-    return _forward(functions, block, kernel, source, masks, arrays)[0]
+def filtered(functions, block: int, kernel: Kernel | None, source, masks, arrays, args) -> Any:
+    """The results, with a backward pass that skips blocks whose gradient is negligible; `args` as in `finish`."""
+    return _forward(functions, block, kernel, source, masks, arrays, args)[0]
 
 
-def _forward(functions, block, kernel, source, masks, arrays):
+def _forward(functions, block, kernel, source, masks, arrays, args):
     if kernel is None:
         states = finished_states(functions, block, source, masks, arrays)
     else:
         states = _sweeps.finished_states(kernel, functions, source, masks, arrays)
-    return finalize(functions, states, arrays), (states, source, masks, arrays)
+    return finish(functions, states, source, args), (states, source, masks, arrays, args)
 
 
 # Rows per filtered group: within a block of columns, the gradient of a few tokens is often negligible, that of a whole
@@ -45,12 +45,12 @@ _FILTER_ROWS = 256
 
 def _backward(functions, block, kernel, residuals, cotangents):
     del kernel  # the backward pass always runs in XLA
-    states, source, masks, arrays = residuals
+    states, source, masks, arrays, args = residuals
 
     def final(states, args):
-        return [r.finalize(s, *a) for r, s, a in zip(functions, states, args)]
+        return finish(functions, states, source, args)
 
-    d_floats, d_args = pull(final, (states, [a.args for a in arrays]), cotangents)
+    d_floats, d_args = pull(final, (states, args), cotangents)
     sizes = [
         jnp.max(jnp.abs(c), initial=0) for c in jax.tree.leaves(cotangents) if c.dtype != jax.dtypes.float0
     ]
@@ -99,10 +99,9 @@ def _backward(functions, block, kernel, residuals, cotangents):
         return over_blocks(source.shape[0], min(_FILTER_ROWS, max(source.shape[0], 1)), group_body, total)
 
     total = jax.tree.map(zeros, partition((source.hidden, source.weight, parts_of(source, arrays)))[0])
-    d_hidden, d_weight, d = over_blocks(source.shape[-1], block, block_body, total)
-    d.rows["args"] = jax.tree.map(lambda t, d: t + d.astype(t.dtype), d.rows["args"], d_args)
+    d_hidden, d_weight, d = over_blocks(source._width, block, block_body, total)
     d_source, d_arrays = operand_cotangents(source, arrays, d, hidden=d_hidden, weight=d_weight)
-    return d_source, None, d_arrays
+    return d_source, None, d_arrays, d_args
 
 
 def _add(total, part, starts):

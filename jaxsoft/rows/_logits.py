@@ -16,6 +16,7 @@ from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype
 from jaxsoft.kernels.inner import BLOCK_SCORES, IMPLEMENTATIONS, Work, device, evenly
 from jaxsoft.rows._product import product
+from jaxsoft.rows._shards import Shards, check_axis_name, check_sharding
 from jaxsoft.rows._source import Source, cut
 
 # Default block of logits on a CPU: about `_CPU_BLOCK_SCORES` entries, which bounds the temporary memory for any number
@@ -62,6 +63,9 @@ class LinearLogits(Source):
     precision: Any = dataclasses.field(metadata=dict(static=True))
     dtype: Any = dataclasses.field(metadata=dict(static=True))
     implementation: str | None = dataclasses.field(metadata=dict(static=True))
+    hidden_sharding: Any = dataclasses.field(default=None, metadata=dict(static=True))
+    weight_sharding: Any = dataclasses.field(default=None, metadata=dict(static=True))
+    shards: Shards | None = dataclasses.field(default=None, metadata=dict(static=True))
 
     kind = "linear"
     tape = None
@@ -70,7 +74,11 @@ class LinearLogits(Source):
 
     @property
     def vocab_size(self) -> int:
-        """The number of columns."""
+        """The number of columns, those of all shards inside `shard_map`."""
+        return self._width if self.shards is None else self.shards.total
+
+    @property
+    def _width(self) -> int:
         return self.weight.shape[0 if self.transpose_weight else 1]
 
     @property
@@ -90,6 +98,11 @@ class LinearLogits(Source):
 
     def dense(self) -> Float[Array, "*rows vocab"]:
         """Computes and stores all logits, in `dtype` (accumulated in at least float32)."""
+        if self.shards is not None and self.shards.columns:
+            raise TypeError(
+                f"dense() cannot store the logits {self.shape}, because each device has the columns of one shard "
+                f"(axis_name={self.shards.columns}): gather the weight, or use a function of rows"
+            )
         x = self._flat()._block(0, self.vocab_size, None)
         return x.astype(self.dtype).reshape(self.shape)
 
@@ -192,9 +205,18 @@ class LinearLogits(Source):
         """The columns `start : start + size` of the weight, with 0 in columns outside `col_keep`."""
         axis = 0 if self.transpose_weight else 1
         block = cut(self.weight, start, size, axis)
+        if self.shards is not None:
+            block = self.shards.gather_features(block, 1 - axis)
         if col_keep is not None:
             block = jnp.where(jnp.expand_dims(col_keep, 1 - axis), block, 0)
         return block
+
+    def _with_all_features(self) -> LinearLogits:
+        """The expression with a weight whose features are all here: gathered once, not block by block."""
+        if self.shards is None or not self.shards.features:
+            return self
+        weight = self.shards.gather_features(self.weight, 1 if self.transpose_weight else 0)
+        return dataclasses.replace(self, weight=weight, shards=self.shards._replace(features=()))
 
     def _multiply(self, a: Array, b: Array, contract: tuple[int, int]) -> Array:
         return product(a, b, contract, self.dtype, self.precision)
@@ -217,10 +239,12 @@ class LinearLogits(Source):
 
     def _work(self) -> Work:
         rows, features = self.hidden.shape
-        return Work("linear", rows, self.vocab_size, features, self.dtype.itemsize)
+        return Work("linear", rows, self._width, features, self.dtype.itemsize)
 
     def _affine(self) -> LinearLogits | None:
-        return self if self.softcap is None else None
+        if self.softcap is not None or (self.shards is not None and self.shards.features):
+            return None  # capped, or a sum over columns would gather the weight once more
+        return self
 
     def _affine_columns(self, col_weights: Array, col_keep: Array) -> tuple[Array, Array, Array]:
         """`(n, w, b)`: `sum_j k_j`, and the k-weighted sums of the present columns of weight and bias."""
@@ -279,7 +303,7 @@ class LinearLogits(Source):
     def _default_block_size(self, rows: int) -> int:
         if device()[0] == "cpu":
             return min(max(_CPU_BLOCK_SCORES // max(rows, 1) // 128 * 128, _NARROWEST), _CPU_WIDEST)
-        return evenly(self.vocab_size, max(BLOCK_SCORES // max(rows, 1) // 128 * 128, _NARROWEST), 128)
+        return evenly(self._width, max(BLOCK_SCORES // max(rows, 1) // 128 * 128, _NARROWEST), 128)
 
 
 @jax.tree_util.register_dataclass
@@ -288,6 +312,7 @@ class StoredLogits(Source):
     """Stored scores, `[n, columns]`."""
 
     values: Any
+    shards: Shards | None = dataclasses.field(default=None, metadata=dict(static=True))
 
     kind = "dense"
     scale = bias = softcap = temperature = None
@@ -295,15 +320,30 @@ class StoredLogits(Source):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the scores."""
-        return self.values.shape
+        """The shape of the scores, with the columns of all shards."""
+        return (*self.values.shape[:-1], self._width if self.shards is None else self.shards.total)
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes."""
+        return self.values.ndim
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the scores."""
+        return self.values.dtype
+
+    @property
+    def _width(self) -> int:
+        return self.values.shape[-1]
 
     @property
     def _accumulation_dtype(self):
         return accumulation_dtype(self.values.dtype)
 
     def _flat(self) -> StoredLogits:
-        return StoredLogits(self.values.reshape(math.prod(self.shape[:-1]), self.shape[-1]))
+        n = math.prod(self.values.shape[:-1])
+        return dataclasses.replace(self, values=self.values.reshape(n, self._width))
 
     def _like(self) -> Array:
         if self.values.shape[-1] == 0:
@@ -326,11 +366,10 @@ class StoredLogits(Source):
 
     def _default_block_size(self, rows: int) -> int:
         del rows
-        return self.shape[-1]
+        return self._width
 
     def _work(self) -> Work:
-        rows, columns = self.shape
-        return Work("dense", rows, columns, 0, self.values.dtype.itemsize)
+        return Work("dense", self.shape[0], self._width, 0, self.values.dtype.itemsize)
 
     def _affine(self) -> None:
         return None
@@ -365,6 +404,9 @@ def linear_logits(
     precision: Any = None,
     dtype: Any = None,
     implementation: str | None = None,
+    hidden_sharding: Any = None,
+    weight_sharding: Any = None,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> LinearLogits:
     """The logits of a linear output layer as an expression; no array `[*rows, vocab]` is stored.
 
@@ -392,6 +434,11 @@ def linear_logits(
         are in float32; the gradients have the dtypes of hidden and weight.
       implementation: `"xla"`, or the kernels `"pallas_tpu"` or `"mosaic_gpu"`, all with the same derivatives. None
         picks the best one that can run the case (see `jaxsoft.kernels.explain`).
+      hidden_sharding: on a mesh with Auto axes, where `hidden` lies: a `PartitionSpec` of its axes or a
+        `NamedSharding`. Not needed for Explicit axes (see the guide "Several devices").
+      weight_sharding: the same of `weight`. Default of both: that of `jaxsoft.shardings`.
+      axis_name: inside `jax.shard_map`, the mesh axes over which the columns are sharded. `weight` and `bias` are then
+        those of this device's columns; labels, masks and `shape` count the columns of all devices.
 
     Returns:
       A `LinearLogits`, a pytree with `.shape`, `.dtype` and `.dense()`.
@@ -442,6 +489,14 @@ def linear_logits(
     if filter_eps is not None:
         filter_eps = _checks.static_number("filter_eps", filter_eps, at_least=0)
     _checks.option("implementation", implementation, (None, *IMPLEMENTATIONS))
+    for name, sharding in (("hidden_sharding", hidden_sharding), ("weight_sharding", weight_sharding)):
+        if sharding is not None:
+            check_sharding(name, sharding)
+    shards = None
+    if axis_name is not None:
+        names = check_axis_name(axis_name)
+        columns = weight.shape[0 if transpose_weight else 1] * lax.axis_size(names)
+        shards = Shards(names, (), columns)
     rows = tuple(hidden.shape[:-1])
     return LinearLogits(
         hidden=hidden,
@@ -460,6 +515,9 @@ def linear_logits(
         precision=precision,
         dtype=_product_dtype(dtype, hidden, weight),
         implementation=implementation,
+        hidden_sharding=hidden_sharding,
+        weight_sharding=weight_sharding,
+        shards=shards,
     )
 
 
@@ -491,8 +549,8 @@ def check_axis(logits: Any, axis: int) -> int:
         raise ValueError(
             f"axis must be in [{-logits.ndim}, {logits.ndim}) for logits of shape {logits.shape}, got {axis}"
         )
-    if isinstance(logits, LinearLogits) and axis not in (-1, logits.ndim - 1):
-        raise ValueError(f"axis must be -1 for linear_logits of shape {logits.shape}, got {axis}")
+    if isinstance(logits, Source) and axis not in (-1, logits.ndim - 1):
+        raise ValueError(f"axis must be -1 for an expression of shape {logits.shape}, got {axis}")
     return axis % logits.ndim
 
 

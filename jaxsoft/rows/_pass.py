@@ -25,6 +25,7 @@ from jaxsoft._trees import partition, replaced
 from jaxsoft.rows._logits import LinearLogits
 from jaxsoft.rows._masks import Masks, col_mask, row_mask, unmasked
 from jaxsoft.rows._reduction import Arrays, RowReduction, Tile, block_sums
+from jaxsoft.rows._shards import joined
 from jaxsoft.rows._source import Source, cut
 
 
@@ -45,8 +46,7 @@ def closed_form(reduction: RowReduction, source: Source, masks: Masks, arrays: A
     affine = source._affine()
     if reduction.closed_form is None or masks.entries is not None or affine is None:
         return None
-    columns = source.shape[-1]
-    col_keep = jnp.ones(columns, bool) if masks.cols is None else masks.cols
+    col_keep = jnp.ones(source._width, bool) if masks.cols is None else masks.cols
     if source.bias is not None:
         col_keep = col_keep & (source.bias != -jnp.inf)  # a logit of -inf is absent
     row_keep = jnp.ones(source.shape[:-1], bool) if masks.rows is None else masks.rows
@@ -86,8 +86,11 @@ def entry_block(entry, start, size: int, masks: Masks) -> Array:
     return cut(entry, start, size, entry.ndim - 1)
 
 
-def tiles(x: Array, start, masks: Masks, cut_arrays: list[tuple[tuple, tuple]], columns: int) -> list[Tile]:
-    """The block `x` of scores as one tile per reduction; absent entries are cleaned here, once for all reductions."""
+def tiles(x: Array, start, masks: Masks, cut_arrays: list[tuple[tuple, tuple]], source: Source) -> list[Tile]:
+    """The block `x` of the scores of `source`, as one tile per reduction.
+
+    Absent entries are cleaned here, once for all reductions.
+    """
     size = x.shape[-1]
     cut_masks = Masks(
         masks.rows,
@@ -95,14 +98,14 @@ def tiles(x: Array, start, masks: Masks, cut_arrays: list[tuple[tuple, tuple]], 
         None if masks.entries is None else cut(masks.entries, start, size, x.ndim - 1),
     )
     where = unmasked(cut_masks)
-    cols = jnp.arange(size, dtype=jnp.int32) + start
-    return [Tile.of(x, cols, columns, *c, where) for c in cut_arrays]
+    cols = jnp.arange(size, dtype=jnp.int32) + (start + source._first())
+    return [Tile.of(x, cols, source.shape[-1], *c, where) for c in cut_arrays]
 
 
 def read_block(source: Source, start, size: int, masks: Masks, arrays: list[Arrays]) -> list[Tile]:
     """Computes the scores of a block of columns, as tiles."""
     x = source._block(start, size, col_mask(masks, start, size))
-    return tiles(x, start, masks, cut_arrays(arrays, start, size, masks), source.shape[-1])
+    return tiles(x, start, masks, cut_arrays(arrays, start, size, masks), source)
 
 
 def finished_states(functions, block: int, source: Source, masks: Masks, arrays: list[Arrays]) -> list:
@@ -114,7 +117,7 @@ def finished_states(functions, block: int, source: Source, masks: Masks, arrays:
         block = read_block(source, start, size, cut_masks, arrays)
         return [r.update(s, tile, *a.args) for r, s, tile, a in zip(functions, states, block, arrays)]
 
-    states = over_blocks(source.shape[-1], block, body, empty_states(functions, source, arrays))
+    states = over_blocks(source._width, block, body, empty_states(functions, source, arrays))
     return empty_masked_rows(functions, states, source, masks, arrays)
 
 
@@ -133,6 +136,11 @@ def empty_masked_rows(functions, states, source: Source, masks: Masks, arrays: l
         return jnp.where(jnp.expand_dims(keep, tuple(range(keep.ndim, state.ndim))), state, empty)
 
     return jax.tree.map(select, states, empty_states(functions, source, arrays))
+
+
+def finish(functions, states: list, source: Source, args: list[tuple]) -> list:
+    """The results, from the finished states of this device's columns and the reductions' `args`."""
+    return [r.finalize(s, *a) for r, s, a in zip(functions, joined(functions, states, source.shards, args), args)]
 
 
 # --- the derivative --------------------------------------------------------------------------------------
@@ -179,7 +187,7 @@ def tangents(functions, block: int, states, masks: Masks, operands, given) -> li
         return jax.tree.map(jnp.add, total, part)
 
     zeros = jax.tree.map(jnp.zeros_like, partition(states)[0])
-    return over_blocks(source.shape[-1], block, body, zeros)
+    return over_blocks(source._width, block, body, zeros)
 
 
 def _flags(arrays: Arrays):

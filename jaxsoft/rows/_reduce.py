@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,14 @@ from jaxtyping import Array, Bool
 
 from jaxsoft import _checks
 from jaxsoft._trees import align_varying
-from jaxsoft.kernels.inner import Kernel, attach, choose
+from jaxsoft.kernels.inner import Kernel, attach, choose, compiled
 from jaxsoft.rows import _sweeps
 from jaxsoft.rows._filter import filtered
+from jaxsoft.rows._layout import Layout, layout_of, with_padding
 from jaxsoft.rows._logits import LinearLogits, Logits, StoredLogits, check_axis, rows_of
 from jaxsoft.rows._masks import Masks, split_mask
-from jaxsoft.rows._pass import closed_form, entries, finished_states, mask_rows, tangents
-from jaxsoft.rows._reduction import Arrays, RowReduction, arrays_of, finalize, is_reduction
+from jaxsoft.rows._pass import closed_form, entries, finish, finished_states, mask_rows, tangents
+from jaxsoft.rows._reduction import Arrays, RowReduction, arrays_of, is_reduction
 from jaxsoft.rows._source import Source
 
 
@@ -81,38 +82,97 @@ def reduce_rows(
         masks = masks._replace(rows=row_where if masks.rows is None else masks.rows & row_where)
     arrays = [arrays_of(r, rows, columns) for r in leaves]
     functions = tuple(r._replace(args=(), col_args=(), entry_args=()) for r in leaves)
-    # The rows are flattened: on a CPU, XLA fuses reductions over arrays of two axes better than of more.
-    n = math.prod(rows)
-
-    def flat(a):
-        if isinstance(a, LinearLogits):
-            return a._flat()
-        return None if a is None else a.reshape(n, *a.shape[len(rows) :])
-
     source = as_source(logits, axis)
-    masks = Masks(flat(masks.rows), masks.cols, flat(masks.entries))
-    arrays = [Arrays(jax.tree.map(flat, a.args), a.col_args, tuple(map(flat, a.entry_args))) for a in arrays]
-    sources: list[Source] = [source, *(e for e in entries(arrays) if isinstance(e, LinearLogits))]
-    if source.filter_eps is not None and len(sources) > 1:
+    others = [e for e in entries(arrays) if isinstance(e, LinearLogits)]
+    if source.filter_eps is not None and others:
         raise ValueError("filter_eps must be None when two linear_logits are read in one pass")
-    if block_size is None:
-        products = sum(isinstance(a, LinearLogits) for a in sources)
-        block_size = min(a.block_size or a._default_block_size(n * products) for a in sources)
-    block = max(min(block_size, columns), 1)
-    kernel = choose_kernel(implementation or source.implementation, functions, source, masks, arrays)
-    if source.tape is None:
-        results = run(source, functions, block, masks, arrays, kernel)
+    call = _Pass(functions, block_size, implementation or source.implementation)
+    layout = layout_of(source, others)
+    if layout is not None:
+        results = _on_mesh(call, layout, source, masks, arrays)
     else:
-        results = source.tape.run(source, functions, block, masks, arrays, kernel)
-    results = jax.tree.map(lambda a: a.reshape(*rows, *a.shape[1:]), results)
+        results = call(source, *_of_shard(source, masks, arrays))
     return jax.tree.unflatten(treedef, results)
 
 
 def as_source(logits: Logits, axis: int) -> Source:
-    """The flattened rows of logits, whose axis is counted from the front."""
-    if isinstance(logits, LinearLogits):
-        return logits._flat()
-    return StoredLogits(jnp.moveaxis(jnp.asarray(logits), axis, -1))._flat()
+    """The rows of logits, with their leading axes; the axis of a row is counted from the front."""
+    if isinstance(logits, Source):
+        return logits
+    return StoredLogits(jnp.moveaxis(jnp.asarray(logits), axis, -1))
+
+
+class _Pass(NamedTuple):
+    """A pass over logits of any leading axes, on one device. Static."""
+
+    functions: tuple[RowReduction, ...]
+    block_size: int | None
+    implementation: str | None
+
+    def __call__(self, source: Source, masks: Masks, arrays: list[Arrays]) -> list:
+        """The results, `[*rows, ...]`."""
+        rows = source.shape[:-1]
+        # The rows are flattened: on a CPU, XLA fuses reductions over arrays of two axes better than of more.
+        n = math.prod(rows)
+
+        def flat(a):
+            if isinstance(a, LinearLogits):
+                return a._flat()
+            return None if a is None else a.reshape(n, *a.shape[len(rows) :])
+
+        source = source._flat()
+        cols = masks.cols
+        if source.shards is not None and (present := source.shards.present(source._width)) is not None:
+            cols = present if cols is None else cols & present
+        masks = Masks(flat(masks.rows), cols, flat(masks.entries))
+        arrays = [
+            Arrays(jax.tree.map(flat, a.args), a.col_args, tuple(map(flat, a.entry_args))) for a in arrays
+        ]
+        sources: list[Source] = [source, *(e for e in entries(arrays) if isinstance(e, LinearLogits))]
+        block_size = self.block_size
+        if block_size is None:
+            products = sum(isinstance(a, LinearLogits) for a in sources)
+            block_size = min(a.block_size or a._default_block_size(n * products) for a in sources)
+        block = max(min(block_size, source._width), 1)
+        kernel = choose_kernel(self.implementation, self.functions, source, masks, arrays)
+        run_here = run if source.tape is None else source.tape.run
+        results = run_here(source, self.functions, block, masks, arrays, kernel)
+        return jax.tree.map(lambda a: a.reshape(*rows, *a.shape[1:]), results)
+
+
+@functools.partial(compiled, static_argnums=(0, 1))
+def _on_mesh(call: _Pass, layout: Layout, source: Source, masks: Masks, arrays: list[Arrays]) -> list:
+    """The results of a pass over logits that lie on a mesh."""
+    total = source.shape[-1]
+    source, masks, arrays = with_padding(layout, source, masks, arrays)
+    specs = (layout.of_source(source, 0), layout.of_masks(masks), layout.of_arrays(arrays))
+
+    def here(source, masks, arrays):
+        return call(*layout.localized(total, source, masks, arrays))
+
+    results = layout.run(here, specs, (source, masks, arrays), layout.by_row())
+    return jax.tree.map(layout.restore, results)
+
+
+def _of_shard(source: Source, masks: Masks, arrays: list[Arrays]) -> tuple[Masks, list[Arrays]]:
+    """Masks and arrays of this shard's columns, from those of all columns."""
+    shards, width = source.shards, source._width
+
+    def cut(a: Any, axis: int) -> Any:
+        if isinstance(a, Source):
+            if a.shards is None or shards is None or a.shards.columns != shards.columns:
+                raise ValueError(
+                    "two rows of logits must have their columns on the same axes of the mesh: give both the same "
+                    f"axis_name, got {shards and shards.columns} and {a.shards and a.shards.columns}"
+                )
+            return a.values if isinstance(a, StoredLogits) else a
+        return a if shards is None else shards.cut(a, axis % a.ndim, width)
+
+    masks = Masks(masks.rows, *(None if a is None else cut(a, -1) for a in masks[1:]))
+    return masks, [
+        Arrays(a.args, tuple(cut(c, 0) for c in a.col_args), tuple(cut(e, -1) for e in a.entry_args))
+        for a in arrays
+    ]
 
 
 def choose_kernel(
@@ -136,21 +196,26 @@ def run(
     kernel: Kernel | None = None,
 ) -> list:
     """The results of reductions over a flat source; their arrays are passed separately from their functions."""
+    # Of whole rows: equal on all devices that share them
+    args = [a.args for a in arrays]
     source, masks, arrays = align_varying((source, masks, arrays))
     source, arrays = mask_rows(source, masks, arrays)
+    if source.filter_eps is not None and isinstance(source, LinearLogits):
+        source = source._with_all_features()
     results: dict[int, Any] = {}
     for i, r in enumerate(functions):
         state = closed_form(r, source, masks, arrays[i])
         if state is not None:
-            results[i] = r.finalize(state, *arrays[i].args)
+            results[i] = finish((r,), [state], source, [args[i]])[0]
     streamed = [i for i in range(len(functions)) if i not in results]
     if streamed:
         some, some_arrays = tuple(functions[i] for i in streamed), [arrays[i] for i in streamed]
+        some_args = [args[i] for i in streamed]
         if source.filter_eps is None:
             states = stream(some, block, source, masks, some_arrays, kernel)
-            finals = finalize(some, states, some_arrays)
+            finals = finish(some, states, source, some_args)
         else:
-            finals: Any = filtered(some, block, kernel, source, masks, some_arrays)
+            finals: Any = filtered(some, block, kernel, source, masks, some_arrays, some_args)
         results |= dict(zip(streamed, finals))
     return [results[i] for i in range(len(functions))]
 

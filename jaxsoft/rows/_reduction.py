@@ -232,8 +232,3 @@ def block_sums(functions, states, tiles: list[Tile], args: list[tuple]) -> list:
         jax.tree.unflatten(jax.tree.structure(partition(state)[0]), shares(r, state, tile, *a))
         for r, state, tile, a in zip(functions, states, tiles, args)
     ]
-
-
-def finalize(functions, states, arrays: list[Arrays]) -> list:
-    """The results of finished states."""
-    return [r.finalize(s, *a.args) for r, s, a in zip(functions, states, arrays)]

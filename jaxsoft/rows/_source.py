@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxsoft.kernels.inner import Work
+from jaxsoft.rows._shards import Shards
 
 
 class Source(abc.ABC):
@@ -33,6 +34,7 @@ class Source(abc.ABC):
       filter_eps: threshold of the gradient filter (see `linear_logits`); None for exact gradients.
       implementation: the one that the user requested, see `reduce_rows`.
       tape: in a chunk of `weighted_sum`, the object that runs its passes and records them; None elsewhere.
+      shards: inside `shard_map`, how the columns lie on the mesh; None if all columns are here.
     """
 
     kind: str
@@ -44,11 +46,21 @@ class Source(abc.ABC):
     filter_eps: float | None
     implementation: str | None
     tape: Any
+    shards: Shards | None
 
     @property
     @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """`[*rows, columns]`."""
+        """`[*rows, columns]`, the columns of all shards."""
+
+    @property
+    @abc.abstractmethod
+    def _width(self) -> int:
+        """The number of columns of this shard."""
+
+    def _first(self) -> Any:
+        """The index, in the whole row, of this shard's first column."""
+        return 0 if self.shards is None else self.shards.first(self._width)
 
     @property
     @abc.abstractmethod

@@ -37,8 +37,8 @@ def refusal(
     backend, kernel: Kernel, functions, source: Source, masks: Masks, arrays: list[Arrays]
 ) -> str | None:
     """Why a backend cannot run these reductions, or None."""
-    n, columns = source.shape
-    if n == 0 or columns == 0:
+    n = source.shape[0]
+    if n == 0 or source._width == 0:
         return "there is nothing to read"
     if any(isinstance(e, LinearLogits) for a in arrays for e in a.entry_args):
         return "two linear_logits are read in one pass"
@@ -72,8 +72,7 @@ def stream(kernel: Kernel, functions, block: int, source: Source, masks: Masks, 
 def _scores(source: Any, start=0, size: int | None = None) -> Scores:
     if (raw := source._raw_scores()) is not None:
         return Scores(values=raw[None])
-    columns: int = source.shape[-1] if size is None else size
-    weight = cut(source.weight, start, columns, 0 if source.transpose_weight else 1)
+    weight = source._weight_block(start, source._width if size is None else size, None)
     left, right = (a.astype(source.dtype)[None] for a in (source.hidden, weight))
     return Scores(None, left, right, source.transpose_weight, source.precision)
 
@@ -82,7 +81,7 @@ def _operands(
     source: Source, masks: Masks, arrays: list[Arrays], start=0, size: int | None = None
 ) -> Operands:
     """Operands other than scores, `size` columns from `start`; booleans as ints, row and column floats in float32."""
-    n, columns = source.shape[0], source.shape[-1] if size is None else size
+    n, columns = source.shape[0], source._width if size is None else size
 
     def by_row(a):
         return plain(jnp.broadcast_to(a, (n, *a.shape[1:])))[None]
@@ -98,7 +97,7 @@ def _operands(
         jax.tree.map(cut_part, {"keep": keep, **part})
         for cut_part, keep, part in zip((by_row, by_column, by_entry), masks, parts_of(source, arrays))
     )
-    return Operands(rows, cols, entries, jnp.asarray(start, jnp.int32))
+    return Operands(rows, cols, entries, jnp.asarray(start + source._first(), jnp.int32))
 
 
 def _tiles(softcap: float | None, columns: int, block: Block, raw, parts: Parts) -> list[Tile]:
@@ -210,7 +209,7 @@ def _product_cotangents(
 
     Processes one stretch of columns at a time: stores the gradient of its scores, then computes two matrix products.
     """
-    n, columns = source.shape
+    n, columns = source.shape[0], source._width
 
     def pulled(start, size: int) -> tuple:
         """Cotangents summed over columns, those cut into stretches along axis 0, and those cut along axis 1."""

@@ -20,9 +20,9 @@ from jaxsoft.kernels.inner import attach
 from jaxsoft.rows import reductions
 from jaxsoft.rows._logits import Logits
 from jaxsoft.rows._masks import Masks
-from jaxsoft.rows._pass import empty_states, mask_rows, over_blocks, read_block, tangents
+from jaxsoft.rows._pass import empty_states, finish, mask_rows, over_blocks, read_block, tangents
 from jaxsoft.rows._reduce import as_source
-from jaxsoft.rows._reduction import Arrays, RowReduction, Tile, finalize
+from jaxsoft.rows._reduction import Arrays, RowReduction, Tile
 from jaxsoft.rows.reductions import LogPartition
 
 
@@ -58,12 +58,13 @@ def _run(functions: tuple[RowReduction, ...], block: int, source, masks: Masks, 
             tiles = read_block(source, start, size, masks, arrays)
             return [r.update(s, tile, *a.args) for r, s, tile, a in zip(functions, states, tiles, arrays)]
 
-        return over_blocks(source.shape[-1], block, body, empty_states(functions, source, arrays))
+        return over_blocks(source._width, block, body, empty_states(functions, source, arrays))
 
     states = finished(*lax.stop_gradient((source, masks, arrays)))
     rule = functools.partial(tangents, functions, block)
     states = attach(rule, None, states, masks, (source, arrays))
-    return finalize(functions[:-1], states, arrays), reductions.partition_of(states[-1])
+    args = [a.args for a in arrays]
+    return finish(functions[:-1], states, source, args), reductions.partition_of(states[-1])
 
 
 def reduce_two_ways(
@@ -84,7 +85,7 @@ def reduce_two_ways(
     Returns:
       The results of the row reductions, and the columns' log-partition function `[columns]` in parts.
     """
-    source, columns = as_source(logits, 1), logits.shape[1]
+    source, columns = as_source(logits, 1)._flat(), logits.shape[1]
     block = source.block_size or source._default_block_size(logits.shape[0])
     arrays = [Arrays(r.args, r.col_args, r.entry_args) for r in row_reductions]
     arrays.append(Arrays((jnp.zeros(columns, source._accumulation_dtype),), (), ()))

@@ -20,18 +20,20 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from jaxsoft import _checks, _trees
 from jaxsoft._numerics import weigh
-from jaxsoft._trees import add_at, align_varying, combine, is_float, partition, replaced
+from jaxsoft._trees import add_at, align_varying, as_varying, combine, is_float, partition, replaced
 from jaxsoft.kernels.inner import Kernel, Work, compiled, device, differentiated_as, evenly
 from jaxsoft.rows._cotangents import block_cotangents
-from jaxsoft.rows._logits import LinearLogits, Logits, check_axis, rows_of
+from jaxsoft.rows._layout import Layout, layout_of, padded_source
+from jaxsoft.rows._logits import LinearLogits, Logits, StoredLogits, check_axis, rows_of
 from jaxsoft.rows._masks import Masks, col_mask, row_mask
-from jaxsoft.rows._pass import over_blocks
+from jaxsoft.rows._pass import finish, over_blocks
 from jaxsoft.rows._reduce import stream
-from jaxsoft.rows._reduction import Arrays, finalize
+from jaxsoft.rows._reduction import Arrays
 from jaxsoft.rows._source import cut
 
 # On a CPU, chunks of 512 rows, with columns in blocks of 1024 (measured, docs/architecture.md). Elsewhere, products of
@@ -47,7 +49,7 @@ def _chunk_rows(logits: LinearLogits) -> int:
     n, features = logits.hidden.shape
     if device()[0] == "cpu":
         return _CPU_CHUNK_ROWS
-    most = min(2 * features, _CHUNK_SCORES // max(logits.vocab_size, 1))
+    most = min(2 * features, _CHUNK_SCORES // max(logits._width, 1))
     return evenly(n, max(most, _CPU_CHUNK_ROWS), 8)
 
 
@@ -97,13 +99,15 @@ class _Tape:
         """The results of a pass over a chunk; records the pass, see `ChunkLogits`."""
         fixed = {name: lax.stop_gradient(getattr(chunk, name)) for name in ("hidden", "weight", "raw")}
         source = dataclasses.replace(chunk, tape=None, **fixed)
+        args = [a.args for a in arrays]
+        source, masks, arrays = align_varying((source, masks, arrays))
         states = stream(functions, block, source, masks, arrays, kernel)
         floats, others = partition(states)
         if self.probes is not None:
             floats = jax.tree.map(jnp.add, floats, self.probes[len(self.calls)])
         self.functions.append(functions)
         self.calls.append(_Call(source, masks, arrays, states))
-        return finalize(functions, combine(floats, others), arrays)
+        return finish(functions, combine(floats, others), source, args)
 
 
 @jax.tree_util.register_dataclass
@@ -145,10 +149,16 @@ class ChunkLogits(LinearLogits):
         return Work("dense", rows, columns, 0, self.raw.dtype.itemsize)
 
 
+def _stored(logits: LinearLogits) -> Any:
+    """The scores of a chunk, stored; inside `shard_map`, those of this device's columns."""
+    scores = logits._block(0, logits._width, None)
+    return scores if logits.shards is None else StoredLogits(scores, logits.shards)
+
+
 def detached(logits: Logits) -> Any:
     """Logits without derivatives, for passes in a loop, which a chunk's tape cannot record."""
     if isinstance(logits, ChunkLogits):
-        logits = logits._block(0, logits.vocab_size, None)
+        logits = _stored(logits)
     return lax.stop_gradient(logits)
 
 
@@ -217,17 +227,11 @@ def weighted_sum(
     if not isinstance(logits, LinearLogits):
         return _sum(loss(logits, *row_args, **options), weights)
 
-    n = math.prod(rows)
     for i, a in enumerate(row_args):
         if a.shape[: len(rows)] != rows:
             raise ValueError(f"row_args[{i}] must have leading axes {rows} (the rows), got shape {a.shape}")
-    by_row = tuple(
-        a._flat() if isinstance(a, LinearLogits) else a.reshape(n, *a.shape[len(rows) :]) for a in row_args
-    )
-    if weights is not None:
-        weights = weights.reshape(n)
-        if not jnp.issubdtype(weights.dtype, jnp.floating):
-            weights = weights.astype(logits._accumulation_dtype)
+    if weights is not None and not jnp.issubdtype(weights.dtype, jnp.floating):
+        weights = weights.astype(logits._accumulation_dtype)
     row_masks = None
     if (where := options.get("where")) is not None:
         _checks.boolean("where", where)
@@ -236,24 +240,64 @@ def weighted_sum(
         if math.prod(where.shape[:-1]) == 1:
             options["where"] = where.reshape(1, where.shape[-1])
         else:
-            row_masks = jnp.broadcast_to(where, (*rows, where.shape[-1])).reshape(n, -1)
+            row_masks = jnp.broadcast_to(where, (*rows, where.shape[-1]))
             del options["where"]
     leaves, treedef = jax.tree.flatten(options)
     arrays = [leaf if hasattr(leaf, "dtype") else None for leaf in leaves]
     constants = tuple(leaf if a is None else None for leaf, a in zip(leaves, arrays))
     # A chunk cannot pass through the loss's own jit, which is not needed here.
     loss = inspect.unwrap(loss, stop=lambda f: not isinstance(f, jax.stages.Wrapped))
-    if any(map(_trees.is_explicitly_sharded, jax.tree.leaves((logits, by_row, weights, row_masks)))):
-        raise ValueError(
-            "logits, labels and weights must not be sharded over Explicit mesh axes, because rows are cut into "
-            "chunks: call weighted_sum inside jax.shard_map, or use the loss itself, (weights * loss(...)).sum()"
-        )
     call = _Loss(loss, treedef, constants)
-    operands = align_varying((logits._flat(), _ByRow(by_row, weights, row_masks), arrays))
+    layout = layout_of(logits, [a for a in row_args if isinstance(a, LinearLogits)])
     # Outside of `jit`, each call would compile its loops anew; compiled, a loss must not hold tracers.
     staged = isinstance(jnp.zeros(()), Tracer)
-    run = _weighted if staged or _holds_tracers(loss) else _compiled
-    return run(call, min(chunk_size or _chunk_rows(operands[0]), max(n, 1)), *operands)
+    run = _placed if staged or _holds_tracers(loss) else _compiled
+    return run(call, chunk_size, layout, logits, _ByRow(tuple(row_args), weights, row_masks), arrays)
+
+
+def _placed(call: _Loss, chunk_size: int | None, layout: Layout | None, logits, by_row: _ByRow, arrays: list):
+    """The weighted sum over rows that lie on one device, or on a mesh."""
+    if layout is None:
+        return _here(call, chunk_size, logits, by_row, arrays)
+    total, by = logits.vocab_size, layout.padding(logits.vocab_size)
+    number = iter(range(1, len(layout.features)))
+
+    def prepared(a):
+        return padded_source(a, by) if isinstance(a, LinearLogits) else a
+
+    def spec(a):
+        return layout.of_source(a, next(number)) if isinstance(a, LinearLogits) else layout.by_row()
+
+    logits, by_row = prepared(logits), by_row._replace(args=tuple(map(prepared, by_row.args)))
+    specs = _ByRow(tuple(map(spec, by_row.args)), *(None if a is None else layout.by_row() for a in by_row[1:]))
+
+    def part(logits, by_row, arrays):
+        logits, *others = layout.local(total, logits, *(a for a in by_row.args if isinstance(a, LinearLogits)))
+        others = iter(others)
+        args = tuple(next(others) if isinstance(a, LinearLogits) else a for a in by_row.args)
+        value = _here(call, chunk_size, logits, by_row._replace(args=args), arrays)
+        return lax.psum(value, tuple(sorted(_trees.varying_axes(value))))
+
+    specs = (layout.of_source(logits, 0), specs, jax.tree.map(lambda _: P(), arrays))
+    return layout.run(part, specs, (logits, by_row, arrays), P())
+
+
+def _here(call: _Loss, chunk_size: int | None, logits: LinearLogits, by_row: _ByRow, arrays: list) -> Array:
+    """The weighted sum over the rows of this device."""
+    n, leading = math.prod(logits.shape[:-1]), logits.ndim - 1
+
+    def flat(a):
+        return a._flat() if isinstance(a, LinearLogits) else a.reshape(n, *a.shape[leading:])
+
+    by_row = jax.tree.map(flat, by_row, is_leaf=lambda a: isinstance(a, LinearLogits))
+    logits = logits._flat()._with_all_features()
+    chunk = min(chunk_size or _chunk_rows(logits), max(n, 1))
+    # Every array varies over the axes that a row's loss varies over; what the columns' pass reads, also over theirs.
+    columns = () if logits.shards is None else logits.shards.columns
+    rows = _trees.varying_axes((dataclasses.replace(logits, weight=None, bias=None), by_row, arrays))
+    rows |= _trees.varying_axes((logits.weight, logits.bias)) - frozenset(columns)
+    by_row, arrays = as_varying((by_row, arrays), rows)
+    return _weighted(call, chunk, as_varying(logits, rows | frozenset(columns)), by_row, arrays)
 
 
 def _holds_tracers(*held: Any) -> bool:
@@ -334,7 +378,7 @@ class _Loss:
             options["where"] = by_row.where
         args = by_row.args
         if isinstance(logits, ChunkLogits):
-            args = [a._block(0, a.vocab_size, None) if isinstance(a, LinearLogits) else a for a in args]
+            args = [_stored(a) if isinstance(a, LinearLogits) else a for a in args]
         values = self.loss(logits, *args, **options)
         _checks.shape("loss(logits, ...)", values, logits.shape[:-1], "one value per row of logits")
         return _sum(values, by_row.weights)
@@ -348,8 +392,10 @@ def _weighted(call: _Loss, chunk: int, logits: LinearLogits, by_row: _ByRow, arr
 
 def _value_and_gradient(call: _Loss, chunk: int, perturbed, logits, by_row, arrays):
     """The weighted sum, and its gradient (None where `perturbed` is False), in one loop over chunks of rows."""
-    n, columns = logits.shape
-    block = min(logits.block_size or _block_columns(logits, chunk), max(columns, 1))
+    n = logits.shape[0]
+    block = min(logits.block_size or _block_columns(logits, chunk), max(logits._width, 1))
+    # The axes that a row's loss varies over
+    axes = _trees.varying_axes((by_row, arrays)) or _trees.varying_axes(logits)
     wide = logits._accumulation_dtype
 
     # Everything but hidden and weight is differentiated by JAX, through the loss of a chunk.
@@ -392,9 +438,9 @@ def _value_and_gradient(call: _Loss, chunk: int, perturbed, logits, by_row, arra
             d_hidden, d_weight = _product_gradient(
                 logits, block, hidden, raw, tape.functions, calls, d_probes, row, d_hidden, d_weight
             )
-        return total + part, d_hidden, d_weight, d_others
+        return total + as_varying(part, axes), d_hidden, d_weight, d_others
 
-    zero = jnp.sum(logits._like())
+    zero = as_varying(jnp.zeros((), wide), axes)
     zeros = functools.partial(jnp.zeros_like, dtype=wide)
     start = (zero, zeros(logits.hidden), zeros(logits.weight), [zeros(others[i]) for i in active])
     total, d_hidden, d_weight, d_others = over_blocks(n, chunk, chunk_body, start)
@@ -436,7 +482,7 @@ def _product_gradient(logits, block, hidden, raw, functions, calls, d_probes, ro
         return d_hidden + h, d_weight
 
     zeros = jnp.zeros_like(hidden, dtype=d_hidden.dtype)
-    h, d_weight = over_blocks(logits.shape[-1], block, block_body, (zeros, d_weight))
+    h, d_weight = over_blocks(logits._width, block, block_body, (zeros, d_weight))
     return add_at(d_hidden, h, {0: row}), d_weight
 
 
@@ -474,8 +520,13 @@ def _weighted_jvp(call, chunk, primals, tangents):
 
     # A call that is not differentiated stays whole: JAX would move parts out of its loops, and keep them in memory.
     total, gradient = differentiated_as(ordinary, in_chunks, *primals)
-    parts = [jnp.sum(g.astype(total.dtype) * given[i].astype(total.dtype)) for i, g in zip(active, gradient)]
-    return total, functools.reduce(jnp.add, parts)
+    def along(gradient, tangent):
+        value = jnp.sum(gradient.astype(total.dtype) * tangent.astype(total.dtype))
+        # of one device's columns
+        more = _trees.varying_axes(value) - _trees.varying_axes(total)
+        return as_varying(lax.psum(value, tuple(sorted(more))) if more else value, _trees.varying_axes(total))
+
+    return total, functools.reduce(jnp.add, [along(g, given[i]) for i, g in zip(active, gradient)])
 
 
-_compiled = compiled(_weighted, static_argnums=(0, 1))
+_compiled = compiled(_placed, static_argnums=(0, 1, 2))
