@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype
+from jaxsoft._trees import as_varying, varying_axes
 from jaxsoft.kernels.inner import BLOCK_SCORES, IMPLEMENTATIONS, Work, device, evenly
 from jaxsoft.rows._product import product
 from jaxsoft.rows._shards import Shards, check_axis_name, check_sharding
@@ -205,8 +206,8 @@ class LinearLogits(Source):
         """The columns `start : start + size` of the weight, with 0 in columns outside `col_keep`."""
         axis = 0 if self.transpose_weight else 1
         block = cut(self.weight, start, size, axis)
-        if self.shards is not None:
-            block = self.shards.gather_features(block, 1 - axis)
+        if self.shards is not None and self.shards.features:
+            block = self.shards.gather_features(as_varying(block, varying_axes(self.hidden)), 1 - axis)
         if col_keep is not None:
             block = jnp.where(jnp.expand_dims(col_keep, 1 - axis), block, 0)
         return block
@@ -215,8 +216,22 @@ class LinearLogits(Source):
         """The expression with a weight whose features are all here: gathered once, not block by block."""
         if self.shards is None or not self.shards.features:
             return self
-        weight = self.shards.gather_features(self.weight, 1 if self.transpose_weight else 0)
-        return dataclasses.replace(self, weight=weight, shards=self.shards._replace(features=()))
+        whole = dataclasses.replace(self, shards=self.shards._replace(features=()))
+        return dataclasses.replace(whole, weight=self._weight_block(0, self._width, None))
+
+    def _weight_cotangent(self, d_block: Array) -> Array:
+        """The cotangent of a block of the weight as it is stored, from that of a block with all features."""
+        if self.shards is None or not self.shards.features:
+            return d_block
+        d_block = self.shards.scatter_features(d_block, 1 if self.transpose_weight else 0)
+        others = varying_axes(d_block) - varying_axes(self.weight)
+        return lax.psum(d_block, tuple(sorted(others))) if others else d_block
+
+    def _aligned(self, axes: frozenset[str]) -> LinearLogits:
+        aligned = as_varying(self, axes)
+        # The gradient of a gathered block is summed when it is scattered, not at the end: it is never whole.
+        gathered = self.shards is not None and self.shards.features
+        return dataclasses.replace(aligned, weight=self.weight) if gathered else aligned
 
     def _multiply(self, a: Array, b: Array, contract: tuple[int, int]) -> Array:
         return product(a, b, contract, self.dtype, self.precision)

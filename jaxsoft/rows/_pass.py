@@ -21,12 +21,27 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxsoft._trees import partition, replaced
+from jaxsoft._trees import as_varying, partition, replaced, varying_axes
 from jaxsoft.rows._logits import LinearLogits
 from jaxsoft.rows._masks import Masks, col_mask, row_mask, unmasked
 from jaxsoft.rows._reduction import Arrays, RowReduction, Tile, block_sums
 from jaxsoft.rows._shards import joined
 from jaxsoft.rows._source import Source, cut
+
+
+def align(source: Source, masks: Masks, arrays: list[Arrays]) -> tuple:
+    """Inside `shard_map`, lets all arrays vary over the same mesh axes.
+
+    Otherwise the loop of a derivative would contain one all-reduce per block; this leaves one per operand.
+    """
+    axes = varying_axes((source, masks, arrays))
+    if not axes:
+        return source, masks, arrays
+
+    def aligned(a):
+        return a._aligned(axes) if isinstance(a, Source) else as_varying(a, axes)
+
+    return jax.tree.map(aligned, (source, masks, arrays), is_leaf=lambda a: isinstance(a, Source))
 
 
 def mask_rows(source: Source, masks: Masks, arrays: list[Arrays]):

@@ -12,14 +12,13 @@ from jax import lax
 from jaxtyping import Array, Bool
 
 from jaxsoft import _checks
-from jaxsoft._trees import align_varying
 from jaxsoft.kernels.inner import Kernel, attach, choose, compiled
 from jaxsoft.rows import _sweeps
 from jaxsoft.rows._filter import filtered
 from jaxsoft.rows._layout import Layout, layout_of, with_padding
 from jaxsoft.rows._logits import LinearLogits, Logits, StoredLogits, check_axis, rows_of
 from jaxsoft.rows._masks import Masks, split_mask
-from jaxsoft.rows._pass import closed_form, entries, finish, finished_states, mask_rows, tangents
+from jaxsoft.rows._pass import align, closed_form, entries, finish, finished_states, mask_rows, tangents
 from jaxsoft.rows._reduction import Arrays, RowReduction, arrays_of, is_reduction
 from jaxsoft.rows._source import Source
 
@@ -198,10 +197,10 @@ def run(
     """The results of reductions over a flat source; their arrays are passed separately from their functions."""
     # Of whole rows: equal on all devices that share them
     args = [a.args for a in arrays]
-    source, masks, arrays = align_varying((source, masks, arrays))
-    source, arrays = mask_rows(source, masks, arrays)
     if source.filter_eps is not None and isinstance(source, LinearLogits):
         source = source._with_all_features()
+    source, masks, arrays = align(source, masks, arrays)
+    source, arrays = mask_rows(source, masks, arrays)
     results: dict[int, Any] = {}
     for i, r in enumerate(functions):
         state = closed_form(r, source, masks, arrays[i])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from jaxsoft._trees import as_varying
 from jaxsoft.kernels.inner import Work
 from jaxsoft.rows._shards import Shards
 
@@ -57,6 +58,10 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def _width(self) -> int:
         """The number of columns of this shard."""
+
+    def _aligned(self, axes: frozenset[str]) -> Self:
+        """Inside `shard_map`, the source with arrays that vary over these mesh axes: see `align`."""
+        return as_varying(self, axes)
 
     def _first(self) -> Any:
         """The index, in the whole row, of this shard's first column."""

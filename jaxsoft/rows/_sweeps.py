@@ -216,7 +216,7 @@ def _product_cotangents(
         d_raw, d = _cotangents(kernel, functions, states, cotangents, source, masks, arrays, start, size)
         weight = source._weight_block(start, size, col_mask(masks, start, size))
         d_hidden, d_weight = source._pull_product(d_raw, weight)
-        d_weight = d_weight.astype(source.weight.dtype)
+        d_weight = source._weight_cotangent(d_weight).astype(source.weight.dtype)
         along = (d_weight, None) if source.transpose_weight else (None, d_weight)
         return (d_hidden, d.rows), (d.cols, along[0]), (d.entries, along[1])
 

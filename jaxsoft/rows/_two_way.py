@@ -15,12 +15,11 @@ from jax import lax
 from jaxtyping import Array, Bool
 
 from jaxsoft._numerics import finite_gauge
-from jaxsoft._trees import align_varying
 from jaxsoft.kernels.inner import attach
 from jaxsoft.rows import reductions
 from jaxsoft.rows._logits import Logits
 from jaxsoft.rows._masks import Masks
-from jaxsoft.rows._pass import empty_states, finish, mask_rows, over_blocks, read_block, tangents
+from jaxsoft.rows._pass import align, empty_states, finish, mask_rows, over_blocks, read_block, tangents
 from jaxsoft.rows._reduce import as_source
 from jaxsoft.rows._reduction import Arrays, RowReduction, Tile
 from jaxsoft.rows.reductions import LogPartition
@@ -49,7 +48,7 @@ _COLUMNS = RowReduction(_columns_init, _columns_update, neutral=_columns_neutral
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run(functions: tuple[RowReduction, ...], block: int, source, masks: Masks, arrays: list[Arrays]):
-    source, masks, arrays = align_varying((source, masks, arrays))
+    source, masks, arrays = align(source, masks, arrays)
     source, arrays = mask_rows(source, masks, arrays)
 
     def finished(source, masks, arrays):

@@ -31,7 +31,7 @@ from jaxsoft.rows._cotangents import block_cotangents
 from jaxsoft.rows._layout import Layout, layout_of, padded_source
 from jaxsoft.rows._logits import LinearLogits, Logits, StoredLogits, check_axis, rows_of
 from jaxsoft.rows._masks import Masks, col_mask, row_mask
-from jaxsoft.rows._pass import finish, over_blocks
+from jaxsoft.rows._pass import align, finish, over_blocks
 from jaxsoft.rows._reduce import stream
 from jaxsoft.rows._reduction import Arrays
 from jaxsoft.rows._source import cut
@@ -100,7 +100,7 @@ class _Tape:
         fixed = {name: lax.stop_gradient(getattr(chunk, name)) for name in ("hidden", "weight", "raw")}
         source = dataclasses.replace(chunk, tape=None, **fixed)
         args = [a.args for a in arrays]
-        source, masks, arrays = align_varying((source, masks, arrays))
+        source, masks, arrays = align(source, masks, arrays)
         states = stream(functions, block, source, masks, arrays, kernel)
         floats, others = partition(states)
         if self.probes is not None:
