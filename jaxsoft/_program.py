@@ -11,8 +11,25 @@ import math
 import re
 from typing import Any, NamedTuple
 
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "ragged-all-to-all",
+)
 
+# Instructions whose computation is of scalars
+_OF_SCALARS = (
+    "all-reduce",
+    "reduce-scatter",
+    "reduce",
+    "sort",
+    "scatter",
+    "reduce-window",
+    "select-and-scatter",
+)
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "token": 0}
 _ARRAY = re.compile(r"\b(pred|token|[a-z]+\d+(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
@@ -83,10 +100,12 @@ def _cost(name: str, computations: dict[str, list[tuple]], known: dict[str, coll
             total.update({base: size, f"number of {base}": 1})
         elif opcode == "dot":
             total["flops"] += _dot_flops(kind, rest, types)
-        elif opcode == "custom-call" and "matmul" in rest:  # a product by a library, both operands two-dimensional
+        elif (
+            opcode == "custom-call" and "matmul" in rest
+        ):  # a product by a library, both operands two-dimensional
             total["flops"] += 2 * math.prod(_dims(kind)) * _contracted(kind, rest, types)
-        if opcode in ("all-reduce", "reduce-scatter", "reduce", "sort", "scatter", "reduce-window", "select-and-scatter"):
-            continue  # their computation is of scalars
+        if opcode in _OF_SCALARS:
+            continue
         times = _trips(rest) if opcode == "while" else 1
         branches = _BRANCHES.search(rest)
         if branches is not None:
@@ -144,5 +163,7 @@ def _contracted(kind: str, rest: str, types: dict[str, str]) -> float:
 
 
 def _operand_dims(name: str, rest: str, types: dict[str, str]) -> list[int]:
-    before = re.search(rf"(\S+\[[\d,]*\])\S* %{re.escape(name)}", rest)  # some versions print the operands' types
+    before = re.search(
+        rf"(\S+\[[\d,]*\])\S* %{re.escape(name)}", rest
+    )  # some versions print the operands' types
     return _dims(before[1] if before else types.get(name, ""))

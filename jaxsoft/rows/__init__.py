@@ -7,6 +7,7 @@ the forward pass.
 """
 
 from jaxsoft.rows import reductions
+from jaxsoft.rows._layout import shardings
 from jaxsoft.rows._logits import LinearLogits, Logits, linear_logits
 from jaxsoft.rows._reduce import reduce_rows
 from jaxsoft.rows._reduction import RowReduction, Tile
@@ -38,6 +39,7 @@ __all__ = [
     "online_softmax",
     "reduce_rows",
     "reductions",
+    "shardings",
     "softcap",
     "softmax_top_k",
     "temperature",

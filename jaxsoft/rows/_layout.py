@@ -12,7 +12,8 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +28,8 @@ from jaxsoft.rows._reduction import Arrays
 from jaxsoft.rows._shards import Shards, check_sharding, shard_count
 from jaxsoft.rows._source import Source
 
-_given: contextvars.ContextVar[dict[str, Any]] = contextvars.ContextVar("shardings", default={})
+_NOTHING: Mapping[str, Any] = types.MappingProxyType({})
+_given: contextvars.ContextVar[Mapping[str, Any]] = contextvars.ContextVar("shardings", default=_NOTHING)
 
 
 def shardings(
@@ -149,13 +151,15 @@ class Layout(NamedTuple):
         """`function(*operands)` on every device's part of the operands; `results` are the specs of its results."""
         manual = {name for name, kind in _axis_types(self.mesh) if kind != AxisType.Manual}
         operands = jax.tree.map(functools.partial(_reshard, self.mesh), operands, specs)
-        return jax.shard_map(
-            function, mesh=self.mesh, in_specs=specs, out_specs=results, axis_names=manual
-        )(*operands)
+        return jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=results, axis_names=manual)(
+            *operands
+        )
 
-    def restore(self, a: jax.Array) -> jax.Array:
-        """A result `[*rows, ...]`, placed as `results` says."""
-        return a if self.results == self.rows else _reshard(self.mesh, a, P(*(x or None for x in self.results)))
+    def restore(self, a: jax.Array, *placed: Any) -> jax.Array:
+        """A result `[*rows, ...]`, placed as `results` says; `placed` is its spec, if it is not that of a row."""
+        here = P(*placed) if placed else self.by_row()
+        wanted = P(*(axes or None for axes in self.results))
+        return a if here == wanted else _reshard(self.mesh, a, wanted)
 
     def padding(self, columns: int) -> int:
         """Columns to append so that every device has equally many."""
@@ -206,19 +210,28 @@ def _placed(name: str, a: Any, given: Any) -> _Placed | None:
         return None
     spec, mesh = (given.spec, given.mesh) if isinstance(given, NamedSharding) else (given, None)
     if len(spec) > a.ndim:
-        raise ValueError(f"{name}_sharding must have at most {a.ndim} entries for shape {a.shape}, got {spec}")
+        raise ValueError(
+            f"{name}_sharding must have at most {a.ndim} entries for shape {a.shape}, got {spec}"
+        )
     axes = tuple(_names(entry) for entry in spec) + ((),) * (a.ndim - len(spec))
-    mesh = next((m for m in (mesh, here.mesh, jax.sharding.get_abstract_mesh()) if m is not None and not m.empty), None)
+    mesh = next(
+        (m for m in (mesh, here.mesh, jax.sharding.get_abstract_mesh()) if m is not None and not m.empty),
+        None,
+    )
     if mesh is None:
         raise ValueError(
             f"{name}_sharding={spec} needs a mesh: give a NamedSharding, or call inside jax.set_mesh(mesh)"
         )
     for axis in (axis for entry in axes for axis in entry):
         if axis not in mesh.shape:
-            raise ValueError(f"{name}_sharding={spec} names the axis {axis!r}, but the mesh has {mesh.axis_names}")
+            raise ValueError(
+                f"{name}_sharding={spec} names the axis {axis!r}, but the mesh has {mesh.axis_names}"
+            )
         if (kind := dict(_axis_types(mesh))[axis]) != AxisType.Auto:
             where = "the array's type says where it lies" if kind == AxisType.Explicit else "use axis_name"
-            raise ValueError(f"{name}_sharding={spec} names the axis {axis!r}, which is not Auto but {kind}: {where}")
+            raise ValueError(
+                f"{name}_sharding={spec} names the axis {axis!r}, which is not Auto but {kind}: {where}"
+            )
     return _Placed(mesh, axes)
 
 
@@ -236,7 +249,9 @@ def layout_of(source: Source, others: list[LinearLogits]) -> Layout | None:
         stored = _placed("logits", source.values, given.get("logits"))
         if stored is None:
             return None
-        return _layout(stored.mesh, stored.axes[:-1], stored.axes[-1], [(), *map(_weight_axes, others)], source.shape)
+        return _layout(
+            stored.mesh, stored.axes[:-1], stored.axes[-1], [(), *map(_weight_axes, others)], source.shape
+        )
     hidden = _placed("hidden", source.hidden, source.hidden_sharding or given.get("hidden"))
     weight = _placed("weight", source.weight, source.weight_sharding or given.get("weight"))
     known = hidden or weight
@@ -260,8 +275,8 @@ def _layout(mesh, rows, columns, features, shape) -> Layout:
     for size, axes in zip(shape, inside):
         if size % shard_count(axes, mesh):
             raise ValueError(
-                f"rows of shape {shape[:-1]} are sharded over {axes}, {shard_count(axes, mesh)} devices, which must divide "
-                f"their number: got {size}"
+                f"rows of shape {shape[:-1]} are sharded over {axes}, {shard_count(axes, mesh)} devices, "
+                f"which must divide their number: got {size}"
             )
     gathered = tuple(axes if axes and set(axes) <= over else () for axes in features)
     return Layout(mesh, inside, columns, gathered, rows)
@@ -302,4 +317,3 @@ def padded_source(source: Any, by: int) -> Any:
         weight=padded(source.weight, 0 if source.transpose_weight else 1, by),
         bias=padded(source.bias, 0, by),
     )
-

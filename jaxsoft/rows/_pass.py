@@ -155,7 +155,8 @@ def empty_masked_rows(functions, states, source: Source, masks: Masks, arrays: l
 
 def finish(functions, states: list, source: Source, args: list[tuple]) -> list:
     """The results, from the finished states of this device's columns and the reductions' `args`."""
-    return [r.finalize(s, *a) for r, s, a in zip(functions, joined(functions, states, source.shards, args), args)]
+    axes = () if source.shards is None else source.shards.columns
+    return [r.finalize(s, *a) for r, s, a in zip(functions, joined(functions, states, axes, args), args)]
 
 
 # --- the derivative --------------------------------------------------------------------------------------

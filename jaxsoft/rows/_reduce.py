@@ -90,7 +90,7 @@ def reduce_rows(
     if layout is not None:
         results = _on_mesh(call, layout, source, masks, arrays)
     else:
-        results = call(source, *_of_shard(source, masks, arrays))
+        results = call(source, *of_shard(source, masks, arrays))
     return jax.tree.unflatten(treedef, results)
 
 
@@ -120,10 +120,8 @@ class _Pass(NamedTuple):
             return None if a is None else a.reshape(n, *a.shape[len(rows) :])
 
         source = source._flat()
-        cols = masks.cols
-        if source.shards is not None and (present := source.shards.present(source._width)) is not None:
-            cols = present if cols is None else cols & present
-        masks = Masks(flat(masks.rows), cols, flat(masks.entries))
+        masks = with_present(source, masks)
+        masks = Masks(flat(masks.rows), masks.cols, flat(masks.entries))
         arrays = [
             Arrays(jax.tree.map(flat, a.args), a.col_args, tuple(map(flat, a.entry_args))) for a in arrays
         ]
@@ -153,16 +151,25 @@ def _on_mesh(call: _Pass, layout: Layout, source: Source, masks: Masks, arrays: 
     return jax.tree.map(layout.restore, results)
 
 
-def _of_shard(source: Source, masks: Masks, arrays: list[Arrays]) -> tuple[Masks, list[Arrays]]:
+def with_present(source: Source, masks: Masks) -> Masks:
+    """The masks, without the columns that were appended to give every device equally many."""
+    present = None if source.shards is None else source.shards.present(source._width)
+    if present is None:
+        return masks
+    return masks._replace(cols=present if masks.cols is None else masks.cols & present)
+
+
+def of_shard(source: Source, masks: Masks, arrays: list[Arrays]) -> tuple[Masks, list[Arrays]]:
     """Masks and arrays of this shard's columns, from those of all columns."""
     shards, width = source.shards, source._width
 
     def cut(a: Any, axis: int) -> Any:
         if isinstance(a, Source):
-            if a.shards is None or shards is None or a.shards.columns != shards.columns:
+            axes, others = (() if s is None else s.columns for s in (shards, a.shards))
+            if axes != others:
                 raise ValueError(
                     "two rows of logits must have their columns on the same axes of the mesh: give both the same "
-                    f"axis_name, got {shards and shards.columns} and {a.shards and a.shards.columns}"
+                    f"axis_name, got {axes} and {others}"
                 )
             return a.values if isinstance(a, StoredLogits) else a
         return a if shards is None else shards.cut(a, axis % a.ndim, width)

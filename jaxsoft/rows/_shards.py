@@ -67,18 +67,18 @@ class Shards(NamedTuple):
         return lax.psum_scatter(d_weight, self.features, scatter_dimension=axis, tiled=True)
 
 
-def joined(functions, states: list, shards: Shards | None, args: list[tuple]) -> list:
+def joined(functions, states: list, axes: tuple[str, ...], args: list[tuple]) -> list:
     """The states of whole rows, from those of each device's columns.
 
     Args:
       functions: the reductions.
-      states: their states of the columns of this device.
-      shards: how the columns lie on the mesh; None if they are all here.
+      states: their states of this device's columns.
+      axes: the mesh axes over which the columns are sharded.
       args: the reductions' `args`, for `merge`.
     """
-    if shards is None or not shards.columns:
+    if not axes:
         return states
-    parts = gathered(states, shards.columns)
+    parts = gathered(states, axes)
     return [
         functools.reduce(lambda a, b, r=r, args=args: r.merge(a, b, *args), each)
         for r, args, *each in zip(functions, args, *parts)
@@ -113,18 +113,20 @@ def check_axis_name(axis_name: Any) -> tuple[str, ...]:
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
     for name in names:
         if not isinstance(name, str):
-            raise TypeError(f"axis_name must be the name of a mesh axis or a tuple of names, got {axis_name!r}")
+            raise TypeError(
+                f"axis_name must be the name of a mesh axis or a tuple of names, got {axis_name!r}"
+            )
         try:
             varying = jax.typeof(lax.axis_index(name)).manual_axis_type.varying
         except NameError:
             raise ValueError(
-                f"axis_name must name axes of the mesh of the surrounding jax.shard_map, got {name!r}, which is not one: "
-                "outside of shard_map write hidden_sharding and weight_sharding instead"
+                f"axis_name must name axes of the mesh of the surrounding jax.shard_map, got {name!r}, which "
+                "is not one: outside of shard_map write hidden_sharding and weight_sharding instead"
             ) from None
         if name not in varying:
             raise ValueError(
-                f"axis_name={axis_name!r} needs jax.shard_map(..., check_vma=True), its default: without it JAX gives wrong "
-                "gradients"
+                f"axis_name={axis_name!r} needs jax.shard_map(..., check_vma=True), its default: without it JAX "
+                "gives wrong gradients"
             )
     return names
 

@@ -269,10 +269,14 @@ def _placed(call: _Loss, chunk_size: int | None, layout: Layout | None, logits, 
         return layout.of_source(a, next(number)) if isinstance(a, LinearLogits) else layout.by_row()
 
     logits, by_row = prepared(logits), by_row._replace(args=tuple(map(prepared, by_row.args)))
-    specs = _ByRow(tuple(map(spec, by_row.args)), *(None if a is None else layout.by_row() for a in by_row[1:]))
+    specs = _ByRow(
+        tuple(map(spec, by_row.args)), *(None if a is None else layout.by_row() for a in by_row[1:])
+    )
 
     def part(logits, by_row, arrays):
-        logits, *others = layout.local(total, logits, *(a for a in by_row.args if isinstance(a, LinearLogits)))
+        logits, *others = layout.local(
+            total, logits, *(a for a in by_row.args if isinstance(a, LinearLogits))
+        )
         others = iter(others)
         args = tuple(next(others) if isinstance(a, LinearLogits) else a for a in by_row.args)
         value = _here(call, chunk_size, logits, by_row._replace(args=args), arrays)
@@ -520,6 +524,7 @@ def _weighted_jvp(call, chunk, primals, tangents):
 
     # A call that is not differentiated stays whole: JAX would move parts out of its loops, and keep them in memory.
     total, gradient = differentiated_as(ordinary, in_chunks, *primals)
+
     def along(gradient, tangent):
         value = jnp.sum(gradient.astype(total.dtype) * tangent.astype(total.dtype))
         # of one device's columns
