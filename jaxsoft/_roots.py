@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxsoft._trees import tangent_of
+from jaxsoft._trees import largest, tangent_of
 
 
 def search(
@@ -34,6 +34,8 @@ def search(
       start: where the search begins.
       tolerance: a step as small as this is the last one.
       most_steps: the number of steps after which the search ends in any case.
+
+    Inside `shard_map`, all devices make as many steps: `improve` may read rows that lie on several of them.
     """
 
     def step(carry):
@@ -42,12 +44,12 @@ def search(
         lo, hi = jnp.where(value >= 0, t, lo), jnp.where(value >= 0, hi, t)
         new = jnp.where((proposal >= lo) & (proposal <= hi), proposal, (lo + hi) / 2)
         moved = jnp.where(jnp.isnan(value), 0, jnp.abs(new - t) / tolerance)
-        return count + 1, lo, hi, new, proposal - t, jnp.max(moved, initial=0)
+        return count + 1, lo, hi, new, proposal - t, largest(moved)
 
     def unfinished(carry):
         return (carry[0] < most_steps) & (carry[-1] > 1)
 
-    far = jnp.max(jnp.full_like(lo, jnp.inf), initial=0)  # varies over the rows' mesh axes
+    far = largest(jnp.full_like(lo, jnp.inf))
     return lax.while_loop(unfinished, step, (jnp.int32(0), lo, hi, start, start, far))[3:5]
 
 

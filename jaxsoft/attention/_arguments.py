@@ -94,7 +94,7 @@ def prepare(
     masks = Visibility(
         query_lengths=_lengths("query_seq_lengths", query_seq_lengths, batch),
         key_lengths=_lengths("key_value_seq_lengths", key_value_seq_lengths, batch),
-        entries=None if mask is None else _entries("mask", mask, spec, batch),
+        entries=None if mask is None else entries_of("mask", mask, spec, batch),
         offset=None if static else _offset("query_offset", query_offset, batch),
         key_offset=None if static else _offset("key_offset", key_offset, batch),
     )
@@ -121,7 +121,7 @@ def prepare(
     else:
         inputs = inputs._replace(scale=rows.per_row("scale", scale))
     if bias is not None:
-        inputs = inputs._replace(bias=_entries("bias", bias, spec, batch))
+        inputs = inputs._replace(bias=entries_of("bias", bias, spec, batch))
     if alibi_slopes is not None:
         _per_head("alibi_slopes", alibi_slopes, n)
         inputs = inputs._replace(slopes=rows.per_row("alibi_slopes", alibi_slopes))
@@ -174,7 +174,7 @@ def _per_head(name: str, value: Any, heads: int) -> None:
         )
 
 
-def _entries(name: str, array: Any, spec: AttentionSpec, batch: tuple[int, ...]) -> Array:
+def entries_of(name: str, array: Any, spec: AttentionSpec, batch: tuple[int, ...]) -> Array:
     """A mask or bias with the five axes of the scores, padded to whole blocks."""
     heads = spec.heads * spec.groups
     full = (*batch, heads, spec.queries, spec.keys)

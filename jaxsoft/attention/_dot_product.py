@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
@@ -11,6 +12,7 @@ from jaxsoft import _checks
 from jaxsoft.attention._arguments import prepare
 from jaxsoft.attention._blocks import to_user
 from jaxsoft.attention._cudnn import Options, attention_or_reason
+from jaxsoft.attention._ring import prepare_ring
 from jaxsoft.attention._weights import last_pass, weighting
 from jaxsoft.normalizers import softmax
 from jaxsoft.normalizers.inner import after, is_exponential, times_scale
@@ -56,6 +58,7 @@ class _Options(TypedDict, total=False):
     block_sizes: tuple[int | None, int | None]
     precision: Any
     implementation: str | None
+    axis_name: str | tuple[str, ...] | None
 
 
 @overload
@@ -126,6 +129,7 @@ def dot_product_attention(
     block_sizes: tuple[int | None, int | None] = (None, None),
     precision: Any = None,
     implementation: str | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
     return_residual: bool = False,
     return_statistics: bool = False,
 ) -> Any:
@@ -171,6 +175,9 @@ def dot_product_attention(
       implementation: `"xla"`; `"cudnn"`, for softmax on NVIDIA GPUs; or the kernels `"pallas_tpu"` or `"mosaic_gpu"`,
         all with the same derivatives. None picks the best one that can run the case (see
         `jaxsoft.kernels.explain`).
+      axis_name: inside `jax.shard_map`, the mesh axes over which queries and keys are sharded along their length, in
+        the order of the devices (ring attention). T and S are then those of one device; `query_offset`, lengths and the
+        last axis of bias and mask are those of the whole sequence. No dropout.
       return_residual: whether to return the log-sum-exp of each query as well, as `jax.nn` does.
       return_statistics: whether to return `AttentionStatistics` as well; replaces the residual.
 
@@ -196,7 +203,8 @@ def dot_product_attention(
     """
     _checks.flag("return_residual", return_residual)
     _checks.flag("return_statistics", return_statistics)
-    rows, shape = prepare(
+    preparing = prepare if axis_name is None else functools.partial(prepare_ring, axis_name)
+    rows, shape = preparing(
         query,
         key,
         value,
@@ -241,8 +249,11 @@ def dot_product_attention(
             implementation="xla",
         )
 
-    arrays = tuple(a.reshape(rows.spec.batch, *a.shape[-3:]) for a in (query, key, value))
-    fused = attention_or_reason(rows, arrays, normalizer in (None, softmax), scale, options, by_xla)
+    if axis_name is None:
+        arrays = tuple(a.reshape(rows.spec.batch, *a.shape[-3:]) for a in (query, key, value))
+        fused = attention_or_reason(rows, arrays, normalizer in (None, softmax), scale, options, by_xla)
+    else:
+        fused = "the keys lie on several devices"
     if not isinstance(fused, str):
         return fused.reshape(shape)
     states = rows.run(passes, {"cudnn": fused})

@@ -18,6 +18,7 @@ from jaxsoft import _checks
 from jaxsoft._numerics import log_or_neg_inf
 from jaxsoft.attention._arguments import prepare
 from jaxsoft.attention._blocks import from_blocks, to_blocks, to_user
+from jaxsoft.attention._ring import prepare_joined
 from jaxsoft.attention._rows import AttentionRows
 from jaxsoft.attention._spec import AttentionSpec
 from jaxsoft.attention._weights import last_pass, weighted_values, weighting
@@ -198,6 +199,7 @@ def decode_attention(
     normalizer: Callable | None = None,
     splits: int = 1,
     unified_max: float | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
     **options,
 ) -> Float[Array, "*batch T N V"]:
     """Attention of the newest tokens to a cache of keys and values, each sequence with its own length.
@@ -215,6 +217,8 @@ def decode_attention(
         devices that one sequence does not keep busy; needs a normalizer of one pass.
       unified_max: a fixed reference exponent near the largest scores, instead of a running maximum (FlashDecoding++;
         softmax only). If the scores of any row leave its safe range, all rows are recomputed with a running maximum.
+      axis_name: inside `jax.shard_map`, the mesh axes over which the cache is sharded along its length; every device
+        has the queries, and S is the part of one device. No bias and no mask.
       **options: of `dot_product_attention`: bias, softcap, scale, windows, slopes, sinks, ...
 
     Returns:
@@ -253,9 +257,18 @@ def decode_attention(
             raise ValueError(
                 "unified_max needs plain softmax: leave normalizer, sinks and splits at their defaults"
             )
+    if splits > 1 and axis_name is not None:
+        raise ValueError(f"splits must be 1 with axis_name, whose devices read the parts, got {splits}")
     if splits > 1:
         return _split(query, key_cache, value_cache, splits, normalizer, options).output()
-    rows, shape = prepare(query, key_cache, value_cache, **_positional(options))
+    if axis_name is None:
+        rows, shape = prepare(query, key_cache, value_cache, **_positional(options))
+    else:
+        for name in ("bias", "mask"):
+            if options.get(name) is not None:
+                raise ValueError(f"{name} must be None with axis_name, got {_checks.describe(options[name])}")
+        rest = {k: v for k, v in options.items() if k not in ("bias", "mask", "sinks")}
+        rows, shape = prepare_joined(axis_name, query, key_cache, value_cache, **rest)
     if unified_max is None:
         out, _ = _attend(rows, last_pass(rows, normalizer, options.get("sinks")))
     else:

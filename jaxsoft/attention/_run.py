@@ -43,23 +43,25 @@ def run(
 
     `refused` says why other implementations do not run the pass.
     """
-
-    def refusal(backend, kernel: Kernel) -> str | None:
-        return _sweeps.refusal(backend, kernel, spec, functions, inputs, masks, args)
-
-    kernel = choose(
-        "reductions of the rows of an attention",
-        spec.implementation,
-        work_of(spec, inputs.query),
-        refusal,
-        refused,
-    )
+    kernel = choose_kernel(spec, functions, inputs, masks, args, refused)
     cut = spec if kernel is not None else for_xla(spec)
     if cut == spec:
         return _run(spec, functions, kernel, inputs, masks, args)
     # The blocks are those of a kernel, which was likely to run but does not.
     states = _run(cut, functions, None, *recut(spec, cut, inputs, masks, args))
     return jax.tree.map(functools.partial(recut_rows, cut, spec), states)
+
+
+def choose_kernel(
+    spec: AttentionSpec, functions: tuple, inputs: Inputs, masks: Visibility, args: list, refused: dict | None
+) -> Kernel | None:
+    """The kernel backend that runs these reductions, None for XLA."""
+
+    def refusal(backend, kernel: Kernel) -> str | None:
+        return _sweeps.refusal(backend, kernel, spec, functions, inputs, masks, args)
+
+    what, work = "reductions of the rows of an attention", work_of(spec, inputs.query)
+    return choose(what, spec.implementation, work, refusal, refused)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -51,12 +51,17 @@ def refusal(
 
 def run(kernel: Kernel, spec: AttentionSpec, functions, inputs: Inputs, masks: Visibility, args) -> list:
     """The states of reductions for all rows, with derivatives attached; leaves are `[nq, B, K, R, ...]`."""
-    states = _states(kernel, spec, functions, *lax.stop_gradient((inputs, masks, args)))
-    rule, pull_back = functools.partial(_pass.tangents, spec, functions), None
+    states = finished_states(kernel, spec, functions, *lax.stop_gradient((inputs, masks, args)))
+    rule, pull = functools.partial(_pass.tangents, spec, functions), None
+    if runs_backward(kernel, spec, functions, states, inputs, masks, args):
+        pull = functools.partial(pull_back, kernel, spec, functions)
+    return attach(rule, pull, states, masks, (inputs, args))
+
+
+def runs_backward(kernel: Kernel, spec: AttentionSpec, functions, states, inputs, masks, args) -> bool:
+    """Whether the kernel can run the backward pass as well."""
     case = _backward(spec, functions, states, partition(states)[0], inputs, masks, args)
-    if all(kernel.backend().refusal(kernel, *sweep) is None for sweep in case):
-        pull_back = functools.partial(_pull_back, kernel, spec, functions)
-    return attach(rule, pull_back, states, masks, (inputs, args))
+    return all(kernel.backend().refusal(kernel, *sweep) is None for sweep in case)
 
 
 # --- between blocks and matrices -------------------------------------------------------------------------------
@@ -287,7 +292,8 @@ def _forward(spec: AttentionSpec, functions, inputs: Inputs, masks: Visibility, 
     return body, _scores(spec, inputs), _operands(spec, inputs, masks, args), init, sweep
 
 
-def _states(kernel: Kernel, spec: AttentionSpec, functions, inputs, masks, args) -> list:
+def finished_states(kernel: Kernel, spec: AttentionSpec, functions, inputs, masks, args) -> list:
+    """The finished states, without derivatives."""
     result = kernel.backend().sweep(kernel, *_forward(spec, functions, inputs, masks, args))
     rows = jax.tree.map(lambda a: [_by_block(spec, part, spec.nq) for part in a], result.carry)
     each = jax.tree.transpose(jax.tree.structure(result.carry), None, rows)
@@ -360,7 +366,7 @@ def _product(a: Array, b: Array, axes: tuple, spec: AttentionSpec) -> Array:
     )
 
 
-def _pull_back(kernel, spec, functions, states, masks, operands, cotangents) -> tuple:
+def pull_back(kernel, spec, functions, states, masks, operands, cotangents) -> tuple:
     """The cotangents of inputs and args, given those of the states' float leaves."""
     inputs, args = operands
     case = _backward(spec, functions, states, cotangents, inputs, masks, args)
