@@ -12,6 +12,7 @@ from jaxsoft import _checks
 from jaxsoft.attention._arguments import prepare
 from jaxsoft.attention._blocks import to_user
 from jaxsoft.attention._cudnn import Options, attention_or_reason
+from jaxsoft.attention._mesh import attend_on_mesh, layout_of
 from jaxsoft.attention._ring import prepare_ring
 from jaxsoft.attention._weights import last_pass, weighting
 from jaxsoft.normalizers import softmax
@@ -203,13 +204,7 @@ def dot_product_attention(
     """
     _checks.flag("return_residual", return_residual)
     _checks.flag("return_statistics", return_statistics)
-    preparing = prepare if axis_name is None else functools.partial(prepare_ring, axis_name)
-    rows, shape = preparing(
-        query,
-        key,
-        value,
-        bias,
-        mask,
+    scores: dict[str, Any] = dict(
         scale=scale,
         is_causal=is_causal,
         query_seq_lengths=query_seq_lengths,
@@ -225,6 +220,20 @@ def dot_product_attention(
         precision=precision,
         implementation=implementation,
     )
+    layout = None if axis_name else layout_of(query, key, dropout=dropout_rate != 0)
+    if layout is not None:
+        weights = dict(
+            normalizer=softmax if normalizer is None else normalizer,
+            sinks=sinks,
+            dropout_rate=dropout_rate,
+            dropout_key=dropout_key,
+            broadcast_dropout=broadcast_dropout,
+        )
+        arrays = dict(query=query, key=key, value=value, bias=bias, mask=mask)
+        returned = dict(return_residual=return_residual, return_statistics=return_statistics)
+        return attend_on_mesh(dot_product_attention, layout, {**arrays, **scores, **weights, **returned})
+    preparing = prepare if axis_name is None else functools.partial(prepare_ring, axis_name)
+    rows, shape = preparing(query, key, value, bias, mask, **scores)
     last = last_pass(rows, normalizer, sinks, dropout_rate, dropout_key, broadcast_dropout)
     passes = [weighting(rows, last)]
     if return_residual or return_statistics:

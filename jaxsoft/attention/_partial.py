@@ -18,12 +18,13 @@ from jaxsoft import _checks
 from jaxsoft._numerics import log_or_neg_inf
 from jaxsoft.attention._arguments import prepare
 from jaxsoft.attention._blocks import from_blocks, to_blocks, to_user
+from jaxsoft.attention._mesh import attend_on_mesh, layout_of
 from jaxsoft.attention._ring import prepare_joined
 from jaxsoft.attention._rows import AttentionRows
 from jaxsoft.attention._spec import AttentionSpec
 from jaxsoft.attention._weights import last_pass, weighted_values, weighting
 from jaxsoft.kernels.inner import compiled
-from jaxsoft.normalizers import Normalizer
+from jaxsoft.normalizers import Normalizer, softmax
 from jaxsoft.normalizers.inner import exponent, is_exponential, per_row
 from jaxsoft.rows import reductions
 from jaxsoft.rows.inner import keep_gauge
@@ -190,6 +191,9 @@ def merge_partial_attention(*parts: PartialAttention) -> PartialAttention:
     return dataclasses.replace(parts[0], state=states[0])
 
 
+_SET_BY_DECODING = ("is_causal", "query_offset", "key_value_seq_lengths")
+
+
 def decode_attention(
     query: Float[Array, "*batch T N H"],
     key_cache: Float[Array, "*batch S K H"],
@@ -239,7 +243,7 @@ def decode_attention(
       >>> out.shape
       (2, 1, 1, 2)
     """
-    for name in ("is_causal", "query_offset", "key_value_seq_lengths"):
+    for name in _SET_BY_DECODING:
         if name in options:
             raise ValueError(f"{name} must not be given: decode_attention sets it from lengths")
     _checks.floating("query", query)
@@ -253,10 +257,16 @@ def decode_attention(
 
     if unified_max is not None:
         _checks.number("unified_max", unified_max)
-        if normalizer is not None or splits > 1 or options.get("sinks") is not None:
+        if normalizer not in (None, softmax) or splits > 1 or options.get("sinks") is not None:
             raise ValueError(
                 "unified_max needs plain softmax: leave normalizer, sinks and splits at their defaults"
             )
+    layout = None if axis_name else layout_of(query, key_cache, decoding=True)
+    if layout is not None:
+        given = {k: v for k, v in options.items() if k not in _SET_BY_DECODING}
+        arrays = dict(query=query, key_cache=key_cache, value_cache=value_cache, lengths=lengths)
+        how = dict(normalizer=normalizer or softmax, splits=splits, unified_max=unified_max)
+        return attend_on_mesh(decode_attention, layout, {**arrays, **how, **given})
     if splits > 1 and axis_name is not None:
         raise ValueError(f"splits must be 1 with axis_name, whose devices read the parts, got {splits}")
     if splits > 1:

@@ -33,9 +33,9 @@ _given: contextvars.ContextVar[Mapping[str, Any]] = contextvars.ContextVar("shar
 
 
 def shardings(
-    *, hidden: Any = None, weight: Any = None, logits: Any = None
+    *, hidden: Any = None, weight: Any = None, logits: Any = None, query: Any = None, key: Any = None
 ) -> contextlib.AbstractContextManager[None]:
-    """Says where logits lie on a mesh with Auto axes, for all functions that are called inside the context.
+    """Says where arrays lie on a mesh with Auto axes, for all functions that are called inside the context.
 
     With Auto mesh axes (`jit` with `NamedSharding`s, as Flax and MaxText train), JAX does not tell a function where its
     arrays lie. Functions of jaxsoft then leave the partition to the compiler, which gathers what a loop reads. Inside
@@ -46,6 +46,8 @@ def shardings(
       hidden: the placement of the `hidden` of `linear_logits`, `[*rows, d]`: a `PartitionSpec`, or a `NamedSharding`.
       weight: the placement of its `weight`, `[d, vocab]`, or `[vocab, d]` with `transpose_weight=True`.
       logits: the placement of stored logits, `[*rows, columns]`.
+      query: the placement of the `query` of an attention, `[*batch, T, N, H]`.
+      key: the placement of its `key` and `value`, or of a cache of them, `[*batch, S, K, H]`.
 
     Returns:
       A context manager.
@@ -59,7 +61,7 @@ def shardings(
       >>> with jaxsoft.shardings(hidden=P("data"), weight=P(None, "model")):
       ...     pass  # loss = jaxsoft.losses.cross_entropy(jaxsoft.linear_logits(hidden, weight), labels)
     """
-    named = {"hidden": hidden, "weight": weight, "logits": logits}
+    named = {"hidden": hidden, "weight": weight, "logits": logits, "query": query, "key": key}
     new = {name: check_sharding(name, s) for name, s in named.items() if s is not None}
     return setting(_given, {**_given.get(), **new})
 
@@ -166,6 +168,18 @@ class Layout(NamedTuple):
         return -columns % shard_count(self.columns, self.mesh)
 
 
+def on_mesh(mesh: Any, function: Callable, specs: tuple, operands: tuple, results: Any) -> Any:
+    """`function(*operands)` on every device's part of the operands; `specs` and `results` are trees of specs."""
+    manual = {name for name, kind in _axis_types(mesh) if kind != AxisType.Manual}
+    operands = jax.tree.map(functools.partial(_reshard, mesh), operands, specs)
+
+    def here(*operands):
+        with setting(_given, _NOTHING):
+            return function(*operands)
+
+    return jax.shard_map(here, mesh=mesh, in_specs=specs, out_specs=results, axis_names=manual)(*operands)
+
+
 def _axis_types(mesh) -> list[tuple[str, Any]]:
     return list(zip(mesh.axis_names, mesh.axis_types))
 
@@ -193,19 +207,20 @@ def _names(entry: Any) -> tuple[str, ...]:
 # --- finding the layout --------------------------------------------------------------------------------------
 
 
-class _Placed(NamedTuple):
+class Placed(NamedTuple):
     """The placement of one array: its mesh and, for each of its axes, the names of mesh axes."""
 
     mesh: Any
     axes: tuple[tuple[str, ...], ...]
 
 
-def _placed(name: str, a: Any, given: Any) -> _Placed | None:
+def placed(name: str, a: Any, given: Any = None) -> Placed | None:
     """Where an array lies, by its type, or by what the user says; None if it lies on no mesh, or nothing is known."""
+    given = _given.get().get(name) if given is None else given
     here = jax.typeof(a).sharding
     typed = tuple(_names(entry) for entry in here.spec)
     if any(typed):
-        return _Placed(here.mesh, typed)
+        return Placed(here.mesh, typed)
     if given is None:
         return None
     spec, mesh = (given.spec, given.mesh) if isinstance(given, NamedSharding) else (given, None)
@@ -232,7 +247,7 @@ def _placed(name: str, a: Any, given: Any) -> _Placed | None:
             raise ValueError(
                 f"{name}_sharding={spec} names the axis {axis!r}, which is not Auto but {kind}: {where}"
             )
-    return _Placed(mesh, axes)
+    return Placed(mesh, axes)
 
 
 def layout_of(source: Source, others: list[LinearLogits]) -> Layout | None:
@@ -244,16 +259,15 @@ def layout_of(source: Source, others: list[LinearLogits]) -> Layout | None:
     """
     if source.shards is not None:
         return None
-    given = _given.get()
     if isinstance(source, StoredLogits):
-        stored = _placed("logits", source.values, given.get("logits"))
+        stored = placed("logits", source.values)
         if stored is None:
             return None
         return _layout(
             stored.mesh, stored.axes[:-1], stored.axes[-1], [(), *map(_weight_axes, others)], source.shape
         )
-    hidden = _placed("hidden", source.hidden, source.hidden_sharding or given.get("hidden"))
-    weight = _placed("weight", source.weight, source.weight_sharding or given.get("weight"))
+    hidden = placed("hidden", source.hidden, source.hidden_sharding)
+    weight = placed("weight", source.weight, source.weight_sharding)
     known = hidden or weight
     if known is None:
         return None
@@ -265,8 +279,8 @@ def layout_of(source: Source, others: list[LinearLogits]) -> Layout | None:
 
 def _weight_axes(e: LinearLogits) -> tuple[str, ...]:
     """The mesh axes of the features of an expression's weight."""
-    placed = _placed("weight", e.weight, e.weight_sharding or _given.get().get("weight"))
-    return () if placed is None else placed.axes[1 if e.transpose_weight else 0]
+    weight = placed("weight", e.weight, e.weight_sharding)
+    return () if weight is None else weight.axes[1 if e.transpose_weight else 0]
 
 
 def _layout(mesh, rows, columns, features, shape) -> Layout:
