@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import ad
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 
@@ -69,6 +70,15 @@ def add_at(total: Array, part: Array, starts: dict[int, Any]) -> Array:
 def is_explicitly_sharded(a: Any) -> bool:
     """Whether an axis of an array is sharded over an Explicit mesh axis."""
     return any(axis is not None for axis in jax.typeof(a).sharding.spec)
+
+
+def entries_at(values: Array, ids: Array) -> Array:
+    """`values[ids]` along the first axis; on a mesh, the result lies where `ids` do."""
+    if not (is_explicitly_sharded(values) or is_explicitly_sharded(ids)):
+        return values[ids]
+    mesh = next(s.mesh for a in (ids, values) if not (s := jax.typeof(a).sharding).mesh.empty)
+    spec = P(*jax.typeof(ids).sharding.spec, *(None,) * (values.ndim - 1))
+    return values.at[ids].get(out_sharding=NamedSharding(mesh, spec))
 
 
 def is_partitioned(a: Any) -> bool:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, as_ids, weigh
+from jaxsoft._trees import entries_at
 from jaxsoft.normalizers.inner import per_row
 from jaxsoft.rows import LinearLogits, Logits, reduce_rows, reductions
 from jaxsoft.rows.inner import check_axis, check_ids, check_range, detached, rows_of
@@ -75,7 +76,7 @@ class LabelledRows:
         """The entry of `[columns]` that belongs to each row's class id, `[*rows]`; 0 without classes."""
         if not self.columns:
             return jnp.zeros(self.labels.shape, per_class.dtype)
-        return per_class[jnp.clip(self.labels, 0, self.columns - 1)]
+        return entries_at(per_class, jnp.clip(self.labels, 0, self.columns - 1))
 
     def finish(self, values: Array) -> Array:
         """Gives ignored rows the loss 0 and applies the weights of the examples."""

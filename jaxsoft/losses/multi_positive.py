@@ -239,7 +239,7 @@ def _search(rows: LabelledRows, k: Array, alpha: Array) -> tuple[Array, Array, A
     solvable, empty = (k > 0) & (k < n), n == 0
     top = jnp.where(empty, 0, top)
     n = jnp.where(empty, 1, n)
-    k = jnp.where(solvable, k, n / 2)
+    k = jnp.where(solvable, k + jnp.zeros_like(n), n / 2)  # a sum: on a mesh, k lies where the rows do
     # Bounds of tau: with mass = sum_c e^(alpha (x_c - top)), the sum of the sigmoids is at most mass e^(-alpha tau) and
     # n sigmoid(-alpha tau), and at least mass sigmoid(-alpha tau).
     log_k, log_mass = jnp.log(k), jnp.where(empty, 0, lse - alpha * top)

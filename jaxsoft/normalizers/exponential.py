@@ -323,7 +323,9 @@ def _adaptive_temperature_softmax(rows, *, coefficients=_ADAPTIVE, threshold=0.5
     _checks.flag("stop_gradient", stop_gradient)
     source = rows.detached() if stop_gradient else rows
     entropy = source.reduce(reductions.softmax_moments(variance=False)).entropy
-    beta = jnp.polyval(jnp.asarray(coefficients, entropy.dtype), entropy)
+    beta = jnp.zeros_like(entropy)
+    for c in jnp.asarray(coefficients, entropy.dtype):
+        beta = beta * entropy + c
     return scaled(SOFTMAX, jnp.where((entropy > threshold) & (beta > 1), beta, 1))
 
 
