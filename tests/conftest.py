@@ -1,4 +1,4 @@
-"""Settings of all tests: two virtual devices, a persistent compilation cache, a float64 switch."""
+"""Settings of all tests: eight virtual devices, a persistent compilation cache, a float64 switch."""
 
 import contextlib
 import functools
@@ -9,12 +9,13 @@ import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The number of XLA's threads. A warpgroup of an interpreted GPU kernel that waits for another one holds a thread, and
-# so does the call of the kernel. With one thread per core, all of two may wait forever.
-os.environ.setdefault("NPROC", "8")
+# so does the call of the kernel, and a virtual device that waits for the others. With one thread per core, all of two
+# may wait forever.
+os.environ.setdefault("NPROC", "16")
 # Compiling dominates the tests; with few optimizations, and each program compiled in one piece, it takes a third of the
 # time. One flag exists in the oldest versions only. `JAXSOFT_OPTIMIZED=1` runs the tests with the code that users run.
 os.environ["XLA_FLAGS"] = " ".join(
-    ["--xla_force_host_platform_device_count=2"]
+    ["--xla_force_host_platform_device_count=8"]
     + (
         []
         if os.environ.get("JAXSOFT_OPTIMIZED")

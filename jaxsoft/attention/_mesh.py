@@ -82,7 +82,7 @@ def layout_of(query: Any, key: Any, *, decoding: bool = False, dropout: bool = F
     """
     if not all(hasattr(a, "ndim") and a.ndim >= 3 for a in (query, key)):
         return None
-    of_query, of_key = placed("query", query), placed("key", key)
+    of_query, of_key = placed("query", query, near=(key,)), placed("key", key, near=(query,))
     known = of_query or of_key
     if known is None:
         return None

@@ -8,7 +8,7 @@ the forward pass.
 
 from jaxsoft.rows import reductions
 from jaxsoft.rows._layout import shardings
-from jaxsoft.rows._logits import LinearLogits, Logits, linear_logits
+from jaxsoft.rows._logits import LinearLogits, Logits, StoredLogits, linear_logits, stored_logits
 from jaxsoft.rows._reduce import reduce_rows
 from jaxsoft.rows._reduction import RowReduction, Tile
 from jaxsoft.rows._softmax import online_softmax, softmax_top_k, two_pass_softmax, unified_max_softmax
@@ -29,6 +29,7 @@ __all__ = [
     "LinearLogits",
     "Logits",
     "RowReduction",
+    "StoredLogits",
     "Tile",
     "TopK",
     "entropy",
@@ -42,6 +43,7 @@ __all__ = [
     "shardings",
     "softcap",
     "softmax_top_k",
+    "stored_logits",
     "temperature",
     "top_k",
     "top_k_accuracy",

@@ -214,8 +214,15 @@ class Placed(NamedTuple):
     axes: tuple[tuple[str, ...], ...]
 
 
-def placed(name: str, a: Any, given: Any = None) -> Placed | None:
-    """Where an array lies, by its type, or by what the user says; None if it lies on no mesh, or nothing is known."""
+def placed(name: str, a: Any, given: Any = None, near: tuple = ()) -> Placed | None:
+    """Where an array lies, by its type, or by what the user says; None if it lies on no mesh, or nothing is known.
+
+    Args:
+      name: its name, as an argument of `shardings`.
+      a: the array.
+      given: what the user says of it; None for what `shardings` says.
+      near: other arrays and shardings, which may know the mesh of a `PartitionSpec`.
+    """
     given = _given.get().get(name) if given is None else given
     here = jax.typeof(a).sharding
     typed = tuple(_names(entry) for entry in here.spec)
@@ -223,16 +230,14 @@ def placed(name: str, a: Any, given: Any = None) -> Placed | None:
         return Placed(here.mesh, typed)
     if given is None:
         return None
-    spec, mesh = (given.spec, given.mesh) if isinstance(given, NamedSharding) else (given, None)
+    spec = given.spec if isinstance(given, NamedSharding) else given
     if len(spec) > a.ndim:
         raise ValueError(
             f"{name}_sharding must have at most {a.ndim} entries for shape {a.shape}, got {spec}"
         )
     axes = tuple(_names(entry) for entry in spec) + ((),) * (a.ndim - len(spec))
-    mesh = next(
-        (m for m in (mesh, here.mesh, jax.sharding.get_abstract_mesh()) if m is not None and not m.empty),
-        None,
-    )
+    meshes = [*map(_mesh_of, (given, a, *near)), jax.sharding.get_abstract_mesh()]
+    mesh = next((m for m in meshes if m is not None and not m.empty), None)
     if mesh is None:
         raise ValueError(
             f"{name}_sharding={spec} needs a mesh: give a NamedSharding, or call inside jax.set_mesh(mesh)"
@@ -245,9 +250,15 @@ def placed(name: str, a: Any, given: Any = None) -> Placed | None:
         if (kind := dict(_axis_types(mesh))[axis]) != AxisType.Auto:
             where = "the array's type says where it lies" if kind == AxisType.Explicit else "use axis_name"
             raise ValueError(
-                f"{name}_sharding={spec} names the axis {axis!r}, which is not Auto but {kind}: {where}"
+                f"{name}_sharding={spec} names the axis {axis!r}, which is not Auto but {kind.name}: {where}"
             )
     return Placed(mesh, axes)
+
+
+def _mesh_of(a: Any) -> Any:
+    """The mesh of an array or a `NamedSharding`; None of anything else."""
+    sharding = a if isinstance(a, NamedSharding) else jax.typeof(a).sharding if hasattr(a, "dtype") else None
+    return None if sharding is None else sharding.mesh
 
 
 def layout_of(source: Source, others: list[LinearLogits]) -> Layout | None:
@@ -266,8 +277,9 @@ def layout_of(source: Source, others: list[LinearLogits]) -> Layout | None:
         return _layout(
             stored.mesh, stored.axes[:-1], stored.axes[-1], [(), *map(_weight_axes, others)], source.shape
         )
-    hidden = placed("hidden", source.hidden, source.hidden_sharding)
-    weight = placed("weight", source.weight, source.weight_sharding)
+    near = (source.hidden_sharding, source.weight_sharding, source.hidden, source.weight)
+    hidden = placed("hidden", source.hidden, source.hidden_sharding, near)
+    weight = placed("weight", source.weight, source.weight_sharding, near)
     known = hidden or weight
     if known is None:
         return None
@@ -279,7 +291,8 @@ def layout_of(source: Source, others: list[LinearLogits]) -> Layout | None:
 
 def _weight_axes(e: LinearLogits) -> tuple[str, ...]:
     """The mesh axes of the features of an expression's weight."""
-    weight = placed("weight", e.weight, e.weight_sharding)
+    near = (e.hidden_sharding, e.weight_sharding, e.hidden, e.weight)
+    weight = placed("weight", e.weight, e.weight_sharding, near)
     return () if weight is None else weight.axes[1 if e.transpose_weight else 0]
 
 

@@ -390,6 +390,39 @@ class StoredLogits(Source):
         return None
 
 
+def stored_logits(
+    values: Float[Array, "*rows columns"], *, axis_name: str | tuple[str, ...] | None = None
+) -> StoredLogits:
+    """Stored logits as an expression: inside `jax.shard_map`, those of this device's columns.
+
+    Args:
+      values: `[*rows, columns]`, floating.
+      axis_name: the mesh axes over which the columns are sharded; labels, masks and `shape` then count the columns of
+        all devices. None: all columns are here.
+
+    Returns:
+      A `StoredLogits`, which functions that read rows take in place of an array. Functions that return an array of the
+      logits' shape do not.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: values without an axis, or an `axis_name` that is not an axis of the surrounding `shard_map`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> logits = jaxsoft.stored_logits(jnp.zeros((2, 4)))
+      >>> print(jaxsoft.logsumexp(logits).round(4))
+      [1.3863 1.3863]
+    """
+    values = _to_array("values", values)
+    if values.ndim == 0:
+        raise ValueError("values must have at least one axis, got a scalar")
+    if axis_name is None:
+        return StoredLogits(values)
+    names = check_axis_name(axis_name)
+    return StoredLogits(values, Shards(names, (), values.shape[-1] * lax.axis_size(names)))
+
+
 def row_scalar(name: str, value: Any, rows: tuple[int, ...], dtype, *, positive: bool = False) -> Any:
     """A scalar or one number per row, as an array of a floating dtype (a Python number would get no gradient)."""
     if _checks.is_concrete_number(value):
@@ -550,8 +583,8 @@ def _to_array(name: str, value: Any) -> Any:
     return value if isinstance(value, jax.Array) else jnp.asarray(value)
 
 
-Logits = LinearLogits | Float[Array, "..."]
-"""The input of every function that reads rows of scores: a dense array or a `LinearLogits`."""
+Logits = LinearLogits | StoredLogits | Float[Array, "..."]
+"""The input of every function that reads rows of scores: a dense array, a `LinearLogits`, or a `StoredLogits`."""
 
 
 def check_axis(logits: Any, axis: int) -> int:

@@ -301,7 +301,8 @@ def _here(call: _Loss, chunk_size: int | None, logits: LinearLogits, by_row: _By
     rows = _trees.varying_axes((dataclasses.replace(logits, weight=None, bias=None), by_row, arrays))
     rows |= _trees.varying_axes((logits.weight, logits.bias)) - frozenset(columns)
     by_row, arrays = as_varying((by_row, arrays), rows)
-    return _weighted(call, chunk, as_varying(logits, rows | frozenset(columns)), by_row, arrays)
+    logits = as_varying(logits, rows | frozenset(columns))
+    return _weighted(call, chunk, tuple(sorted(rows)), logits, by_row, arrays)
 
 
 def _holds_tracers(*held: Any) -> bool:
@@ -388,18 +389,21 @@ class _Loss:
         return _sum(values, by_row.weights)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _weighted(call: _Loss, chunk: int, logits: LinearLogits, by_row: _ByRow, arrays: list):
-    del chunk
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _weighted(
+    call: _Loss, chunk: int, axes: tuple[str, ...], logits: LinearLogits, by_row: _ByRow, arrays: list
+):
+    del chunk, axes
     return call(logits, by_row, arrays)
 
 
-def _value_and_gradient(call: _Loss, chunk: int, perturbed, logits, by_row, arrays):
-    """The weighted sum, and its gradient (None where `perturbed` is False), in one loop over chunks of rows."""
+def _value_and_gradient(call: _Loss, chunk: int, axes: tuple[str, ...], perturbed, logits, by_row, arrays):
+    """The weighted sum, and its gradient (None where `perturbed` is False), in one loop over chunks of rows.
+
+    `axes` are the mesh axes that a row's loss varies over.
+    """
     n = logits.shape[0]
     block = min(logits.block_size or _block_columns(logits, chunk), max(logits._width, 1))
-    # The axes that a row's loss varies over
-    axes = _trees.varying_axes((by_row, arrays)) or _trees.varying_axes(logits)
     wide = logits._accumulation_dtype
 
     # Everything but hidden and weight is differentiated by JAX, through the loss of a chunk.
@@ -498,7 +502,7 @@ def _any(keeps: list[Array | None]) -> Array | None:
 
 
 @functools.partial(_weighted.defjvp, symbolic_zeros=True)
-def _weighted_jvp(call, chunk, primals, tangents):
+def _weighted_jvp(call, chunk, axes, primals, tangents):
     """The tangent is that of the linear map `tangents -> sum(gradient * tangent)`, whose transpose is the gradient.
 
     The derivatives of the gradient are those of the plain sum's gradient, which recomputes its logits.
@@ -509,7 +513,7 @@ def _weighted_jvp(call, chunk, primals, tangents):
     perturbed = treedef.unflatten([i in active for i in range(len(given))])
 
     def in_chunks(*primals):
-        total, gradient = _value_and_gradient(call, chunk, perturbed, *primals)
+        total, gradient = _value_and_gradient(call, chunk, axes, perturbed, *primals)
         gradient = treedef.flatten_up_to(gradient)
         return total, [gradient[i] for i in active]
 

@@ -522,37 +522,80 @@ def test_products_are_in_the_dtype_asked_for(entry):
             assert all(a.dtype == jnp.float32 for a in traced.out_avals)
 
 
+# Rows over two devices, columns over two.
+ON_MESH = {
+    "hidden": P("data"),
+    "weight": P(None, "model"),
+    "bias": P("model"),
+    "scale": P("data"),
+    "temperature": P(),
+    "x": P("data", "model"),
+}
+
+
+def devices(kind: str, **sizes: int):
+    kinds = (getattr(jax.sharding.AxisType, kind),) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds)
+
+
+def on_mesh(mesh, tree, specs):
+    return {k: jax.device_put(v, jax.sharding.NamedSharding(mesh, specs[k])) for k, v in tree.items()}
+
+
+def contracted(entry, logits, given):
+    """One number of all results, with a gradient that differs between them."""
+    result = jax.tree.leaves(entry.call(logits, given))
+    return contract([jnp.sin(a.astype(jnp.float64)) for a in result])
+
+
 @pytest.mark.engine
-@pytest.mark.parametrize("entry", [e for e in ENTRIES if e.thorough and not e.dense_only], ids=lambda e: e.id)
-def test_sharded_rows_are_a_single_device(entry, x64):
-    """Rows over two devices, the weight on both: same results, and gradients summed once."""
+@pytest.mark.parametrize("kind", ["Explicit", "Auto"])
+@every
+def test_on_a_mesh_as_on_one_device(entry, kind, x64):
+    """Logits whose rows and columns lie on several devices: the types say so, or the user; streamed or stored."""
     leading = (4,)
     operands, given = head(entry, leading), inputs_of(entry, leading, dtype=np.float64)
-    row_specs = {k: P("data") if k in ("hidden", "scale") else P() for k in operands}
-    given_specs = {k: P() if k in PER_COLUMN else P("data") for k in given}
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    stored = entry.dense_only or seed_of(entry) % 2
+    if stored:
+        operands = {"x": expression(operands).dense()}
+    f = lambda o, g: contracted(entry, o["x"] if stored else expression(o, block_size=4), g)
+    given_specs = {k: P("model") if k in PER_COLUMN else P("data") for k in given}
+    said = dict(hidden=P("data"), weight=P(None, "model"), logits=P("data", "model"))
+    mesh = devices(kind, data=2, model=2)
+    with jax.set_mesh(mesh), jaxsoft.shardings(**(said if kind == "Auto" else {})):
+        placed = on_mesh(mesh, operands, ON_MESH), on_mesh(mesh, given, given_specs)
+        got = jax.jit(jax.value_and_grad(f) if entry.differentiable else f)(*placed)
+    single = (jax.value_and_grad(f) if entry.differentiable else f)(operands, given)
+    trees_close(jax.device_get(got), jax.device_get(single), 1e-9)
 
-    def local(operands, given):
-        result = jax.tree.leaves(entry.call(expression(operands, block_size=4), given))
+
+@pytest.mark.engine
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if e.thorough and not e.dense_only], ids=lambda e: e.id)
+def test_shards_of_columns_are_a_single_device(entry, x64):
+    """Inside shard_map: labels and other inputs count the columns of all devices; gradients are summed once."""
+    leading = (4,)
+    operands, given = head(entry, leading), inputs_of(entry, leading, dtype=np.float64)
+    given_specs = {k: P() if k in PER_COLUMN else P("data") for k in given}
+    mesh = devices("Explicit", data=2, model=2)
+
+    def local(operands, given, **options):
+        result = jax.tree.leaves(entry.call(expression(operands, block_size=4, **options), given))
         return [jnp.sin(a.astype(jnp.float64)) for a in result]
 
+    specs = {k: ON_MESH[k] for k in operands}
     sharded = jax.shard_map(
-        local, mesh=mesh, in_specs=(row_specs, given_specs), out_specs=P("data"), axis_names={"data"}
+        lambda o, g: local(o, g, axis_name="model"),
+        mesh=mesh,
+        in_specs=(specs, given_specs),
+        out_specs=P("data"),
     )
-    put = lambda tree, specs: {
-        k: jax.device_put(v, jax.sharding.NamedSharding(mesh, specs[k])) for k, v in tree.items()
-    }
-    f = jax.jit(lambda o, g: (contract(sharded(o, g)), None)[0])
+    f = jax.jit(lambda o, g: contract(sharded(o, g)))
     with jax.set_mesh(mesh):
-        on_mesh = put(operands, row_specs), put(given, given_specs)
-        if entry.differentiable:
-            value, gradient = jax.jit(jax.value_and_grad(f))(*on_mesh)
-        else:
-            value, gradient = f(*on_mesh), None
+        placed = on_mesh(mesh, operands, ON_MESH), on_mesh(mesh, given, given_specs)
+        got = jax.jit(jax.value_and_grad(f))(*placed) if entry.differentiable else f(*placed)
     single = lambda o: contract(local(o, given))
-    trees_close(value, single(operands), 1e-10)
-    if entry.differentiable:
-        trees_close(jax.device_get(gradient), jax.device_get(jax.grad(single)(operands)), 1e-10)
+    wanted = jax.value_and_grad(single)(operands) if entry.differentiable else single(operands)
+    trees_close(jax.device_get(got), jax.device_get(wanted), 1e-10)
 
 
 @pytest.mark.engine
