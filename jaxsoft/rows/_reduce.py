@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool
 
 from jaxsoft import _checks
+from jaxsoft._trees import is_partitioned
 from jaxsoft.kernels.inner import Kernel, attach, choose, compiled
 from jaxsoft.rows import _sweeps
 from jaxsoft.rows._filter import filtered
@@ -189,7 +190,16 @@ def choose_kernel(
     def refusal(backend, kernel: Kernel) -> str | None:
         return _sweeps.refusal(backend, kernel, functions, source, masks, arrays)
 
-    return choose(f"reductions of {source.kind} rows", implementation, source._work(), refusal)
+    return choose(f"reductions of {source.kind} rows{_where(source)}", implementation, source._work(), refusal)
+
+
+def _where(source: Source) -> str:
+    """Where the rows lie, for `explain`."""
+    if source.shards is not None and source.shards.columns:
+        return f" whose columns are sharded over {', '.join(source.shards.columns)}"
+    if source.shards is None and any(map(is_partitioned, jax.tree.leaves(source))):
+        return " placed by the compiler, which may gather them block by block (say where they lie: jaxsoft.shardings)"
+    return ""
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 5))

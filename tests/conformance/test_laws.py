@@ -543,16 +543,27 @@ def on_mesh(mesh, tree, specs):
 
 
 def contracted(entry, logits, given):
-    """One number of all results, with a gradient that differs between them."""
+    """One number of all results, with a gradient that differs between them; with the sum of a loss's rows."""
     result = jax.tree.leaves(entry.call(logits, given))
-    return contract([jnp.sin(a.astype(jnp.float64)) for a in result])
+    total = contract([jnp.sin(a.astype(jnp.float64)) for a in result])
+    if not (entry.loss and isinstance(logits, jaxsoft.LinearLogits)):
+        return total
+    columns, by_row = split(given)
+
+    def loss(logits, *rows, axis=-1, **columns):
+        return entry.call(logits, {**dict(zip(by_row, rows)), **columns}, axis=axis)
+
+    return total + losses.weighted_sum(loss, logits, *by_row.values(), chunk_size=1, **columns)
 
 
 @pytest.mark.engine
 @pytest.mark.parametrize("kind", ["Explicit", "Auto"])
 @every
 def test_on_a_mesh_as_on_one_device(entry, kind, x64):
-    """Logits whose rows and columns lie on several devices: the types say so, or the user; streamed or stored."""
+    """Logits whose rows and columns lie on several devices: the types say so, or the user; streamed or stored.
+
+    Of a loss, also `weighted_sum`.
+    """
     leading = (4,)
     operands, given = head(entry, leading), inputs_of(entry, leading, dtype=np.float64)
     stored = entry.dense_only or seed_of(entry) % 2
