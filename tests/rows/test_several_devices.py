@@ -324,3 +324,20 @@ def test_wrong_placements():
         inside(hidden, weight, check_vma=False)
     with pytest.raises(ValueError, match="on the same axes of the mesh"):
         inside(hidden, weight, axis_name="data")
+
+
+def test_explain_says_where_rows_lie():
+    mesh = mesh_of("Auto")
+    hidden, weight, _ = operands()
+    hidden, weight = put(mesh, hidden, P("data")), put(mesh, weight, P(None, "model"))
+
+    def run(**said):
+        with jax.set_mesh(mesh):
+            f = lambda h, w: jaxsoft.logsumexp(jaxsoft.linear_logits(h, w, **said))
+            (decision,) = jaxsoft.kernels.explain(f, hidden, weight)
+        return decision.what
+
+    assert "placed by the compiler" in run()
+    assert "columns are sharded over model" in run(
+        hidden_sharding=P("data"), weight_sharding=P(None, "model")
+    )
