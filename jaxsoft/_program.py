@@ -88,10 +88,10 @@ def _parsed(text: str) -> tuple[dict[str, list[tuple]], str]:
     return computations, entry
 
 
-def _cost(name: str, computations: dict[str, list[tuple]], known: dict[str, collections.Counter]):
+def _cost(name: str, computations: dict[str, list[tuple]], known: dict[str, Any]) -> Any:
     if name in known:
         return known[name]
-    total: collections.Counter = collections.Counter()
+    total: Any = collections.Counter()
     types = {instruction: kind for instruction, kind, _, _ in computations.get(name, ())}
     for _, kind, opcode, rest in computations.get(name, ()):
         base = opcode.removesuffix("-start")

@@ -18,7 +18,7 @@ LADDER = {
     "merging": BOTTOM,
     "norms": BOTTOM,
 }
-TOP = {"__init__", "tune"}  # they may import everything
+TOP = {"__init__", "scaling", "tune"}  # they may import everything
 # Imports inside functions, each with its reason.
 LATE = {
     "jaxsoft.kernels.gpu": "Pallas' GPU backend may be missing, and must not be loaded before a kernel is used",

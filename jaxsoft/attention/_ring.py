@@ -250,14 +250,14 @@ def _transposed(spec: AttentionSpec, functions: tuple, states, masks, operands, 
     leaves, treedef = jax.tree.flatten(floats, is_leaf=lambda a: a is None)
 
     def push(given: list) -> list:
-        given = iter(given)
+        tangent = iter(given)
         return tangents(
             spec,
             functions,
             states,
             masks,
             operands,
-            treedef.unflatten([None if a is None else next(given) for a in leaves]),
+            treedef.unflatten([None if a is None else next(tangent) for a in leaves]),
         )
 
     like = [jax.typeof(a) for a in leaves if a is not None]
@@ -286,15 +286,16 @@ def prepare_ring(
     options["query_offset"] = options.get("query_offset", 0) + index * queries
     rows, shape = prepare(query, key, value, None, None, key_offset=index * keys, **options)
     by_shard, converted = [], []
-    for name, array in (("bias", bias), ("mask", mask)):
+    arrays: list[tuple[str, Any]] = [("bias", bias), ("mask", mask)]
+    for name, array in arrays:
         along_keys = array is not None and getattr(array, "ndim", 0) > 0 and array.shape[-1] != 1
         if along_keys and array.shape[-1] != keys * count:
             raise ValueError(
                 f"{name} must have the keys of all {count} devices, {keys * count}, along its last axis, or 1, got "
                 f"shape {array.shape}"
             )
-        parts = jnp.split(array, count, axis=-1) if along_keys else [array]
-        parts = [None if a is None else entries_of(name, a, rows.spec, shape[:-3]) for a in parts]
+        cut: list[Any] = jnp.split(array, count, axis=-1) if along_keys else [array]
+        parts: list[Any] = [None if a is None else entries_of(name, a, rows.spec, shape[:-3]) for a in cut]
         converted.append(jnp.stack(parts) if along_keys else parts[0])
         by_shard.append(along_keys)
     inputs, masks = rows.inputs._replace(bias=converted[0]), rows.masks._replace(entries=converted[1])

@@ -261,7 +261,7 @@ def _mesh_of(a: Any) -> Any:
     return None if sharding is None else sharding.mesh
 
 
-def layout_of(source: Source, others: list[LinearLogits]) -> Layout | None:
+def layout_of(source: Any, others: list[LinearLogits]) -> Layout | None:
     """Where logits lie; None if they are on one device, or nothing is known, or inside `shard_map` already.
 
     Args:

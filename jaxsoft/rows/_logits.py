@@ -348,6 +348,21 @@ class StoredLogits(Source):
         """The dtype of the scores."""
         return self.values.dtype
 
+    def astype(self, dtype: Any) -> StoredLogits:
+        """The same logits in another dtype."""
+        return dataclasses.replace(self, values=self.values.astype(dtype))
+
+    def __mul__(self, scale: Any) -> StoredLogits:
+        """`logits * scale`, a positive scalar or one number per row (`[*rows]` or `[*rows, 1]`)."""
+        scale = row_scalar("scale", scale, self.shape[:-1], self.dtype, positive=True)
+        return dataclasses.replace(self, values=(self.values * scale[..., None]).astype(self.dtype))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, temperature: Any) -> StoredLogits:
+        """`logits / temperature`, a positive scalar or one number per row (`[*rows]` or `[*rows, 1]`)."""
+        return self * (1 / row_scalar("temperature", temperature, self.shape[:-1], self.dtype, positive=True))
+
     @property
     def _width(self) -> int:
         return self.values.shape[-1]
@@ -597,7 +612,7 @@ def check_axis(logits: Any, axis: int) -> int:
         raise ValueError(
             f"axis must be in [{-logits.ndim}, {logits.ndim}) for logits of shape {logits.shape}, got {axis}"
         )
-    if isinstance(logits, Source) and axis not in (-1, logits.ndim - 1):
+    if isinstance(logits, LinearLogits | StoredLogits) and axis not in (-1, logits.ndim - 1):
         raise ValueError(f"axis must be -1 for an expression of shape {logits.shape}, got {axis}")
     return axis % logits.ndim
 

@@ -190,7 +190,9 @@ def choose_kernel(
     def refusal(backend, kernel: Kernel) -> str | None:
         return _sweeps.refusal(backend, kernel, functions, source, masks, arrays)
 
-    return choose(f"reductions of {source.kind} rows{_where(source)}", implementation, source._work(), refusal)
+    return choose(
+        f"reductions of {source.kind} rows{_where(source)}", implementation, source._work(), refusal
+    )
 
 
 def _where(source: Source) -> str:

@@ -17,7 +17,7 @@ from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, as_ids
 from jaxsoft.kernels.inner import compiled
 from jaxsoft.rows import reductions
-from jaxsoft.rows._logits import LinearLogits, Logits, check_axis, row_scalar, rows_of
+from jaxsoft.rows._logits import LinearLogits, Logits, StoredLogits, check_axis, row_scalar, rows_of
 from jaxsoft.rows._reduce import reduce_rows
 from jaxsoft.rows._source import capped
 from jaxsoft.rows.reductions import LogPartition, TopK
@@ -142,7 +142,7 @@ def temperature(logits: Logits, temperature: float | Float[Array, ...], *, axis:
     """
     axis = check_axis(logits, axis)
     t = row_scalar("temperature", temperature, rows_of(logits.shape, axis), logits.dtype, positive=True)
-    if isinstance(logits, LinearLogits):
+    if isinstance(logits, LinearLogits | StoredLogits):
         return logits / t
     t = t if t.ndim == 0 else jnp.expand_dims(t, axis)
     dtype = accumulation_dtype(logits.dtype, t.dtype)
@@ -178,6 +178,8 @@ def softcap(logits: Logits, cap: float) -> Logits:
             )
         return dataclasses.replace(logits, softcap=cap)
     _checks.number("cap", cap, above=0)
+    if isinstance(logits, StoredLogits):
+        return dataclasses.replace(logits, values=softcap(logits.values, cap))
     return capped(logits.astype(accumulation_dtype(logits.dtype)), cap).astype(logits.dtype)
 
 

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxsoft
+from jaxsoft import scaling
 from jaxsoft._program import costs_of
 from jaxsoft.losses import clip_loss, cross_entropy, distillation_loss, weighted_mean
 
@@ -249,6 +250,36 @@ def test_cost_of_a_weight_sharded_over_features():
 def test_cost_of_a_replicated_weight():
     """The axis "model" is not used: a quarter of the devices' work is one's share."""
     assert costs(in_forward_pass, "replicated").flops <= 1.05 * 4 * IDEAL
+
+
+@pytest.mark.parametrize(
+    "loss, placement",
+    [
+        (streamed, "vocabulary"),
+        (in_forward_pass, "vocabulary"),
+        (streamed, "fsdp"),
+        (in_forward_pass, "fsdp"),
+        (in_forward_pass, "replicated"),
+    ],
+)
+def test_predictions_are_what_programs_do(loss, placement):
+    """`python -m jaxsoft.scaling`: bytes and operations exactly, temporary memory to a third."""
+    name = "cross_entropy" if loss is streamed else "weighted_mean"
+    wanted, found = scaling.predict(scaling.Step(N, D, V, 2, 4), placement, name), costs(loss, placement)
+    assert found.bytes_moved == pytest.approx(wanted.bytes_moved, rel=0.01)
+    assert found.flops == pytest.approx(wanted.flops, rel=0.01)
+    assert found.temporary == pytest.approx(wanted.temporary, rel=0.4)
+
+
+def test_scaling_command(capsys):
+    assert (
+        scaling.main(["--devices", "4096", "--model", "8", "--tokens", "4194304", "--vocab", "131072"]) == 0
+    )
+    assert "512 x 8 devices" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="placement must be one of"):
+        scaling.predict(scaling.Step(8, 8, 8, 1, 1), "rows")
+    with pytest.raises(ValueError, match="at least 1"):
+        scaling.predict(scaling.Step(8, 8, 8, 0, 1), "fsdp")
 
 
 def test_top_k_moves_k_numbers_per_row_and_shard():
