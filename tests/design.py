@@ -8,7 +8,8 @@ functions share, or, with the marker `kernels`, runs over kernels. A case is
 * an export: the first entry of any other export, any other optimizer;
 * a variant: a further entry of an export;
 * of a list: the cases of any other test with parameters;
-* of a table: those of a test with the marker `table`, which are many or take long.
+* of a table: those of a test with the marker `table`, which are many or take long;
+* plain: a test without parameters, of a file that counts as its list.
 
 `$JAXSOFT_DESIGN` names a row of `DESIGNS`, where 1 is every case, n every n-th and at least one, with each law
 beginning at another one, and 0 none. `$JAXSOFT_TURN` moves all beginnings by as many cases, so that what one run leaves
@@ -26,26 +27,26 @@ import zlib
 import pytest
 
 RANKS = ("leading", "export", "variant")
-# Of the cases of each rank, one in how many runs under a law of either kind; and of a list's and of a table's.
+# Of the cases of each rank, one in how many runs under a law of either kind; and of the other ranks.
 DESIGNS = {
-    "all": dict(formula=(1, 1, 1), engine=(1, 1, 1), kernels=(1, 1, 1), list=1, table=1),
-    "cover": dict(formula=(1, 1, 4), engine=(2, 4, 4), kernels=(36, 0, 0), list=6, table=8),
+    "all": dict(formula=(1, 1, 1), engine=(1, 1, 1), kernels=(1, 1, 1), list=1, table=1, plain=1),
+    "cover": dict(formula=(1, 1, 4), engine=(2, 4, 4), kernels=(36, 0, 0), list=6, table=8, plain=1),
     # where only the libraries differ
-    "newest": dict(formula=(12, 0, 0), engine=(6, 0, 0), kernels=(0, 0, 0), list=6, table=8),
-    "fast": dict(formula=(6, 12, 0), engine=(6, 0, 0), kernels=(0, 0, 0), list=4, table=4),
+    "newest": dict(formula=(12, 0, 0), engine=(6, 0, 0), kernels=(0, 0, 0), list=6, table=8, plain=3),
+    "fast": dict(formula=(6, 12, 0), engine=(6, 0, 0), kernels=(0, 0, 0), list=4, table=4, plain=1),
 }
 
 
 def share_of(design: str, item, rank: str) -> int:
     """One in how many cases of this rank a design runs under a law; 0 is none."""
-    if rank in ("list", "table"):
+    if rank not in RANKS:
         return DESIGNS[design][rank]
     kind = next((kind for kind in ("kernels", "engine") if item.get_closest_marker(kind)), "formula")
     return DESIGNS[design][kind][RANKS.index(rank)]
 
 
 def case_of(item) -> tuple[str, str] | None:
-    """The rank and the name of a law's case; None for tests without parameters and for whole lists."""
+    """The rank and the name of a test's case; None for whole lists and for examples of docstrings."""
     params = getattr(getattr(item, "callspec", None), "params", {})
     if "entry" in params:
         entry = params["entry"]
@@ -54,13 +55,20 @@ def case_of(item) -> tuple[str, str] | None:
         return item.module.RANKS.get(params["name"], "export"), params["name"]
     if hasattr(params.get("case"), "id"):
         return "leading", params["case"].id
-    if params and not item.get_closest_marker("whole"):
-        return "table" if item.get_closest_marker("table") else "list", item.callspec.id
-    return None
+    if not hasattr(item, "function") or item.get_closest_marker("whole"):
+        return None
+    if not params:
+        return "plain", item.function.__qualname__
+    return "table" if item.get_closest_marker("table") else "list", item.callspec.id
 
 
 def _is_law(case: tuple[str, str] | None) -> bool:
     return case is not None and case[0] in RANKS
+
+
+def _law(item, rank: str) -> tuple:
+    """What takes turns: the cases of a rank under one test, the plain tests of a file."""
+    return item.module, "" if rank == "plain" else item.function.__qualname__, rank
 
 
 def group(items: list[pytest.Item]) -> None:
@@ -99,7 +107,7 @@ def select(config, items: list[pytest.Item]) -> None:
     laws = {}  # by law and rank: the places of its cases, in their order
     for item in items:
         if case := case_of(item):
-            places = laws.setdefault((item.module, item.function.__qualname__, case[0]), {})
+            places = laws.setdefault(_law(item, case[0]), {})
             places.setdefault(case[1], len(places))
     for (*_, rank), places in laws.items():
         if (
@@ -112,9 +120,9 @@ def select(config, items: list[pytest.Item]) -> None:
         case = case_of(item)
         if case is None or item.nodeid in pinned():
             return True
-        places = laws[item.module, item.function.__qualname__, case[0]]
+        places = laws[_law(item, case[0])]
         share = min(share_of(design, item, case[0]), len(places))
-        begin = zlib.crc32(item.function.__name__.encode()) + int(turn)
+        begin = int(turn) + (0 if case[0] == "plain" else zlib.crc32(item.function.__name__.encode()))
         return share > 0 and (places[case[1]] + begin) % share == 0
 
     kept = [is_kept(item) for item in items]
