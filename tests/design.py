@@ -30,7 +30,7 @@ RANKS = ("leading", "export", "variant")
 # Of the cases of each rank, one in how many runs under a law of either kind; and of the other ranks.
 DESIGNS = {
     "all": dict(formula=(1, 1, 1), engine=(1, 1, 1), kernels=(1, 1, 1), list=1, table=1, plain=1),
-    "cover": dict(formula=(1, 1, 4), engine=(2, 4, 4), kernels=(36, 0, 0), list=6, table=8, plain=1),
+    "cover": dict(formula=(1, 1, 4), engine=(2, 4, 4), kernels=(18, 0, 0), list=6, table=8, plain=1),
     # where only the libraries differ
     "newest": dict(formula=(12, 0, 0), engine=(6, 0, 0), kernels=(0, 0, 0), list=6, table=8, plain=3),
     "fast": dict(formula=(6, 12, 0), engine=(6, 0, 0), kernels=(0, 0, 0), list=4, table=4, plain=1),
