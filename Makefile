@@ -53,7 +53,7 @@ test-oldest: .venv/ready-tests
 ifneq ($(NEWEST_PYTHON),)
 test-newest: .venv-newest/ready-tests
 	$(PART) "engine, laws and optimizers on the newest jax" env JAXSOFT_DESIGN=$(or $(NEWEST_DESIGN),newest) \
-	  .venv-newest/bin/python $(PYTEST) tests/rows tests/conformance tests/optimizers/test_common.py $(KERNEL_TESTS)
+	  .venv-newest/bin/python $(PYTEST) tests/rows tests/conformance/test_laws.py tests/optimizers/test_common.py $(KERNEL_TESTS)
 else
 test-newest:
 	@echo "== no Python 3.12 or newer found (PATH, pyenv): the newest jax is NOT tested"

@@ -88,6 +88,7 @@ def forget_compiled_programs():
         jax.clear_caches()
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(config, items):
     design.select(config, items)
     design.group(items)

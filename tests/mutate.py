@@ -3,6 +3,9 @@
     make mutate                                   # all slips, about half an hour on two cores
     .venv/bin/python tests/mutate.py --only ranking   # those whose file, text or kind contains a word
 
+The tests are those of the covering design, as in `make test` (`tests/design.py`; `$JAXSOFT_DESIGN` names another).
+`--selected` runs nothing, and says which slips have a test in it.
+
 A slip is *caught* if a test fails, *survived* if all of its tests pass. It is *broken* if it says nothing about the
 tests: its text is not found once in the file, the package or the tests cannot be imported, no test was selected, time
 ran out, or the tests fail without it. The exit status is 1 if a slip is broken, survived, or is caught although its
@@ -25,6 +28,7 @@ import tempfile
 import time
 import tomllib
 
+from _pytest.mark.expression import Expression
 from rich.console import Console
 from rich.table import Table
 
@@ -33,6 +37,7 @@ KINDS = (
     *("formula", "options together", "second values", "borders", "constants and NaN", "precision", "masks"),
     *("gradients", "sharding", "kernels", "optimizers"),
 )
+_DESIGN = os.environ.get("JAXSOFT_DESIGN", "cover")
 TIMEOUT = 300  # seconds for the tests of one slip; the slowest take 60 on a busy machine
 
 # Runs pytest in the current folder. Status 3, an internal error of pytest, also says that another package was imported.
@@ -119,7 +124,7 @@ def run_tests(root: pathlib.Path, tests: str, slip: Slip | None = None, timeout:
                     **os.environ,
                     "PYTHONPATH": "",
                     "PYTEST_ADDOPTS": "",
-                    "JAXSOFT_DESIGN": "all",
+                    "JAXSOFT_DESIGN": _DESIGN,
                     "JAXSOFT_CACHE": cache,
                     "COLUMNS": "400",
                 },
@@ -138,6 +143,34 @@ def run_tests(root: pathlib.Path, tests: str, slip: Slip | None = None, timeout:
             "broken", f"status {done.returncode}: {(done.stdout + done.stderr).strip()[-300:]}", seconds
         )
     return Outcome("caught", failed[1], seconds)
+
+
+def selected(root: pathlib.Path, slips: list[Slip]) -> list[bool]:
+    """Whether the design has a test of each slip, by one collection of all tests."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "--collect-only", "-q"),
+            *("-o", "addopts=--import-mode=importlib"),
+            *("-p", "no:cacheprovider", "--doctest-modules", "jaxsoft", "tests"),
+        ],
+        cwd=root,
+        env={**os.environ, "PYTEST_ADDOPTS": "", "JAXSOFT_DESIGN": _DESIGN},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    names = [line for line in done.stdout.splitlines() if "::" in line]
+
+    def has_test(tests: str) -> bool:
+        where, *rest = [word for word in shlex.split(tests) if word != "--doctest-modules"]
+        within = [n for n in names if n == where or n.startswith((f"{where}[", f"{where}::"))]
+        if rest:
+            _, words = rest  # of -k
+            expression = Expression.compile(words)
+            within = [n for n in within if expression.evaluate(lambda word, n=n: word.lower() in n.lower())]
+        return bool(within)
+
+    return [has_test(slip.tests) for slip in slips]
 
 
 def table_of(slips: list[Slip], outcomes: list[Outcome]) -> Table:
@@ -167,6 +200,9 @@ def main(arguments: list[str] | None = None, root: pathlib.Path = ROOT) -> int:
         "--only", default="", metavar="SUBSTRING", help="slips whose file, text or kind contains it"
     )
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="slips tested at the same time")
+    parser.add_argument(
+        "--selected", action="store_true", help="run nothing; say which slips have a test in the design"
+    )
     options = parser.parse_args(arguments)
     slips = [
         s
@@ -176,6 +212,12 @@ def main(arguments: list[str] | None = None, root: pathlib.Path = ROOT) -> int:
     if not slips:
         parser.error(f"--only: no slip contains {options.only!r}")
     console = Console(soft_wrap=True, highlight=False)
+    if options.selected:
+        found = selected(root, slips)
+        for slip in (slip for slip, has in zip(slips, found) if not has):
+            console.print(f"no test of the design: {slip.file}: {slip.tests}", markup=False)
+        console.print(f"{sum(found)} of {len(slips)} slips have a test in the design ({_DESIGN})")
+        return int(not all(found))
 
     def run_all(f, items, tell):
         outcomes = {}

@@ -6,6 +6,8 @@ import pytest
 from covering import count_pairs, pairs
 from helpers import fails
 
+pytestmark = pytest.mark.whole
+
 OPTIONS = {"a": list("abcdef"), "b": [0, 1, 2], "c": [None, 1.5], "d": [False, True], "e": [(1, 2), 3, None]}
 
 

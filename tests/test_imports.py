@@ -5,6 +5,8 @@ import pathlib
 
 import pytest
 
+pytestmark = pytest.mark.whole  # the cases are modules
+
 ROOT = pathlib.Path(__file__).parents[1]
 # What each package may import of the library beside itself; the modules that stand alone count as one step.
 BOTTOM = {"_checks", "_numerics", "_roots", "_trees", "_version"}

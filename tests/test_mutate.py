@@ -51,6 +51,15 @@ def test_outcomes(root, capsys):
     assert mutate.main(["--only", "masks"], root) == 0  # survived, as its gap says
 
 
+def test_selected(root, capsys):
+    slips = [("a + b", "a - b", tests, "formula", "") for tests in (_TESTS, "tests/test_add.py::test_one")]
+    write(root, *slips, ("a + b", "b - a", "tests/test_add.py -k absent", "kernels", ""))
+    assert mutate.main(["--selected"], root) == 1
+    out = capsys.readouterr().out
+    assert "2 of 3 slips have a test in the design" in out and "tests/test_add.py -k absent" in out
+    assert mutate.main(["--selected", "--only", "formula"], root) == 0
+
+
 def test_status():
     def status(gap, state):
         slip = mutate.Slip("a", "b", "c", "d", "formula", gap)

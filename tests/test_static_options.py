@@ -13,6 +13,8 @@ from conformance.table import ENTRIES
 import jaxsoft
 from jaxsoft import attention, losses, normalizers, rows
 
+pytestmark = pytest.mark.whole  # the cases are losses
+
 N, C = 4, 6
 X, ONES, IDS = np.ones((N, C), np.float32), np.ones(N, np.float32), np.arange(N, dtype=np.int32)
 Q = np.ones((1, 4, 2, 4), np.float32)

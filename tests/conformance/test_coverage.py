@@ -9,6 +9,8 @@ import pytest
 import jaxsoft
 from conformance.table import ELSEWHERE, ENTRIES, canonical
 
+pytestmark = pytest.mark.whole  # the cases are exports
+
 ROOT = pathlib.Path(__file__).parents[2]
 MODULES = [
     jaxsoft,

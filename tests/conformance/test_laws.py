@@ -201,7 +201,7 @@ def test_jit_and_axis_change_nothing(entry):
     assert not compiled  # not every time
     trees_close(shared_value(entry)(x, given), expected, 1e-6)
 
-    moved = jax.jit(lambda x, given: entry.call(x, given, axis=1))(jnp.moveaxis(x, -1, 1), given)
+    moved = entry.call(jnp.moveaxis(x, -1, 1), given, axis=1)
     if entry.dense_only:
         moved = jnp.moveaxis(moved, 1, -1)
     trees_close(moved, expected, 1e-6)
@@ -353,7 +353,7 @@ def test_half_precision_is_accumulated_in_float32(entry, dtype):
         with jax.numpy_dtype_promotion("strict"):
             result, gradient = value_and_gradient(entry)(x, given, {})
     keeps_dtype = entry.dense_only or entry.export.endswith("softmax_top_k")
-    for a, b in zip(floats(result), exact(x, given, lambda x, given: value(entry)(x, given, {}))):
+    for a, b in zip(floats(result), exact(x, given, entry.call)):
         assert a.dtype == (dtype if keeps_dtype else jnp.float32)
         error = np.abs(np.asarray(a, np.float64) - b) / np.maximum(1, np.abs(b))
         assert error.max() <= entry.low, error.max()
@@ -383,6 +383,7 @@ def test_rows_of_size_one(entry):
         assert jnp.all(jnp.isfinite(gradient))
 
 
+@pytest.mark.engine
 @every
 def test_empty_axes(entry):
     x, given = scores(entry), inputs_of(entry)
@@ -651,6 +652,7 @@ def test_weighted_sum_is_the_sum_of_weighted_losses(entry, x64):
         )  # the value alone
 
 
+@pytest.mark.engine
 @every_loss
 def test_ignored_and_unweighted_examples(entry, x64):
     x, given = scores(entry, dtype=np.float64), inputs_of(entry, dtype=np.float64)
@@ -700,6 +702,7 @@ def test_an_absent_class_in_one_of_two_rows(entry, x64):
         assert not np.any(empty) and not np.any(gradients)
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize(
     "entry", [e for e in ENTRIES if e.inputs[:1] in (("labels",), ("positives",))], ids=lambda e: e.id
 )

@@ -12,6 +12,8 @@ from helpers import near
 import jaxsoft
 from jaxsoft import losses
 
+pytestmark = pytest.mark.whole  # the cases are functions
+
 V = 6
 
 

@@ -24,6 +24,8 @@ sys.path.append(str(DOCS))
 import generate  # noqa: E402
 import loss_table  # noqa: E402
 
+pytestmark = pytest.mark.whole  # the cases are pages
+
 PAGES = sorted(DOCS.rglob("*.md"))
 README = ROOT / "README.md"
 FENCE = re.compile(r"^( *)```python[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)

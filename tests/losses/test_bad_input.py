@@ -13,6 +13,8 @@ from helpers import fails
 import jaxsoft
 from jaxsoft import losses
 
+pytestmark = pytest.mark.whole  # the cases are losses
+
 N, C = 4, 6
 X, Y = np.ones((N, C), np.float32), np.arange(N, dtype=np.int32)
 LOGITS = jaxsoft.linear_logits(np.ones((N, 3), np.float32), np.ones((3, C), np.float32))

@@ -8,6 +8,8 @@ from helpers import near
 
 from jaxsoft import losses as L
 
+pytestmark = pytest.mark.whole  # the cases are losses
+
 LOG2 = np.log(2)
 ONE, TWO = np.array([0.7]), np.array([0.7, -0.2])
 RELEVANCE = np.array([2.0, 2.0, 1.0])

@@ -8,6 +8,8 @@ import pytest
 from jaxsoft import losses as L
 from jaxsoft import normalizers
 
+pytestmark = pytest.mark.whole  # the cases are losses
+
 RNG = np.random.default_rng(0)
 SHAPE = (3, 4)
 

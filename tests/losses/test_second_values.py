@@ -8,6 +8,8 @@ from helpers import near, sigmoid, softmax
 
 from jaxsoft import losses
 
+pytestmark = pytest.mark.whole  # the cases are losses
+
 RNG = np.random.default_rng(0)
 N, C = 4, 5
 X, T = 2 * RNG.normal(size=(N, C)), 2 * RNG.normal(size=(N, C))

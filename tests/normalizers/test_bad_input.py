@@ -12,6 +12,8 @@ import jaxsoft
 from jaxsoft import normalizers
 from jaxsoft.normalizers import exponential, rectified, sparse, stochastic
 
+pytestmark = pytest.mark.whole  # the cases are normalizers
+
 N, C = 4, 6
 X = np.linspace(-1, 1, N * C, dtype=np.float32).reshape(N, C)
 LOGITS = jaxsoft.linear_logits(np.ones((N, 3), np.float32), np.ones((3, C), np.float32))

@@ -258,7 +258,7 @@ def plain(formula, floats, others, keep, noise, absent):
     return y
 
 
-@pytest.mark.table
+@pytest.mark.whole  # the cases are normalizers
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_options_together(name, x64):
     function = FUNCTIONS[name]

@@ -9,6 +9,8 @@ from helpers import near, sigmoid, softmax
 import jaxsoft
 from jaxsoft import normalizers
 
+pytestmark = pytest.mark.whole  # the cases are normalizers
+
 RNG = np.random.default_rng(0)
 N, C = 3, 4
 X = np.array([[2.0, -1.0, 0.5, 0.0], [-3.0, 1.0, 2.5, 2.0], [0.1, 0.2, 0.3, -0.4]])

@@ -12,6 +12,8 @@ from helpers import descend, near
 
 from jaxsoft import optimizers as o
 
+pytestmark = pytest.mark.whole  # the cases are optimizers
+
 RNG = np.random.default_rng(0)
 STEPS, SHAPE, B1, B2, EPS = 9, (3, 4), 0.7, 0.8, 0.3
 START = RNG.normal(size=SHAPE)

@@ -78,6 +78,7 @@ CASES = {
 }
 
 
+@pytest.mark.whole  # the cases are loops
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_add_up_in_float32(name):
     f, arrays = CASES[name]
