@@ -194,12 +194,14 @@ def _tile(spec: AttentionSpec, block: Block, raw: Array, rows: dict, cols: dict,
         keeps.append(entries["keep"] != 0)
     if block.inside is not None:
         keeps.append(block.inside)
-    if keeps:
-        x = jnp.where(functools.reduce(jnp.logical_and, keeps), x, -jnp.inf)
+    keep = functools.reduce(jnp.logical_and, keeps) if keeps else jnp.ones(x.shape, bool)
+    scores = jnp.where(keep, x, -jnp.inf)
     at = block.col + spec.key_offset if k is None else jnp.broadcast_to(k, x.shape)
     columns = spec.keys + spec.key_offset if spec.offset is not None else jnp.iinfo(jnp.int32).max
     values = () if cols["value"] is None else (cols["value"],)
-    return Tile.of(x, at, columns, values, (), None, True)
+    tile = Tile.of(scores, at, columns, values, (), None, True)
+    # Only a bias makes a score -inf. Without one, where nothing is masked, there is nothing to test or select.
+    return tile if bias is not None else tile._replace(keep=keep, x=jnp.where(keep, x, 0))
 
 
 def _live(spec: AttentionSpec) -> Callable | None:

@@ -209,7 +209,7 @@ def test_products_are_added_to_what_is_known_when_they_are_computed():
     assert starts == [2.0, None]  # once it was read, it is not computed again
 
 
-@pytest.mark.parametrize("name", ["exp", "logistic", "tanh", "div"])
+@pytest.mark.parametrize("name", ["exp", "logistic", "tanh", "div", "exp_difference"])
 def test_functions_of_tiles(name):
     """The formulas that the kernels use, with exact instructions."""
     from jaxsoft.kernels.gpu import _functions
@@ -217,14 +217,22 @@ def test_functions_of_tiles(name):
     x = jnp.concatenate(
         [jnp.linspace(-100, 80, 4001), jnp.linspace(-0.5, 0.5, 1001), jnp.asarray([-jnp.inf])]
     )
-    args = (x, 1 + x * x) if name == "div" else (x,)
+    others = {"div": (1 + x * x,), "exp_difference": (x - 1, jnp.full_like(x, np.exp(np.float32(-1))))}
+    args = (x, *others.get(name, ()))
     got = np.asarray(_functions.functions(True)[name](*args), np.float64)
-    exact = {"exp": np.exp, "tanh": np.tanh, "div": np.divide, "logistic": lambda x: 1 / (1 + np.exp(-x))}[
-        name
-    ]
+    exact = {
+        "exp": np.exp,
+        "tanh": np.tanh,
+        "div": np.divide,
+        "logistic": lambda x: 1 / (1 + np.exp(-x)),
+        "exp_difference": lambda x, y, e: np.expm1(x) * np.exp(-1.0),
+    }[name]
     with np.errstate(over="ignore", invalid="ignore"):
         want = exact(*(np.asarray(a, np.float64) for a in args))
-    tolerance = 2e-7 + 1e-7 * np.abs(np.where(np.isfinite(x), x, 0)) if name in ("exp", "logistic") else 5e-7
+    grows = name in ("exp", "logistic", "exp_difference")
+    tolerance = 2e-7 + 1e-7 * np.abs(np.where(np.isfinite(x), x, 0)) if grows else 5e-7
+    if name == "exp_difference":  # a difference that cancels by at most 1 / (1 - e^-0.25) = 4.5
+        tolerance = np.where((np.abs(x) < 0.5) & (np.abs(x) >= 0.25), 4.5 * tolerance, tolerance)
     normal_numbers = np.isfinite(want) & (np.abs(want) > 1e-37)
     assert (np.abs(got - want) <= 2 * tolerance * np.abs(want))[normal_numbers].all()
     np.testing.assert_array_equal(np.isnan(got), np.isnan(want))

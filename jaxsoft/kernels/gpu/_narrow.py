@@ -207,6 +207,12 @@ class Name:
         self.aval = aval
 
 
+class Called(NamedTuple):
+    """A function that has a rule of its own, in place of a primitive."""
+
+    name: str
+
+
 class Equation(NamedTuple):
     """An equation of a `Body`, with what rules read of a jaxpr's equation."""
 
@@ -440,7 +446,11 @@ def _inline(jaxpr: Any, args: list, eqns: list[Equation]) -> list:
     known = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, args, strict=True))
     for eqn in jaxpr.eqns:
         invars = [v if isinstance(v, core.Literal) else known[v] for v in eqn.invars]
-        if eqn.primitive.name in _INLINED:
+        called = eqn.params.get("name") if eqn.primitive.name in _INLINED else None
+        if called in _NAMED:
+            outvars = [Name(v.aval) for v in eqn.outvars]
+            eqns.append(Equation(Called(called), {}, invars, outvars))
+        elif eqn.primitive.name in _INLINED:
             outvars = _inline(eqn.params[_INLINED[eqn.primitive.name]], invars, eqns)
         else:
             outvars = [Name(v.aval) for v in eqn.outvars]
@@ -710,6 +720,10 @@ def _cosh(x):
     return (lax.exp(x) + lax.exp(-x)) * _fill(x, 0.5)
 
 
+def _exp_difference(x, y, e):
+    return lax.tanh(x * _fill(x, 0.5)) * (lax.exp(y) + e)
+
+
 def _reduce_precision(x, *, exponent_bits, mantissa_bits):
     kinds = {(8, 7): jnp.bfloat16, (5, 10): jnp.float16, (8, 23): jnp.float32}
     if (exponent_bits, mantissa_bits) not in kinds:
@@ -734,6 +748,7 @@ _ELEMENTWISE: dict[str, Callable | None] = {
     "integer_pow": _integer_pow,
     "sign": _sign,
     "reduce_precision": _reduce_precision,
+    "exp_difference": _exp_difference,
     "pow": _power,
     "round": lambda x, *, rounding_method: lax.round(x, rounding_method),
     "floor": _floor,
@@ -1068,6 +1083,9 @@ _RULES: dict[str, Callable] = {
     ),
     **dict.fromkeys(_COMBINE, _reduce),
 }
+
+# Functions whose calls are elementwise operations.
+_NAMED = ("exp_difference",)
 
 # Calls that are evaluated in place, with the name of the parameter that has their jaxpr.
 _INLINED = {
