@@ -408,10 +408,43 @@ def test_attention(normalizer, batch, heads, width):
     q, k, v = (normal(i, shape).astype(jnp.bfloat16) for i, shape in enumerate(shapes))
     # A query that saw one key only would have gradient 0, of which half precision leaves nothing but rounding.
     how = {"normalizer": normalizer, "is_causal": True, "query_offset": 6, "softcap": 5.0}
+    if batch > 1:  # what lengths hide may be NaN
+        how["key_value_seq_lengths"] = jnp.asarray([76, 40])
+        k, v = (a.at[1, 40:].set(jnp.nan) for a in (k, v))
     want = _attention(q, k, v, "xla", **how)
     with jaxsoft.kernels.interpreted():
         got = _attention(q, k, v, "mosaic_gpu", **how)
     agree(got, want, 1.5e-2)
+
+
+@lowering
+def test_lengths_copy_no_cache():
+    """The kernel clears what lengths hide in the tile that they cut: nothing as large as the cache is computed."""
+    cache = (64, 1024, 2, 128)
+    args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((64, 1, 8, 128), cache, cache)]
+
+    def decode(query, key, value, lengths):
+        options = dict(key_value_seq_lengths=lengths, implementation="mosaic_gpu")
+        return jaxsoft.attention.dot_product_attention(query, key, value, **options)
+
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
+        jaxpr = jax.make_jaxpr(decode)(*args, jax.ShapeDtypeStruct((64,), jnp.int32))
+    moved = {"transpose", "reshape", "pad", "jit", "pjit", "custom_jvp_call", "stop_gradient"}
+    found = [e.primitive.name for e in _equations(jaxpr.jaxpr) if any(_is_cache(v.aval) for v in e.outvars)]
+    assert found and set(found) <= moved
+
+
+def _is_cache(aval) -> bool:
+    return aval.dtype == jnp.bfloat16 and aval.size >= 64 * 1024 * 2 * 128
+
+
+def _equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        if eqn.primitive.name in ("jit", "pjit", "custom_jvp_call"):
+            inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+            yield from _equations(getattr(inner, "jaxpr", inner))
 
 
 @interpreter

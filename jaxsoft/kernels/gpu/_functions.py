@@ -7,7 +7,7 @@ exact as float32 results need to be:
   tiny weights are exact to about 5e-6.
 * `x / y` has one of 3e-7. Divisors below `1.2e-38` in size count as 0, those above `8.5e37` as infinite.
 * `logistic` and `tanh` have one of 5e-7, near 0 too.
-* `exp_difference(x, y, e)`, `e^y - e` for `y = x + log e`, has one of `8e-7 + 4e-7 |y|` at most, and 4e-7 for `|x| < 1/4`.
+* `exp_difference(x, y, e)`, `e^y - e` for `y = x + log e`, has one of `9e-7 + 5e-7 |y|`, and of 4e-7 for `|x| < 1/4`.
 """
 
 from __future__ import annotations

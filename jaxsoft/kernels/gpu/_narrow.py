@@ -70,12 +70,14 @@ class Item(NamedTuple):
     `Space.item` makes those of arrays that come from outside, and sees to the order of the axes.
 
     Instead of an array, `x` may be a `Product` or a `Number`. If `memory` is not empty (it may be a name), the array is
-    in shared memory instead, and `x` is what the space's `load` and `product` take.
+    in shared memory instead, and `x` is what the space's `load` and `product` take. Then `keep` may be an item of
+    booleans over the first axis: where it is False, the array counts as 0.
     """
 
     dims: str
     x: Any
     memory: str = ""
+    keep: Any = None
 
     def array(self, load: Callable) -> Any:
         """The array in registers."""
@@ -382,23 +384,23 @@ def split(body: Body, given: list[Name], may_be_kept: Callable) -> tuple[Body, B
 
 
 class Comparison(NamedTuple):
-    """Where a body compares a number per row with one per column.
+    """Where a body compares a number per row with one per column, or a number per column with 0.
 
     Attributes:
-      name: `"le"`, `"lt"`, `"ge"` or `"gt"`.
+      name: `"le"`, `"lt"`, `"ge"` or `"gt"`; `"ne"` for a comparison with 0.
       left: the argument of the body that is the left operand.
-      right: the argument that is the right operand.
+      right: the argument that is the right operand; None for 0.
       out: the variable that holds the result for a tile.
     """
 
     name: str
     left: Name
-    right: Name
+    right: Name | None
     out: Name
 
 
 def comparisons(body: Body, arguments: set[Name]) -> list[Comparison]:
-    """The comparisons of order between two different integer arguments, one number per row and one per column."""
+    """The comparisons of two different integer arguments by order, and of one with 0."""
     source: dict[Name, Name] = {v: v for v in arguments if jnp.issubdtype(v.aval.dtype, jnp.integer)}
     found = []
     for eqn in body.eqns:
@@ -409,7 +411,15 @@ def comparisons(body: Body, arguments: set[Name]) -> list[Comparison]:
             left, right = (source[v] for v in names)
             if left is not right:
                 found.append(Comparison(eqn.primitive.name, left, right, eqn.outvars[0]))
+        elif (
+            eqn.primitive.name == "ne" and len(names) == 1 and names[0] in source and _is_zero(eqn.invars[1])
+        ):
+            found.append(Comparison("ne", source[names[0]], None, eqn.outvars[0]))
     return found
+
+
+def _is_zero(v: Any) -> bool:
+    return isinstance(v, core.Literal) and v.val == 0
 
 
 def where_true(body: Body, true: set[Name]) -> Body:
@@ -567,6 +577,17 @@ def _div(space: Space, eqn, a: Value, b: Value) -> Value:
     return _elementwise(space, eqn.primitive, eqn.params, a, b)
 
 
+def _select_n(space: Space, eqn, which: Value, *cases: Value) -> Value:
+    """Selects; of an operand that cannot be loaded, only notes which of its rows count as 0."""
+    item = cases[-1].items.ravel()[0]
+    if len(cases) == 2 and cases[1].items.size == which.items.size == 1 and item.memory:
+        keep, other = which.items.ravel()[0], cases[0].items.ravel()[0]
+        is_zero = not other.dims and isinstance(other.x, np.ndarray | np.generic) and other.x == 0
+        if is_zero and item.keep is None and keep.dims == item.dims[0] != space.order[0]:
+            return single_like(cases[1], item._replace(keep=keep))
+    return _elementwise(space, eqn.primitive, eqn.params, which, *cases)
+
+
 def _product_of(value: Value) -> Item | None:
     """The item of a value that is a product and not yet computed."""
     item = value.items.ravel()[0] if value.items.size == 1 else None
@@ -600,6 +621,8 @@ def cast(x, dtype: Any):
     """`x` in a dtype, which may be that of memory or of a matrix product."""
     if x.dtype == dtype:
         return x
+    if isinstance(x, np.ndarray | np.generic):  # constants stay constants
+        return np.asarray(x, dtype)
     if x.dtype == jnp.bool_:
         return lax.select(x, _fill32(x, 1, dtype), _fill32(x, 0, dtype))
     if dtype == jnp.bool_:
@@ -1061,6 +1084,7 @@ _RULES: dict[str, Callable] = {
     "add": _add,
     "add_any": _add,
     "div": _div,
+    "select_n": _select_n,
     "convert_element_type": _convert,
     "broadcast_in_dim": _broadcast_in_dim,
     "reshape": _reshape,

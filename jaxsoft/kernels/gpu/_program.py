@@ -212,7 +212,8 @@ class Program:
         self._compare()
         self.products_from_registers: set[tuple] = set()
         self.reads: dict[str, set[str]] = {}
-        self.uses_sides = False
+        # Whether products read operands of which some rows count as 0.
+        self.uses_sides = self.clears = False
         # Registers of a thread that hold results of products: the scores and carried features among them.
         self.accumulators = self.minor // 2 + sum(features(leaf.shape[1]) // 2 for leaf in self.carry.wide)
         self.crosses_warps = self._try()
@@ -381,7 +382,7 @@ class Program:
             self.rows.add(("r", *[None] * (len(v.aval.shape) - 1)), v.aval.shape, v.aval.dtype)
 
     def _compare(self) -> None:
-        """Finds the comparisons of per-row with per-column numbers: on most tiles, the masks hide nothing."""
+        """Finds the masks by per-row and per-column numbers: on most tiles, they hide nothing."""
         # Place of each argument among the leaves of rows and of columns.
         place: dict[Any, tuple[str, int]] = {}
         count = self._counted(self.operands.rows)
@@ -395,11 +396,17 @@ class Program:
             for v, (letter, i) in place.items()
             if {"r": self.rows, "c": self.cols}[letter].leaves[i].count == 1
         }
-        found = [c for c in _narrow.comparisons(self.body, one) if place[c.left][0] != place[c.right][0]]
+        found = [
+            c
+            for c in _narrow.comparisons(self.body, one)
+            if (place[c.left][0] == "c" if c.right is None else place[c.left][0] != place[c.right][0])
+        ]
         skips = self.plan.live is not None or self.operands.seen is not None
         several = self.lengths[self.minor_letter] > self.minor
         # The name of each comparison, and the leaves that it compares.
-        self.compared = [(c.name, place[c.left], place[c.right]) for c in found] if skips and several else []
+        self.compared = (
+            [(c.name, place[c.left], place.get(c.right)) for c in found] if skips and several else []
+        )
         # The body on a tile on which all of them hold.
         self.whole = _narrow.where_true(self.body, {c.out for c in found}) if self.compared else None
 
@@ -578,6 +585,7 @@ class Program:
             self.accumulators += self.minor // 2
         self.use(a, "product")
         self.use(b, "product")
+        self.clears |= b.keep is not None
         if not a.memory and set(a.dims) != {dims[0], kind}:
             raise Unsupported("it multiplies tiles in a way that Mosaic GPU has no rule for")
         if not a.memory or jnp.dtype(a.x.dtype) not in HALF:
@@ -727,6 +735,7 @@ class Program:
         fixed += sum(major * features(leaf.shape[1]) * size for leaf, size in self._wide(self.own))
         fixed += sum(major * minor * jnp.dtype(d).itemsize for d in self.plan.entry_dtypes)
         fixed += 4 * groups * minor * (self.out_cols.counts["f"] + self.out_cols.counts["i"])
+        fixed += 4 * groups * minor * self.clears
         if self.kernel.interpret:
             fixed += sum(
                 major * {**wide, self.minor_letter: minor}[k] * 2 for k, _ in self.products_from_registers

@@ -179,6 +179,7 @@ class _Shared(NamedTuple):
       carry: packed carry, on its way to device memory.
       out: entry outputs, on their way to device memory.
       cols: packed column outputs, on their way to device memory.
+      flags: which rows of an operand do not count as 0, on their way to another layout; None if all count.
       staged: left sides of products that are in registers, for the interpreter.
     """
 
@@ -196,6 +197,7 @@ class _Shared(NamedTuple):
     carry: dict
     out: list
     cols: dict
+    flags: Any
     staged: dict
 
 
@@ -366,24 +368,26 @@ class _Sweep:
         sizes = {p.major: (s.blocks, s.major), p.minor_letter: (s.tiles, s.minor)}
 
         def extreme(letter: str, i: int, name: str):
-            """The smallest or largest number in each block, `[1 or M, blocks]`."""
+            """The smallest or largest number in each block, `[1 or M, blocks, 1]` or `[1 or M, 1, tiles]`."""
             a = {"r": rows, "c": cols}[letter][i]
             blocks, size = sizes[letter]
             a = a.reshape(a.shape[0], -1)
             xp: Any = np if isinstance(a, np.ndarray) else jnp
             a = xp.pad(a, ((0, 0), (0, blocks * size - a.shape[1])), mode="edge")
-            return getattr(xp, name)(a.reshape(-1, blocks, size), axis=2)
+            # Matrices that share a table are taken together.
+            each = 1 if a.shape[0] == 1 else a.shape[0] // live.shape[0]
+            a = getattr(xp, name)(a.reshape(-1, each, blocks, size), axis=(1, 3))
+            return a[:, :, None] if letter == p.major else a[:, None]
 
         found = []
         for name, left, right in p.compared:
+            if right is None:  # flags, none of which may be 0
+                found.append(extreme(*left, "min") != 0)
+                continue
             low = name in ("le", "lt")  # the largest on the left must be below the smallest on the right
             a, b = extreme(*left, "max" if low else "min"), extreme(*right, "min" if low else "max")
-            a = a[:, :, None] if left[0] == p.major else a[:, None]
-            b = b[:, :, None] if right[0] == p.major else b[:, None]
             found.append(getattr(operator, name)(a, b))
-        if not found or any(each.shape[0] not in (1, live.shape[0]) for each in found):
-            return None
-        return functools.reduce(operator.and_, found)
+        return functools.reduce(operator.and_, found) if found else None
 
     def _results(self) -> _Results:
         """Shapes and dtypes of what the kernel writes."""
@@ -505,6 +509,7 @@ class _Sweep:
                 for k in dtypes
                 if p.out_cols.counts[k]
             },
+            flags=plgpu.SMEM((s.groups, s.minor), jnp.int32) if p.clears else None,
             staged={
                 f"{kind}{dtype}": _tile_in(
                     (s.groups, WARPGROUP, {**self.wide_sizes, p.minor_letter: s.minor}[kind]), dtype
@@ -831,6 +836,8 @@ class _Sweep:
 
         def compute(start):
             a_side = a.x
+            if b.keep is not None:
+                self._clear(shared, me, b)
             if not a.memory or a.x.dtype != b_ref.dtype:
                 a_side = _narrow.cast(a.array(self._load_item), b_ref.dtype)
                 if self.p.kernel.interpret:  # the interpreter multiplies from shared memory only
@@ -850,6 +857,22 @@ class _Sweep:
             return pl.run_state(lambda acc: plgpu.wgmma(acc, a_side, b_ref))(_accumulating(start))
 
         return Item(dims, _narrow.Product(compute))
+
+    def _clear(self, shared: _Shared, me, item: Item) -> None:
+        """Writes zeros to the rows of an operand in shared memory that count as 0: they may hold NaN.
+
+        All computing warpgroups write the same.
+        """
+        flags = shared.flags.at[me]
+        _store(flags, _narrow.cast(item.keep.array(self._load_item), jnp.int32))
+        plgpu.commit_smem()
+        for i in range(0, self.s.minor, WARPGROUP):
+            part = item.x.at[pl.ds(i, WARPGROUP)]
+            keep = _load(flags.at[pl.ds(i, WARPGROUP)], plgpu.Layout.WGMMA.reduce(1)) != 0
+            x = _narrow.convert(_load(part, plgpu.Layout.WGMMA), part.dtype)
+            keep = plgpu.layout_cast(lax.broadcast_in_dim(keep, x.shape, (0,)), plgpu.Layout.WGMMA)
+            _store(part, lax.select(keep, x, lax.full_like(x, 0)))
+        plgpu.commit_smem()
 
     # --- what is written ---------------------------------------------------------------------------------------------
 
