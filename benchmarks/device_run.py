@@ -149,15 +149,22 @@ def first_line(error: BaseException) -> str:
 def compile_all(functions: dict[Any, tuple[Callable, tuple]], alive: Callable[[], None]) -> dict[Any, Any]:
     """Compiles `name: (function, arguments)` in parallel; what failed is represented by its exception.
 
+    Functions with the same program share one.
+
     Args:
       functions: what to compile.
       alive: called after each step.
     """
     futures, compiled = {}, {}
+    programs: dict[str, concurrent.futures.Future] = {}
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         for name, (function, args) in functions.items():
             try:  # traced here: the caller's `with` blocks hold for this thread only
-                futures[name] = pool.submit(jax.jit(function).lower(*args).compile)
+                lowered = jax.jit(function).lower(*args)
+                text = re.sub(r"@jit_\w+", "@program", lowered.as_text())
+                if text not in programs:
+                    programs[text] = pool.submit(lowered.compile)
+                futures[name] = programs[text]
             except Exception as error:
                 compiled[name] = error
             alive()
