@@ -10,10 +10,11 @@ body, and frees the slots of the tile (`_compute`). "Own" operands lie along the
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import operator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -158,21 +159,73 @@ class _Results(NamedTuple):
     cols: dict
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """Slots of shared memory that one warpgroup fills, again and again in turn, and the computing ones read.
+
+    Attributes:
+      full: one barrier per slot: its copies have arrived.
+      free: one barrier per slot: all computing warpgroups have read it.
+      stages: the number of slots.
+    """
+
+    full: Any
+    free: Any
+    stages: int = dataclasses.field(metadata=dict(static=True))
+
+    @classmethod
+    def of(cls, stages: int, copies: int, readers: int) -> Self:
+        """The barriers to allocate, given the copies that fill a slot and the warpgroups that read it."""
+        full, free = (plgpu.Barrier(num_arrivals=n, num_barriers=stages) for n in (copies, readers))
+        return cls(full, free, stages)
+
+    def slot(self, n):
+        """The slot of the n-th filling."""
+        return lax.rem(n, jnp.int32(self.stages))
+
+    def claim(self, n) -> tuple:
+        """The slot of the n-th filling, once it is free, and the barrier for its copies."""
+        slot = self.slot(n)
+
+        @pl.when(n >= self.stages)
+        def _():
+            plgpu.barrier_wait(self.free.at[slot])
+
+        return slot, self.full.at[slot]
+
+    def wait(self, n):
+        """The slot of the n-th filling, once it is full."""
+        slot = self.slot(n)
+        plgpu.barrier_wait(self.full.at[slot])
+        return slot
+
+    def release(self, n) -> None:
+        """Lets the slot of the n-th filling be filled again."""
+        plgpu.barrier_arrive(self.free.at[self.slot(n)])
+
+    def drain(self, n) -> None:
+        """Waits until all slots are free, after n fillings.
+
+        No block ends before its barriers have been observed: the interpreter of jax 0.11 insists on it.
+        """
+
+        def wait(i, _):
+            self.claim(i)
+
+        lax.fori_loop(n, n + self.stages, wait, None)
+
+
 class _Shared(NamedTuple):
     """Shared memory of a block of threads.
 
-    Each slot of a ring has two barriers: the slot is full, once its copies have arrived; it is free, once all computing
-    warpgroups have read it.
-
     Attributes:
-      scores: ring of tiles: the stored scores; empty for a product.
-      passing: ring of tiles: packed passing operands by dtype, and the wide ones (`"w"`).
-      entries: ring of tiles: the entry operands.
-      full: barriers of the ring of tiles.
-      free: barriers of the ring of tiles.
-      steps: ring of product steps: the side along the minor axis, and unless `resident` the one along the major axis.
-      step_full: barriers of the ring of steps.
-      step_free: barriers of the ring of steps.
+      tiles: the ring of tiles; None if a tile needs nothing but the steps of its product.
+      scores: in the ring of tiles, the stored scores; empty for a product.
+      passing: in the ring of tiles, packed passing operands by dtype, and the wide ones (`"w"`).
+      entries: in the ring of tiles, the entry operands.
+      steps: the ring of product steps; None without a product.
+      sides: in the ring of steps, the side along the minor axis, and unless `resident` the one along the major axis.
       own: wide own operands.
       resident: the whole of the product's side along the major axis; None if it does not fit.
       once: barrier of `own` and `resident`, which are fetched once.
@@ -183,14 +236,12 @@ class _Shared(NamedTuple):
       staged: left sides of products that are in registers, for the interpreter.
     """
 
+    tiles: Ring | None
     scores: list
     passing: dict
     entries: list
-    full: Any
-    free: Any
-    steps: list
-    step_full: Any
-    step_free: Any
+    steps: Ring | None
+    sides: list
     own: list
     resident: Any
     once: Any
@@ -261,11 +312,6 @@ class _Sweep:
         self.wide_sizes = {letter: features(size) for size, letter in program.letters.items()}
         self.major_length = self.s.blocks * self.s.major
         self.minor_length = self.s.tiles * self.s.minor
-        # No ring of tiles if a tile needs nothing but the steps of its product.
-        passing = (
-            _fetched(program.passing) + len(program._wide(program.passing)) + len(program.entries.leaves)
-        )
-        self.has_ring = not self.product or passing > 0
 
     # --- outside of the kernel ---------------------------------------------------------------------------------
 
@@ -468,6 +514,7 @@ class _Sweep:
         copies = (
             (0 if self.product else 1) + _fetched(p.passing) + _count(passing_wide) + len(p.entries.leaves)
         )
+        step, block = [], None
         if self.product:
             # [..., minor, depth] or [..., depth, minor]: the order of axes that it has in device memory.
             shape = (s.minor, s.depth) if self._minor_first() else (s.depth, s.minor)
@@ -478,6 +525,7 @@ class _Sweep:
                 step.append(block)
         once = _count(own_wide) + (self.product and s.resident)
         return _Shared(
+            tiles=Ring.of(stages, copies, s.groups) if copies else None,
             scores=[]
             if self.product
             else [_tile_in((stages, s.major, s.minor), item, memory.scores[0].shape)],
@@ -490,13 +538,10 @@ class _Sweep:
                 "w": passing_wide,
             },
             entries=[_tile_in((stages, s.major, s.minor), ref.dtype, ref.shape) for ref in memory.entries],
-            full=plgpu.Barrier(num_arrivals=copies, num_barriers=stages) if copies else None,
-            free=plgpu.Barrier(num_arrivals=s.groups, num_barriers=stages) if copies else None,
-            steps=step if self.product else [],
-            step_full=plgpu.Barrier(num_arrivals=len(step), num_barriers=s.stages) if self.product else None,
-            step_free=plgpu.Barrier(num_arrivals=s.groups, num_barriers=s.stages) if self.product else None,
+            steps=Ring.of(s.stages, len(step), s.groups) if self.product else None,
+            sides=step,
             own=own_wide,
-            resident=block if self.product and s.resident else None,
+            resident=block if s.resident else None,
             once=plgpu.Barrier(num_arrivals=once) if once else None,
             carry={
                 k: plgpu.SMEM((s.groups, p.carry.counts[k], WARPGROUP), dtypes[k])
@@ -585,17 +630,16 @@ class _Sweep:
 
         def tile(t, _):
             minor = pl.ds(tile_of(t) * s.minor, s.minor)
-            if self.has_ring:
+            if shared.tiles is not None:
                 self._fetch_tile(memory, shared, at, t, major, minor)
             if self.product:
                 self._fetch_steps(memory, shared, at, t, major, minor)
 
         lax.fori_loop(0, count, tile, None)
-        # No block ends before its barriers have been observed: the interpreter of jax 0.11 insists on it.
-        if self.has_ring:
-            self._drain(count, shared.free, self._stages())
-        if self.product:
-            self._drain(count * s.steps, shared.step_free, s.stages)
+        if shared.tiles is not None:
+            shared.tiles.drain(count)
+        if shared.steps is not None:
+            shared.steps.drain(count * s.steps)
 
     def _fetch_own(self, memory: _Memory, shared: _Shared, at, major) -> None:
         """Copies what stays in shared memory for all tiles of the block."""
@@ -609,8 +653,7 @@ class _Sweep:
     def _fetch_tile(self, memory: _Memory, shared: _Shared, at, t, major, minor) -> None:
         """Copies the stored scores, the passing operands and the entries of the t-th tile into a free slot."""
         p, copy = self.p, plgpu.copy_gmem_to_smem
-        slot = self._claim(t, shared.free, self._stages())
-        full = shared.full.at[slot]
+        slot, full = shared.tiles.claim(t)
         if not self.product:
             source = memory.scores[0]
             copy(source.at[_batch(source, at), major, minor], shared.scores[0].at[slot], full)
@@ -629,34 +672,12 @@ class _Sweep:
         s, copy = self.s, plgpu.copy_gmem_to_smem
 
         def step(k, _):
-            slot = self._claim(t * s.steps + k, shared.step_free, s.stages)
-            full = shared.step_full.at[slot]
-            copy(self._step(memory, 1, at, minor, k * s.depth), shared.steps[0].at[slot], full)
+            slot, full = shared.steps.claim(t * s.steps + k)
+            copy(self._step(memory, 1, at, minor, k * s.depth), shared.sides[0].at[slot], full)
             if not s.resident:
-                copy(self._step(memory, 0, at, major, k * s.depth), shared.steps[1].at[slot], full)
+                copy(self._step(memory, 0, at, major, k * s.depth), shared.sides[1].at[slot], full)
 
         lax.fori_loop(0, s.steps, step, None)
-
-    def _stages(self) -> int:
-        return self.s.tile_stages if self.product else self.s.stages
-
-    def _claim(self, n, free, stages: int):
-        """The slot of a ring for the n-th fetch, once that slot is free."""
-        slot = lax.rem(n, jnp.int32(stages))
-
-        @pl.when(n >= stages)
-        def _():
-            plgpu.barrier_wait(free.at[slot])
-
-        return slot
-
-    def _drain(self, fetches, free, stages: int) -> None:
-        """Waits until all slots of a ring are free again, after this number of fetches."""
-
-        def claim(n, _):
-            self._claim(n, free, stages)
-
-        lax.fori_loop(fetches, fetches + stages, claim, None)
 
     def _step(self, memory: _Memory, side: int, at, along, first):
         """One step of features, from `first` on, of the product's side along the major (0) or the minor axis (1)."""
@@ -695,7 +716,7 @@ class _Sweep:
         def tile(body, t, state):
             j, carry = state
             following = tile_of(t + 1)  # asked for one tile ahead: it may come from device memory
-            slot = self._await(shared, t)
+            slot = None if shared.tiles is None else shared.tiles.wait(t)
             raw, sides = self._scores(space, shared, me, mine, t, slot)
             passing = [self._passing(space, leaf, shared, slot) for leaf in p.passing.leaves]
             rows, cols = (own, passing) if p.major == "r" else (passing, own)
@@ -705,7 +726,10 @@ class _Sweep:
             carry, entries, cols = p.visit(
                 body, space, raw, rows, cols, entries, row, col, start, at.batch, sides, carry
             )
-            self._release(shared, t, slot)
+            if p.uses_sides:
+                shared.steps.release(self._last_step(t))
+            if shared.tiles is not None:
+                shared.tiles.release(t)
             self._write(out, shared, at, me, j, entries, cols)
             return following, carry
 
@@ -723,21 +747,6 @@ class _Sweep:
         self._write_carry(out, shared, at, me, carry)
         plgpu.wait_smem_to_gmem(0)
 
-    def _await(self, shared: _Shared, t):
-        """The slot of the t-th tile in the ring of tiles, once it is full; None without that ring."""
-        if not self.has_ring:
-            return None
-        slot = lax.rem(t, jnp.int32(self._stages()))
-        plgpu.barrier_wait(shared.full.at[slot])
-        return slot
-
-    def _release(self, shared: _Shared, t, slot) -> None:
-        """Lets the slots of the t-th tile be filled again."""
-        if self.p.uses_sides:
-            plgpu.barrier_arrive(shared.step_free.at[self._last_slot(t)])
-        if self.has_ring:
-            plgpu.barrier_arrive(shared.free.at[slot])
-
     def _scores(self, space: Space, shared: _Shared, me, mine, t, slot) -> tuple:
         """The scores of the t-th tile, in float32, and the two sides of their product if the body reads them."""
         p = self.p
@@ -746,9 +755,12 @@ class _Sweep:
             return _narrow.single("rc", space.item("rc", _narrow.convert(raw, raw.dtype))), []
         raw = _narrow.single("rc", space.item("rc", self._product(shared, me, t)))
         if not p.uses_sides:
-            plgpu.barrier_arrive(shared.step_free.at[self._last_slot(t)])
+            shared.steps.release(self._last_step(t))
             return raw, p.sides(space, None, None)
-        major, minor = self._mine(shared.resident, me), shared.steps[0].at[self._last_slot(t)]
+        major, minor = (
+            self._mine(shared.resident, me),
+            shared.sides[0].at[shared.steps.slot(self._last_step(t))],
+        )
         return raw, p.sides(space, *((major, minor) if p.major == "r" else (minor, major)))
 
     def _own(
@@ -788,34 +800,31 @@ class _Sweep:
         s = self.s
 
         def multiply(acc, left, slot):
-            right = shared.steps[0].at[slot]
+            right = shared.sides[0].at[slot]
             plgpu.wgmma(acc, self._mine(left, me), _transposed(right) if self._minor_first() else right)
 
         def run(acc):
             def step(k, _):
                 n = t * s.steps + k
-                slot = lax.rem(n, jnp.int32(s.stages))
-                plgpu.barrier_wait(shared.step_full.at[slot])
-                multiply(acc, shared.steps[1].at[slot], slot)
+                slot = shared.steps.wait(n)
+                multiply(acc, shared.sides[1].at[slot], slot)
                 plgpu.wgmma_wait(1)  # until the previous step has been read
 
                 @pl.when(k > 0)
                 def _():
-                    plgpu.barrier_arrive(shared.step_free.at[lax.rem(n - 1, jnp.int32(s.stages))])
+                    shared.steps.release(n - 1)
 
             if s.steps == 1:
-                slot = lax.rem(t, jnp.int32(s.stages))
-                plgpu.barrier_wait(shared.step_full.at[slot])
-                multiply(acc, shared.resident, slot)
+                multiply(acc, shared.resident, shared.steps.wait(t))
             else:
                 lax.fori_loop(0, s.steps, step, None)
             return acc[...]
 
         return pl.run_scoped(run, _accumulator(s.minor))
 
-    def _last_slot(self, t):
-        """The slot of the last step of the t-th tile's product."""
-        return lax.rem((t + 1) * self.s.steps - 1, jnp.int32(self.s.stages))
+    def _last_step(self, t):
+        """The last step of the t-th tile's product."""
+        return (t + 1) * self.s.steps - 1
 
     def _mine(self, ref, me):
         """A warpgroup's 64 entries of the product's side along the major axis."""
