@@ -72,7 +72,7 @@ class Contestant(NamedTuple):
     args: tuple
 
 
-def ours(run: Run) -> tuple[tuple[str, str], ...]:
+def ours(run: Run) -> tuple[tuple[str, str | None], ...]:
     """The names that our implementations have in the table, and the implementations; by default, None chooses."""
     every = (("jaxsoft", run.implementation), ("jaxsoft, default", None), ("jaxsoft, xla", "xla"))
     return every[:1] if run.smoke else every

@@ -617,7 +617,7 @@ def convert(x, new_dtype, **options):
     return cast(x, held(new_dtype))
 
 
-def cast(x, dtype: Any):
+def cast(x, dtype: Any) -> Any:
     """`x` in a dtype, which may be that of memory or of a matrix product."""
     if x.dtype == dtype:
         return x

@@ -29,7 +29,8 @@ from jaxsoft.kernels._device import Kernel
 from jaxsoft.kernels._sweep import Operands, Plan, Result, Scores, Tiles, abreast
 from jaxsoft.kernels.gpu import _functions, _narrow
 from jaxsoft.kernels.gpu._narrow import Item, Space, Unsupported, Value
-from jaxsoft.kernels.gpu._program import WARPGROUP, Leaf, Packer, Program, entry_dtype, features
+from jaxsoft.kernels.gpu._plan import WARPGROUP, features
+from jaxsoft.kernels.gpu._program import PACKED, Leaf, Packer, Program, entry_dtype, n_leaves
 
 
 def refusal(kernel: Kernel, body, scores: Scores, operands: Operands, init, plan: Plan) -> str | None:
@@ -220,11 +221,11 @@ class _Shared(NamedTuple):
     """Shared memory of a block of threads.
 
     Attributes:
-      tiles: the ring of tiles; None if a tile needs nothing but the steps of its product.
+      tiles: the `Ring` of tiles; None if a tile needs nothing but the steps of its product.
       scores: in the ring of tiles, the stored scores; empty for a product.
       passing: in the ring of tiles, packed passing operands by dtype, and the wide ones (`"w"`).
       entries: in the ring of tiles, the entry operands.
-      steps: the ring of product steps; None without a product.
+      steps: the `Ring` of product steps; None without a product.
       sides: in the ring of steps, the side along the minor axis, and unless `resident` the one along the major axis.
       own: wide own operands.
       resident: the whole of the product's side along the major axis; None if it does not fit.
@@ -236,11 +237,11 @@ class _Shared(NamedTuple):
       staged: left sides of products that are in registers, for the interpreter.
     """
 
-    tiles: Ring | None
+    tiles: Any
     scores: list
     passing: dict
     entries: list
-    steps: Ring | None
+    steps: Any
     sides: list
     own: list
     resident: Any
@@ -299,16 +300,14 @@ def _transposed(ref):
     return ref.transpose((1, 0)) if hasattr(ref, "transpose") else plgpu.transpose_ref(ref, (1, 0))
 
 
-def _count(x) -> int:
-    return len(jax.tree.leaves(x))
-
-
 class _Sweep:
     """Runs a program: `run` is what happens around the kernel, `_kernel` is the kernel."""
 
     def __init__(self, program: Program):
         self.p, self.s = program, program.sizes
         self.product = program.scores.values is None
+        # Whether the features of the product's sides come last in memory.
+        self.major_first, self.minor_first = (first for _, first in self._sides())
         self.wide_sizes = {letter: features(size) for size, letter in program.letters.items()}
         self.major_length = self.s.blocks * self.s.major
         self.minor_length = self.s.tiles * self.s.minor
@@ -439,12 +438,7 @@ class _Sweep:
         """Shapes and dtypes of what the kernel writes."""
         p, s = self.p, self.s
         struct = jax.ShapeDtypeStruct
-        dtypes = {"f": jnp.float32, "i": jnp.int32}
-        carry = {
-            name: struct((s.parts, p.g, p.carry.counts[name], self.major_length), dtype)
-            for name, dtype in dtypes.items()
-            if p.carry.counts[name]
-        }
+        carry = p.carry.packed(lambda n, dtype: struct((s.parts, p.g, n, self.major_length), dtype))
         wide = [
             struct((s.parts, p.g, self.major_length, features(leaf.shape[1])), leaf.dtype)
             for leaf in p.carry.leaves
@@ -453,11 +447,8 @@ class _Sweep:
         entries = []
         for dtype in map(jnp.dtype, p.plan.entry_dtypes):
             entries.append(struct((p.g, p.n, _up(p.columns, 16 // dtype.itemsize)), dtype))
-        cols = {
-            name: struct((p.g, s.blocks * s.groups, p.out_cols.counts[name], self.minor_length), dtype)
-            for name, dtype in dtypes.items()
-            if p.out_cols.counts[name]
-        }
+        blocks = s.blocks * s.groups
+        cols = p.out_cols.packed(lambda n, dtype: struct((p.g, blocks, n, self.minor_length), dtype))
         return _Results(carry, wide, entries, cols)
 
     def _unpacked(self, out: _Results) -> Result:
@@ -499,7 +490,6 @@ class _Sweep:
     def _allocations(self, memory: _Memory, out: _Results) -> _Shared:
         """Shapes of shared memory and its barriers, each with the number of copies or warpgroups it waits for."""
         p, s = self.p, self.s
-        dtypes = {"f": jnp.float32, "i": jnp.int32}
         item = p.scores.dtype
         stages = s.tile_stages if self.product else s.stages
 
@@ -512,29 +502,28 @@ class _Sweep:
 
         own_wide, passing_wide = wide(p.own, (s.major,)), wide(p.passing, (stages, s.minor))
         copies = (
-            (0 if self.product else 1) + _fetched(p.passing) + _count(passing_wide) + len(p.entries.leaves)
+            (0 if self.product else 1)
+            + len(p.passing.packed(lambda *_: None))
+            + n_leaves(passing_wide)
+            + len(p.entries.leaves)
         )
         step, block = [], None
         if self.product:
             # [..., minor, depth] or [..., depth, minor]: the order of axes that it has in device memory.
-            shape = (s.minor, s.depth) if self._minor_first() else (s.depth, s.minor)
+            shape = (s.minor, s.depth) if self.minor_first else (s.depth, s.minor)
             step = [_tile_in((s.stages, *shape), item)]
-            major = (s.major, s.depth) if self._major_first() else (s.depth, s.major)
+            major = (s.major, s.depth) if self.major_first else (s.depth, s.major)
             block = _tile_in(major if s.resident else (s.stages, *major), item)
             if not s.resident:
                 step.append(block)
-        once = _count(own_wide) + (self.product and s.resident)
+        once = n_leaves(own_wide) + (self.product and s.resident)
         return _Shared(
             tiles=Ring.of(stages, copies, s.groups) if copies else None,
             scores=[]
             if self.product
             else [_tile_in((stages, s.major, s.minor), item, memory.scores[0].shape)],
             passing={
-                **{
-                    k: plgpu.SMEM((stages, p.passing.counts[k], s.minor), dtypes[k])
-                    for k in dtypes
-                    if p.passing.counts[k]
-                },
+                **p.passing.packed(lambda n, dtype: plgpu.SMEM((stages, n, s.minor), dtype)),
                 "w": passing_wide,
             },
             entries=[_tile_in((stages, s.major, s.minor), ref.dtype, ref.shape) for ref in memory.entries],
@@ -543,17 +532,9 @@ class _Sweep:
             own=own_wide,
             resident=block if s.resident else None,
             once=plgpu.Barrier(num_arrivals=once) if once else None,
-            carry={
-                k: plgpu.SMEM((s.groups, p.carry.counts[k], WARPGROUP), dtypes[k])
-                for k in dtypes
-                if p.carry.counts[k]
-            },
+            carry=p.carry.packed(lambda n, dtype: plgpu.SMEM((s.groups, n, WARPGROUP), dtype)),
             out=[_tile_in((s.groups, WARPGROUP, s.minor), ref.dtype, ref.shape) for ref in out.entries],
-            cols={
-                k: plgpu.SMEM((s.groups, p.out_cols.counts[k], s.minor), dtypes[k])
-                for k in dtypes
-                if p.out_cols.counts[k]
-            },
+            cols=p.out_cols.packed(lambda n, dtype: plgpu.SMEM((s.groups, n, s.minor), dtype)),
             flags=plgpu.SMEM((s.groups, s.minor), jnp.int32) if p.clears else None,
             staged={
                 f"{kind}{dtype}": _tile_in(
@@ -569,12 +550,6 @@ class _Sweep:
         p = self.p
         sides = [(p.scores.left, True), (p.scores.right, p.scores.transposed)]
         return sides if p.major == "r" else sides[::-1]
-
-    def _major_first(self) -> bool:
-        return self._sides()[0][1]
-
-    def _minor_first(self) -> bool:
-        return self._sides()[1][1]
 
     def _shared(self, memory: _Memory, out: _Results, shared: _Shared) -> None:
         """Divides the work: which block of the sweep this is, and what each of its warpgroups does."""
@@ -801,7 +776,7 @@ class _Sweep:
 
         def multiply(acc, left, slot):
             right = shared.sides[0].at[slot]
-            plgpu.wgmma(acc, self._mine(left, me), _transposed(right) if self._minor_first() else right)
+            plgpu.wgmma(acc, self._mine(left, me), _transposed(right) if self.minor_first else right)
 
         def run(acc):
             def step(k, _):
@@ -829,7 +804,7 @@ class _Sweep:
     def _mine(self, ref, me):
         """A warpgroup's 64 entries of the product's side along the major axis."""
         mine = pl.ds(me * WARPGROUP, WARPGROUP)
-        return ref.at[mine] if self._major_first() else _transposed(ref.at[:, mine])
+        return ref.at[mine] if self.major_first else _transposed(ref.at[:, mine])
 
     def _load_item(self, item: Item):
         """Loads a wide operand into registers, which have a layout only for those along the major axis."""
@@ -919,8 +894,7 @@ class _Sweep:
 
         def tile(t, _):
             entries = [zeros(p.tile("rc"), d) for d in p.plan.entry_dtypes]
-            dtypes = {"f": jnp.float32, "i": jnp.int32}
-            cols = [[zeros(p.minor_letter, dtypes[leaf.pack])] * leaf.count for leaf in p.out_cols.leaves]
+            cols = [[zeros(p.minor_letter, PACKED[leaf.pack])] * leaf.count for leaf in p.out_cols.leaves]
             self._write(out, shared, at, me, memory.order[table, at.block, t], entries, cols)
 
         lax.fori_loop(first, last, tile, None)
@@ -963,8 +937,3 @@ def _lines(ref, at: _Place, along, first, size: int, side: int):
         return ref.at[_batch(ref, at), along, pl.ds(first, size)]
     first = lax.rem(at.batch, jnp.int32(side)) * (ref.shape[2] // side) + first
     return ref.at[lax.div(at.batch, jnp.int32(side)), along, pl.ds(first, size)]
-
-
-def _fetched(packer: Packer) -> int:
-    """How many copies bring packed numbers: one per dtype."""
-    return sum(packer.counts[name] > 0 for name in ("f", "i"))
