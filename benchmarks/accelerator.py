@@ -7,10 +7,11 @@ rows: ragged shapes, masks with NaN under them, all normalizers, gradients with 
 reported, and the others still run. Then the kernels are timed (medians of several samples after a warm-up) and compared
 with what the machine can do, measured in the same run (a large copy, a large product in bfloat16), and with XLA, cuDNN
 and, where they are installed, tokamax, cut-cross-entropy and liger-kernel. "jaxsoft, default" is what
-`implementation=None` chooses, "jaxsoft, xla" the loops by XLA; programs that are equal are timed once. Every part runs in its own process, so that
-a kernel that crashes or hangs affects no other part. When time runs out, the last parts are dropped, and the report
-names them. Prints tables at the end, writes JSON, and a plot where matplotlib is installed. `--smoke` runs everything
-with tiny shapes and interpreted kernels, on any machine; without an accelerator that is what runs.
+`implementation=None` chooses, "jaxsoft, xla" the loops by XLA; programs that are equal are timed once. Every part runs
+in its own process, so that a kernel that crashes or hangs affects no other part. When time runs out (`--seconds`), the
+last parts are dropped, and the report names them: all of it ends within nine minutes. Prints tables at the end, writes
+JSON, and a plot where matplotlib is installed. `--smoke` runs everything with tiny shapes and interpreted kernels, on
+any machine; without an accelerator that is what runs.
 """
 
 from __future__ import annotations

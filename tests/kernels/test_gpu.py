@@ -85,7 +85,9 @@ def some_narrow_axes(r, c, x):
     joined = jnp.concatenate([r, jnp.max(x, axis=1, keepdims=True)], axis=-1)
     ranked = jnp.sum(joined[:, :, None] > joined[:, None, :], axis=-1, dtype=jnp.int32)
     picked = jnp.sum(jnp.where(ranked == jnp.arange(3), joined, 0), axis=-1)
-    return joined[:, ::2], ranked, picked, jnp.stack([r[:, 0], picked], axis=-1).reshape(-1, 2, 1)[..., 0]
+    padded = jax.lax.pad(joined, jnp.float32(7), ((0, 0, 0), (-1, 2, 1)))
+    stacked = jnp.stack([r[:, 0], picked], axis=-1).reshape(-1, 2, 1)[..., 0]
+    return joined[:, ::2], ranked, picked, padded, stacked, jnp.unstack(joined, axis=1)[1]
 
 
 def some_reductions(r, c, x):

@@ -881,39 +881,28 @@ def _concatenate(space: Space, eqn, *values: Value) -> Value:
 def _stack(space: Space, eqn, *values: Value) -> Value:
     d = eqn.params["axis"] % (len(values[0].kinds) + 1)
     kinds = _join(values)
-    shape = np.broadcast_shapes(*(v.items.shape for v in values))
-    parts = [np.broadcast_to(v.items, shape) for v in values]
+    parts = np.broadcast_arrays(*(v.items for v in values))
     return Value((*kinds[:d], None, *kinds[d:]), np.stack(parts, axis=d))
 
 
 def _unstack(space: Space, eqn, value: Value) -> list:
     d = eqn.params["axis"]
     items = _narrow_axis(value, d, eqn.invars[0].aval.shape[d])
-    kinds = value.kinds[:d] + value.kinds[d + 1 :]
-    return [Value(kinds, items.take(i, axis=d)) for i in range(items.shape[d])]
+    return [Value(value.kinds[:d] + value.kinds[d + 1 :], part) for part in np.moveaxis(items, d, 0)]
 
 
 def _pad(space: Space, eqn, value: Value, fill: Value) -> Value:
-    shape, items = eqn.invars[0].aval.shape, value.items
+    items = value.items
     for d, (low, high, inner) in enumerate(eqn.params["padding_config"]):
-        if (low, high, inner) == (0, 0, 0):
-            continue
-        items = _narrow_axis(Value(value.kinds, items), d, shape[d])
-        if inner:
-            wider = np.empty(
-                (*items.shape[:d], shape[d] + (shape[d] - 1) * inner, *items.shape[d + 1 :]), object
-            )
-            wider[...] = np.broadcast_to(fill.items.reshape((1,) * items.ndim), wider.shape)
-            wider[(slice(None),) * d + (slice(None, None, inner + 1),)] = items
+        if (low, high, inner) != (0, 0, 0):
+            items = _narrow_axis(Value(value.kinds, items), d, eqn.invars[0].aval.shape[d])
+            n = items.shape[d]
+            at = low + np.arange(n) * (inner + 1)
+            kept = (at >= 0) & (at < (size := eqn.outvars[0].aval.shape[d]))
+            wider = np.empty((*items.shape[:d], size, *items.shape[d + 1 :]), object)
+            wider[...] = fill.items.reshape((1,) * items.ndim)
+            wider[(slice(None),) * d + (at[kept],)] = items[(slice(None),) * d + (kept,)]
             items = wider
-        items = items[(slice(None),) * d + (slice(max(-low, 0), items.shape[d] - max(-high, 0)),)]
-        parts = [items]
-        for at, n in ((0, max(low, 0)), (2, max(high, 0))):
-            if n:
-                block = np.empty((*items.shape[:d], n, *items.shape[d + 1 :]), object)
-                block[...] = np.broadcast_to(fill.items.reshape((1,) * items.ndim), block.shape)
-                parts.insert(at, block)
-        items = np.concatenate(parts, axis=d)
     return Value(value.kinds, items)
 
 
