@@ -105,7 +105,7 @@ CACHE = (array(64, 1, 32, 128), *(array(64, 32768, 8, 128),) * 2)
 
 CASES = [
     Case(("logsumexp",), of_rows(jaxsoft.logsumexp), (ROWS,)),
-    Case(("softmax",), of_rows(jaxsoft.softmax), (ROWS,)),
+    Case(("softmax", "softmax weights"), of_rows(jaxsoft.softmax), (ROWS,)),
     Case(("head forward", "head backward"), jax.grad(total(cross_entropy), (0, 1)), HEAD),
     Case(
         ("attention forward", "attention dQ", "attention dK, dV"),
