@@ -156,15 +156,17 @@ def compile_all(functions: dict[Any, tuple[Callable, tuple]], alive: Callable[[]
       alive: called after each step.
     """
     futures, compiled = {}, {}
-    programs: dict[str, concurrent.futures.Future] = {}
+    programs: dict[tuple, concurrent.futures.Future] = {}
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         for name, (function, args) in functions.items():
             try:  # traced here: the caller's `with` blocks hold for this thread only
-                lowered = jax.jit(function).lower(*args)
-                text = re.sub(r"@jit_\w+", "@program", lowered.as_text())
-                if text not in programs:
-                    programs[text] = pool.submit(lowered.compile)
-                futures[name] = programs[text]
+                traced = jax.jit(function).trace(*args)
+                # Not the lowered text: kernels in it name the lines that traced them.
+                text = re.sub(r" at 0x[0-9a-f]+", "", str(traced.jaxpr))
+                program = (text, *(np.asarray(c).tobytes() for c in traced.jaxpr.consts))
+                if program not in programs:
+                    programs[program] = pool.submit(traced.lower().compile)
+                futures[name] = programs[program]
             except Exception as error:
                 compiled[name] = error
             alive()
