@@ -417,11 +417,15 @@ class Program:
             self.minor_letter: self.lengths[self.minor_letter] % self.minor != 0,
         }
 
+    @property
+    def tile_sizes(self) -> dict[str, int]:
+        """The length of each axis in the tile of a warpgroup."""
+        wide = {letter: features(size) for size, letter in self.letters.items()}
+        return {**wide, self.major: WARPGROUP, self.minor_letter: self.minor}
+
     def space(self, layout: Callable, load: Callable, product: Callable, **functions: Any) -> Space:
         """The space of this sweep's tiles, see `Space` for the functions."""
-        sizes = {letter: features(size) for size, letter in self.letters.items()}
-        sizes.update({self.major: WARPGROUP, self.minor_letter: self.minor})
-        return Space(sizes, self.traced, self.order, layout, load, product, **functions)
+        return Space(self.tile_sizes, self.traced, self.order, layout, load, product, **functions)
 
     def tile(self, letters: str) -> str:
         """The letters in the order that axes have in arrays."""
@@ -630,7 +634,6 @@ class Program:
         """Bytes of shared memory: fixed, per slot of the ring of tiles, and per slot of the ring of steps."""
         major, minor = groups * WARPGROUP, self.minor
         item = jnp.dtype(self.scores.dtype).itemsize
-        wide = {letter: features(size) for size, letter in self.letters.items()}
         fixed = 128 * 4 * 4 if self.crosses_warps else 0
         fixed += 4 * major * self.carry.numbers
         fixed += sum(major * features(leaf.shape[1]) * size for leaf, size in self._wide(self.own))
@@ -638,9 +641,7 @@ class Program:
         fixed += 4 * groups * minor * self.out_cols.numbers
         fixed += 4 * groups * minor * self.clears
         if self.kernel.interpret:
-            fixed += sum(
-                major * {**wide, self.minor_letter: minor}[k] * 2 for k, _ in self.products_from_registers
-            )
+            fixed += sum(2 * major * self.tile_sizes[k] for k, _ in self.products_from_registers)
         tile = 4 * minor * self.passing.numbers
         tile += sum(minor * features(leaf.shape[1]) * size for leaf, size in self._wide(self.passing))
         tile += sum(major * minor * entry_dtype(leaf.dtype).itemsize for leaf in self.entries.leaves)

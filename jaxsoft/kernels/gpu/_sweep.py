@@ -308,7 +308,6 @@ class _Sweep:
         self.product = program.scores.values is None
         # Whether the features of the product's sides come last in memory.
         self.major_first, self.minor_first = (first for _, first in self._sides())
-        self.wide_sizes = {letter: features(size) for size, letter in program.letters.items()}
         self.major_length = self.s.blocks * self.s.major
         self.minor_length = self.s.tiles * self.s.minor
 
@@ -537,9 +536,7 @@ class _Sweep:
             cols=p.out_cols.packed(lambda n, dtype: plgpu.SMEM((s.groups, n, s.minor), dtype)),
             flags=plgpu.SMEM((s.groups, s.minor), jnp.int32) if p.clears else None,
             staged={
-                f"{kind}{dtype}": _tile_in(
-                    (s.groups, WARPGROUP, {**self.wide_sizes, p.minor_letter: s.minor}[kind]), dtype
-                )
+                f"{kind}{dtype}": _tile_in((s.groups, WARPGROUP, p.tile_sizes[kind]), dtype)
                 for kind, dtype in sorted(p.products_from_registers, key=str)
                 if p.kernel.interpret
             },
@@ -815,8 +812,8 @@ class _Sweep:
     def _multiply(self, shared: _Shared, me, left: Item, right: Item, kind: str, letters: str) -> Item:
         """A product in the body: its right side is in shared memory, its left side there or in registers."""
         dims, a, b = self.p.product_sides(left, right, kind, letters)
+        accumulator = _accumulator(self.p.tile_sizes[dims[1]])
         b_ref = b.x if b.dims[0] == kind else _transposed(b.x)
-        width = {**self.wide_sizes, self.p.minor_letter: self.s.minor}[dims[1]]
 
         def compute(start):
             a_side = a.x
@@ -835,9 +832,9 @@ class _Sweep:
                 return acc[...]
 
             if start is None:
-                return pl.run_scoped(run, _accumulator(width))
+                return pl.run_scoped(run, accumulator)
             if self.p.kernel.interpret:  # the interpreter has no accumulators that start from something
-                return start + pl.run_scoped(run, _accumulator(width))
+                return start + pl.run_scoped(run, accumulator)
             return pl.run_state(lambda acc: plgpu.wgmma(acc, a_side, b_ref))(_accumulating(start))
 
         return Item(dims, _narrow.Product(compute))
