@@ -92,22 +92,35 @@ def attention(normalizer: Callable = jaxsoft.softmax) -> Callable:
     )
 
 
+def decode(query, key, value, lengths=None):
+    return dot_product_attention(
+        query, key, value, key_value_seq_lengths=lengths, implementation="mosaic_gpu"
+    )
+
+
 ROWS = array(8192, 32768)
 HEAD = (array(8192, 4096), array(4096, 131072), array(8192, dtype=jnp.int32))
 HEADS = (array(4, 8192, 16, 128),) * 3
+CACHE = (array(64, 1, 32, 128), *(array(64, 32768, 8, 128),) * 2)
 
 CASES = [
     Case(("logsumexp",), of_rows(jaxsoft.logsumexp), (ROWS,)),
-    Case(("softmax",), of_rows(jaxsoft.softmax), (ROWS,)),
+    Case(("softmax", "softmax weights"), of_rows(jaxsoft.softmax), (ROWS,)),
     Case(("head forward", "head backward"), jax.grad(total(cross_entropy), (0, 1)), HEAD),
     Case(
         ("attention forward", "attention dQ", "attention dK, dV"),
         jax.grad(total(attention()), (0, 1, 2)),
         HEADS,
     ),
-    Case(("softpick forward",), attention(jaxsoft.softpick), HEADS),
+    Case(
+        ("softpick forward", "softpick dQ", "softpick dK, dV"),
+        jax.grad(total(attention(jaxsoft.softpick)), (0, 1, 2)),
+        HEADS,
+    ),
     Case(("sigmoid forward",), attention(jaxsoft.sigmoid_weights), HEADS),
     Case(("self-adjust forward",), attention(jaxsoft.self_adjust_softmax), HEADS),
+    Case(("decode",), decode, CACHE),
+    Case(("decode with lengths",), decode, (*CACHE, array(64, dtype=jnp.int32))),
 ]
 
 

@@ -149,15 +149,24 @@ def first_line(error: BaseException) -> str:
 def compile_all(functions: dict[Any, tuple[Callable, tuple]], alive: Callable[[], None]) -> dict[Any, Any]:
     """Compiles `name: (function, arguments)` in parallel; what failed is represented by its exception.
 
+    Functions with the same program share one.
+
     Args:
       functions: what to compile.
       alive: called after each step.
     """
     futures, compiled = {}, {}
+    programs: dict[tuple, concurrent.futures.Future] = {}
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         for name, (function, args) in functions.items():
             try:  # traced here: the caller's `with` blocks hold for this thread only
-                futures[name] = pool.submit(jax.jit(function).lower(*args).compile)
+                traced = jax.jit(function).trace(*args)
+                # Not the lowered text: kernels in it name the lines that traced them.
+                text = re.sub(r" at 0x[0-9a-f]+", "", str(traced.jaxpr))
+                program = (text, *(np.asarray(c).tobytes() for c in traced.jaxpr.consts))
+                if program not in programs:
+                    programs[program] = pool.submit(traced.lower().compile)
+                futures[name] = programs[program]
             except Exception as error:
                 compiled[name] = error
             alive()

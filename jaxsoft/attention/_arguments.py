@@ -106,7 +106,9 @@ def prepare(
         segments = [_segments(name, array, batch, length, padded) for name, array, length, padded in ids]
         masks = masks._replace(query_segments=segments[0], key_segments=segments[1])
 
-    query, key, value = _hide(query, key, value, masks, spec.key_offset)
+    if masks.query_lengths is not None:  # a NaN in a hidden query would spread through the matrix products
+        keep = jnp.arange(t, dtype=jnp.int32) < masks.query_lengths[:, None]
+        query = jnp.where(keep[..., None, None], query, 0)
     dtype = accumulation_dtype(query.dtype, key.dtype)
     in_blocks = to_blocks(spec, jnp.swapaxes(query, 1, 2)), key_blocks(spec, key), key_blocks(spec, value)
     rows = AttentionRows(spec, Inputs(*in_blocks), masks)
@@ -195,21 +197,3 @@ def entries_of(name: str, array: Any, spec: AttentionSpec, batch: tuple[int, ...
         for size, blocks, width in ((t, spec.nq, spec.bq), (s, spec.nk, spec.bk))
     ]
     return jnp.pad(array, ((0, 0), (0, 0), (0, 0), *pads)) if any(p[1] for p in pads) else array
-
-
-def _hide(query, key, value, masks: Visibility, key_offset: int):
-    """Zeroes masked queries, keys and values: a NaN there would spread through the matrix products."""
-    keys = []
-    if masks.key_lengths is not None:
-        first = key_offset if masks.key_offset is None else masks.key_offset.reshape(-1, 1)
-        keys.append(jnp.arange(key.shape[1], dtype=jnp.int32) + first < masks.key_lengths[:, None])
-    entries = masks.entries
-    if entries is not None and entries.shape[1:4] == (1, 1, 1):
-        keys.append(jnp.broadcast_to(entries[:, 0, 0, 0, : key.shape[1]], key.shape[:2]))
-    for keep in keys:
-        keep = keep[..., None, None]
-        key, value = jnp.where(keep, key, 0), jnp.where(keep, value, 0)
-    if masks.query_lengths is not None:
-        keep = jnp.arange(query.shape[1], dtype=jnp.int32) < masks.query_lengths[:, None]
-        query = jnp.where(keep[..., None, None], query, 0)
-    return query, key, value

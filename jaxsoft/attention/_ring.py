@@ -24,10 +24,11 @@ from jaxsoft._trees import align_varying, partition
 from jaxsoft.attention import _sweeps
 from jaxsoft.attention._arguments import entries_of, prepare
 from jaxsoft.attention._blocks import recut, recut_rows
-from jaxsoft.attention._pass import empty_states, finished_states, tangents
+from jaxsoft.attention._pass import empty_states, finished_states
 from jaxsoft.attention._rows import AttentionRows
 from jaxsoft.attention._run import choose_kernel, for_xla
 from jaxsoft.attention._spec import AttentionSpec, Inputs, Visibility
+from jaxsoft.attention._visibility import without_hidden_keys
 from jaxsoft.kernels.inner import Kernel, attach
 from jaxsoft.rows import RowReduction, reductions
 from jaxsoft.rows.inner import check_axis_name, joined
@@ -181,7 +182,8 @@ def _states(ring: _Ring, functions: tuple, kernel: Kernel | None, inputs, masks,
     def step(total, source, keys):
         here = ring.at(source, *_with_keys(inputs, masks, keys))
         if kernel is None:
-            new = finished_states(ring.spec, functions, *here, args)
+            inputs_here = without_hidden_keys(ring.spec, *here)
+            new = finished_states(ring.spec, functions, inputs_here, here[1], args)
         else:
             new = _sweeps.finished_states(kernel, ring.spec, functions, *here, args)
         return [r.merge(s, n, *a) for r, s, n, a in zip(functions, total, new, args)]
@@ -198,7 +200,7 @@ def _tangents(ring: _Ring, functions: tuple, states, masks: Visibility, operands
         keys, d_keys = moving
         here, masks_here = ring.at(source, *_with_keys(inputs, masks, keys))
         d_here, _ = ring.at(source, d_inputs._replace(key=d_keys[0], value=d_keys[1]), masks)
-        new = tangents(ring.spec, functions, states, masks_here, (here, args), (d_here, d_args))
+        new = _sweeps.tangents(ring.spec, functions, states, masks_here, (here, args), (d_here, d_args))
         return jax.tree.map(jnp.add, total, new)
 
     zeros = jax.tree.map(jnp.zeros_like, partition(states)[0])
@@ -251,7 +253,7 @@ def _transposed(spec: AttentionSpec, functions: tuple, states, masks, operands, 
 
     def push(given: list) -> list:
         tangent = iter(given)
-        return tangents(
+        return _sweeps.tangents(
             spec,
             functions,
             states,
@@ -288,8 +290,9 @@ def prepare_ring(
     by_shard, converted = [], []
     arrays: list[tuple[str, Any]] = [("bias", bias), ("mask", mask)]
     for name, array in arrays:
-        along_keys = array is not None and getattr(array, "ndim", 0) > 0 and array.shape[-1] != 1
-        if along_keys and array.shape[-1] != keys * count:
+        length = 1 if array is None or not getattr(array, "ndim", 0) else array.shape[-1]
+        along_keys = length != 1
+        if along_keys and length != keys * count:
             raise ValueError(
                 f"{name} must have the keys of all {count} devices, {keys * count}, along its last axis, or 1, got "
                 f"shape {array.shape}"

@@ -15,6 +15,7 @@ from jaxsoft.attention import _sweeps
 from jaxsoft.attention._blocks import recut, recut_rows
 from jaxsoft.attention._pass import finished_states, tangents
 from jaxsoft.attention._spec import AttentionSpec, Inputs, Visibility
+from jaxsoft.attention._visibility import without_hidden_keys
 from jaxsoft.kernels.inner import (
     BLOCK_SCORES,
     Kernel,
@@ -76,6 +77,7 @@ def _run(
     inputs, masks, args = align_varying((inputs, masks, args))
     if kernel is not None:
         return _sweeps.run(kernel, spec, functions, inputs, masks, args)
+    inputs = without_hidden_keys(spec, inputs, masks)
     states = finished_states(spec, functions, *lax.stop_gradient((inputs, masks, args)))
     return attach(functools.partial(tangents, spec, functions), None, states, masks, (inputs, args))
 

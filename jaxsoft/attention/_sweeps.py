@@ -22,7 +22,7 @@ from jaxsoft._trees import partition, pull
 from jaxsoft.attention import _pass
 from jaxsoft.attention._pass import finish
 from jaxsoft.attention._spec import AttentionSpec, Inputs, Visibility
-from jaxsoft.attention._visibility import seen_from
+from jaxsoft.attention._visibility import hides_keys, is_of_keys, seen_from, shown_keys, without_hidden_keys
 from jaxsoft.kernels.inner import (
     Block,
     Kernel,
@@ -52,10 +52,16 @@ def refusal(
 def run(kernel: Kernel, spec: AttentionSpec, functions, inputs: Inputs, masks: Visibility, args) -> list:
     """The states of reductions for all rows, with derivatives attached; leaves are `[nq, B, K, R, ...]`."""
     states = finished_states(kernel, spec, functions, *lax.stop_gradient((inputs, masks, args)))
-    rule, pull = functools.partial(_pass.tangents, spec, functions), None
+    rule, pull = functools.partial(tangents, spec, functions), None
     if runs_backward(kernel, spec, functions, states, inputs, masks, args):
         pull = functools.partial(pull_back, kernel, spec, functions)
     return attach(rule, pull, states, masks, (inputs, args))
+
+
+def tangents(spec: AttentionSpec, functions, states, masks: Visibility, operands, given) -> list:
+    """The rule of the XLA pass, for keys that kernels clear in their tiles."""
+    operands, given = ((without_hidden_keys(spec, i, masks), args) for i, args in (operands, given))
+    return _pass.tangents(spec, functions, states, masks, operands, given)
 
 
 def runs_backward(kernel: Kernel, spec: AttentionSpec, functions, states, inputs, masks, args) -> bool:
@@ -139,8 +145,9 @@ def _operands(spec: AttentionSpec, inputs: Inputs, masks: Visibility, args) -> O
     q, k = _positions(spec, masks)
     beyond = spec.nk * spec.bk > spec.keys
     seen_by_column = [jnp.arange(spec.nk * spec.bk)[None] < spec.keys] if beyond else []
-    if masks.key_lengths is not None:
-        seen_by_column.append(k < _each_head(spec, masks.key_lengths)[:, None])
+    if hides_keys(masks):
+        shown = shown_keys(spec, masks)
+        seen_by_column.append(shown if len(shown) == 1 else _each_head(spec, shown))
     positioned = spec.band() != (None, None) or spec.mask_fn is not None or inputs.slopes is not None
     dynamic = spec.offset is None
 
@@ -171,14 +178,17 @@ def _operands(spec: AttentionSpec, inputs: Inputs, masks: Visibility, args) -> O
         segments = jnp.broadcast_to(segments, (spec.batch, spec.nq, spec.groups, spec.bq))
         by_row["segment"] = _each_head(spec, segments.reshape(spec.batch, -1))
         by_column["segment"] = _each_head(spec, masks.key_segments)
+    entries = None if is_of_keys(masks.entries) else masks.entries
     by_entry = {
-        "keep": None if masks.entries is None else _five_axes(spec, masks.entries.astype(jnp.int8)),
+        "keep": None if entries is None else _five_axes(spec, entries.astype(jnp.int8)),
         "bias": None if inputs.bias is None else _five_axes(spec, inputs.bias),
     }
     return Operands(by_row, by_column, by_entry, seen=_seen(spec, by_row, by_column, masks))
 
 
-def _tile(spec: AttentionSpec, block: Block, raw: Array, rows: dict, cols: dict, entries: dict) -> Tile:
+def _tile(
+    spec: AttentionSpec, masks: Visibility, block: Block, raw: Array, rows: dict, cols: dict, entries: dict
+) -> Tile:
     """The `Tile` that the reductions take: scores of visible entries, -inf for hidden ones, and values."""
     q: Any = None if rows["position"] is None else rows["position"][:, None]
     k: Any = None if cols["position"] is None else cols["position"][None, :]
@@ -187,6 +197,8 @@ def _tile(spec: AttentionSpec, block: Block, raw: Array, rows: dict, cols: dict,
     if block.inside is not None:  # the backend's tile may be larger than the caller's blocks
         raw = jnp.where(block.inside, raw, 0)
         bias = None if bias is None else jnp.where(block.inside, bias, 0)
+    if hides_keys(masks):  # they may hold NaN
+        raw = jnp.where(cols["keep"][None, :] != 0, raw, 0)
     x = finish(spec, raw, rows["scale"], bias, rows["slopes"], distance)
     keeps = seen_from(spec, q, k)
     if rows["keep"] is not None:
@@ -199,12 +211,19 @@ def _tile(spec: AttentionSpec, block: Block, raw: Array, rows: dict, cols: dict,
         keeps.append(entries["keep"] != 0)
     if block.inside is not None:
         keeps.append(block.inside)
-    if keeps:
-        x = jnp.where(functools.reduce(jnp.logical_and, keeps), x, -jnp.inf)
+    keep = functools.reduce(jnp.logical_and, keeps) if keeps else jnp.ones(x.shape, bool)
+    scores = jnp.where(keep, x, -jnp.inf)
     at = block.col + spec.key_offset if k is None else jnp.broadcast_to(k, x.shape)
     columns = spec.keys + spec.key_offset if spec.offset is not None else jnp.iinfo(jnp.int32).max
     values = () if cols["value"] is None else (cols["value"],)
-    return Tile.of(x, at, columns, values, (), None, True)
+    tile = Tile.of(scores, at, columns, values, (), None, True)
+    # Only a bias makes a score -inf. Without one, where nothing is masked, there is nothing to test or select.
+    return tile if bias is not None else tile._replace(keep=keep, x=jnp.where(keep, x, 0))
+
+
+def _shown(masks: Visibility, cols: dict, keys: Any) -> Any:
+    """Keys or values of a tile, `[bc, H]`, with zeros where they are hidden: a NaN there would spread in a product."""
+    return keys if keys is None or not hides_keys(masks) else jnp.where(cols["keep"][:, None] != 0, keys, 0)
 
 
 def _live(spec: AttentionSpec) -> Callable | None:
@@ -285,7 +304,8 @@ def _forward(spec: AttentionSpec, functions, inputs: Inputs, masks: Visibility, 
         return [r.init(like, *a) for r, a in zip(functions, rows["args"])]
 
     def body(block: Block, states) -> Out:
-        tile = _tile(spec, block, block.raw, block.rows, block.cols, block.entries)
+        cols = {**block.cols, "value": _shown(masks, block.cols, block.cols["value"])}
+        tile = _tile(spec, masks, block, block.raw, block.rows, cols, block.entries)
         return Out(carry=[r.update(s, tile, *a) for r, s, a in zip(functions, states, block.rows["args"])])
 
     sweep = Plan(live=_live(spec), tiles=_tiles(spec))
@@ -314,15 +334,16 @@ def _backward(spec: AttentionSpec, functions, states, cotangents, inputs, masks,
     beside.rows.update(jax.tree.map(by_matrix, {"states": states, "cotangents": cotangents}))
     dtype = scores.dtype
 
-    def pulled(block: Block, *names: str) -> tuple[Array, dict]:
-        """The cotangents of the raw scores and of the named inputs."""
+    def pulled(block: Block, *names: str, shown: Callable = lambda cols, keys: keys) -> tuple[Array, dict]:
+        """The cotangents of the raw scores and of the named inputs; values are read through `shown`."""
 
         def sums(raw, given):
             rows, cols, entries = (
                 {**part, **{n: given[n] for n in given if n in part}}
                 for part in (block.rows, block.cols, block.entries)
             )
-            tile = _tile(spec, block, raw, rows, cols, entries)
+            cols["value"] = shown(cols, cols["value"])
+            tile = _tile(spec, masks, block, raw, rows, cols, entries)
             return block_sums(functions, rows["states"], [tile] * len(functions), rows["args"])
 
         everything = {**block.rows, **block.cols, **block.entries}
@@ -337,8 +358,10 @@ def _backward(spec: AttentionSpec, functions, states, cotangents, inputs, masks,
         return jnp.broadcast_to(like[:, None], (*like.shape, width)), jax.tree.map(jnp.zeros_like, floats)
 
     def along_keys(block: Block, carry) -> Out:
-        d_raw, d = pulled(block, *of_rows, "bias")
-        d_query = _product(d_raw.astype(dtype), block.right, ((1,), (0,)), spec)
+        shown = functools.partial(_shown, masks)
+        d_raw, d = pulled(block, *of_rows, "bias", shown=shown)
+        right = shown(block.cols, block.right)
+        d_query = _product(d_raw.astype(dtype), right, ((1,), (0,)), spec)
         d_rows = {name: d[name] for name in of_rows}
         return Out((carry[0] + d_query, jax.tree.map(jnp.add, carry[1], d_rows)), d["bias"])
 
@@ -347,7 +370,7 @@ def _backward(spec: AttentionSpec, functions, states, cotangents, inputs, masks,
         return tuple(None if w is None else jnp.broadcast_to(like[:, None], (*like.shape, w)) for w in widths)
 
     def along_queries(block: Block, carry) -> Out:
-        d_raw, d = pulled(block, "value")
+        d_raw, d = pulled(block, "value")  # NaN of hidden values stays in their own columns, which are masked
         d_key = _product(d_raw.astype(dtype), block.left, ((0,), (0,)), spec)
         d_value = None if carry[1] is None else carry[1] + d["value"].astype(jnp.float32)
         return Out((carry[0] + d_key, d_value))

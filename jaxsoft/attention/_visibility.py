@@ -49,6 +49,41 @@ def seen_from(spec: AttentionSpec, q: Array, k: Array) -> list[Array]:
     return keeps
 
 
+def hides_keys(masks: Visibility) -> bool:
+    """Whether masks hide the same keys from all queries and heads: these may hold NaN."""
+    return masks.key_lengths is not None or is_of_keys(masks.entries)
+
+
+def is_of_keys(entries: Array | None) -> bool:
+    return entries is not None and entries.shape[1:4] == (1, 1, 1)
+
+
+def shown_keys(spec: AttentionSpec, masks: Visibility) -> Array:
+    """`[B or 1, nk * bk]`: False for the keys that are hidden from all queries and heads."""
+    keeps = []
+    if masks.key_lengths is not None:
+        first = spec.key_offset if masks.key_offset is None else masks.key_offset.reshape(-1, 1)
+        k = jnp.arange(spec.nk * spec.bk, dtype=jnp.int32)[None] + first
+        keeps.append(k < masks.key_lengths[:, None])
+    if is_of_keys(masks.entries):
+        keep = masks.entries[:, 0, 0, 0]
+        keeps.append(jnp.broadcast_to(keep, (len(keep), spec.nk * spec.bk)))
+    return functools.reduce(jnp.logical_and, keeps)
+
+
+def without_hidden_keys(spec: AttentionSpec, inputs: Inputs, masks: Visibility) -> Inputs:
+    """Inputs with zeros for hidden keys and their values: a NaN there would spread through the matrix products."""
+    if not hides_keys(masks):
+        return inputs
+    keep = shown_keys(spec, masks)
+    keep = jnp.swapaxes(keep.reshape(-1, spec.nk, spec.bk), 0, 1)[:, :, None, :, None]
+
+    def shown(a):
+        return None if a is None else jnp.where(keep, a, 0)
+
+    return inputs._replace(key=shown(inputs.key), value=shown(inputs.value))
+
+
 def visible(spec: AttentionSpec, masks: Visibility, i, j) -> Array:
     """Which entries of a pair of blocks are visible: five axes that broadcast to `[B, K, G, bq, bk]`."""
     q, k = positions(spec, masks, i, j)

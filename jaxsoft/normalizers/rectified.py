@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxsoft import _checks
-from jaxsoft._numerics import safe_divide
+from jaxsoft._numerics import exp_difference, safe_divide
 from jaxsoft.normalizers._exponential import SOFTMAX, gauged_sum, rescale
 from jaxsoft.normalizers._normalizer import Normalizer, defined_by, normalize
 from jaxsoft.rows import RowReduction, Tile, reductions
@@ -47,20 +47,25 @@ def ratio(f: Callable[[Array], Array]) -> Normalizer:
     return divided_by_sum(lambda tile, params: jnp.where(tile.keep, f(tile.x), 0))
 
 
-# Softpick: (m, d = sum |e^x - 1| e^-m) with m >= 0. |e^x - 1| = (1 - e^-|x|) e^max(x, 0) is accurate for every x, with
-# t = tanh(|x| / 2) and 1 - e^-|x| = 2 t / (1 + t), cheaper than expm1. The derivative at x = 0 is 0.
+# Softpick: (m, d = sum |e^x - 1| e^-m) with m >= 0. The derivative at x = 0 is 0.
 
 
 @jax.custom_jvp
-def _magnitude(x: Array, m: Array) -> Array:
-    t = jnp.tanh(jnp.abs(x) / 2)
-    return 2 * t / (1 + t) * jnp.exp(jnp.maximum(x, 0) - m[..., None])
+def _excess(x: Array, m: Array) -> tuple[Array, Array]:
+    """`|e^x - 1| e^-m` and `relu(e^x - 1) e^-m`, accurate near 0 too; m is a gauge."""
+    m = m[..., None]
+    excess = exp_difference(x, x - m, jnp.exp(-m))
+    return jnp.abs(excess), jnp.maximum(excess, 0)
 
 
-@_magnitude.defjvp
-def _magnitude_jvp(primals, tangents):
+@_excess.defjvp
+def _excess_jvp(primals, tangents):
     x, m = primals
-    return _magnitude(x, m), jnp.sign(x) * jnp.exp(x - m[..., None]) * tangents[0]  # m is a gauge
+    slope = jnp.exp(x - m[..., None]) * tangents[0]
+    return _excess(x, m), (
+        jnp.where(x < 0, -slope, jnp.where(x == 0, 0, slope)),
+        jnp.where(x > 0, slope, 0),
+    )
 
 
 def _softpick_init(like, params):
@@ -68,11 +73,11 @@ def _softpick_init(like, params):
 
 
 def _magnitudes(tile, m, params):
-    return _magnitude(tile.x, m)  # 0 for an absent entry, which has x = 0
+    return _excess(tile.x, m)[0]  # 0 for an absent entry, which has x = 0
 
 
 def _softpick_terms(tile, state, params):
-    return (jnp.where(tile.x > 0, _magnitude(tile.x, state[0]), 0),)
+    return (_excess(tile.x, state[0])[1],)
 
 
 def _softpick_coefficients(state, params):

@@ -16,9 +16,10 @@ from jaxtyping import Array, Bool, Float
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, is_present
-from jaxsoft.rows import reductions
+from jaxsoft.kernels.inner import Kernel, choose, compiled, unlogged
+from jaxsoft.rows import _sweeps, reductions
 from jaxsoft.rows._logits import LinearLogits, Logits, check_axis
-from jaxsoft.rows._reduce import reduce_rows
+from jaxsoft.rows._reduce import as_source, reduce_rows
 from jaxsoft.rows._statistics import check_k, log_partition
 from jaxsoft.rows.reductions import LogPartition, TopK
 
@@ -43,26 +44,52 @@ def softmax_with(
 ) -> Float[Array, "*rows columns"]:
     """Softmax by way of `logsumexp` with the same options."""
     axis = check_axis(logits, axis)
-    return _softmax(axis, method, implementation, logits, where, lax.stop_gradient(reference)).astype(
-        logits.dtype
-    )
+    y = _softmax(axis, method, implementation, True, logits, where, lax.stop_gradient(reference))
+    return y.astype(logits.dtype)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _softmax(axis, method, implementation, logits, where, reference):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
+def _softmax(axis, method, implementation, may_round, logits, where, reference):
+    """The weights in at least float32; if they may be rounded to the dtype of the logits, a kernel may write them."""
     how = {"method": method, "reference": reference, "implementation": implementation}
     partition = log_partition(logits, axis=axis, where=where, **how)
-    x = logits.astype(accumulation_dtype(logits.dtype))
-    y = jnp.exp(
-        LogPartition(*(jnp.expand_dims(p, axis) for p in partition)).log_softmax(x)
-    )  # 0 where x is -inf
+    dtype = accumulation_dtype(logits.dtype)
+    if may_round and where is None and logits.dtype != dtype:
+        kernel = _writer(axis, implementation, logits, partition)
+        if kernel is not None:
+            return _written(kernel, axis, logits, partition).astype(dtype)
+    y = _weights(logits.astype(dtype), *(jnp.expand_dims(p, axis) for p in partition))
     return y if where is None else jnp.where(where, y, 0)
 
 
+def _weights(x: Array, *partition: Array) -> Array:
+    return jnp.exp(LogPartition(*partition).log_softmax(x))  # 0 where x is -inf
+
+
+def _writer(axis: int, implementation: str | None, logits: Array, partition: LogPartition) -> Kernel | None:
+    """The kernel that writes the weights, or None: the one that has run `log_partition`, if it can."""
+    source = as_source(logits, axis)
+    with unlogged():
+        kernel = choose("softmax", implementation, source._work(), lambda backend, kernel: None)
+    args = [p.reshape(-1) for p in partition]
+    if kernel is None or _sweeps.writing_refusal(kernel.backend(), kernel, _weights, source, args):
+        return None
+    return kernel
+
+
+@functools.partial(compiled, static_argnums=(0, 1))
+def _written(kernel: Kernel, axis: int, logits: Array, partition: LogPartition) -> Array:
+    """The weights, in the dtype of the logits."""
+    y = _sweeps.written(kernel, _weights, as_source(logits, axis), [p.reshape(-1) for p in partition])
+    moved = jnp.moveaxis(logits, axis, -1).shape
+    return jnp.moveaxis(y.reshape(moved), -1, axis)
+
+
 @_softmax.defjvp
-def _softmax_jvp(axis, method, implementation, primals, tangents):
+def _softmax_jvp(axis, method, implementation, may_round, primals, tangents):
+    del may_round
     logits, where, reference = primals
-    y = _softmax(axis, method, implementation, logits, where, reference)
+    y = _softmax(axis, method, implementation, False, logits, where, reference)
     t = jnp.where(is_present(logits, where), tangents[0].astype(y.dtype), 0)
     return y, y * (t - jnp.sum(y * t, axis=axis, keepdims=True))
 

@@ -149,6 +149,35 @@ def finished_states(kernel: Kernel, functions, source: Source, masks: Masks, arr
     return empty_masked_rows(functions, functools.reduce(join, each), source, masks, arrays)
 
 
+# --- one number per score ---------------------------------------------------------------------------------------
+
+
+def writing_refusal(backend, kernel: Kernel, function, source: Source, args: list) -> str | None:
+    """Why a backend cannot run `written`, or None."""
+    if 0 in source.shape:
+        return "there is nothing to read"
+    return objection((source, args)) or backend.refusal(kernel, *_writing(function, source, args))
+
+
+def written(kernel: Kernel, function, source: Source, args: list) -> Array:
+    """`function(x, *args)` for stored scores x and one number per row, `[n, columns]` in the scores' dtype."""
+    return kernel.backend().sweep(kernel, *_writing(function, source, args)).entries[0][0]
+
+
+def _writing(function, source: Source, args: list) -> tuple:
+    """The sweep that writes: `(body, scores, operands, init, plan)`."""
+
+    def init(rows, like):
+        del rows, like
+        return ()
+
+    def body(block: Block, carry) -> Out:
+        return Out(carry, (function(block.raw, *(a[:, None] for a in block.rows)),))
+
+    scores = _scores(source)
+    return body, scores, Operands([plain(a)[None] for a in args]), init, Plan(entry_dtypes=(scores.dtype,))
+
+
 # --- the backward pass ---------------------------------------------------------------------------------------
 
 

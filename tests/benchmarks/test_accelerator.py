@@ -40,7 +40,7 @@ def test_tiny_run(benchmark, tmp_path, capsys):
     out = tmp_path / "new" / "results.json"
     benchmark.main(["--smoke", "--only", "decode", "--out", str(out), "--seed", "1"])
     record = json.loads(out.read_text())
-    rows = {row["contestant"]: row for row in record["rows"] if row["case"].startswith("decode")}
+    rows = {row["contestant"]: row for row in record["rows"][::-1] if row["case"].startswith("decode")}
     assert set(rows) == {"jaxsoft", "jaxsoft, with lengths", "cuDNN"}
     assert rows["jaxsoft"]["ms"] > 0 and rows["jaxsoft"]["bar"] == 0.8
     assert rows["jaxsoft"]["value"] * rows["jaxsoft"]["ms"] == pytest.approx(
@@ -59,6 +59,16 @@ def test_a_part_in_a_process_of_its_own(benchmark, tmp_path, monkeypatch):
     benchmark.main(["--smoke", "--apart", "--only", "ceilings", "--out", str(out)])
     record = json.loads(out.read_text())
     assert len(record["rows"]) == 3 and record["left_out"] == []
+
+
+def test_one_program_is_timed_once(benchmark, run):
+    double = [benchmark.Contestant(name, lambda x: x * 2, (jnp.ones(4),)) for name in ("a", "b")]
+    other = benchmark.Contestant("c", lambda x: x * 3, (jnp.ones(4),))
+    rows = benchmark.time_all(run, "it", [*double, other])
+    assert rows["a"] == rows["b"] | {"contestant": "a", "same_as": "b"}
+    assert rows["b"]["ms"] > 0 and "same_as" not in rows["b"] | rows["c"]
+    run.smoke = False
+    assert [i for _, i in benchmark.ours(run)] == ["pallas_tpu", None, "xla"]
 
 
 class TestChecks:

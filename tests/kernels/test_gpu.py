@@ -85,7 +85,9 @@ def some_narrow_axes(r, c, x):
     joined = jnp.concatenate([r, jnp.max(x, axis=1, keepdims=True)], axis=-1)
     ranked = jnp.sum(joined[:, :, None] > joined[:, None, :], axis=-1, dtype=jnp.int32)
     picked = jnp.sum(jnp.where(ranked == jnp.arange(3), joined, 0), axis=-1)
-    return joined[:, ::2], ranked, picked, jnp.stack([r[:, 0], picked], axis=-1).reshape(-1, 2, 1)[..., 0]
+    padded = jax.lax.pad(joined, jnp.float32(7), ((0, 0, 0), (-1, 2, 1)))
+    stacked = jnp.stack([r[:, 0], picked], axis=-1).reshape(-1, 2, 1)[..., 0]
+    return joined[:, ::2], ranked, picked, padded, stacked, jnp.unstack(joined, axis=1)[1]
 
 
 def some_reductions(r, c, x):
@@ -209,7 +211,7 @@ def test_products_are_added_to_what_is_known_when_they_are_computed():
     assert starts == [2.0, None]  # once it was read, it is not computed again
 
 
-@pytest.mark.parametrize("name", ["exp", "logistic", "tanh", "div"])
+@pytest.mark.parametrize("name", ["exp", "logistic", "tanh", "div", "exp_difference"])
 def test_functions_of_tiles(name):
     """The formulas that the kernels use, with exact instructions."""
     from jaxsoft.kernels.gpu import _functions
@@ -217,14 +219,22 @@ def test_functions_of_tiles(name):
     x = jnp.concatenate(
         [jnp.linspace(-100, 80, 4001), jnp.linspace(-0.5, 0.5, 1001), jnp.asarray([-jnp.inf])]
     )
-    args = (x, 1 + x * x) if name == "div" else (x,)
+    others = {"div": (1 + x * x,), "exp_difference": (x - 1, jnp.full_like(x, np.exp(np.float32(-1))))}
+    args = (x, *others.get(name, ()))
     got = np.asarray(_functions.functions(True)[name](*args), np.float64)
-    exact = {"exp": np.exp, "tanh": np.tanh, "div": np.divide, "logistic": lambda x: 1 / (1 + np.exp(-x))}[
-        name
-    ]
+    exact = {
+        "exp": np.exp,
+        "tanh": np.tanh,
+        "div": np.divide,
+        "logistic": lambda x: 1 / (1 + np.exp(-x)),
+        "exp_difference": lambda x, y, e: np.expm1(x) * np.exp(-1.0),
+    }[name]
     with np.errstate(over="ignore", invalid="ignore"):
         want = exact(*(np.asarray(a, np.float64) for a in args))
-    tolerance = 2e-7 + 1e-7 * np.abs(np.where(np.isfinite(x), x, 0)) if name in ("exp", "logistic") else 5e-7
+    grows = name in ("exp", "logistic", "exp_difference")
+    tolerance = 2e-7 + 1e-7 * np.abs(np.where(np.isfinite(x), x, 0)) if grows else 5e-7
+    if name == "exp_difference":  # a difference that cancels by at most 1 / (1 - e^-0.25) = 4.5
+        tolerance = np.where((np.abs(x) < 0.5) & (np.abs(x) >= 0.25), 4.5 * tolerance, tolerance)
     normal_numbers = np.isfinite(want) & (np.abs(want) > 1e-37)
     assert (np.abs(got - want) <= 2 * tolerance * np.abs(want))[normal_numbers].all()
     np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
@@ -284,6 +294,19 @@ def test_reductions_of_stored_scores():
     with jaxsoft.kernels.interpreted():
         got = _value_and_grads(lambda x: x, (x,), _beside(), "mosaic_gpu")
     agree(got, want, 3e-5)
+
+
+@interpreter
+def test_softmax_is_written_by_a_sweep():
+    """In half precision, without a mask; where it is differentiated, its rounding would enter the gradient."""
+    x = (4 * normal(0, (70, 200))).astype(jnp.bfloat16).at[3].set(-jnp.inf).at[5, 7].set(-jnp.inf)
+    softmax = functools.partial(jaxsoft.softmax, implementation="mosaic_gpu")
+    gradient = jax.grad(lambda x: jnp.sum(softmax(x).astype(jnp.float32) ** 2))
+    with jaxsoft.kernels.interpreted():
+        got = softmax(x)
+        kernels = [str(jax.make_jaxpr(f)(x)).count("sweep_over") for f in (softmax, gradient)]
+    agree(got, jaxsoft.softmax(x, implementation="xla"), 2**-8)
+    assert kernels[0] == 2 * kernels[1] > 0
 
 
 @interpreter
@@ -400,10 +423,43 @@ def test_attention(normalizer, batch, heads, width):
     q, k, v = (normal(i, shape).astype(jnp.bfloat16) for i, shape in enumerate(shapes))
     # A query that saw one key only would have gradient 0, of which half precision leaves nothing but rounding.
     how = {"normalizer": normalizer, "is_causal": True, "query_offset": 6, "softcap": 5.0}
+    if batch > 1:  # what lengths hide may be NaN
+        how["key_value_seq_lengths"] = jnp.asarray([76, 40])
+        k, v = (a.at[1, 40:].set(jnp.nan) for a in (k, v))
     want = _attention(q, k, v, "xla", **how)
     with jaxsoft.kernels.interpreted():
         got = _attention(q, k, v, "mosaic_gpu", **how)
     agree(got, want, 1.5e-2)
+
+
+@lowering
+def test_lengths_copy_no_cache():
+    """The kernel clears what lengths hide in the tile that they cut: nothing as large as the cache is computed."""
+    cache = (64, 1024, 2, 128)
+    args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((64, 1, 8, 128), cache, cache)]
+
+    def decode(query, key, value, lengths):
+        options = dict(key_value_seq_lengths=lengths, implementation="mosaic_gpu")
+        return jaxsoft.attention.dot_product_attention(query, key, value, **options)
+
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
+        jaxpr = jax.make_jaxpr(decode)(*args, jax.ShapeDtypeStruct((64,), jnp.int32))
+    moved = {"transpose", "reshape", "pad", "jit", "pjit", "custom_jvp_call", "stop_gradient"}
+    found = [e.primitive.name for e in _equations(jaxpr.jaxpr) if any(_is_cache(v.aval) for v in e.outvars)]
+    assert found and set(found) <= moved
+
+
+def _is_cache(aval) -> bool:
+    return aval.dtype == jnp.bfloat16 and aval.size >= 64 * 1024 * 2 * 128
+
+
+def _equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        if eqn.primitive.name in ("jit", "pjit", "custom_jvp_call"):
+            inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+            yield from _equations(getattr(inner, "jaxpr", inner))
 
 
 @interpreter

@@ -70,12 +70,14 @@ class Item(NamedTuple):
     `Space.item` makes those of arrays that come from outside, and sees to the order of the axes.
 
     Instead of an array, `x` may be a `Product` or a `Number`. If `memory` is not empty (it may be a name), the array is
-    in shared memory instead, and `x` is what the space's `load` and `product` take.
+    in shared memory instead, and `x` is what the space's `load` and `product` take. Then `keep` may be an item of
+    booleans over the first axis: where it is False, the array counts as 0.
     """
 
     dims: str
     x: Any
     memory: str = ""
+    keep: Any = None
 
     def array(self, load: Callable) -> Any:
         """The array in registers."""
@@ -205,6 +207,12 @@ class Name:
 
     def __init__(self, aval: Any):
         self.aval = aval
+
+
+class Called(NamedTuple):
+    """A function that has a rule of its own, in place of a primitive."""
+
+    name: str
 
 
 class Equation(NamedTuple):
@@ -376,23 +384,23 @@ def split(body: Body, given: list[Name], may_be_kept: Callable) -> tuple[Body, B
 
 
 class Comparison(NamedTuple):
-    """Where a body compares a number per row with one per column.
+    """Where a body compares a number per row with one per column, or a number per column with 0.
 
     Attributes:
-      name: `"le"`, `"lt"`, `"ge"` or `"gt"`.
+      name: `"le"`, `"lt"`, `"ge"` or `"gt"`; `"ne"` for a comparison with 0.
       left: the argument of the body that is the left operand.
-      right: the argument that is the right operand.
+      right: the argument that is the right operand; None for 0.
       out: the variable that holds the result for a tile.
     """
 
     name: str
     left: Name
-    right: Name
+    right: Name | None
     out: Name
 
 
 def comparisons(body: Body, arguments: set[Name]) -> list[Comparison]:
-    """The comparisons of order between two different integer arguments, one number per row and one per column."""
+    """The comparisons of two different integer arguments by order, and of one with 0."""
     source: dict[Name, Name] = {v: v for v in arguments if jnp.issubdtype(v.aval.dtype, jnp.integer)}
     found = []
     for eqn in body.eqns:
@@ -403,7 +411,15 @@ def comparisons(body: Body, arguments: set[Name]) -> list[Comparison]:
             left, right = (source[v] for v in names)
             if left is not right:
                 found.append(Comparison(eqn.primitive.name, left, right, eqn.outvars[0]))
+        elif (
+            eqn.primitive.name == "ne" and len(names) == 1 and names[0] in source and _is_zero(eqn.invars[1])
+        ):
+            found.append(Comparison("ne", source[names[0]], None, eqn.outvars[0]))
     return found
+
+
+def _is_zero(v: Any) -> bool:
+    return isinstance(v, core.Literal) and v.val == 0
 
 
 def where_true(body: Body, true: set[Name]) -> Body:
@@ -440,7 +456,11 @@ def _inline(jaxpr: Any, args: list, eqns: list[Equation]) -> list:
     known = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, args, strict=True))
     for eqn in jaxpr.eqns:
         invars = [v if isinstance(v, core.Literal) else known[v] for v in eqn.invars]
-        if eqn.primitive.name in _INLINED:
+        called = eqn.params.get("name") if eqn.primitive.name in _INLINED else None
+        if called in _NAMED:
+            outvars = [Name(v.aval) for v in eqn.outvars]
+            eqns.append(Equation(Called(called), {}, invars, outvars))
+        elif eqn.primitive.name in _INLINED:
             outvars = _inline(eqn.params[_INLINED[eqn.primitive.name]], invars, eqns)
         else:
             outvars = [Name(v.aval) for v in eqn.outvars]
@@ -557,6 +577,17 @@ def _div(space: Space, eqn, a: Value, b: Value) -> Value:
     return _elementwise(space, eqn.primitive, eqn.params, a, b)
 
 
+def _select_n(space: Space, eqn, which: Value, *cases: Value) -> Value:
+    """Selects; of an operand that cannot be loaded, only notes which of its rows count as 0."""
+    item = cases[-1].items.ravel()[0]
+    if len(cases) == 2 and cases[1].items.size == which.items.size == 1 and item.memory:
+        keep, other = which.items.ravel()[0], cases[0].items.ravel()[0]
+        is_zero = not other.dims and isinstance(other.x, np.ndarray | np.generic) and other.x == 0
+        if is_zero and item.keep is None and keep.dims == item.dims[0] != space.order[0]:
+            return single_like(cases[1], item._replace(keep=keep))
+    return _elementwise(space, eqn.primitive, eqn.params, which, *cases)
+
+
 def _product_of(value: Value) -> Item | None:
     """The item of a value that is a product and not yet computed."""
     item = value.items.ravel()[0] if value.items.size == 1 else None
@@ -586,10 +617,12 @@ def convert(x, new_dtype, **options):
     return cast(x, held(new_dtype))
 
 
-def cast(x, dtype: Any):
+def cast(x, dtype: Any) -> Any:
     """`x` in a dtype, which may be that of memory or of a matrix product."""
     if x.dtype == dtype:
         return x
+    if isinstance(x, np.ndarray | np.generic):  # constants stay constants
+        return np.asarray(x, dtype)
     if x.dtype == jnp.bool_:
         return lax.select(x, _fill32(x, 1, dtype), _fill32(x, 0, dtype))
     if dtype == jnp.bool_:
@@ -710,6 +743,10 @@ def _cosh(x):
     return (lax.exp(x) + lax.exp(-x)) * _fill(x, 0.5)
 
 
+def _exp_difference(x, y, e):
+    return lax.tanh(x * _fill(x, 0.5)) * (lax.exp(y) + e)
+
+
 def _reduce_precision(x, *, exponent_bits, mantissa_bits):
     kinds = {(8, 7): jnp.bfloat16, (5, 10): jnp.float16, (8, 23): jnp.float32}
     if (exponent_bits, mantissa_bits) not in kinds:
@@ -734,6 +771,7 @@ _ELEMENTWISE: dict[str, Callable | None] = {
     "integer_pow": _integer_pow,
     "sign": _sign,
     "reduce_precision": _reduce_precision,
+    "exp_difference": _exp_difference,
     "pow": _power,
     "round": lambda x, *, rounding_method: lax.round(x, rounding_method),
     "floor": _floor,
@@ -843,39 +881,28 @@ def _concatenate(space: Space, eqn, *values: Value) -> Value:
 def _stack(space: Space, eqn, *values: Value) -> Value:
     d = eqn.params["axis"] % (len(values[0].kinds) + 1)
     kinds = _join(values)
-    shape = np.broadcast_shapes(*(v.items.shape for v in values))
-    parts = [np.broadcast_to(v.items, shape) for v in values]
+    parts = np.broadcast_arrays(*(v.items for v in values))
     return Value((*kinds[:d], None, *kinds[d:]), np.stack(parts, axis=d))
 
 
 def _unstack(space: Space, eqn, value: Value) -> list:
     d = eqn.params["axis"]
     items = _narrow_axis(value, d, eqn.invars[0].aval.shape[d])
-    kinds = value.kinds[:d] + value.kinds[d + 1 :]
-    return [Value(kinds, items.take(i, axis=d)) for i in range(items.shape[d])]
+    return [Value(value.kinds[:d] + value.kinds[d + 1 :], part) for part in np.moveaxis(items, d, 0)]
 
 
 def _pad(space: Space, eqn, value: Value, fill: Value) -> Value:
-    shape, items = eqn.invars[0].aval.shape, value.items
+    items = value.items
     for d, (low, high, inner) in enumerate(eqn.params["padding_config"]):
-        if (low, high, inner) == (0, 0, 0):
-            continue
-        items = _narrow_axis(Value(value.kinds, items), d, shape[d])
-        if inner:
-            wider = np.empty(
-                (*items.shape[:d], shape[d] + (shape[d] - 1) * inner, *items.shape[d + 1 :]), object
-            )
-            wider[...] = np.broadcast_to(fill.items.reshape((1,) * items.ndim), wider.shape)
-            wider[(slice(None),) * d + (slice(None, None, inner + 1),)] = items
+        if (low, high, inner) != (0, 0, 0):
+            items = _narrow_axis(Value(value.kinds, items), d, eqn.invars[0].aval.shape[d])
+            n = items.shape[d]
+            at = low + np.arange(n) * (inner + 1)
+            kept = (at >= 0) & (at < (size := eqn.outvars[0].aval.shape[d]))
+            wider = np.empty((*items.shape[:d], size, *items.shape[d + 1 :]), object)
+            wider[...] = fill.items.reshape((1,) * items.ndim)
+            wider[(slice(None),) * d + (at[kept],)] = items[(slice(None),) * d + (kept,)]
             items = wider
-        items = items[(slice(None),) * d + (slice(max(-low, 0), items.shape[d] - max(-high, 0)),)]
-        parts = [items]
-        for at, n in ((0, max(low, 0)), (2, max(high, 0))):
-            if n:
-                block = np.empty((*items.shape[:d], n, *items.shape[d + 1 :]), object)
-                block[...] = np.broadcast_to(fill.items.reshape((1,) * items.ndim), block.shape)
-                parts.insert(at, block)
-        items = np.concatenate(parts, axis=d)
     return Value(value.kinds, items)
 
 
@@ -1046,6 +1073,7 @@ _RULES: dict[str, Callable] = {
     "add": _add,
     "add_any": _add,
     "div": _div,
+    "select_n": _select_n,
     "convert_element_type": _convert,
     "broadcast_in_dim": _broadcast_in_dim,
     "reshape": _reshape,
@@ -1068,6 +1096,9 @@ _RULES: dict[str, Callable] = {
     ),
     **dict.fromkeys(_COMBINE, _reduce),
 }
+
+# Functions whose calls are elementwise operations.
+_NAMED = ("exp_difference",)
 
 # Calls that are evaluated in place, with the name of the parameter that has their jaxpr.
 _INLINED = {

@@ -22,41 +22,31 @@ from jaxsoft.kernels._device import Kernel
 from jaxsoft.kernels._sweep import Operands, Out, Plan, Scores, Tiles, abreast, apart, of_one
 from jaxsoft.kernels.gpu import _narrow
 from jaxsoft.kernels.gpu._narrow import HALF, Body, Item, Space, Unsupported, Value
+from jaxsoft.kernels.gpu._plan import (
+    LONGEST_FEATURES,
+    WARPGROUP,
+    Needs,
+    Sizes,
+    TooLarge,
+    cut,
+    features,
+    widths,
+)
 
-# Bytes of shared memory per block of threads on Hopper, less some for barriers and reductions across warps.
-SHARED_MEMORY = 232448 - 4096
-# Rows of a warpgroup's tile: as many as a wgmma has.
-WARPGROUP = 64
-# Bytes of the longest swizzled line of shared memory.
-_LINE = 128
-# The most registers of a thread, of 232, that may hold results of products: more spill.
-_MOST_ACCUMULATORS = 160
-# L2 budget, in bytes, for data that concurrent blocks share.
-_CACHED = 24 * 2**20
-# The largest number of parts of the minor axis that is tried by default, unless more are needed for one per processor.
-_MOST_PARTS = 32
-# The most blocks of threads along the last axes of a CUDA grid.
-_LARGEST_GRID = 65535
 # Number of rows while a body is traced: recognizable, as no other axis has this length.
 _TRACED_ROWS = 7919
 # The fewest numbers per row or column that may be features (a wide axis); fewer are separate arrays.
 _FEWEST_FEATURES = 16
 # Names of the axes of features, one for each length, in the order in which they are met.
 _LETTERS = "hijklm"
-# The most features that are kept whole in shared memory.
-_LONGEST_FEATURES = 256
-
-
 # The most numbers per row that are computed outside of the kernel.
 _MOST_AHEAD = 24
+# The dtypes of packed numbers.
+PACKED = {"f": jnp.float32, "i": jnp.int32}
 
 
 def _none(*args: Any) -> Any:
     raise AssertionError("per-row numbers are neither loaded nor multiplied")
-
-
-class _TooLarge(Exception):
-    """Blocks of these sizes do not fit into shared memory or registers; the message says why."""
 
 
 class Leaf(NamedTuple):
@@ -94,7 +84,7 @@ class Leaf(NamedTuple):
 
     def numbers(self, space: Space, value: Value) -> list:
         """The arrays that a value consists of, in float32 or int32."""
-        dtype = jnp.int32 if self.pack == "i" else jnp.float32
+        dtype = PACKED.get(self.pack, jnp.float32)
         return [_narrow.cast(x, dtype) for x in _narrow.arrays(space, value, self.kinds, self.shape)]
 
 
@@ -129,45 +119,19 @@ class Packer:
                 out.leaves.append(leaf._replace(pack="", at=0))
         return out
 
+    def packed(self, make: Callable) -> dict[str, Any]:
+        """`make(count, dtype)` for the numbers of each dtype, by its name."""
+        return {k: make(self.counts[k], dtype) for k, dtype in PACKED.items() if self.counts[k]}
+
+    @property
+    def numbers(self) -> int:
+        """How many packed numbers there are."""
+        return self.counts["f"] + self.counts["i"]
+
     @property
     def wide(self) -> list[Leaf]:
         """The leaves that are arrays of their own."""
         return [leaf for leaf in self.leaves if leaf.pack == "w"]
-
-
-class Sizes(NamedTuple):
-    """How a sweep is cut.
-
-    Attributes:
-      groups: warpgroups that compute.
-      minor: length of a tile along the minor axis.
-      depth: features per step of a product.
-      steps: steps of a product.
-      resident: whether the product's side along the major axis stays in shared memory.
-      stages: slots of the ring of tiles, or for a product of the ring of steps.
-      tile_stages: for a product, slots of the ring of tiles, with the other operands.
-      parts: parts of the minor axis, each with a carry of its own.
-      together: blocks along the major axis that run side by side.
-      blocks: blocks along the major axis.
-      tiles: tiles along the minor axis.
-    """
-
-    groups: int
-    minor: int
-    depth: int
-    steps: int
-    resident: bool
-    stages: int
-    tile_stages: int
-    parts: int
-    together: int
-    blocks: int
-    tiles: int
-
-    @property
-    def major(self) -> int:
-        """Length of a block of threads along the major axis."""
-        return self.groups * WARPGROUP
 
 
 class Program:
@@ -185,10 +149,12 @@ class Program:
         self.lengths = {"r": self.n, "c": self.columns}
         self._check_scores()
         reasons = []
-        for minor in self._widths():
+        skips = plan.live is not None or operands.seen is not None
+        length, is_product = self.lengths[self.minor_letter], scores.values is None
+        for minor in widths(plan.over, dict(kernel.blocks).get(plan.over), length, is_product, skips):
             try:
                 return self._build(body, init, minor)
-            except _TooLarge as reason:
+            except TooLarge as reason:
                 reasons.append(reason)
         raise Unsupported(str(reasons[-1]))
 
@@ -197,7 +163,7 @@ class Program:
         # The letter of each number of features, of the product and of wide operands.
         self.letters: dict[int, str] = {}
         depth = 0 if scores.values is not None else scores.left.shape[-1]
-        self.resident = 0 < depth <= _LONGEST_FEATURES
+        self.resident = 0 < depth <= LONGEST_FEATURES
         if depth:
             self._letter(depth)
         self._describe_operands()
@@ -212,12 +178,11 @@ class Program:
         self._compare()
         self.products_from_registers: set[tuple] = set()
         self.reads: dict[str, set[str]] = {}
-        self.uses_sides = False
+        # Whether products read operands of which some rows count as 0.
+        self.uses_sides = self.clears = False
         # Registers of a thread that hold results of products: the scores and carried features among them.
         self.accumulators = self.minor // 2 + sum(features(leaf.shape[1]) // 2 for leaf in self.carry.wide)
         self.crosses_warps = self._try()
-        if self.accumulators > _MOST_ACCUMULATORS and minor > 64 and not self._wanted_width():
-            raise _TooLarge(f"a tile of {minor} needs more registers than there are")
         self.sizes = self._cut()
 
     # --- what is read ----------------------------------------------------------------------------------------
@@ -238,26 +203,6 @@ class Program:
             )
         if dtype not in HALF:
             raise Unsupported(f"matrix products are in bfloat16 or float16, not in {dtype}")
-
-    def _widths(self) -> tuple[int, ...]:
-        """Lengths of a tile along the minor axis to try, the best first."""
-        wanted, length = self._wanted_width(), self.lengths[self.minor_letter]
-        if wanted is not None:
-            if wanted % 64 or wanted > 256:
-                name = "columns" if self.plan.over == "columns" else "rows"
-                raise Unsupported(f"a tile must have 64, 128, 192 or 256 {name}, not {wanted}")
-            return (wanted,)
-        if self.plan.over == "rows":
-            return (64,)
-        # 256 columns of a product read its rows less often; not if the last tile, or one that a mask cuts, would be
-        # mostly empty.
-        skips = self.plan.live is not None or self.operands.seen is not None
-        widest = self.scores.values is None and not skips and -(-length // 256) * 256 <= 1.1 * length
-        return (256, 128, 64) if widest else (128, 64)
-
-    def _wanted_width(self) -> int | None:
-        """The length of a tile along the minor axis that the user or a table of measurements asks for."""
-        return dict(self.kernel.blocks).get("columns" if self.plan.over == "columns" else "rows")
 
     def _traced_columns(self) -> int:
         """Number of columns while a body is traced: those of a tile, or along the major axis a recognizable number."""
@@ -289,9 +234,9 @@ class Program:
                     )
                 k = a.shape[-1] if len(a.shape) > 2 else 0
                 if k >= _FEWEST_FEATURES and k in self.letters and jnp.issubdtype(a.dtype, jnp.floating):
-                    if k > _LONGEST_FEATURES:
+                    if k > LONGEST_FEATURES:
                         raise Unsupported(
-                            f"operands have at most {_LONGEST_FEATURES} features per row or column, not {k}"
+                            f"operands have at most {LONGEST_FEATURES} features per row or column, not {k}"
                         )
                     packer.add((letter, self._letter(k)), (_TRACED_ROWS, k), a.dtype, abreast(a))
                 else:
@@ -354,7 +299,7 @@ class Program:
 
     def _compute_ahead(self) -> None:
         """Takes out of the body what depends on per-row numbers only: it is computed once, outside of the kernel."""
-        count = {"r": self._counted(self.operands.rows), "c": self._counted(self.operands.cols)}
+        count = {"r": n_leaves(self.operands.rows), "c": n_leaves(self.operands.cols)}
         args = {
             "r": self.body.invars[1:][: count["r"]],
             "c": self.body.invars[1 + count["r"] :][: count["c"]],
@@ -381,11 +326,11 @@ class Program:
             self.rows.add(("r", *[None] * (len(v.aval.shape) - 1)), v.aval.shape, v.aval.dtype)
 
     def _compare(self) -> None:
-        """Finds the comparisons of per-row with per-column numbers: on most tiles, the masks hide nothing."""
+        """Finds the masks by per-row and per-column numbers: on most tiles, they hide nothing."""
         # Place of each argument among the leaves of rows and of columns.
         place: dict[Any, tuple[str, int]] = {}
-        count = self._counted(self.operands.rows)
-        for i, v in enumerate(self.body.invars[1:][: count + self._counted(self.operands.cols)]):
+        count = n_leaves(self.operands.rows)
+        for i, v in enumerate(self.body.invars[1:][: count + n_leaves(self.operands.cols)]):
             place[v] = ("r", i) if i < count else ("c", i - count)
         first = len(self.rows.leaves) - len(self.ahead.outvars)
         for i, v in enumerate(self.body.invars[len(self.body.invars) - len(self.ahead.outvars) :]):
@@ -395,11 +340,17 @@ class Program:
             for v, (letter, i) in place.items()
             if {"r": self.rows, "c": self.cols}[letter].leaves[i].count == 1
         }
-        found = [c for c in _narrow.comparisons(self.body, one) if place[c.left][0] != place[c.right][0]]
+        found = [
+            c
+            for c in _narrow.comparisons(self.body, one)
+            if (place[c.left][0] == "c" if c.right is None else place[c.left][0] != place[c.right][0])
+        ]
         skips = self.plan.live is not None or self.operands.seen is not None
         several = self.lengths[self.minor_letter] > self.minor
         # The name of each comparison, and the leaves that it compares.
-        self.compared = [(c.name, place[c.left], place[c.right]) for c in found] if skips and several else []
+        self.compared = (
+            [(c.name, place[c.left], place.get(c.right)) for c in found] if skips and several else []
+        )
         # The body on a tile on which all of them hold.
         self.whole = _narrow.where_true(self.body, {c.out for c in found}) if self.compared else None
 
@@ -466,11 +417,15 @@ class Program:
             self.minor_letter: self.lengths[self.minor_letter] % self.minor != 0,
         }
 
+    @property
+    def tile_sizes(self) -> dict[str, int]:
+        """The length of each axis in the tile of a warpgroup."""
+        wide = {letter: features(size) for size, letter in self.letters.items()}
+        return {**wide, self.major: WARPGROUP, self.minor_letter: self.minor}
+
     def space(self, layout: Callable, load: Callable, product: Callable, **functions: Any) -> Space:
         """The space of this sweep's tiles, see `Space` for the functions."""
-        sizes = {letter: features(size) for size, letter in self.letters.items()}
-        sizes.update({self.major: WARPGROUP, self.minor_letter: self.minor})
-        return Space(sizes, self.traced, self.order, layout, load, product, **functions)
+        return Space(self.tile_sizes, self.traced, self.order, layout, load, product, **functions)
 
     def tile(self, letters: str) -> str:
         """The letters in the order that axes have in arrays."""
@@ -544,7 +499,7 @@ class Program:
         if item.memory in ("left", "right"):
             if not self.resident:
                 raise Unsupported(
-                    f"the body reads a side of a product of more than {_LONGEST_FEATURES} features"
+                    f"the body reads a side of a product of more than {LONGEST_FEATURES} features"
                 )
             if not self.scores.transposed:
                 raise Unsupported(
@@ -578,6 +533,7 @@ class Program:
             self.accumulators += self.minor // 2
         self.use(a, "product")
         self.use(b, "product")
+        self.clears |= b.keep is not None
         if not a.memory and set(a.dims) != {dims[0], kind}:
             raise Unsupported("it multiplies tiles in a way that Mosaic GPU has no rule for")
         if not a.memory or jnp.dtype(a.x.dtype) not in HALF:
@@ -586,14 +542,10 @@ class Program:
 
     def start(self, space: Space, own: list) -> list[list]:
         """The carry before the first tile, as the arrays of each leaf."""
-        operands = own[: self._counted(self.operands.rows if self.major == "r" else self.operands.cols)]
+        operands = own[: n_leaves(self.operands.rows if self.major == "r" else self.operands.cols)]
         like = Value((self.major,), _narrow.scalar(np.float32(0)).items.reshape(1))
         out = _narrow.evaluate(space, self.init, [*operands, like])
         return [leaf.numbers(space, value) for leaf, value in zip(self.carry.leaves, out)]
-
-    @staticmethod
-    def _counted(tree) -> int:
-        return len(jax.tree.leaves(tree))
 
     def visit(
         self, body: Body, space: Space, raw, rows, cols, entries, row, col, start, batch, sides, carry
@@ -630,8 +582,8 @@ class Program:
         )
         args = [
             raw,
-            *rows[: self._counted(self.operands.rows)],
-            *cols[: self._counted(self.operands.cols)],
+            *rows[: n_leaves(self.operands.rows)],
+            *cols[: n_leaves(self.operands.cols)],
             *entry_values,
             self._as_entries(row_index),
             self._as_entries(col_index),
@@ -661,77 +613,36 @@ class Program:
     # --- how it is cut -----------------------------------------------------------------------------------------
 
     def _cut(self) -> Sizes:
-        """Block sizes with as many computing warpgroups as possible."""
-        name = "rows" if self.major == "r" else "columns"
-        wanted = dict(self.kernel.blocks).get(name)
-        if wanted is not None and wanted not in (WARPGROUP, 2 * WARPGROUP):
-            raise Unsupported(f"a block must have {WARPGROUP} or {2 * WARPGROUP} {name}, not {wanted}")
-        # One warpgroup if its warps exchange sums: a second one would use the same shared memory for that.
-        alone = self.crosses_warps or self.out_cols.leaves or self.lengths[self.major] <= WARPGROUP
-        most = 1 if alone else 2 if wanted is None else wanted // WARPGROUP
-        for groups in range(most, 0, -1):
-            try:
-                return self._cut_for(groups)
-            except _TooLarge:
-                if groups == 1:
-                    raise
-        raise AssertionError
-
-    def _cut_for(self, groups: int) -> Sizes:
-        """Block sizes with this number of computing warpgroups: as many slots as fit into shared memory."""
-        named = dict(self.kernel.blocks)
-        blocks = -(-self.lengths[self.major] // (groups * WARPGROUP))
-        n_tiles = -(-self.lengths[self.minor_letter] // self.minor)
-        depth = steps = tile_stages = 0
-        if self.scores.values is None:
-            d = self.scores.left.shape[-1]
-            depth = features(d) if self.resident else _LINE // jnp.dtype(self.scores.dtype).itemsize
-            steps = -(-d // depth)
-        fixed, tile, step = self._bytes(groups, depth)
-        room = SHARED_MEMORY - fixed
-        if self.scores.values is not None:
-            stages = min(named.get("stages", 6), n_tiles, room // tile)
-        else:
-            # Two tiles of the other operands if there is room for two steps beside them, else one.
-            fits = [n for n in (2, 1) if room - n * tile >= min(2, n) * step]
-            tile_stages = min(fits[0] if fits else 1, n_tiles) if tile else 0
-            stages = min(named.get("stages", 6), steps * n_tiles, (room - tile_stages * tile) // step)
-        if stages < 1:
-            raise _TooLarge(
-                f"a tile of the operands needs {fixed + tile + step} bytes of shared memory, more than there are"
-            )
-        parts, together = self._parts(groups, blocks, n_tiles)
-        if self.g * -(-blocks // together) > _LARGEST_GRID:
-            raise Unsupported(f"{self.g} matrices need too many blocks of threads")
-        return Sizes(
-            groups,
+        """How the sweep is cut."""
+        product = self.scores.values is None
+        needs = Needs(
+            self.g,
+            self.lengths[self.major],
+            self.lengths[self.minor_letter],
             self.minor,
-            depth,
-            steps,
-            self.resident,
-            stages,
-            tile_stages,
-            parts,
-            together,
-            blocks,
-            n_tiles,
+            self.plan.over,
+            self.scores.left.shape[-1] if product else 0,
+            jnp.dtype(self.scores.dtype).itemsize,
+            # A second warpgroup would use the same shared memory for sums across warps.
+            self.crosses_warps or bool(self.out_cols.leaves),
+            self.accumulators,
+            self._bytes,
         )
+        return cut(needs, dict(self.kernel.blocks), processors(self.kernel))
 
     def _bytes(self, groups: int, depth: int) -> tuple[int, int, int]:
         """Bytes of shared memory: fixed, per slot of the ring of tiles, and per slot of the ring of steps."""
         major, minor = groups * WARPGROUP, self.minor
         item = jnp.dtype(self.scores.dtype).itemsize
-        wide = {letter: features(size) for size, letter in self.letters.items()}
         fixed = 128 * 4 * 4 if self.crosses_warps else 0
-        fixed += 4 * major * (self.carry.counts["f"] + self.carry.counts["i"])
+        fixed += 4 * major * self.carry.numbers
         fixed += sum(major * features(leaf.shape[1]) * size for leaf, size in self._wide(self.own))
         fixed += sum(major * minor * jnp.dtype(d).itemsize for d in self.plan.entry_dtypes)
-        fixed += 4 * groups * minor * (self.out_cols.counts["f"] + self.out_cols.counts["i"])
+        fixed += 4 * groups * minor * self.out_cols.numbers
+        fixed += 4 * groups * minor * self.clears
         if self.kernel.interpret:
-            fixed += sum(
-                major * {**wide, self.minor_letter: minor}[k] * 2 for k, _ in self.products_from_registers
-            )
-        tile = 4 * minor * (self.passing.counts["f"] + self.passing.counts["i"])
+            fixed += sum(2 * major * self.tile_sizes[k] for k, _ in self.products_from_registers)
+        tile = 4 * minor * self.passing.numbers
         tile += sum(minor * features(leaf.shape[1]) * size for leaf, size in self._wide(self.passing))
         tile += sum(major * minor * entry_dtype(leaf.dtype).itemsize for leaf in self.entries.leaves)
         step = 0
@@ -750,29 +661,10 @@ class Program:
         stored = [(leaf, self.stored(leaf)) for leaf in packer.wide]
         return [(leaf, jnp.dtype(dtype).itemsize) for leaf, dtype in stored if dtype is not None]
 
-    def _parts(self, groups: int, blocks: int, n_tiles: int) -> tuple[int, int]:
-        """The number of parts of the minor axis, and of blocks along the major axis that run side by side."""
-        together = blocks
-        if self.scores.values is None:
-            each = groups * WARPGROUP * self.scores.left.shape[-1] * jnp.dtype(self.scores.dtype).itemsize
-            groups_of_blocks = -(-blocks // max(1, min(blocks, _CACHED // each)))
-            together = -(-blocks // groups_of_blocks)
-        if self.plan.over == "rows":
-            return 1, together
-        wanted = dict(self.kernel.blocks).get("parts")
-        if wanted is None:
-            least = 1 if together == blocks else -(-processors(self.kernel) // together)
-            most = max(least, _MOST_PARTS, processors(self.kernel) // (self.g * blocks))
-            wanted = min(
-                range(least, most + 1),
-                key=lambda parts: self._time(parts, blocks, n_tiles),
-            )
-        return max(1, min(wanted, n_tiles)), together
 
-    def _time(self, parts: int, blocks: int, n_tiles: int) -> int:
-        """Estimated time of a sweep, in tiles; the start and end of a part cost as much as 4 tiles."""
-        waves = -(-self.g * blocks * parts // processors(self.kernel))
-        return waves * (-(-n_tiles // parts) + 4)
+def n_leaves(tree: Any) -> int:
+    """The number of leaves."""
+    return len(jax.tree.leaves(tree))
 
 
 def _as_copied(a: Any) -> Any:
@@ -780,11 +672,6 @@ def _as_copied(a: Any) -> Any:
     if len(getattr(a, "shape", ())) == 4 and (a.shape[3] != features(a.shape[3]) or a.dtype not in HALF):
         return apart(a)
     return a
-
-
-def features(n: int) -> int:
-    """Features in shared memory: rounded up to a multiple of 64, the rest are zeros."""
-    return -(-n // 64) * 64
 
 
 def processors(kernel: Kernel) -> int:

@@ -10,10 +10,11 @@ body, and frees the slots of the tile (`_compute`). "Own" operands lie along the
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import operator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,8 @@ from jaxsoft.kernels._device import Kernel
 from jaxsoft.kernels._sweep import Operands, Plan, Result, Scores, Tiles, abreast
 from jaxsoft.kernels.gpu import _functions, _narrow
 from jaxsoft.kernels.gpu._narrow import Item, Space, Unsupported, Value
-from jaxsoft.kernels.gpu._program import WARPGROUP, Leaf, Packer, Program, entry_dtype, features
+from jaxsoft.kernels.gpu._plan import WARPGROUP, features
+from jaxsoft.kernels.gpu._program import PACKED, Leaf, Packer, Program, entry_dtype, n_leaves
 
 
 def refusal(kernel: Kernel, body, scores: Scores, operands: Operands, init, plan: Plan) -> str | None:
@@ -158,44 +160,96 @@ class _Results(NamedTuple):
     cols: dict
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """Slots of shared memory that one warpgroup fills, again and again in turn, and the computing ones read.
+
+    Attributes:
+      full: one barrier per slot: its copies have arrived.
+      free: one barrier per slot: all computing warpgroups have read it.
+      stages: the number of slots.
+    """
+
+    full: Any
+    free: Any
+    stages: int = dataclasses.field(metadata=dict(static=True))
+
+    @classmethod
+    def of(cls, stages: int, copies: int, readers: int) -> Self:
+        """The barriers to allocate, given the copies that fill a slot and the warpgroups that read it."""
+        full, free = (plgpu.Barrier(num_arrivals=n, num_barriers=stages) for n in (copies, readers))
+        return cls(full, free, stages)
+
+    def slot(self, n):
+        """The slot of the n-th filling."""
+        return lax.rem(n, jnp.int32(self.stages))
+
+    def claim(self, n) -> tuple:
+        """The slot of the n-th filling, once it is free, and the barrier for its copies."""
+        slot = self.slot(n)
+
+        @pl.when(n >= self.stages)
+        def _():
+            plgpu.barrier_wait(self.free.at[slot])
+
+        return slot, self.full.at[slot]
+
+    def wait(self, n):
+        """The slot of the n-th filling, once it is full."""
+        slot = self.slot(n)
+        plgpu.barrier_wait(self.full.at[slot])
+        return slot
+
+    def release(self, n) -> None:
+        """Lets the slot of the n-th filling be filled again."""
+        plgpu.barrier_arrive(self.free.at[self.slot(n)])
+
+    def drain(self, n) -> None:
+        """Waits until all slots are free, after n fillings.
+
+        No block ends before its barriers have been observed: the interpreter of jax 0.11 insists on it.
+        """
+
+        def wait(i, _):
+            self.claim(i)
+
+        lax.fori_loop(n, n + self.stages, wait, None)
+
+
 class _Shared(NamedTuple):
     """Shared memory of a block of threads.
 
-    Each slot of a ring has two barriers: the slot is full, once its copies have arrived; it is free, once all computing
-    warpgroups have read it.
-
     Attributes:
-      scores: ring of tiles: the stored scores; empty for a product.
-      passing: ring of tiles: packed passing operands by dtype, and the wide ones (`"w"`).
-      entries: ring of tiles: the entry operands.
-      full: barriers of the ring of tiles.
-      free: barriers of the ring of tiles.
-      steps: ring of product steps: the side along the minor axis, and unless `resident` the one along the major axis.
-      step_full: barriers of the ring of steps.
-      step_free: barriers of the ring of steps.
+      tiles: the `Ring` of tiles; None if a tile needs nothing but the steps of its product.
+      scores: in the ring of tiles, the stored scores; empty for a product.
+      passing: in the ring of tiles, packed passing operands by dtype, and the wide ones (`"w"`).
+      entries: in the ring of tiles, the entry operands.
+      steps: the `Ring` of product steps; None without a product.
+      sides: in the ring of steps, the side along the minor axis, and unless `resident` the one along the major axis.
       own: wide own operands.
       resident: the whole of the product's side along the major axis; None if it does not fit.
       once: barrier of `own` and `resident`, which are fetched once.
       carry: packed carry, on its way to device memory.
       out: entry outputs, on their way to device memory.
       cols: packed column outputs, on their way to device memory.
+      flags: which rows of an operand do not count as 0, on their way to another layout; None if all count.
       staged: left sides of products that are in registers, for the interpreter.
     """
 
+    tiles: Any
     scores: list
     passing: dict
     entries: list
-    full: Any
-    free: Any
-    steps: list
-    step_full: Any
-    step_free: Any
+    steps: Any
+    sides: list
     own: list
     resident: Any
     once: Any
     carry: dict
     out: list
     cols: dict
+    flags: Any
     staged: dict
 
 
@@ -246,24 +300,16 @@ def _transposed(ref):
     return ref.transpose((1, 0)) if hasattr(ref, "transpose") else plgpu.transpose_ref(ref, (1, 0))
 
 
-def _count(x) -> int:
-    return len(jax.tree.leaves(x))
-
-
 class _Sweep:
     """Runs a program: `run` is what happens around the kernel, `_kernel` is the kernel."""
 
     def __init__(self, program: Program):
         self.p, self.s = program, program.sizes
         self.product = program.scores.values is None
-        self.wide_sizes = {letter: features(size) for size, letter in program.letters.items()}
+        # Whether the features of the product's sides come last in memory.
+        self.major_first, self.minor_first = (first for _, first in self._sides())
         self.major_length = self.s.blocks * self.s.major
         self.minor_length = self.s.tiles * self.s.minor
-        # No ring of tiles if a tile needs nothing but the steps of its product.
-        passing = (
-            _fetched(program.passing) + len(program._wide(program.passing)) + len(program.entries.leaves)
-        )
-        self.has_ring = not self.product or passing > 0
 
     # --- outside of the kernel ---------------------------------------------------------------------------------
 
@@ -366,35 +412,32 @@ class _Sweep:
         sizes = {p.major: (s.blocks, s.major), p.minor_letter: (s.tiles, s.minor)}
 
         def extreme(letter: str, i: int, name: str):
-            """The smallest or largest number in each block, `[1 or M, blocks]`."""
+            """The smallest or largest number in each block, `[1 or M, blocks, 1]` or `[1 or M, 1, tiles]`."""
             a = {"r": rows, "c": cols}[letter][i]
             blocks, size = sizes[letter]
             a = a.reshape(a.shape[0], -1)
             xp: Any = np if isinstance(a, np.ndarray) else jnp
             a = xp.pad(a, ((0, 0), (0, blocks * size - a.shape[1])), mode="edge")
-            return getattr(xp, name)(a.reshape(-1, blocks, size), axis=2)
+            # Matrices that share a table are taken together.
+            each = 1 if a.shape[0] == 1 else a.shape[0] // live.shape[0]
+            a = getattr(xp, name)(a.reshape(-1, each, blocks, size), axis=(1, 3))
+            return a[:, :, None] if letter == p.major else a[:, None]
 
         found = []
         for name, left, right in p.compared:
+            if right is None:  # flags, none of which may be 0
+                found.append(extreme(*left, "min") != 0)
+                continue
             low = name in ("le", "lt")  # the largest on the left must be below the smallest on the right
             a, b = extreme(*left, "max" if low else "min"), extreme(*right, "min" if low else "max")
-            a = a[:, :, None] if left[0] == p.major else a[:, None]
-            b = b[:, :, None] if right[0] == p.major else b[:, None]
             found.append(getattr(operator, name)(a, b))
-        if not found or any(each.shape[0] not in (1, live.shape[0]) for each in found):
-            return None
-        return functools.reduce(operator.and_, found)
+        return functools.reduce(operator.and_, found) if found else None
 
     def _results(self) -> _Results:
         """Shapes and dtypes of what the kernel writes."""
         p, s = self.p, self.s
         struct = jax.ShapeDtypeStruct
-        dtypes = {"f": jnp.float32, "i": jnp.int32}
-        carry = {
-            name: struct((s.parts, p.g, p.carry.counts[name], self.major_length), dtype)
-            for name, dtype in dtypes.items()
-            if p.carry.counts[name]
-        }
+        carry = p.carry.packed(lambda n, dtype: struct((s.parts, p.g, n, self.major_length), dtype))
         wide = [
             struct((s.parts, p.g, self.major_length, features(leaf.shape[1])), leaf.dtype)
             for leaf in p.carry.leaves
@@ -403,11 +446,8 @@ class _Sweep:
         entries = []
         for dtype in map(jnp.dtype, p.plan.entry_dtypes):
             entries.append(struct((p.g, p.n, _up(p.columns, 16 // dtype.itemsize)), dtype))
-        cols = {
-            name: struct((p.g, s.blocks * s.groups, p.out_cols.counts[name], self.minor_length), dtype)
-            for name, dtype in dtypes.items()
-            if p.out_cols.counts[name]
-        }
+        blocks = s.blocks * s.groups
+        cols = p.out_cols.packed(lambda n, dtype: struct((p.g, blocks, n, self.minor_length), dtype))
         return _Results(carry, wide, entries, cols)
 
     def _unpacked(self, out: _Results) -> Result:
@@ -449,7 +489,6 @@ class _Sweep:
     def _allocations(self, memory: _Memory, out: _Results) -> _Shared:
         """Shapes of shared memory and its barriers, each with the number of copies or warpgroups it waits for."""
         p, s = self.p, self.s
-        dtypes = {"f": jnp.float32, "i": jnp.int32}
         item = p.scores.dtype
         stages = s.tile_stages if self.product else s.stages
 
@@ -462,53 +501,42 @@ class _Sweep:
 
         own_wide, passing_wide = wide(p.own, (s.major,)), wide(p.passing, (stages, s.minor))
         copies = (
-            (0 if self.product else 1) + _fetched(p.passing) + _count(passing_wide) + len(p.entries.leaves)
+            (0 if self.product else 1)
+            + len(p.passing.packed(lambda *_: None))
+            + n_leaves(passing_wide)
+            + len(p.entries.leaves)
         )
+        step, block = [], None
         if self.product:
             # [..., minor, depth] or [..., depth, minor]: the order of axes that it has in device memory.
-            shape = (s.minor, s.depth) if self._minor_first() else (s.depth, s.minor)
+            shape = (s.minor, s.depth) if self.minor_first else (s.depth, s.minor)
             step = [_tile_in((s.stages, *shape), item)]
-            major = (s.major, s.depth) if self._major_first() else (s.depth, s.major)
+            major = (s.major, s.depth) if self.major_first else (s.depth, s.major)
             block = _tile_in(major if s.resident else (s.stages, *major), item)
             if not s.resident:
                 step.append(block)
-        once = _count(own_wide) + (self.product and s.resident)
+        once = n_leaves(own_wide) + (self.product and s.resident)
         return _Shared(
+            tiles=Ring.of(stages, copies, s.groups) if copies else None,
             scores=[]
             if self.product
             else [_tile_in((stages, s.major, s.minor), item, memory.scores[0].shape)],
             passing={
-                **{
-                    k: plgpu.SMEM((stages, p.passing.counts[k], s.minor), dtypes[k])
-                    for k in dtypes
-                    if p.passing.counts[k]
-                },
+                **p.passing.packed(lambda n, dtype: plgpu.SMEM((stages, n, s.minor), dtype)),
                 "w": passing_wide,
             },
             entries=[_tile_in((stages, s.major, s.minor), ref.dtype, ref.shape) for ref in memory.entries],
-            full=plgpu.Barrier(num_arrivals=copies, num_barriers=stages) if copies else None,
-            free=plgpu.Barrier(num_arrivals=s.groups, num_barriers=stages) if copies else None,
-            steps=step if self.product else [],
-            step_full=plgpu.Barrier(num_arrivals=len(step), num_barriers=s.stages) if self.product else None,
-            step_free=plgpu.Barrier(num_arrivals=s.groups, num_barriers=s.stages) if self.product else None,
+            steps=Ring.of(s.stages, len(step), s.groups) if self.product else None,
+            sides=step,
             own=own_wide,
-            resident=block if self.product and s.resident else None,
+            resident=block if s.resident else None,
             once=plgpu.Barrier(num_arrivals=once) if once else None,
-            carry={
-                k: plgpu.SMEM((s.groups, p.carry.counts[k], WARPGROUP), dtypes[k])
-                for k in dtypes
-                if p.carry.counts[k]
-            },
+            carry=p.carry.packed(lambda n, dtype: plgpu.SMEM((s.groups, n, WARPGROUP), dtype)),
             out=[_tile_in((s.groups, WARPGROUP, s.minor), ref.dtype, ref.shape) for ref in out.entries],
-            cols={
-                k: plgpu.SMEM((s.groups, p.out_cols.counts[k], s.minor), dtypes[k])
-                for k in dtypes
-                if p.out_cols.counts[k]
-            },
+            cols=p.out_cols.packed(lambda n, dtype: plgpu.SMEM((s.groups, n, s.minor), dtype)),
+            flags=plgpu.SMEM((s.groups, s.minor), jnp.int32) if p.clears else None,
             staged={
-                f"{kind}{dtype}": _tile_in(
-                    (s.groups, WARPGROUP, {**self.wide_sizes, p.minor_letter: s.minor}[kind]), dtype
-                )
+                f"{kind}{dtype}": _tile_in((s.groups, WARPGROUP, p.tile_sizes[kind]), dtype)
                 for kind, dtype in sorted(p.products_from_registers, key=str)
                 if p.kernel.interpret
             },
@@ -519,12 +547,6 @@ class _Sweep:
         p = self.p
         sides = [(p.scores.left, True), (p.scores.right, p.scores.transposed)]
         return sides if p.major == "r" else sides[::-1]
-
-    def _major_first(self) -> bool:
-        return self._sides()[0][1]
-
-    def _minor_first(self) -> bool:
-        return self._sides()[1][1]
 
     def _shared(self, memory: _Memory, out: _Results, shared: _Shared) -> None:
         """Divides the work: which block of the sweep this is, and what each of its warpgroups does."""
@@ -580,17 +602,16 @@ class _Sweep:
 
         def tile(t, _):
             minor = pl.ds(tile_of(t) * s.minor, s.minor)
-            if self.has_ring:
+            if shared.tiles is not None:
                 self._fetch_tile(memory, shared, at, t, major, minor)
             if self.product:
                 self._fetch_steps(memory, shared, at, t, major, minor)
 
         lax.fori_loop(0, count, tile, None)
-        # No block ends before its barriers have been observed: the interpreter of jax 0.11 insists on it.
-        if self.has_ring:
-            self._drain(count, shared.free, self._stages())
-        if self.product:
-            self._drain(count * s.steps, shared.step_free, s.stages)
+        if shared.tiles is not None:
+            shared.tiles.drain(count)
+        if shared.steps is not None:
+            shared.steps.drain(count * s.steps)
 
     def _fetch_own(self, memory: _Memory, shared: _Shared, at, major) -> None:
         """Copies what stays in shared memory for all tiles of the block."""
@@ -604,8 +625,7 @@ class _Sweep:
     def _fetch_tile(self, memory: _Memory, shared: _Shared, at, t, major, minor) -> None:
         """Copies the stored scores, the passing operands and the entries of the t-th tile into a free slot."""
         p, copy = self.p, plgpu.copy_gmem_to_smem
-        slot = self._claim(t, shared.free, self._stages())
-        full = shared.full.at[slot]
+        slot, full = shared.tiles.claim(t)
         if not self.product:
             source = memory.scores[0]
             copy(source.at[_batch(source, at), major, minor], shared.scores[0].at[slot], full)
@@ -624,34 +644,12 @@ class _Sweep:
         s, copy = self.s, plgpu.copy_gmem_to_smem
 
         def step(k, _):
-            slot = self._claim(t * s.steps + k, shared.step_free, s.stages)
-            full = shared.step_full.at[slot]
-            copy(self._step(memory, 1, at, minor, k * s.depth), shared.steps[0].at[slot], full)
+            slot, full = shared.steps.claim(t * s.steps + k)
+            copy(self._step(memory, 1, at, minor, k * s.depth), shared.sides[0].at[slot], full)
             if not s.resident:
-                copy(self._step(memory, 0, at, major, k * s.depth), shared.steps[1].at[slot], full)
+                copy(self._step(memory, 0, at, major, k * s.depth), shared.sides[1].at[slot], full)
 
         lax.fori_loop(0, s.steps, step, None)
-
-    def _stages(self) -> int:
-        return self.s.tile_stages if self.product else self.s.stages
-
-    def _claim(self, n, free, stages: int):
-        """The slot of a ring for the n-th fetch, once that slot is free."""
-        slot = lax.rem(n, jnp.int32(stages))
-
-        @pl.when(n >= stages)
-        def _():
-            plgpu.barrier_wait(free.at[slot])
-
-        return slot
-
-    def _drain(self, fetches, free, stages: int) -> None:
-        """Waits until all slots of a ring are free again, after this number of fetches."""
-
-        def claim(n, _):
-            self._claim(n, free, stages)
-
-        lax.fori_loop(fetches, fetches + stages, claim, None)
 
     def _step(self, memory: _Memory, side: int, at, along, first):
         """One step of features, from `first` on, of the product's side along the major (0) or the minor axis (1)."""
@@ -690,7 +688,7 @@ class _Sweep:
         def tile(body, t, state):
             j, carry = state
             following = tile_of(t + 1)  # asked for one tile ahead: it may come from device memory
-            slot = self._await(shared, t)
+            slot = None if shared.tiles is None else shared.tiles.wait(t)
             raw, sides = self._scores(space, shared, me, mine, t, slot)
             passing = [self._passing(space, leaf, shared, slot) for leaf in p.passing.leaves]
             rows, cols = (own, passing) if p.major == "r" else (passing, own)
@@ -700,7 +698,10 @@ class _Sweep:
             carry, entries, cols = p.visit(
                 body, space, raw, rows, cols, entries, row, col, start, at.batch, sides, carry
             )
-            self._release(shared, t, slot)
+            if p.uses_sides:
+                shared.steps.release(self._last_step(t))
+            if shared.tiles is not None:
+                shared.tiles.release(t)
             self._write(out, shared, at, me, j, entries, cols)
             return following, carry
 
@@ -718,21 +719,6 @@ class _Sweep:
         self._write_carry(out, shared, at, me, carry)
         plgpu.wait_smem_to_gmem(0)
 
-    def _await(self, shared: _Shared, t):
-        """The slot of the t-th tile in the ring of tiles, once it is full; None without that ring."""
-        if not self.has_ring:
-            return None
-        slot = lax.rem(t, jnp.int32(self._stages()))
-        plgpu.barrier_wait(shared.full.at[slot])
-        return slot
-
-    def _release(self, shared: _Shared, t, slot) -> None:
-        """Lets the slots of the t-th tile be filled again."""
-        if self.p.uses_sides:
-            plgpu.barrier_arrive(shared.step_free.at[self._last_slot(t)])
-        if self.has_ring:
-            plgpu.barrier_arrive(shared.free.at[slot])
-
     def _scores(self, space: Space, shared: _Shared, me, mine, t, slot) -> tuple:
         """The scores of the t-th tile, in float32, and the two sides of their product if the body reads them."""
         p = self.p
@@ -741,9 +727,12 @@ class _Sweep:
             return _narrow.single("rc", space.item("rc", _narrow.convert(raw, raw.dtype))), []
         raw = _narrow.single("rc", space.item("rc", self._product(shared, me, t)))
         if not p.uses_sides:
-            plgpu.barrier_arrive(shared.step_free.at[self._last_slot(t)])
+            shared.steps.release(self._last_step(t))
             return raw, p.sides(space, None, None)
-        major, minor = self._mine(shared.resident, me), shared.steps[0].at[self._last_slot(t)]
+        major, minor = (
+            self._mine(shared.resident, me),
+            shared.sides[0].at[shared.steps.slot(self._last_step(t))],
+        )
         return raw, p.sides(space, *((major, minor) if p.major == "r" else (minor, major)))
 
     def _own(
@@ -783,39 +772,36 @@ class _Sweep:
         s = self.s
 
         def multiply(acc, left, slot):
-            right = shared.steps[0].at[slot]
-            plgpu.wgmma(acc, self._mine(left, me), _transposed(right) if self._minor_first() else right)
+            right = shared.sides[0].at[slot]
+            plgpu.wgmma(acc, self._mine(left, me), _transposed(right) if self.minor_first else right)
 
         def run(acc):
             def step(k, _):
                 n = t * s.steps + k
-                slot = lax.rem(n, jnp.int32(s.stages))
-                plgpu.barrier_wait(shared.step_full.at[slot])
-                multiply(acc, shared.steps[1].at[slot], slot)
+                slot = shared.steps.wait(n)
+                multiply(acc, shared.sides[1].at[slot], slot)
                 plgpu.wgmma_wait(1)  # until the previous step has been read
 
                 @pl.when(k > 0)
                 def _():
-                    plgpu.barrier_arrive(shared.step_free.at[lax.rem(n - 1, jnp.int32(s.stages))])
+                    shared.steps.release(n - 1)
 
             if s.steps == 1:
-                slot = lax.rem(t, jnp.int32(s.stages))
-                plgpu.barrier_wait(shared.step_full.at[slot])
-                multiply(acc, shared.resident, slot)
+                multiply(acc, shared.resident, shared.steps.wait(t))
             else:
                 lax.fori_loop(0, s.steps, step, None)
             return acc[...]
 
         return pl.run_scoped(run, _accumulator(s.minor))
 
-    def _last_slot(self, t):
-        """The slot of the last step of the t-th tile's product."""
-        return lax.rem((t + 1) * self.s.steps - 1, jnp.int32(self.s.stages))
+    def _last_step(self, t):
+        """The last step of the t-th tile's product."""
+        return (t + 1) * self.s.steps - 1
 
     def _mine(self, ref, me):
         """A warpgroup's 64 entries of the product's side along the major axis."""
         mine = pl.ds(me * WARPGROUP, WARPGROUP)
-        return ref.at[mine] if self._major_first() else _transposed(ref.at[:, mine])
+        return ref.at[mine] if self.major_first else _transposed(ref.at[:, mine])
 
     def _load_item(self, item: Item):
         """Loads a wide operand into registers, which have a layout only for those along the major axis."""
@@ -826,11 +812,13 @@ class _Sweep:
     def _multiply(self, shared: _Shared, me, left: Item, right: Item, kind: str, letters: str) -> Item:
         """A product in the body: its right side is in shared memory, its left side there or in registers."""
         dims, a, b = self.p.product_sides(left, right, kind, letters)
+        accumulator = _accumulator(self.p.tile_sizes[dims[1]])
         b_ref = b.x if b.dims[0] == kind else _transposed(b.x)
-        width = {**self.wide_sizes, self.p.minor_letter: self.s.minor}[dims[1]]
 
         def compute(start):
             a_side = a.x
+            if b.keep is not None:
+                self._clear(shared, me, b)
             if not a.memory or a.x.dtype != b_ref.dtype:
                 a_side = _narrow.cast(a.array(self._load_item), b_ref.dtype)
                 if self.p.kernel.interpret:  # the interpreter multiplies from shared memory only
@@ -844,12 +832,28 @@ class _Sweep:
                 return acc[...]
 
             if start is None:
-                return pl.run_scoped(run, _accumulator(width))
+                return pl.run_scoped(run, accumulator)
             if self.p.kernel.interpret:  # the interpreter has no accumulators that start from something
-                return start + pl.run_scoped(run, _accumulator(width))
+                return start + pl.run_scoped(run, accumulator)
             return pl.run_state(lambda acc: plgpu.wgmma(acc, a_side, b_ref))(_accumulating(start))
 
         return Item(dims, _narrow.Product(compute))
+
+    def _clear(self, shared: _Shared, me, item: Item) -> None:
+        """Writes zeros to the rows of an operand in shared memory that count as 0: they may hold NaN.
+
+        All computing warpgroups write the same.
+        """
+        flags = shared.flags.at[me]
+        _store(flags, _narrow.cast(item.keep.array(self._load_item), jnp.int32))
+        plgpu.commit_smem()
+        for i in range(0, self.s.minor, WARPGROUP):
+            part = item.x.at[pl.ds(i, WARPGROUP)]
+            keep = _load(flags.at[pl.ds(i, WARPGROUP)], plgpu.Layout.WGMMA.reduce(1)) != 0
+            x = _narrow.convert(_load(part, plgpu.Layout.WGMMA), part.dtype)
+            keep = plgpu.layout_cast(lax.broadcast_in_dim(keep, x.shape, (0,)), plgpu.Layout.WGMMA)
+            _store(part, lax.select(keep, x, lax.full_like(x, 0)))
+        plgpu.commit_smem()
 
     # --- what is written ---------------------------------------------------------------------------------------------
 
@@ -887,8 +891,7 @@ class _Sweep:
 
         def tile(t, _):
             entries = [zeros(p.tile("rc"), d) for d in p.plan.entry_dtypes]
-            dtypes = {"f": jnp.float32, "i": jnp.int32}
-            cols = [[zeros(p.minor_letter, dtypes[leaf.pack])] * leaf.count for leaf in p.out_cols.leaves]
+            cols = [[zeros(p.minor_letter, PACKED[leaf.pack])] * leaf.count for leaf in p.out_cols.leaves]
             self._write(out, shared, at, me, memory.order[table, at.block, t], entries, cols)
 
         lax.fori_loop(first, last, tile, None)
@@ -931,8 +934,3 @@ def _lines(ref, at: _Place, along, first, size: int, side: int):
         return ref.at[_batch(ref, at), along, pl.ds(first, size)]
     first = lax.rem(at.batch, jnp.int32(side)) * (ref.shape[2] // side) + first
     return ref.at[lax.div(at.batch, jnp.int32(side)), along, pl.ds(first, size)]
-
-
-def _fetched(packer: Packer) -> int:
-    """How many copies bring packed numbers: one per dtype."""
-    return sum(packer.counts[name] > 0 for name in ("f", "i"))
