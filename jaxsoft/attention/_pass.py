@@ -21,7 +21,7 @@ from jaxtyping import Array
 from jaxsoft._numerics import accumulation_dtype
 from jaxsoft._trees import partition, replaced
 from jaxsoft.attention._spec import AttentionSpec, Inputs, Visibility
-from jaxsoft.attention._visibility import as_rows, cut_entries, over_pairs, positions, visible
+from jaxsoft.attention._visibility import any_of, as_rows, cut_entries, over_pairs, positions, visible
 from jaxsoft.rows import Tile
 from jaxsoft.rows.inner import block_sums, capped
 
@@ -96,27 +96,18 @@ def _at(tree: Any, i) -> Any:
     return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, 0, keepdims=False), tree)
 
 
-@jax.custom_batching.custom_vmap
-def _any(keep: Array) -> Array:
-    """Whether any entry is True; under `vmap`, any entry of any element of the mapped axis.
-
-    A pair of blocks is thus treated alike for all elements, and `lax.switch` stays a branch. With an answer per
-    element, `vmap` would compute all branches and select, by operations that cannot be transposed.
-    """
-    return jnp.any(keep)
-
-
-@_any.def_vmap
-def _any_of_all(axis_size: int, in_batched: list, keep: Array) -> tuple[Array, bool]:
-    del axis_size, in_batched
-    return _any(keep), False
-
-
 def _by_visibility(
     spec: AttentionSpec, masks: Visibility, pair: Array, skip: Callable, work: Callable, *operands
 ) -> Any:
-    """`skip(*operands)` if a pair has no visible entry, else `work(keep, *operands)`, keep None if none is hidden."""
+    """`skip(*operands)` if a pair has no visible or needed entry, else `work(keep, *operands)`.
+
+    `keep` is None if no entry is hidden.
+    """
     i, j, hidden = pair
+    if masks.needed is not None:
+        rest = masks._replace(needed=None)
+        needed = functools.partial(_by_visibility, spec, rest, pair, skip, work)
+        return lax.cond(masks.needed[i, j], needed, skip, *operands)
     if spec.mask_fn is None and all(m is None for m in masks):
         if not spec.pairs()[:, 2].any():
             return work(None, *operands)
@@ -128,7 +119,8 @@ def _by_visibility(
             return masked(*operands)
         return lax.cond(hidden == 1, masked, functools.partial(work, None), *operands)
     keep = visible(spec, masks, i, j)
-    kind = jnp.where(~_any(~keep), 1, jnp.where(_any(keep), 2, 0))
+    some, none_hidden = any_of(keep.reshape(-1)), ~any_of(~keep.reshape(-1))
+    kind = jnp.where(none_hidden, 1, jnp.where(some, 2, 0))
     branches = [skip, functools.partial(work, None), functools.partial(work, keep)]
     return lax.switch(kind, branches, *operands)
 

@@ -26,6 +26,7 @@ from jaxsoft.kernels.inner import (
     evenly,
     likely,
     measured_sizes,
+    unlogged,
 )
 
 # On a CPU: the approximate number of scores per pair of blocks, which bounds the temporary memory; the widest blocks.
@@ -43,23 +44,31 @@ def run(
 
     `refused` says why other implementations do not run the pass.
     """
-
-    def refusal(backend, kernel: Kernel) -> str | None:
-        return _sweeps.refusal(backend, kernel, spec, functions, inputs, masks, args)
-
-    kernel = choose(
-        "reductions of the rows of an attention",
-        spec.implementation,
-        work_of(spec, inputs.query),
-        refusal,
-        refused,
-    )
+    kernel = _choose(spec, functions, inputs, masks, args, refused)
     cut = spec if kernel is not None else for_xla(spec)
+    if kernel is not None or cut != spec:
+        masks = masks._replace(needed=None)  # which kernels do not read, and which does not fit other blocks
     if cut == spec:
         return _run(spec, functions, kernel, inputs, masks, args)
     # The blocks are those of a kernel, which was likely to run but does not.
     states = _run(cut, functions, None, *recut(spec, cut, inputs, masks, args))
     return jax.tree.map(functools.partial(recut_rows, cut, spec), states)
+
+
+def _choose(
+    spec: AttentionSpec, functions: tuple, inputs: Inputs, masks: Visibility, args: list, refused: dict | None
+) -> Kernel | None:
+    def refusal(backend, kernel: Kernel) -> str | None:
+        return _sweeps.refusal(backend, kernel, spec, functions, inputs, masks, args)
+
+    work = work_of(spec, inputs.query)
+    return choose("reductions of the rows of an attention", spec.implementation, work, refusal, refused)
+
+
+def kernel_of(spec: AttentionSpec, functions: tuple, inputs: Inputs, masks: Visibility) -> Kernel | None:
+    """The kernel that would run reductions without arrays; None for XLA."""
+    with unlogged():
+        return _choose(spec, functions, inputs, masks, [()] * len(functions), None)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

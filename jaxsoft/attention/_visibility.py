@@ -23,6 +23,22 @@ def over_pairs(spec: AttentionSpec, body: Callable, carry: Any) -> Any:
     return lax.scan(lambda carry, pair: (body(carry, pair), None), carry, jnp.asarray(pairs))[0]
 
 
+@jax.custom_batching.custom_vmap
+def any_of(keep: Array) -> Array:
+    """Whether any entry along the first axis is True; under `vmap`, any entry of any element of the mapped axis.
+
+    A pair of blocks is thus treated alike for all elements, and `lax.switch` stays a branch. With an answer per
+    element, `vmap` would compute all branches and select, by operations that cannot be transposed.
+    """
+    return jnp.any(keep, axis=0)
+
+
+@any_of.def_vmap
+def _any_of_all(axis_size: int, in_batched: list, keep: Array) -> tuple[Array, bool]:
+    del axis_size, in_batched
+    return any_of(jnp.any(keep, axis=0)), False
+
+
 def positions(spec: AttentionSpec, masks: Visibility, i, j) -> tuple[Array, Array]:
     """Positions of a block's queries, `[bq, 1]`, and keys, `[1, bk]`; five axes if offsets vary over the batch."""
     q = jnp.arange(spec.bq, dtype=jnp.int32)[:, None] + i * spec.bq
