@@ -139,6 +139,7 @@ def finished_states(
     spec: AttentionSpec, functions: tuple, inputs: Inputs, masks: Visibility, args: list
 ) -> list:
     """The states after all pairs of blocks, without derivatives."""
+    masks, needed = masks._replace(needed=None), masks.needed
 
     def body(states, pair):
         i, j, _ = pair
@@ -154,7 +155,7 @@ def finished_states(
         new = _by_visibility(spec, masks, pair, skip, work, _at(states, i))
         return jax.tree.map(lambda a, b: lax.dynamic_update_index_in_dim(a, b, i, 0), states, new)
 
-    return over_pairs(spec, body, empty_states(spec, functions, inputs, args))
+    return over_pairs(spec, body, empty_states(spec, functions, inputs, args), needed)
 
 
 def tangents(spec: AttentionSpec, functions: tuple, states, masks: Visibility, operands, given) -> list:

@@ -19,37 +19,43 @@ _GROUPS = 64
 _LEVELS = 3
 
 
-def _insert(levels: tuple[Array, ...], x: Array) -> tuple[Array, ...]:
+def _insert(levels: list[Array], x: Array) -> list[Array]:
     """The largest entries per group, in decreasing order, after one more entry per group."""
     kept = []
     for level in levels:
         stays = level > x  # unlike `maximum` and `minimum`, which take care of NaN, two cheap instructions
         kept.append(jnp.where(stays, level, x))
         x = jnp.where(stays, x, level)
-    return tuple(kept)
+    return kept
 
 
-def _init(like: Array) -> tuple[Array, ...]:
-    empty = jnp.broadcast_to(jnp.full_like(like, -jnp.inf)[..., None], (*like.shape, _GROUPS))
-    return (empty,) * _LEVELS
+# The state is a single array, `[*rows, levels, groups]`: XLA would copy arrays that depend on each other in each step.
 
 
-def _update(levels: tuple[Array, ...], tile: Tile) -> tuple[Array, ...]:
-    x = tile.scores
+def _init(like: Array) -> Array:
+    return jnp.broadcast_to(jnp.full_like(like, -jnp.inf)[..., None, None], (*like.shape, _LEVELS, _GROUPS))
+
+
+def _levels(state: Array) -> list[Array]:
+    return [state[..., i, :] for i in range(_LEVELS)]
+
+
+def _update(state: Array, tile: Tile) -> Array:
+    x, levels = tile.scores, _levels(state)
     missing = -x.shape[-1] % _GROUPS
     if missing:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)], constant_values=-jnp.inf)
     for start in range(0, x.shape[-1], _GROUPS):
         levels = _insert(levels, x[..., start : start + _GROUPS])
-    return levels
+    return jnp.stack(levels, axis=-2)
 
 
-def _merge(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
-    return functools.reduce(_insert, b, a)
+def _merge(a: Array, b: Array) -> Array:
+    return jnp.stack(functools.reduce(_insert, _levels(b), _levels(a)), axis=-2)
 
 
-def _finalize(levels: tuple[Array, ...]) -> tuple[Array, Array]:
-    return jnp.concatenate(levels, axis=-1), jnp.max(levels[-1], axis=-1)
+def _finalize(state: Array) -> tuple[Array, Array]:
+    return state.reshape(*state.shape[:-2], _LEVELS * _GROUPS), jnp.max(state[..., -1, :], axis=-1)
 
 
 LARGEST = RowReduction(_init, _update, _merge, _finalize)

@@ -15,11 +15,18 @@ from jaxsoft._numerics import accumulation_dtype
 from jaxsoft.attention._spec import AttentionSpec, Inputs, Visibility
 
 
-def over_pairs(spec: AttentionSpec, body: Callable, carry: Any) -> Any:
-    """Folds `body(carry, pair)` over the pairs of blocks."""
+def over_pairs(spec: AttentionSpec, body: Callable, carry: Any, needed: Array | None = None) -> Any:
+    """Folds `body(carry, pair)` over the pairs of blocks, those where `needed` (`[nq, nk]`) is True.
+
+    With `needed`, the number of steps is known only at run time: JAX does not transpose this loop.
+    """
     pairs = spec.pairs()
     if not len(pairs):  # perhaps without queries or keys, of which no block can be cut
         return carry
+    if needed is not None:
+        wanted = needed[pairs[:, 0], pairs[:, 1]]
+        first = jnp.asarray(pairs)[jnp.argsort(~wanted, stable=True)]
+        return lax.fori_loop(0, jnp.sum(wanted), lambda n, carry: body(carry, first[n]), carry)
     return lax.scan(lambda carry, pair: (body(carry, pair), None), carry, jnp.asarray(pairs))[0]
 
 
