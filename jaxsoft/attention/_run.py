@@ -83,7 +83,8 @@ def _run(
     inputs, masks, args = align_varying((inputs, masks, args))
     if kernel is not None:
         return _sweeps.run(kernel, spec, functions, inputs, masks, args)
-    states = finished_states(spec, functions, *lax.stop_gradient((inputs, masks, args)))
+    states, needed = finished_states(spec, functions, *lax.stop_gradient((inputs, masks, args)))
+    masks = masks._replace(needed=needed)
     return attach(functools.partial(tangents, spec, functions), None, states, masks, (inputs, args))
 
 

@@ -92,7 +92,11 @@ def weighted_values(normalizer: Normalizer, width: int) -> RowReduction:
         own = [] if statistics is None else shares(statistics, state.statistics, tile, params)
         return [*own, *add(state.statistics, tile, params)]
 
-    return RowReduction(init, update, merge, finalize, share=share)
+    def support(tile, params):
+        return normalizer.support(changed(normalizer.before, tile, params), params)
+
+    known = None if normalizer.support is None else support
+    return RowReduction(init, update, merge, finalize, share=share, support=known)
 
 
 def _moved(normalizer: Normalizer, state: WeightedState, new: Any, params: Any) -> tuple:

@@ -43,6 +43,9 @@ class Normalizer(NamedTuple):
       before: `(tile, params) -> tile`, applied in turn to the scores (a temperature, a perturbation, a selection).
       params: a dict of arrays `[*rows]`; differentiable where floating.
       size: the number of terms.
+      support: `(tile, params) -> [*rows, block]` booleans after `before`, True for a NaN: an entry outside has no term
+        and adds nothing to the statistics (nor do its derivatives). Attention then leaves out blocks of keys in which
+        no query has a supported entry. None: every entry is.
       within: `[*rows, blocks]` booleans for the blocks of a `Survey`, False where no entry of a row's block has a term
         or adds to the statistics (nor do their derivatives): such blocks need not be read. None: all may.
     """
@@ -54,6 +57,7 @@ class Normalizer(NamedTuple):
     before: tuple[Callable[[Tile, Params], Tile], ...] = ()
     params: Any = {}  # noqa: RUF012 (never changed in place)
     size: int = 1
+    support: Callable[[Tile, Params], Array] | None = None
     within: Any = None
 
     def preceded_by(self, function: Callable[[Tile, Params], Tile], **params) -> Normalizer:

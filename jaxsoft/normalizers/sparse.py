@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 from jaxsoft import _checks
 from jaxsoft._numerics import expm1_over, log1p_ratio, safe_divide
 from jaxsoft._roots import differentiable, search
-from jaxsoft.normalizers._exponential import SOFTMAX
+from jaxsoft.normalizers._exponential import SOFTMAX, is_left
 from jaxsoft.normalizers._normalizer import DenseRows, Survey, defined_by, normalize, survey
 from jaxsoft.normalizers.rectified import divided_by_sum, positive_power
 from jaxsoft.rows import RowReduction, reductions
@@ -34,7 +34,8 @@ def _selected(tile, params):
 def _sparse_softmax(rows, *, k=10):
     best = rows.detached().reduce(reductions.top_k(k))
     # The bound of a row with fewer than k entries is -inf: all its entries are selected.
-    return SOFTMAX.preceded_by(_selected, bound=best.values[..., -1], last=best.indices[..., -1])
+    selected = SOFTMAX.preceded_by(_selected, bound=best.values[..., -1], last=best.indices[..., -1])
+    return selected._replace(support=is_left)
 
 
 @defined_by(_sparse_softmax)
