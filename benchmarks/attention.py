@@ -52,9 +52,29 @@ def contestants(names: list[str], causal: bool) -> dict:
     return functions
 
 
-def measure(length: int, heads: int, dim: int, causal: bool, names: list[str], repeats: int) -> list[dict]:
+CLUSTER = 512
+
+
+def inputs(length: int, heads: int, dim: int, clustered: bool) -> list:
+    """Normal queries, keys, values and weights; clustered: each query scores high with `CLUSTER` keys around it only.
+
+    The clusters are as long as a block of queries on a CPU: with ten of them, nine tenths of the pairs of blocks hold
+    no weight of `sparsemax` or `entmax15`.
+    """
+    *keys, last = jax.random.split(jax.random.key(0), 5)
+    query, key, value, weights = (jax.random.normal(k, (1, length, heads, dim)) for k in keys)
+    if clustered:
+        directions = jax.random.normal(last, (-(-length // CLUSTER), heads, dim))
+        directions /= jnp.linalg.norm(directions, axis=-1, keepdims=True)
+        centres = 2 * dim**0.5 * jnp.repeat(directions, CLUSTER, axis=0)[:length]
+        query, key = query + centres, key + centres
+    return [query, key, value, weights]
+
+
+def measure(length: int, heads: int, dim: int, kind: str, names: list[str], repeats: int) -> list[dict]:
     """Measures time and temporary memory of all contestants at one length."""
-    arrays = [jax.random.normal(k, (1, length, heads, dim)) for k in jax.random.split(jax.random.key(0), 4)]
+    causal = kind == "causal"
+    arrays = inputs(length, heads, dim, kind == "clustered")
     compiled = {}
     for name, f in contestants(names, causal).items():
 
@@ -102,9 +122,16 @@ def main() -> None:
     console = Console(width=120)
     runs = []
     some = ["softmax", "softpick"]
-    for length, causal, names in ((4096, False, list(NORMALIZERS)), (4096, True, some), (8192, True, some)):
-        rows = measure(length, args.heads, args.dim, causal, names, args.repeats)
-        kind = "causal" if causal else "full"
+    sparse = ["softmax", "sparsemax", "entmax15"]
+    cases = (
+        (4096, "full", list(NORMALIZERS)),
+        (4096, "causal", some),
+        (8192, "causal", some),
+        (2048, "causal", sparse),
+        (10 * CLUSTER, "clustered", sparse),
+    )
+    for length, kind, names in cases:
+        rows = measure(length, args.heads, args.dim, kind, names, args.repeats)
         table = Table(title=f"{kind}, T={length}, {args.heads} heads of {args.dim}, float32")
         parts = ("forward ms", "ratio", "to softmax", "fwd + bwd ms", "ratio", "to softmax")
         for title in ("", *parts, "MB", "memory"):
@@ -122,7 +149,9 @@ def main() -> None:
                 f"1/{1 / memory['memory_ratio']:.0f}",
             )
         console.print(table)
-        runs.append(dict(length=length, causal=causal, heads=args.heads, dim=args.dim, rows=rows))
+        runs.append(
+            dict(length=length, kind=kind, causal=kind == "causal", heads=args.heads, dim=args.dim, rows=rows)
+        )
     machine.save(args.out, {"runs": runs})
 
 

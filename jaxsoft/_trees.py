@@ -105,10 +105,10 @@ def varying_axes(tree: Any) -> frozenset:
     return frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in jax.tree.leaves(tree)))
 
 
-def largest(a: Array) -> Array:
-    """The largest entry, 0 without entries; inside shard_map, on all devices."""
-    here, axes = jnp.max(a, initial=0), tuple(sorted(varying_axes(a)))
-    return lax.pmax(here, axes) if axes else here
+def anywhere(a: Array) -> Array:
+    """Whether any entry is True; inside shard_map, on any device."""
+    axes = tuple(sorted(varying_axes(a)))
+    return lax.pmax(jnp.any(a).astype(jnp.int32), axes) > 0 if axes else jnp.any(a)
 
 
 def as_varying(tree: Any, axes: Iterable[str]) -> Any:

@@ -265,6 +265,8 @@ def dot_product_attention(
         fused = "the keys lie on several devices"
     if not isinstance(fused, str):
         return fused.reshape(shape)
+    if last.within is not None and len(passes) == 1:
+        rows = rows.narrowed(last.within)
     states = rows.run(passes, {"cudnn": fused})
     out = to_user(rows.spec, passes[0].finalize(states[0], last.params), shape).astype(query.dtype)
     if not (return_residual or return_statistics):

@@ -21,15 +21,19 @@ from jaxtyping import Array
 from jaxsoft._numerics import accumulation_dtype
 from jaxsoft._trees import partition, replaced
 from jaxsoft.attention._spec import AttentionSpec, Inputs, Visibility
-from jaxsoft.attention._visibility import as_rows, cut_entries, over_pairs, positions, visible
+from jaxsoft.attention._visibility import any_of, as_rows, cut_entries, over_pairs, positions, visible
 from jaxsoft.rows import Tile
 from jaxsoft.rows.inner import block_sums, capped
 
 
-def _scores(spec: AttentionSpec, block: Inputs, masks: Visibility, i, j) -> Array:
-    """The scores of a pair of blocks, `[B, K, R, bk]`."""
+def _raw(spec: AttentionSpec, block: Inputs) -> Array:
+    """The products of the queries and keys of a pair of blocks, `[B, K, R, bk]`."""
     dtype = accumulation_dtype(block.query.dtype, block.key.dtype)
-    x = _product("bkrh,bksh->bkrs", block.query, block.key, spec.precision, dtype)
+    return _product("bkrh,bksh->bkrs", block.query, block.key, spec.precision, dtype)
+
+
+def _scores(spec: AttentionSpec, x: Array, block: Inputs, masks: Visibility, i, j) -> Array:
+    """The scores of a pair of blocks, of its products x."""
     bias = distance = None
     if block.bias is not None:
         bias = as_rows(spec, block.bias)
@@ -79,8 +83,8 @@ def _cut(inputs: Inputs, spec: AttentionSpec, i, j) -> Inputs:
     )
 
 
-def _tile(spec: AttentionSpec, block: Inputs, masks: Visibility, keep: Array | None, i, j) -> Tile:
-    scores = _scores(spec, block, masks, i, j)
+def _tile(spec: AttentionSpec, x: Array, block: Inputs, masks: Visibility, keep: Array | None, i, j) -> Tile:
+    scores = _scores(spec, x, block, masks, i, j)
     if keep is not None:
         scores = jnp.where(as_rows(spec, keep), scores, -jnp.inf)
     cols = jnp.arange(spec.bk, dtype=jnp.int32) + (j * spec.bk + spec.key_offset)
@@ -96,27 +100,18 @@ def _at(tree: Any, i) -> Any:
     return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, 0, keepdims=False), tree)
 
 
-@jax.custom_batching.custom_vmap
-def _any(keep: Array) -> Array:
-    """Whether any entry is True; under `vmap`, any entry of any element of the mapped axis.
-
-    A pair of blocks is thus treated alike for all elements, and `lax.switch` stays a branch. With an answer per
-    element, `vmap` would compute all branches and select, by operations that cannot be transposed.
-    """
-    return jnp.any(keep)
-
-
-@_any.def_vmap
-def _any_of_all(axis_size: int, in_batched: list, keep: Array) -> tuple[Array, bool]:
-    del axis_size, in_batched
-    return _any(keep), False
-
-
 def _by_visibility(
     spec: AttentionSpec, masks: Visibility, pair: Array, skip: Callable, work: Callable, *operands
 ) -> Any:
-    """`skip(*operands)` if a pair has no visible entry, else `work(keep, *operands)`, keep None if none is hidden."""
+    """`skip(*operands)` if a pair has no visible or needed entry, else `work(keep, *operands)`.
+
+    `keep` is None if no entry is hidden.
+    """
     i, j, hidden = pair
+    if masks.needed is not None:
+        rest = masks._replace(needed=None)
+        needed = functools.partial(_by_visibility, spec, rest, pair, skip, work)
+        return lax.cond(masks.needed[i, j], needed, skip, *operands)
     if spec.mask_fn is None and all(m is None for m in masks):
         if not spec.pairs()[:, 2].any():
             return work(None, *operands)
@@ -128,7 +123,8 @@ def _by_visibility(
             return masked(*operands)
         return lax.cond(hidden == 1, masked, functools.partial(work, None), *operands)
     keep = visible(spec, masks, i, j)
-    kind = jnp.where(~_any(~keep), 1, jnp.where(_any(keep), 2, 0))
+    some, none_hidden = any_of(keep.reshape(-1)), ~any_of(~keep.reshape(-1))
+    kind = jnp.where(none_hidden, 1, jnp.where(some, 2, 0))
     branches = [skip, functools.partial(work, None), functools.partial(work, keep)]
     return lax.switch(kind, branches, *operands)
 
@@ -145,24 +141,81 @@ def empty_states(spec: AttentionSpec, functions: tuple, inputs: Inputs, args: li
 
 def finished_states(
     spec: AttentionSpec, functions: tuple, inputs: Inputs, masks: Visibility, args: list
-) -> list:
-    """The states after all pairs of blocks, without derivatives."""
+) -> tuple[list, Array | None]:
+    """The states after all pairs of blocks, without derivatives; and the pairs that they depend on, `[nq, nk]` or None.
+
+    Pairs are left out that `masks.needed` excludes, or in which no entry is supported (`RowReduction.support`).
+    """
+    masks, needed = masks._replace(needed=None), masks.needed
+    empty = empty_states(spec, functions, inputs, args)
+    must = _must_be_read(inputs)
+    if needed is None and all(r.support is not None for r in functions):
+        return _supported_states(spec, functions, inputs, masks, args, empty, must)
+    if needed is not None:
+        needed = needed | must
 
     def body(states, pair):
         i, j, _ = pair
         block, block_args = _cut(inputs, spec, i, j), _at(args, i)
 
         def work(keep, states):
-            tile = _tile(spec, block, masks, keep, i, j)
+            tile = _tile(spec, _raw(spec, block), block, masks, keep, i, j)
             return [r.update(s, tile, *a) for r, s, a in zip(functions, states, block_args)]
 
         def skip(states):
             return states
 
         new = _by_visibility(spec, masks, pair, skip, work, _at(states, i))
-        return jax.tree.map(lambda a, b: lax.dynamic_update_index_in_dim(a, b, i, 0), states, new)
+        return _with_block(states, new, i)
 
-    return over_pairs(spec, body, empty_states(spec, functions, inputs, args))
+    return over_pairs(spec, body, empty, needed), needed
+
+
+def _must_be_read(inputs: Inputs) -> Array:
+    """`[nk]`, True for key blocks with a value that is not finite, which shows even if its weight is 0."""
+    if inputs.value is None:
+        return jnp.zeros(inputs.key.shape[0], bool)
+    finite = jnp.all(jnp.isfinite(inputs.value), axis=(2, 3, 4))
+    return any_of(~finite.T)
+
+
+def _with_block(states: Any, block: Any, i) -> Any:
+    return jax.tree.map(lambda a, b: lax.dynamic_update_index_in_dim(a, b, i, 0), states, block)
+
+
+def _supported_states(spec: AttentionSpec, functions, inputs, masks, args, empty, must) -> tuple[list, Array]:
+    """`finished_states` of reductions with a support: a pair's scores decide whether it is left out."""
+
+    def body(carry, pair):
+        states, read = carry
+        i, j, _ = pair
+        block, block_args = _cut(inputs, spec, i, j), _at(args, i)
+
+        def work(keep, states):
+            x = _raw(spec, block)
+
+            def some(rows):
+                tile = _tile(spec, x, block, masks, keep, i, j)
+                each = [r.support(tile, *a)[..., rows, :] for r, a in zip(functions, block_args)]
+                return any_of(functools.reduce(jnp.logical_or, each).reshape(-1))
+
+            def update(states):
+                tile = _tile(spec, x, block, masks, keep, i, j)
+                return [r.update(s, tile, *a) for r, s, a in zip(functions, states, block_args)]
+
+            # In most pairs that count, a few rows show it.
+            known = some(slice(8)) | must[j]
+            counts = lax.cond(known, lambda: True, lambda: some(slice(None)))
+            return lax.cond(counts, update, lambda states: states, states), counts
+
+        def skip(states):
+            return states, jnp.zeros_like(must[j])
+
+        new, counts = _by_visibility(spec, masks, pair, skip, work, _at(states, i))
+        return _with_block(states, new, i), read.at[i, j].set(counts)
+
+    read = jnp.broadcast_to(jnp.zeros_like(must), (spec.nq, spec.nk))
+    return over_pairs(spec, body, (empty, read))
 
 
 def tangents(spec: AttentionSpec, functions: tuple, states, masks: Visibility, operands, given) -> list:
@@ -197,7 +250,7 @@ def tangents(spec: AttentionSpec, functions: tuple, states, masks: Visibility, o
 
         def sums(keep, active_leaves):
             block, block_args = block_treedef.unflatten(replaced(block_leaves, active, active_leaves))
-            tile = _tile(spec, block, masks, keep, i, j)
+            tile = _tile(spec, _raw(spec, block), block, masks, keep, i, j)
             return block_sums(functions, state, [tile] * len(functions), block_args)
 
         def work(keep, block_tangents):

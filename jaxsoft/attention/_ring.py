@@ -30,13 +30,27 @@ from jaxsoft.attention._run import choose_kernel, for_xla
 from jaxsoft.attention._spec import AttentionSpec, Inputs, Visibility
 from jaxsoft.attention._visibility import without_hidden_keys
 from jaxsoft.kernels.inner import Kernel, attach
+from jaxsoft.normalizers.inner import Survey
 from jaxsoft.rows import RowReduction, reductions
 from jaxsoft.rows.inner import check_axis_name, joined
 
 
+class _SeveralDevices(AttentionRows):
+    """What rows over keys of several devices share."""
+
+    def count(self) -> Array:
+        """The number of visible keys per query, on all devices."""
+        return self.reduce(reductions.count()).astype(self.dtype)
+
+    def survey(self) -> Survey:
+        """What one pass tells about the rows: nothing about single blocks, which are read in every pass."""
+        top, count = self.reduce((reductions.maximum(), reductions.count()))
+        return Survey(count, top[..., None], top)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class JoinedRows(AttentionRows):
+class JoinedRows(_SeveralDevices):
     """Rows of scores of queries that all devices have, and of keys that are sharded over `axes`."""
 
     axes: tuple[str, ...] = dataclasses.field(default=(), metadata=dict(static=True))
@@ -47,14 +61,10 @@ class JoinedRows(AttentionRows):
         functions = [r._replace(args=()) for r in wanted]
         return joined(functions, states, self.axes, [r.args for r in wanted])
 
-    def count(self) -> Array:
-        """The number of visible keys per query, on all devices."""
-        return self.reduce(reductions.count()).astype(self.dtype)
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class RingRows(AttentionRows):
+class RingRows(_SeveralDevices):
     """Rows of scores of queries and keys that are sharded along their length, over the same `axes`.
 
     Every device has equally many queries and equally many keys, in the order of the devices. `inputs.bias` and
@@ -94,10 +104,6 @@ class RingRows(AttentionRows):
         bias = each("bias", self.inputs.bias, self.by_shard[0])
         entries = each("entries", self.masks.entries, self.by_shard[1])
         return inputs._replace(bias=bias), masks._replace(entries=entries), args
-
-    def count(self) -> Array:
-        """The number of visible keys per query, on all devices."""
-        return self.reduce(reductions.count()).astype(self.dtype)
 
     def row_number(self) -> Array:
         """Random numbers of rows are those of one device only."""
@@ -183,7 +189,7 @@ def _states(ring: _Ring, functions: tuple, kernel: Kernel | None, inputs, masks,
         here = ring.at(source, *_with_keys(inputs, masks, keys))
         if kernel is None:
             inputs_here = without_hidden_keys(ring.spec, *here)
-            new = finished_states(ring.spec, functions, inputs_here, here[1], args)
+            new, _ = finished_states(ring.spec, functions, inputs_here, here[1], args)
         else:
             new = _sweeps.finished_states(kernel, ring.spec, functions, *here, args)
         return [r.merge(s, n, *a) for r, s, n, a in zip(functions, total, new, args)]

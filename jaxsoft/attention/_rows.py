@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Self
 
 import jax
@@ -11,12 +12,13 @@ from jaxtyping import Array
 
 from jaxsoft._numerics import accumulation_dtype
 from jaxsoft.attention._blocks import recut, recut_rows, to_blocks
-from jaxsoft.attention._run import for_xla, run
+from jaxsoft.attention._run import for_xla, kernel_of, run
 from jaxsoft.attention._spec import AttentionSpec, Inputs, Visibility
-from jaxsoft.attention._visibility import count
+from jaxsoft.attention._survey import LARGEST, block_maxima
+from jaxsoft.attention._visibility import any_of, count
 from jaxsoft.normalizers import Normalizer
-from jaxsoft.normalizers.inner import after, per_row
-from jaxsoft.rows import RowReduction
+from jaxsoft.normalizers.inner import Survey, after, per_row
+from jaxsoft.rows import RowReduction, reductions
 from jaxsoft.rows.inner import is_reduction
 
 
@@ -55,6 +57,22 @@ class AttentionRows:
         leaves, treedef = jax.tree.flatten(wanted, is_leaf=is_reduction)
         states = self._without_values().run(leaves)
         return jax.tree.unflatten(treedef, [r.finalize(s, *r.args) for r, s in zip(leaves, states)])
+
+    def survey(self) -> Survey:
+        """What one pass tells about the rows; about blocks only where XLA runs it, in blocks of its own."""
+        spec, plain = self.spec, (reductions.maximum(), reductions.count())
+        if kernel_of(spec, plain, self._without_values().inputs, self.masks) or for_xla(spec) != spec:
+            top, count = self.reduce(plain)
+            return Survey(count, top[..., None], top)
+        in_blocks = block_maxima(spec.nk, spec.bk, spec.key_offset)
+        (largest, others), blocks = self.reduce((LARGEST, in_blocks))
+        return Survey(self.count(), largest, others, blocks)
+
+    def narrowed(self, within: Array) -> Self:
+        """The same rows, of which only the blocks have to be read where `within` is True (see `Survey.blocks`)."""
+        rows = jnp.moveaxis(within, (0, -1), (-2, -1))
+        needed = any_of(rows.reshape(math.prod(rows.shape[:-2]), *rows.shape[-2:]))
+        return dataclasses.replace(self, masks=self.masks._replace(needed=needed))
 
     def state(self, normalizer: Normalizer) -> Any:
         """The state of a normalizer's statistics, in one pass."""

@@ -27,6 +27,7 @@ from jaxsoft.kernels.inner import (
     evenly,
     likely,
     measured_sizes,
+    unlogged,
 )
 
 # On a CPU: the approximate number of scores per pair of blocks, which bounds the temporary memory; the widest blocks.
@@ -46,6 +47,8 @@ def run(
     """
     kernel = choose_kernel(spec, functions, inputs, masks, args, refused)
     cut = spec if kernel is not None else for_xla(spec)
+    if kernel is not None or cut != spec:
+        masks = masks._replace(needed=None)  # which kernels do not read, and which does not fit other blocks
     if cut == spec:
         return _run(spec, functions, kernel, inputs, masks, args)
     # The blocks are those of a kernel, which was likely to run but does not.
@@ -65,6 +68,12 @@ def choose_kernel(
     return choose(what, spec.implementation, work, refusal, refused)
 
 
+def kernel_of(spec: AttentionSpec, functions: tuple, inputs: Inputs, masks: Visibility) -> Kernel | None:
+    """The kernel that would run reductions without arrays; None for XLA."""
+    with unlogged():
+        return choose_kernel(spec, functions, inputs, masks, [()] * len(functions), None)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _run(
     spec: AttentionSpec,
@@ -78,7 +87,8 @@ def _run(
     if kernel is not None:
         return _sweeps.run(kernel, spec, functions, inputs, masks, args)
     inputs = without_hidden_keys(spec, inputs, masks)
-    states = finished_states(spec, functions, *lax.stop_gradient((inputs, masks, args)))
+    states, needed = finished_states(spec, functions, *lax.stop_gradient((inputs, masks, args)))
+    masks = masks._replace(needed=needed)
     return attach(functools.partial(tangents, spec, functions), None, states, masks, (inputs, args))
 
 

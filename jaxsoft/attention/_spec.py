@@ -116,6 +116,7 @@ class Visibility(NamedTuple):
       entries: `[B or 1, K or 1, G or 1, T or 1, S or 1]`, padded to whole blocks.
       offset: position of the first query, `[]` or `[B]`, if `AttentionSpec.offset` is None.
       key_offset: position of the first key, likewise.
+      needed: `[nq, nk]`, False for pairs of blocks that the pass need not read.
     """
 
     query_lengths: Any = None
@@ -125,6 +126,7 @@ class Visibility(NamedTuple):
     entries: Any = None
     offset: Any = None
     key_offset: Any = None
+    needed: Any = None
 
 
 class Inputs(NamedTuple):

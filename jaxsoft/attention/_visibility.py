@@ -15,12 +15,35 @@ from jaxsoft._numerics import accumulation_dtype
 from jaxsoft.attention._spec import AttentionSpec, Inputs, Visibility
 
 
-def over_pairs(spec: AttentionSpec, body: Callable, carry: Any) -> Any:
-    """Folds `body(carry, pair)` over the pairs of blocks."""
+def over_pairs(spec: AttentionSpec, body: Callable, carry: Any, needed: Array | None = None) -> Any:
+    """Folds `body(carry, pair)` over the pairs of blocks, those where `needed` (`[nq, nk]`) is True.
+
+    With `needed`, the number of steps is known only at run time: JAX does not transpose this loop.
+    """
     pairs = spec.pairs()
     if not len(pairs):  # perhaps without queries or keys, of which no block can be cut
         return carry
+    if needed is not None:
+        wanted = needed[pairs[:, 0], pairs[:, 1]]
+        first = jnp.asarray(pairs)[jnp.argsort(~wanted, stable=True)]
+        return lax.fori_loop(0, jnp.sum(wanted), lambda n, carry: body(carry, first[n]), carry)
     return lax.scan(lambda carry, pair: (body(carry, pair), None), carry, jnp.asarray(pairs))[0]
+
+
+@jax.custom_batching.custom_vmap
+def any_of(keep: Array) -> Array:
+    """Whether any entry along the first axis is True; under `vmap`, any entry of any element of the mapped axis.
+
+    A pair of blocks is thus treated alike for all elements, and `lax.switch` stays a branch. With an answer per
+    element, `vmap` would compute all branches and select, by operations that cannot be transposed.
+    """
+    return jnp.any(keep, axis=0)
+
+
+@any_of.def_vmap
+def _any_of_all(axis_size: int, in_batched: list, keep: Array) -> tuple[Array, bool]:
+    del axis_size, in_batched
+    return any_of(jnp.any(keep, axis=0)), False
 
 
 def positions(spec: AttentionSpec, masks: Visibility, i, j) -> tuple[Array, Array]:

@@ -92,7 +92,15 @@ def weighted_values(normalizer: Normalizer, width: int) -> RowReduction:
         own = [] if statistics is None else shares(statistics, state.statistics, tile, params)
         return [*own, *add(state.statistics, tile, params)]
 
-    return RowReduction(init, update, merge, finalize, share=share)
+    reduction = RowReduction(init, update, merge, finalize, share=share)
+    known = normalizer.support
+    if known is None:
+        return reduction
+
+    def support(tile, params):
+        return known(changed(normalizer.before, tile, params), params)
+
+    return reduction._replace(support=support)
 
 
 def _moved(normalizer: Normalizer, state: WeightedState, new: Any, params: Any) -> tuple:

@@ -104,6 +104,12 @@ def times_scale(tile: Tile, params: Params) -> Tile:
     return tile.with_values(tile.x * params["scale"][..., None])
 
 
+def is_left(tile: Tile, params: Params) -> Array:
+    """`Normalizer.support` for functions in `before` that make entries absent."""
+    del params
+    return tile.keep
+
+
 def is_exponential(normalizer: Normalizer) -> bool:
     """Whether the denominator can take a sink."""
     return normalizer.coefficients is coefficient

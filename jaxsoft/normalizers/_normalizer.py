@@ -43,6 +43,11 @@ class Normalizer(NamedTuple):
       before: `(tile, params) -> tile`, applied in turn to the scores (a temperature, a perturbation, a selection).
       params: a dict of arrays `[*rows]`; differentiable where floating.
       size: the number of terms.
+      support: `(tile, params) -> [*rows, block]` booleans after `before`, True for a NaN: an entry outside has no term
+        and adds nothing to the statistics (nor do its derivatives). Attention then leaves out blocks of keys in which
+        no query has a supported entry. None: every entry is.
+      within: `[*rows, blocks]` booleans for the blocks of a `Survey`, False where no entry of a row's block has a term
+        or adds to the statistics (nor do their derivatives): such blocks need not be read. None: all may.
     """
 
     statistics: RowReduction | None
@@ -52,6 +57,8 @@ class Normalizer(NamedTuple):
     before: tuple[Callable[[Tile, Params], Tile], ...] = ()
     params: Any = {}  # noqa: RUF012 (never changed in place)
     size: int = 1
+    support: Callable[[Tile, Params], Array] | None = None
+    within: Any = None
 
     def preceded_by(self, function: Callable[[Tile, Params], Tile], **params) -> Normalizer:
         """The same weights for changed scores: `function` is applied before everything else."""
@@ -59,7 +66,32 @@ class Normalizer(NamedTuple):
 
     def functions(self) -> Normalizer:
         """The normalizer without its arrays: the hashable part, on which a compiled program depends."""
-        return self._replace(params=())
+        return self._replace(params=(), within=None)
+
+
+class Survey(NamedTuple):
+    """What one pass tells about rows, before a search for a threshold reads them again and again.
+
+    Attributes:
+      count: `[*rows]`, the number of present entries, or more: entries of -inf may be counted.
+      largest: `[*rows, k]`, entries of each row, its largest among them; -inf where there are fewer.
+      others: `[*rows]`, no other entry of the row is larger.
+      blocks: `[*rows, blocks]`, the largest entry of each block of columns, -inf for one without; None where the rows
+        are not read in blocks. `rows.narrowed` takes booleans of this shape.
+    """
+
+    count: Array
+    largest: Array
+    others: Array
+    blocks: Any = None
+
+
+def survey(rows: Any) -> Survey:
+    """The survey of rows of any kind: where they are not read in blocks, only the largest entry."""
+    if hasattr(rows, "survey"):
+        return rows.survey()
+    top, count = rows.reduce((reductions.maximum(), reductions.count()))
+    return Survey(count, top[..., None], top)
 
 
 # A definition is a function `define(rows, **options) -> Normalizer`. It may first ask for statistics of the rows

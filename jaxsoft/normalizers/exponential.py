@@ -432,7 +432,10 @@ def _newton_step(rows, top, target, log_beta) -> Array:
 def _log_beta(rows, lo, hi, top, target) -> tuple[Array, Array]:
     """The log of the beta between two bounds that gives a row this entropy, and the last step of the search."""
     tolerance = 8 * float(jnp.finfo(rows.dtype).eps)
-    improve = functools.partial(_newton, rows, top, target)
+
+    def improve(log_beta, unfinished):
+        return _newton(rows, top, target, log_beta)
+
     return search(improve, lo, hi, (2 * lo + hi) / 3, tolerance, _NEWTON_STEPS)
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxsoft import _checks
 from jaxsoft._numerics import exp_difference, safe_divide
-from jaxsoft.normalizers._exponential import SOFTMAX, gauged_sum, rescale
+from jaxsoft.normalizers._exponential import SOFTMAX, gauged_sum, is_left, rescale
 from jaxsoft.normalizers._normalizer import Normalizer, defined_by, normalize
 from jaxsoft.rows import RowReduction, Tile, reductions
 
@@ -287,11 +287,15 @@ def _is(power: Any, value: float) -> bool:
     return _checks.is_concrete_number(power) and float(power) == value
 
 
+def _is_positive(tile: Tile, params) -> Array:
+    return ~(tile.x <= 0)
+
+
 def _relu_weights(rows, *, power=1.0):
     power = _checks.static_number("power", power, above=0)
     n = rows.count()
     unit = safe_divide(jnp.ones_like(n), n)
-    return Normalizer(None, _relu_terms(power), _unit, params={"unit": unit})
+    return Normalizer(None, _relu_terms(power), _unit, params={"unit": unit}, support=_is_positive)
 
 
 @defined_by(_relu_weights)
@@ -394,6 +398,7 @@ def _reweighted_attention_weights(rows, *, scale, power=15.0, offset=None, eps=1
     }
     # eps is not added to the sum of powers, as small ones are far below it; the sum is relative to the largest power.
     weights = SOFTMAX.preceded_by(_log_excess, **params)
+    weights = weights._replace(support=is_left)
     return weights.preceded_by(_times_factor, factor=first.params["factor"])
 
 

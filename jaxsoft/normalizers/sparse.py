@@ -16,8 +16,8 @@ from jaxtyping import Array, Bool, Float
 from jaxsoft import _checks
 from jaxsoft._numerics import expm1_over, log1p_ratio, safe_divide
 from jaxsoft._roots import differentiable, search
-from jaxsoft.normalizers._exponential import SOFTMAX
-from jaxsoft.normalizers._normalizer import defined_by, normalize
+from jaxsoft.normalizers._exponential import SOFTMAX, is_left
+from jaxsoft.normalizers._normalizer import DenseRows, Survey, defined_by, normalize, survey
 from jaxsoft.normalizers.rectified import divided_by_sum, positive_power
 from jaxsoft.rows import RowReduction, reductions
 from jaxsoft.rows.inner import check_axis, check_dense, compiled
@@ -34,7 +34,8 @@ def _selected(tile, params):
 def _sparse_softmax(rows, *, k=10):
     best = rows.detached().reduce(reductions.top_k(k))
     # The bound of a row with fewer than k entries is -inf: all its entries are selected.
-    return SOFTMAX.preceded_by(_selected, bound=best.values[..., -1], last=best.indices[..., -1])
+    selected = SOFTMAX.preceded_by(_selected, bound=best.values[..., -1], last=best.indices[..., -1])
+    return selected._replace(support=is_left)
 
 
 @defined_by(_sparse_softmax)
@@ -93,6 +94,15 @@ def _select(condition: Any, a: Any, b: Any) -> Any:
 def is_near_softmax(slope: Array, exponent: float | None) -> Any:
     """Whether the threshold has the second form: a bool if alpha is static, else booleans of the slope's shape."""
     return slope < _NEAR if exponent is None else 1 / exponent < _NEAR
+
+
+def _is_supported(scores: Array, params, exponent: float | None) -> Array:
+    """Whether entries `[*rows, n]` have a weight, by the same operations as in `entmax_powers`; true for NaN."""
+    slope, top, t = (params[name][..., None] for name in ("slope", "top", "threshold"))
+    shifted = scores - top
+    near = is_near_softmax(slope, exponent)
+    u = _select(near, 1 + slope * jnp.maximum(shifted - t, -1e3), slope * shifted - t)
+    return ~(u <= 0)
 
 
 def entmax_powers(tile, params, exponent: float | None) -> tuple[Array, Array, Array]:
@@ -156,11 +166,16 @@ def define_entmax(rows, *, alpha: Any = 1.5):
     exponent = static_exponent(alpha)
     params = {"slope": rows.per_row("alpha", alpha) - 1}
     fixed = rows.detached()
-    top, n = fixed.reduce((reductions.maximum(), reductions.count()))
+    seen = survey(fixed)
+    top = jnp.max(seen.largest, axis=-1)
     params["top"] = jnp.where(jnp.isinf(top), 0, top)
-    root = lax.stop_gradient(_threshold(fixed, *lax.stop_gradient((params, n)), exponent))
+    root = lax.stop_gradient(_threshold(fixed, lax.stop_gradient(params), seen, exponent))
+    within = None
+    if seen.blocks is not None:
+        within = _is_supported(seen.blocks, {**params, "threshold": root}, exponent)
+        rows = rows.narrowed(within)
     params["threshold"] = differentiable(_newton_step(exponent), root, rows, params)
-    return _entmax_functions(exponent)[1]._replace(params=params)
+    return _entmax_functions(exponent)[1]._replace(params=params, within=within)
 
 
 def _newton(rows, params, threshold: Array, exponent: float | None) -> tuple[Array, Array]:
@@ -182,18 +197,35 @@ def _newton_step(exponent: float | None):
 
 
 @functools.partial(compiled, static_argnums=(3,))
-def _threshold(rows, params, n: Array, exponent: float | None) -> Array:
-    """The threshold for n entries per row, without derivatives."""
-    slope, top = params["slope"], params["top"]
+def _threshold(rows, params, seen: Survey, exponent: float | None) -> Array:
+    """The threshold of rows, without derivatives."""
+    slope, top, n = params["slope"], params["top"], seen.count
     near = is_near_softmax(slope, exponent)
     # After a step this small, the error is of the order of its square. (For alpha > 2 the steps may be shorter.)
-    eps = float(jnp.finfo(rows.dtype).eps)
+    eps = float(jnp.finfo(top.dtype).eps)
     tolerance = jnp.where(slope > 1, 2 * eps, 0.1 * eps**0.5)
     # The root for a single entry, and for n equal ones
     log_n = jnp.log(jnp.maximum(n, 1))
     lo = _select(near, jnp.zeros_like(top), -jnp.ones_like(top))
     hi = _select(near, expm1_over(log_n, -slope), -(safe_divide(jnp.ones_like(n), n) ** slope))
-    return search(lambda t: _newton(rows, params, t, exponent), lo, hi, lo, tolerance, _MOST_STEPS)[0]
+
+    def above(scores, t):
+        return _is_supported(scores, {**params, "threshold": t}, exponent)
+
+    def found(rows, start, finished=None, blocks=None):
+        def improve(t, unfinished):
+            read = rows if blocks is None else rows.narrowed(above(blocks, t) & unfinished[..., None])
+            return _newton(read, params, t, exponent)
+
+        return search(improve, lo, hi, start, tolerance, _MOST_STEPS, finished)[0]
+
+    if seen.blocks is None:
+        return found(rows, lo)
+    # The threshold of some entries is at most that of the row, and equals it if no other entry is above.
+    start = lo
+    for some in (seen.blocks, seen.largest):
+        start = found(DenseRows(some, None, some.ndim - 1), start)
+    return found(rows, start, ~above(seen.others[..., None], start)[..., 0], seen.blocks)
 
 
 @defined_by(define_entmax)

@@ -153,6 +153,9 @@ class RowReduction(NamedTuple):
       closed_form: `(reduction, logits, col_keep, row_keep) -> state` for logits that are affine in `hidden`, or
         None if streaming is better: computes a sum over columns outside the stream (its gradient then consists of
         low-rank matrix products). Optional, only an optimization.
+      support: `(tile, *args) -> [*rows, block]` booleans, True for a NaN; an entry outside adds nothing to the state,
+        and nor does its derivative. Attention leaves out blocks without a supported entry. Optional, only an
+        optimization.
       args: arrays with the rows' leading axes, `[*rows, ...]`, or trees of them.
       col_args: arrays with one leading axis over the columns, `[columns, ...]`.
       entry_args: arrays of the scores' shape, `[*rows, columns]`, or `linear_logits` of that shape, which are
@@ -182,6 +185,7 @@ class RowReduction(NamedTuple):
     neutral: Callable[[State], State] = _zero_state
     share: Callable[..., list[jax.Array]] | None = None
     closed_form: Callable[..., State | None] | None = None
+    support: Callable[..., jax.Array] | None = None
     args: tuple[Any, ...] = ()
     col_args: tuple[Any, ...] = ()
     entry_args: tuple[Any, ...] = ()
