@@ -507,7 +507,7 @@ def run_on_four_devices(code):
             "PYTHONPATH": os.pathsep.join(sys.path),
             "NPROC": "16",
         },
-        timeout=120,
+        timeout=400,
     )
     assert "passed" in result.stdout, result.stderr[-3000:]
 
