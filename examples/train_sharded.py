@@ -16,7 +16,7 @@ With `--single` the same training runs once more on one device, and the differen
   python examples/train_sharded.py --checkpoint runs/sharded --resume
 
 If a process ends early, the command ends the others and says so, within 10 seconds. Where no parent process watches
-(on several machines), JAX ends them itself, at the latest after the 30 seconds that `jax.distributed` is given.
+(on several machines), JAX itself ends the others about 30 seconds later, the heartbeat timeout it is given.
 """
 
 import argparse
