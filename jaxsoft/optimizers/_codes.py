@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 _DECADES = 7  # powers of ten of the dynamic map, from 1e-6 to 1
 PARTS = 8  # of a block, whose extremes are taken entry by entry before they are reduced
@@ -139,8 +142,23 @@ def layout_of(shape: tuple[int, ...], block_size: int) -> Layout:
     return Layout(lead, length, blocks, block_size if blocks > 1 else length, lead + merged)
 
 
+def _whole_rows(x: jax.Array, layout: Layout) -> jax.Array:
+    """The array with all of a row on one device, where Explicit mesh axes shard rows otherwise than between blocks."""
+    here = jax.typeof(x).sharding
+    lead = len(layout.lead)
+    axes = [axis for axis in here.spec[lead:] if axis is not None]
+    if not axes:
+        return x
+    even = layout.blocks * layout.width == layout.length
+    names = axes[0] if isinstance(axes[0], tuple) else (axes[0],)
+    devices = math.prod(here.mesh.shape[name] for name in names)
+    if x.ndim == lead + 1 and even and (layout.blocks == 1 or layout.blocks % devices == 0):
+        return x
+    return jax.reshard(x, NamedSharding(here.mesh, P(*here.spec[:lead])))
+
+
 def _in_blocks(x: jax.Array, layout: Layout) -> jax.Array:
-    rows = x.reshape((*layout.lead, layout.length))
+    rows = _whole_rows(x, layout).reshape((*layout.lead, layout.length))
     missing = layout.blocks * layout.width - layout.length
     if missing:
         rows = jnp.pad(rows, [(0, 0)] * len(layout.lead) + [(0, missing)])
@@ -165,7 +183,7 @@ def _extremes(x: jax.Array, layout: Layout, signed: bool) -> jax.Array:
     # A single block is reduced in its own shape, which the compiler splits among cores.
     one = not layout.lead and layout.blocks == 1
     blocks, axis = (x, None) if one else (_in_blocks(x, layout), -1)
-    if not one and layout.width % (8 * PARTS) == 0:
+    if not one and layout.width % (8 * PARTS) == 0 and jax.typeof(blocks).sharding.spec[-1] is None:
         # Elementwise operations reduce a block to an eighth. The computation of x fuses with them; on a CPU it does
         # not fuse with a reduction, and x would be stored.
         parts = jnp.split(blocks if signed else jnp.where(blocks < 0, 0, blocks), PARTS, axis=-1)

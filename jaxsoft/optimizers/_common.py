@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxsoft import _checks
 
@@ -51,6 +53,28 @@ def cast_like(tree: optax.Updates, like: optax.Updates) -> optax.Updates:
 def moments_like(params: optax.Params, dtype: Any = None) -> Any:
     """Zeros shaped (and sharded) like the parameters, in `dtype` or else in their `wide` dtype."""
     return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wide(p) if dtype is None else dtype), params)
+
+
+def whole(x: Any) -> jax.Array:
+    """An array on every device, where Explicit mesh axes shard it: for a sort, a decomposition, a flat view.
+
+    On Auto axes the compiler gathers by itself.
+    """
+    x = jnp.asarray(x)
+    here = jax.typeof(x).sharding
+    return jax.reshard(x, NamedSharding(here.mesh, P())) if any(here.spec) else x
+
+
+def placed_like(tree: Any, like: Any) -> Any:
+    """Every leaf placed as its partner of the same shape in `like`, where Explicit mesh axes shard that."""
+
+    def place(x, y):
+        wanted = jax.typeof(y).sharding
+        if x.shape != jnp.shape(y) or not any(wanted.spec) or jax.typeof(x).sharding == wanted:
+            return x
+        return jax.reshard(x, wanted)
+
+    return jax.tree.map(place, tree, like)
 
 
 def scalars_like(params: optax.Params) -> Any:

@@ -97,11 +97,12 @@ def _update_leaf(
     if rest:
         whole = _sweep(cut, piece, whole, full * cut.units, 1)
     u, new = jax.tree.map(lambda x, like: x.reshape(like.shape), whole, (g, moments))
+    u, new = _common.placed_like((u, new), (g, moments))
     return u, merge(new)
 
 
 def _flat(tree: Any) -> Any:
-    return jax.tree.map(lambda x: x.reshape(-1), tree)
+    return jax.tree.map(lambda x: _common.whole(x).reshape(-1), tree)
 
 
 class _Cut(NamedTuple):

@@ -46,7 +46,7 @@ def _sample(x: jax.Array, stride: int) -> jax.Array:
     if stride > 1:
         while math.gcd(stride, x.size) > 1:  # otherwise all entries might come from the same columns
             stride += 1
-    return jnp.ravel(x)[::stride]
+    return jnp.ravel(_common.whole(x))[::stride]
 
 
 def clip_by_quantile(

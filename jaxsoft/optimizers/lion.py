@@ -202,7 +202,8 @@ def kappa_nuclear(steps: int | None = None) -> Kappa:
     def gradient(x: jax.Array) -> jax.Array:
         if x.ndim < 2:
             return _unit(x)
-        return exact(x) if steps is None else newton_schulz(x)
+        matrices = _common.whole(x)
+        return _common.placed_like(exact(matrices) if steps is None else newton_schulz(matrices), x)
 
     return gradient
 

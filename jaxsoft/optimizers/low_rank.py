@@ -160,6 +160,9 @@ def scale_by_fira(
         S = (G - scale P R)_j phi_j                    limited to `gamma` times the norm of the last S
         direction = sqrt(1 - b2^t) / (1 - b1^t) (scale P psi + S)
 
+    On a mesh with Explicit axes, every device has the whole gradient of each matrix within the step, and the whole
+    projector and moments of it; updates and the other moments are placed as the parameters.
+
     The state has rank times (twice the longer side plus the shorter side) numbers, where Adam has twice the product
     of the sides, and yet the update has full rank. Leaves that are not matrices (with two axes, none of them empty)
     get plain Adam: reshape kernels with more axes, or leave them to it.
@@ -271,7 +274,7 @@ def scale_by_fira(
     def update(updates: optax.Updates, state: Any, params: Any = None, **extra: Any):
         del params, extra
         count = jnp.asarray(optax.safe_increment(state.count))
-        g = _common.widen(updates)
+        g = jax.tree.map(lambda g: _common.whole(g) if _is_matrix(g) else g, _common.widen(updates))
         projector = lax.cond(state.count % update_every == 0, refreshed, kept, g, state.projector)
         r = jax.tree.map(projected, g, projector)
         mu = moving_average(b1, state.mu, r)
@@ -279,7 +282,7 @@ def scale_by_fira(
 
         psi = jax.tree.map(lambda m, v: safe_divide(m, jnp.sqrt(v) + eps), mu, nu)
         both = jax.tree.map(full_rank, g, projector, r, psi, state.residual_norm)
-        u = jax.tree.map(lambda _, pair: pair[0], g, both)
+        u = _common.placed_like(jax.tree.map(lambda _, pair: pair[0], g, both), updates)
         residual_norm = jax.tree.map(lambda _, pair: pair[1], g, both)
         step = jnp.sqrt(bias_correction(b2, count)) / bias_correction(b1, count)
         u = _common.cast_like(jax.tree.map(lambda u: step * u, u), updates)

@@ -130,7 +130,7 @@ def optimistic_mirror_descent(
         if mirror == "euclidean":
             return jnp.sum((g - old) ** 2)
         # By index: the derivative of `max` compares again, and finds no entry if XLA rounds it otherwise there.
-        distance = jnp.abs(g - old).reshape(-1)
+        distance = _common.whole(jnp.abs(g - old)).reshape(-1)
         return distance[jnp.argmax(distance)] ** 2 if distance.size else jnp.zeros([], distance.dtype)
 
     def init(params: optax.Params) -> OptimisticMirrorDescentState:

@@ -342,7 +342,7 @@ def hill_alpha(weight: jax.Array, *, tile: tuple[int, int] | None = None, floor:
             raise ValueError(f"tile must fit into the matrix, got {tuple(tile)} for shape {weight.shape}")
         weight = weight[..., : rows * a, : columns * b].reshape(*weight.shape[:-2], rows, a, columns, b)
         weight = jnp.swapaxes(weight, -2, -3)
-    values = jnp.linalg.svd(weight.astype(_common.wide(weight)), compute_uv=False)
+    values = jnp.linalg.svd(_common.whole(weight).astype(_common.wide(weight)), compute_uv=False)
     values = jnp.sort(jnp.ravel(values * values))
     size = values.shape[0]
     valid = jnp.sum(values > floor)

@@ -105,7 +105,11 @@ def quantize_state(
     call inside `shard_map`). The updates overwrite the gradients if these are computed in the same jitted function;
     otherwise they are stored, 4 bytes per parameter.
 
-    Sharding: codes are sharded like the parameter. Scales have as many axes, so the same `PartitionSpec` fits unless it
+    Sharding: with Explicit mesh axes, codes are placed as the parameter, and scales too, except along the axes that
+    make up a row of blocks if the devices' parts of a row are not whole blocks: there scales are on every device, and
+    the moment as well within the step (with `chunk_size`, always). With Auto axes, place the state:
+
+    Codes are sharded like the parameter. Scales have as many axes, so the same `PartitionSpec` fits unless it
     splits the last axis within a block:
 
         optax.tree_map_params(tx, lambda x, s: jax.device_put(x, s) if x.ndim else x, state, shardings)

@@ -146,8 +146,9 @@ class _ShampooLeaf(NamedTuple):
         """The whitened gradient, with the length that grafting gives it."""
         if not (_is_matrix(left) or _is_matrix(right)):
             return _by_entry(g, v / correction)
-        u = matmul(left, g) if _is_matrix(left) else g
-        u = matmul(u, right) if _is_matrix(right) else u
+        u = _common.whole(g)
+        u = matmul(left, u) if _is_matrix(left) else u
+        u = _common.placed_like(matmul(u, right) if _is_matrix(right) else u, g)
         if self.grafting == "none":
             return u
         norm = _matrix_norm(u)
@@ -179,6 +180,9 @@ def scale_by_shampoo(
     independent of the scale of the gradients. With `b2` the matrices are corrected for their start at 0. The
     roots of `L + eps max(eigenvalue) I` are computed by eigendecompositions under `lax.cond`, in each of the first
     `precondition_every` steps, where the matrices change most, and then at the multiples of this number.
+
+    On a mesh with Explicit axes, every device has the whole gradient of each matrix within the step, and the
+    matrices L and R and their roots; updates, momentum and `v` are placed as the parameters.
 
     A leaf with fewer than two axes takes Adagrad's direction `g / sqrt(v)`, with `v` the sum (or corrected
     mean) of its squares, and 0 where `v` is 0. A matrix with one side longer than `max_dim` is whitened from the
@@ -264,11 +268,12 @@ def scale_by_shampoo(
         count = jnp.asarray(optax.safe_increment(state.count))
         correction = 1 if b2 is None else _common.bias_correction(b2, count)
         g = _common.widen(updates)
+        all_of_g = jax.tree.map(_common.whole, g)
         left = jax.tree.map(
-            lambda g, s: accumulate(s, matmul(g, g.mT)) if _is_matrix(s) else s, g, state.left
+            lambda g, s: accumulate(s, matmul(g, g.mT)) if _is_matrix(s) else s, all_of_g, state.left
         )
         right = jax.tree.map(
-            lambda g, s: accumulate(s, matmul(g.mT, g)) if _is_matrix(s) else s, g, state.right
+            lambda g, s: accumulate(s, matmul(g.mT, g)) if _is_matrix(s) else s, all_of_g, state.right
         )
         nu = jax.tree.map(lambda g, v: accumulate(v, g * g) if v.shape == g.shape else v, g, state.nu)
 
@@ -403,13 +408,11 @@ def scale_by_mfac(window: int = 32, damping: Scalar = 1e-3) -> optax.GradientTra
     _checks.number("damping", damping, above=0)
 
     def init(params: optax.Params) -> ScaleByMfacState:
-        def zeros(shape):
-            return jax.tree.map(lambda p: jnp.zeros(shape(p), _common.wide(p)), params)
-
         return ScaleByMfacState(
             count=jnp.zeros([], jnp.int32),
-            window=zeros(lambda p: (m, *jnp.shape(p))),
-            gram=zeros(lambda p: (m, m)),
+            # Copies of zeros like the parameter lie where it does.
+            window=jax.tree.map(lambda p: jnp.stack([p] * m), _common.moments_like(params)),
+            gram=jax.tree.map(lambda p: jnp.zeros((m, m), _common.wide(p)), params),
         )
 
     def update(updates: optax.Updates, state: Any, params: Any = None, **extra: Any):
@@ -419,7 +422,7 @@ def scale_by_mfac(window: int = 32, damping: Scalar = 1e-3) -> optax.GradientTra
         rows = jax.tree.map(lambda rows, g: lax.dynamic_update_index_in_dim(rows, g, k, 0), state.window, g)
 
         def products(gram, rows, g):
-            new = jnp.tensordot(rows, g, axes=g.ndim, precision="highest")
+            new = jnp.sum(rows * g, axis=tuple(range(1, rows.ndim)))
             return jnp.asarray(gram).at[k].set(new).at[:, k].set(new)
 
         gram = jax.tree.map(products, state.gram, rows, g)

@@ -5,8 +5,10 @@ import json
 import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -27,16 +29,23 @@ def train_lm():
     return _load("train_lm")
 
 
-def _run(name, *flags):
+def _environment(xla_flags=""):
     paths = [str(_ROOT), os.environ.get("PYTHONPATH", "")]
     # Equal initializers are compiled once for the three runs, and everything once for all runs of the tests.
     cache = {
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or "",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     }
-    env = {**os.environ, **cache, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "XLA_FLAGS": ""}
-    command = [sys.executable, "-W", "error", str(_ROOT / "examples" / f"{name}.py"), *map(str, flags)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    return {**os.environ, **cache, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "XLA_FLAGS": xla_flags}
+
+
+def _command(name, *flags):
+    return [sys.executable, "-W", "error", str(_ROOT / "examples" / f"{name}.py"), *map(str, flags)]
+
+
+def _run(name, *flags, **env):
+    command = _command(name, *flags)
+    return subprocess.run(command, env=_environment(**env), capture_output=True, text=True, timeout=600)
 
 
 one_run = pytest.mark.xdist_group("quick run of train_lm")  # in one process, which makes it once
@@ -119,6 +128,54 @@ def test_train_classifier(tmp_path):
         assert all(map(math.isfinite, metrics["nll"] + metrics["ece"]))
 
 
+sharded = pytest.mark.xdist_group("runs of train_sharded")
+SHARDED = "--steps=6", "--save-every=3", "--batch=4", "--length=32", "--vocab=512", "--width=32", "--layers=1"
+QUICKLY_COMPILED = {"xla_flags": "--xla_backend_optimization_level=0"}
+
+
+@pytest.fixture(scope="module")
+def sharded_run():
+    """A run of train_sharded on two processes of four devices, and the same on one device."""
+    done = _run("train_sharded", *SHARDED, "--single", **QUICKLY_COMPILED)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@sharded
+@pytest.mark.slow
+def test_train_sharded_reaches_the_loss_of_one_device(sharded_run):
+    shown = [line for line in sharded_run.splitlines() if line.startswith("8 devices") and " step " in line]
+    assert len(shown) == 6  # once, by process 0
+    first, last = (float(line.split()[-1]) for line in (shown[0], shown[-1]))
+    assert last < first - 0.1
+    (during, after) = re.search(r"differ by (\S+) at most .* by (\S+) after", sharded_run).groups()
+    assert float(during) < 1e-4 and float(after) < 1e-4
+
+
+@sharded
+@pytest.mark.slow
+def test_train_sharded_ends_when_a_process_is_killed_and_resumes_bit_equal(sharded_run, tmp_path):
+    flags = *SHARDED, "--checkpoint", tmp_path / "saved"
+    command = _command("train_sharded", *flags, "--kill-at", 5)
+    pipes = dict(
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment(**QUICKLY_COMPILED)
+    )
+    with subprocess.Popen(command, **pipes) as process:
+        for line in process.stdout:  # the last line is that of step 4
+            last, began = line, time.monotonic()
+        error = process.stderr.read()
+    assert "step   4/6" in last and time.monotonic() - began < 10
+    assert process.returncode == 1
+    assert error.splitlines()[-1] == (
+        "train_sharded.py: error: process 1 of 2, after step 4: was ended by SIGKILL; the others were ended, too"
+    )
+    done = _run("train_sharded", *flags, "--resume", **QUICKLY_COMPILED)
+    assert done.returncode == 0, done.stderr
+    assert "resumed after step 3" in done.stdout
+    results = [re.findall("8 devices +validation.*", out) for out in (done.stdout, sharded_run)]
+    assert len(results[0]) == 1 and results[0] == results[1]
+
+
 @pytest.mark.parametrize(
     "name, flags, words",
     [
@@ -133,9 +190,20 @@ def test_train_classifier(tmp_path):
         ("train_classifier", "--epochs 0", "--epochs: must be an integer from 1"),
         ("train_classifier", "--label-noise 2", "--label-noise: must be a number from 0"),
         ("train_classifier", "--loss hinge", "invalid choice: 'hinge'"),
+        (
+            "train_sharded",
+            "--mesh data",
+            "--mesh: must be names and sizes such as data=2,model=4, got 'data'",
+        ),
+        ("train_sharded", "--fsdp rows", "--fsdp: must be an axis of the mesh"),
+        ("train_sharded", "--sequence data", "--sequence: must be another axis than --data, got 'data'"),
+        ("train_sharded", "--length 30", "--length: must be divisible by the 4 devices along 'model'"),
+        ("train_sharded", "--processes 3", "--processes: must divide the devices"),
+        ("train_sharded", "--resume", "--resume: needs --checkpoint"),
     ],
 )
 def test_bad_flag_is_one_line(name, flags, words, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(_ROOT / "examples"))
     example = _load(name)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags.split()])
     with pytest.raises(SystemExit) as exit:

@@ -18,6 +18,8 @@ import optax
 import optimizers.families
 import pytest
 from helpers import compilations, descend, is_float, params_tree, temporary_bytes
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from jaxsoft import optimizers as o
 
@@ -491,6 +493,25 @@ def test_spike_is_bounded(name):
     assert deviation < CASES[name].spike * usual
 
 
+def run_on_four_devices(code):
+    """Runs a program that prints "passed" in a process of its own."""
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ
+        | {
+            "XLA_FLAGS": flags,
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "NPROC": "16",
+        },
+        timeout=400,
+    )
+    assert "passed" in result.stdout, result.stderr[-3000:]
+
+
 def test_sharded_parameters_keep_their_sharding_and_values():
     code = textwrap.dedent(
         """
@@ -531,16 +552,96 @@ def test_sharded_parameters_keep_their_sharding_and_values():
         print("passed")
         """
     )
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env=os.environ
-        | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)},
-        timeout=120,
+    run_on_four_devices(code)
+
+
+# The placement of one leaf per kind; 256 columns are a whole number of blocks of 8-bit codes on each device.
+LEAVES = {
+    "rows": ((4, 6), P("data", None)),
+    "columns": ((6, 4), P(None, "model")),
+    "both": ((4, 6), P("data", "model")),
+    "wide": ((4, 256), P(None, "model")),
+    "vector": ((8,), P("model")),
+}
+# Mechanisms of 8-bit codes and of decompositions that no case has.
+PLACED = {name: case.make for name, case in CASES.items()} | {
+    "quantize_state_blocks_on_devices": lambda: o.quantize_state(optax.trace(0.9), block_size=2, min_size=1),
+    "quantize_state_ragged_blocks": lambda: o.quantize_state(optax.trace(0.9), block_size=5, min_size=1),
+    "quantize_state_wide_blocks": lambda: o.quantize_state(optax.trace(0.9), block_size=64, min_size=1),
+    "lion_k_nuclear": lambda: o.lion_k(0.1, kappa="nuclear"),
+    "lion_k_newton_schulz": lambda: o.lion_k(0.1, kappa=o.kappa_nuclear(steps=2)),
+}
+
+
+@pytest.mark.parametrize("name", PLACED)
+def test_states_and_updates_lie_where_the_parameters_do_on_explicit_meshes(name):
+    """Explicit placements are part of the types: nothing needs to be compiled, and no device is needed."""
+    mesh = jax.sharding.AbstractMesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    params = {
+        leaf: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=jax.sharding.NamedSharding(mesh, spec))
+        for leaf, (shape, spec) in LEAVES.items()
+    }
+    tx = PLACED[name]()
+
+    def step(gradients, params):
+        state = tx.init(params)
+        return *tx.update(gradients, state, params), state
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        updates, new_state, state = jax.eval_shape(step, params, params)
+    for path, x in jax.tree_util.tree_leaves_with_path((updates, new_state, state)):
+        for leaf, (shape, spec) in LEAVES.items():
+            if f"'{leaf}'" in jax.tree_util.keystr(path) and x.shape == shape:
+                assert x.sharding.spec == spec, jax.tree_util.keystr(path)
+    specs = [[x.sharding.spec if x.ndim else P() for x in jax.tree.leaves(s)] for s in (state, new_state)]
+    assert specs[0] == specs[1]  # so that a loop can carry it
+
+
+def test_what_gathers_on_explicit_meshes_gives_the_numbers_of_one_device():
+    """Transformations that read a leaf as a whole (the others are entrywise, or sums, which JAX itself splits)."""
+    code = textwrap.dedent(
+        """
+        import jax, jax.numpy as jnp, numpy as np, optax
+        from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+        from jaxsoft import optimizers as o
+
+        mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+        specs = {"both": P("data", "model"), "columns": P(None, "model")}
+        shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+        draw = np.random.default_rng(0).standard_normal
+        params, *grads = (
+            {"both": jnp.float32(draw((4, 6))), "columns": jnp.float32(draw((6, 4)))} for _ in range(3)
+        )
+        on_mesh = jax.device_put((params, *grads), (shardings,) * 3)
+
+        for tx in (
+            o.clip_by_quantile(0.2), o.clip_by_quantile(0.2, per_leaf=False), o.fira(0.1, 2, update_every=2),
+            o.scale_by_shampoo(precondition_every=2), o.scale_by_mfac(window=2, damping=0.1),
+            o.optimistic_mirror_descent(0.1, mirror="entropy", adaptive=True), o.lion_k(0.1, kappa="nuclear"),
+            o.quantize_state(optax.trace(0.9), block_size=2, min_size=1),
+            o.quantize_state(optax.trace(0.9), block_size=5, min_size=1, chunk_size=10),
+        ):
+            @jax.jit
+            def steps(params, *grads):
+                state = tx.init(params)
+                for g in grads:
+                    updates, state = tx.update(g, state, params)
+                    params = optax.apply_updates(params, updates)
+                return params, updates, state
+
+            alone, placed = steps(params, *grads), steps(*on_mesh)
+            for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(placed), strict=True):
+                # Relative to the leaf, or to the parameters: updates may be differences of numbers of order 1.
+                atol = 1e-6 * max(1, np.max(np.abs(a)))
+                np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=0, atol=atol)
+            for name in specs:
+                assert placed[0][name].sharding == placed[1][name].sharding == shardings[name]
+        updates, _ = o.fira(0.1, 2).update(on_mesh[1], o.fira(0.1, 2).init(on_mesh[0]), on_mesh[0])
+        assert updates["both"].sharding == shardings["both"]  # without jit, too
+        print("passed")
+        """
     )
-    assert "passed" in result.stdout, result.stderr[-3000:]
+    run_on_four_devices(code)
 
 
 def test_every_export_is_documented_and_under_test():
