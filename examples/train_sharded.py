@@ -45,8 +45,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import jaxsoft
-from jaxsoft import losses
-from jaxsoft.rows import shardings
+from jaxsoft import losses, shardings
 
 TIMEOUT = 30  # seconds until a silent or missing process counts as gone
 AXES = ("data", "sequence", "fsdp", "vocabulary")  # the flags that name a mesh axis

@@ -55,8 +55,8 @@ def search(
         return (carry[0] < most_steps) & carry[-1]
 
     unfinished = ~jnp.isnan(lo) if finished is None else ~finished
-    start = (jnp.int32(0), lo, hi, start, start, unfinished, anywhere(unfinished))
-    return lax.while_loop(goes_on, step, start)[3:5]
+    first = (jnp.int32(0), lo, hi, start, start, unfinished, anywhere(unfinished))
+    return lax.while_loop(goes_on, step, first)[3:5]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -296,7 +296,7 @@ def prepare_ring(
     by_shard, converted = [], []
     arrays: list[tuple[str, Any]] = [("bias", bias), ("mask", mask)]
     for name, array in arrays:
-        length = 1 if array is None or not getattr(array, "ndim", 0) else array.shape[-1]
+        length = array.shape[-1] if getattr(array, "ndim", 0) else 1
         along_keys = length != 1
         if along_keys and length != keys * count:
             raise ValueError(

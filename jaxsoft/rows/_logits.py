@@ -613,7 +613,8 @@ def check_axis(logits: Any, axis: int) -> int:
             f"axis must be in [{-logits.ndim}, {logits.ndim}) for logits of shape {logits.shape}, got {axis}"
         )
     if isinstance(logits, LinearLogits | StoredLogits) and axis not in (-1, logits.ndim - 1):
-        raise ValueError(f"axis must be -1 for an expression of shape {logits.shape}, got {axis}")
+        kind = "linear_logits" if isinstance(logits, LinearLogits) else "stored_logits"
+        raise ValueError(f"axis must be -1 for {kind} of shape {logits.shape}, got {axis}")
     return axis % logits.ndim
 
 
