@@ -246,6 +246,28 @@ def test_rows_sharded_over_devices(name, check, device):
 
 
 @one_of_each
+def test_columns_and_keys_sharded_over_devices(device):
+    """Kernels read a shard of the columns, and one shard of the keys after another in a ring; the joins stay outside."""
+    mesh, half = device.mesh(2, axis_types=(AxisType.Auto,)), jnp.bfloat16
+
+    def local(h, w, q, labels):
+        logits = jaxsoft.linear_logits(h, w, axis_name="data", implementation=device.implementation)
+        out = dot_product_attention(q, q, q, axis_name="data", implementation=device.implementation)
+        return losses.cross_entropy(logits, labels).sum() + jax.lax.psum(total(out), "data")
+
+    specs = (P(), P(None, "data"), P(None, "data"), P())
+    f = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())
+    operands = array(600, 64, dtype=half), array(64, 3000, dtype=half), array(2, 768, 4, 64, dtype=half)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(jax.grad(f, (0, 1, 2))).trace(*operands, array(600, dtype=jnp.int32))
+        text = traced.lower(lowering_platforms=(device.lowered_for,)).as_text()
+    # Of the head one forward and one backward; of the ring, whose last step stands outside its loop, two forward, and
+    # two backward in one loop.
+    assert text.count(device.call) == 6
+    assert "600x1500xf32" not in text and "384x384x" not in text
+
+
+@one_of_each
 def test_a_frozen_operand_costs_nothing(device):
     """Neither its sweep over the scores of an attention, nor its product of the gradient of a head."""
 
