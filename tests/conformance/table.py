@@ -171,6 +171,7 @@ ENTRIES = _ranked(_STATISTICS + _NORMALIZERS + _LOSSES)
 _TESTED_IN = {
     "tests/kernels/test_choice.py": "jaxsoft.kernels: Decision block_sizes explain interpreted",
     "tests/rows/test_linear_logits.py": "jaxsoft: LinearLogits linear_logits",
+    "tests/rows/test_several_devices.py": "jaxsoft: shardings stored_logits; jaxsoft.rows: StoredLogits",
     "tests/rows/test_reductions.py": "jaxsoft: RowReduction; jaxsoft.rows: Tile",
     "tests/rows/test_weighted.py": "jaxsoft.losses: weighted_sum weighted_mean; jaxsoft.rows: weighted_sum",
     "tests/normalizers/test_unit_scaled.py": (

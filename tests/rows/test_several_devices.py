@@ -165,6 +165,37 @@ def test_statistics_and_two_rows_on_a_mesh():
     close(got, wanted)
 
 
+def test_shardings_holds_for_what_is_called_inside():
+    hidden, weight, labels = operands()
+    mesh = mesh_of("Auto")
+    on_mesh = put(mesh, hidden, P("data")), put(mesh, weight, P(None, "model")), put(mesh, labels, P("data"))
+    with jax.set_mesh(mesh), jaxsoft.shardings(hidden=P("data"), weight=P(None, "model")):
+        program = jax.jit(by_rows).lower(*on_mesh).compile()
+    assert set(costs_of(program).moved) == {"all-reduce"}
+    np.testing.assert_allclose(program(*on_mesh), by_rows(hidden, weight, labels), rtol=1e-6)
+
+
+def test_stored_logits():
+    """The same as the array, in what an expression can do."""
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 5)), jnp.float32)
+    logits = jaxsoft.stored_logits(x)
+    temperatures = jnp.array([0.5, 1, 2])
+    for got, wanted in (
+        (logits / 2, x / 2),
+        (logits * 3.0, x * 3),
+        (logits / temperatures, x / temperatures[:, None]),
+        (jaxsoft.temperature(logits, temperatures), jaxsoft.temperature(x, temperatures)),
+        (jaxsoft.softcap(logits, 2.0), jaxsoft.softcap(x, 2.0)),
+        (logits.astype(jnp.bfloat16), x.astype(jnp.bfloat16)),
+    ):
+        assert (got.shape, got.dtype, got.ndim) == ((3, 5), wanted.dtype, 2)
+        close(jaxsoft.logsumexp(got), jaxsoft.logsumexp(wanted), 1e-6)
+    with pytest.raises(ValueError, match="at least one axis"):
+        jaxsoft.stored_logits(jnp.float32(1))
+    with pytest.raises(TypeError, match="values must be"):
+        jaxsoft.stored_logits([1.0])
+
+
 def test_stored_logits_of_a_shard():
     """`axis_name` for scores that each device has computed for its own columns."""
     hidden, weight, labels = operands()
@@ -172,7 +203,7 @@ def test_stored_logits_of_a_shard():
 
     def local(hidden, weight, labels):
         logits = jaxsoft.stored_logits(hidden @ weight, axis_name="model")
-        assert logits.shape == (8, 48)
+        assert isinstance(logits, jaxsoft.rows.StoredLogits) and logits.shape == (8, 48)
         return cross_entropy(logits, labels), jaxsoft.top_k(logits, 2).indices
 
     f = jax.shard_map(
