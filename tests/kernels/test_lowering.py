@@ -247,7 +247,7 @@ def test_rows_sharded_over_devices(name, check, device):
 
 @one_of_each
 def test_columns_and_keys_sharded_over_devices(device):
-    """Kernels read a shard of the columns, and one shard of the keys after another in a ring; the joins stay outside."""
+    """Kernels read a shard of the columns, and one shard of the keys after another in a ring."""
     mesh, half = device.mesh(2, axis_types=(AxisType.Auto,)), jnp.bfloat16
 
     def local(h, w, q, labels):
