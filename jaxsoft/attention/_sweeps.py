@@ -45,7 +45,7 @@ def refusal(
     """Why a backend cannot run these reductions; None if it can."""
     if not (spec.batch and spec.queries and spec.keys):
         return "there is nothing to read"
-    wrong = objection((inputs, args))
+    wrong = objection((inputs, args), kernel.interpret)
     return wrong or backend.refusal(kernel, *_forward(spec, functions, inputs, masks, args))
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsoft._numerics import accumulation_dtype
-from jaxsoft._trees import is_explicitly_sharded, is_float, is_partitioned
+from jaxsoft._trees import is_explicitly_sharded, is_float, is_partitioned, varying_axes
 from jaxsoft.kernels._sweep import Block, Operands, Plan, Scores, Tiles, of_one
 
 
@@ -38,9 +38,11 @@ def examples(
     return block, jax.eval_shape(init, own, struct((size,), scores.wide))
 
 
-def objection(arrays: Any) -> str | None:
+def objection(arrays: Any, interpreted: bool) -> str | None:
     """Why no backend can read these arrays, or None."""
     leaves = jax.tree.leaves(arrays)
+    if interpreted and varying_axes(leaves):
+        return "Pallas' interpreter does not run inside jax.shard_map, where arrays on a mesh are read"
     if any(a.dtype == jnp.float64 for a in leaves):
         return "kernels compute in float32, but float64 was given"
     if any(map(is_explicitly_sharded, leaves)):

@@ -42,7 +42,7 @@ def refusal(
         return "there is nothing to read"
     if any(isinstance(e, LinearLogits) for a in arrays for e in a.entry_args):
         return "two linear_logits are read in one pass"
-    if (wrong := objection((source, arrays))) is not None:
+    if (wrong := objection((source, arrays), kernel.interpret)) is not None:
         return wrong
     for r, a in zip(functions, arrays):
         like = jax.ShapeDtypeStruct((n,), source._accumulation_dtype)
@@ -156,7 +156,7 @@ def writing_refusal(backend, kernel: Kernel, function, source: Source, args: lis
     """Why a backend cannot run `written`, or None."""
     if 0 in source.shape:
         return "there is nothing to read"
-    return objection((source, args)) or backend.refusal(kernel, *_writing(function, source, args))
+    return objection((source, args), kernel.interpret) or backend.refusal(kernel, *_writing(function, source, args))
 
 
 def written(kernel: Kernel, function, source: Source, args: list) -> Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from attention.test_dot_product import NORMALIZERS
 from helpers import is_float
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from rows.test_reductions import CASES, make_inputs
 
@@ -265,6 +265,19 @@ def test_columns_and_keys_sharded_over_devices(device):
     # two backward in one loop.
     assert text.count(device.call) == 6
     assert "600x1500xf32" not in text and "384x384x" not in text
+
+
+@one_of_each
+def test_arrays_on_a_mesh(device):
+    """Explicit axes by the types, Auto axes by what the user says: a kernel for each device's rows."""
+    for kind in (AxisType.Explicit, AxisType.Auto):
+        mesh = device.mesh(2, axis_types=(kind,))
+        x = jax.ShapeDtypeStruct((600, 1024), jnp.float32, sharding=NamedSharding(mesh, P("data")))
+        said = {"logits": P("data")} if kind == AxisType.Auto else {}
+        with jax.sharding.use_abstract_mesh(mesh), jaxsoft.shardings(**said):
+            f = lambda x: jaxsoft.logsumexp(x, implementation=device.implementation)
+            text = jax.jit(f).trace(x).lower(lowering_platforms=(device.lowered_for,)).as_text()
+        assert text.count(device.call) == 1
 
 
 @one_of_each
