@@ -14,7 +14,7 @@ from jaxsoft._numerics import accumulation_dtype
 from jaxsoft.attention._blocks import recut, recut_rows, to_blocks
 from jaxsoft.attention._run import for_xla, kernel_of, run
 from jaxsoft.attention._spec import AttentionSpec, Inputs, Visibility
-from jaxsoft.attention._survey import LARGEST, block_maxima
+from jaxsoft.attention._survey import LARGEST, MOST_BLOCKS, block_maxima
 from jaxsoft.attention._visibility import any_of, count
 from jaxsoft.normalizers import Normalizer
 from jaxsoft.normalizers.inner import Survey, after, per_row
@@ -64,14 +64,20 @@ class AttentionRows:
         if kernel_of(spec, plain, self._without_values().inputs, self.masks) or for_xla(spec) != spec:
             top, count = self.reduce(plain)
             return Survey(count, top[..., None], top)
-        in_blocks = block_maxima(spec.nk, spec.bk, spec.key_offset)
+        per = self._blocks_per_group()
+        in_blocks = block_maxima(-(-spec.nk // per), per * spec.bk, spec.key_offset)
         (largest, others), blocks = self.reduce((LARGEST, in_blocks))
         return Survey(self.count(), largest, others, blocks)
+
+    def _blocks_per_group(self) -> int:
+        """Key blocks whose largest entries a survey keeps as one."""
+        return max(-(-self.spec.nk // MOST_BLOCKS), 1)
 
     def narrowed(self, within: Array) -> Self:
         """The same rows, of which only the blocks have to be read where `within` is True (see `Survey.blocks`)."""
         rows = jnp.moveaxis(within, (0, -1), (-2, -1))
         needed = any_of(rows.reshape(math.prod(rows.shape[:-2]), *rows.shape[-2:]))
+        needed = jnp.repeat(needed, self._blocks_per_group(), axis=1)[:, : self.spec.nk]
         return dataclasses.replace(self, masks=self.masks._replace(needed=needed))
 
     def state(self, normalizer: Normalizer) -> Any:

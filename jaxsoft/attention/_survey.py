@@ -18,6 +18,9 @@ from jaxsoft.rows import RowReduction, Tile
 _GROUPS = 64
 _LEVELS = 3
 
+# The largest entries of at most as many groups of key blocks are kept per row, so that memory is linear in the length.
+MOST_BLOCKS = 24
+
 
 def _insert(levels: list[Array], x: Array) -> list[Array]:
     """The largest entries per group, in decreasing order, after one more entry per group."""
@@ -64,13 +67,18 @@ LARGEST = RowReduction(_init, _update, _merge, _finalize)
 
 @functools.cache
 def block_maxima(blocks: int, width: int, first: int) -> RowReduction:
-    """The largest score of each block of `width` columns, of which the first has the index `first`."""
+    """The largest score of each block of `width` columns, of which the first has the index `first`.
+
+    A tile's columns must lie in one block.
+    """
 
     def init(like):
         return jnp.broadcast_to(jnp.full_like(like, -jnp.inf)[..., None], (*like.shape, blocks))
 
     def update(state, tile):
-        best = jnp.max(tile.scores, axis=-1)
-        return lax.dynamic_update_index_in_dim(state, best, (tile.cols[0] - first) // width, state.ndim - 1)
+        index, axis = (tile.cols[0] - first) // width, state.ndim - 1
+        old = lax.dynamic_index_in_dim(state, index, axis, keepdims=False)
+        best = jnp.maximum(old, jnp.max(tile.scores, axis=-1))
+        return lax.dynamic_update_index_in_dim(state, best, index, axis)
 
     return RowReduction(init, update, jnp.maximum)

@@ -99,7 +99,7 @@ def without_hidden_keys(spec: AttentionSpec, inputs: Inputs, masks: Visibility) 
     if not hides_keys(masks):
         return inputs
     keep = shown_keys(spec, masks)
-    keep = jnp.swapaxes(keep.reshape(-1, spec.nk, spec.bk), 0, 1)[:, :, None, :, None]
+    keep = jnp.swapaxes(keep.reshape(keep.shape[0], spec.nk, spec.bk), 0, 1)[:, :, None, :, None]
 
     def shown(a):
         return None if a is None else jnp.where(keep, a, 0)

@@ -156,7 +156,9 @@ def writing_refusal(backend, kernel: Kernel, function, source: Source, args: lis
     """Why a backend cannot run `written`, or None."""
     if 0 in source.shape:
         return "there is nothing to read"
-    return objection((source, args), kernel.interpret) or backend.refusal(kernel, *_writing(function, source, args))
+    return objection((source, args), kernel.interpret) or backend.refusal(
+        kernel, *_writing(function, source, args)
+    )
 
 
 def written(kernel: Kernel, function, source: Source, args: list) -> Array:

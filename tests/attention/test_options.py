@@ -248,6 +248,7 @@ def test_the_designs():
         given |= {*floats, *masks}
     # The others change the result at most by rounding; the residual is one of the statistics.
     given |= {"softcap", "block_sizes", "precision", "implementation", "return_statistics", "return_residual"}
+    given |= {"axis_name"}  # tests/attention/test_several_devices.py
     assert given == set(inspect.signature(dot_product_attention).parameters)
 
 
