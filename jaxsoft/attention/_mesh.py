@@ -78,9 +78,10 @@ def layout_of(query: Any, key: Any, *, decoding: bool = False, dropout: bool = F
       query: `[*batch, T, N, H]`.
       key: `[*batch, S, K, H]`.
       decoding: whether all devices along the keys' positions are to have the queries.
-      dropout: whether weights are dropped: rows are numbered on one device, so nothing but positions is worth a layout.
+      dropout: whether weights are dropped: random numbers depend on the index of a row among all, which no device
+        knows, so the compiler must place the rows.
     """
-    if not all(hasattr(a, "ndim") and a.ndim >= 3 for a in (query, key)):
+    if dropout or not all(hasattr(a, "ndim") and a.ndim >= 3 for a in (query, key)):
         return None
     of_query, of_key = placed("query", query, near=(key,)), placed("key", key, near=(query,))
     known = of_query or of_key
@@ -96,8 +97,6 @@ def layout_of(query: Any, key: Any, *, decoding: bool = False, dropout: bool = F
         queries = tuple(name for name in queries if name not in keys)
     elif keys != queries:
         keys = ()  # gathered
-    if dropout and not queries:
-        return None
     devices = shard_count(heads, known.mesh)
     for name, size, axes in (("query", query.shape[-3], queries), ("key", key.shape[-3], keys)):
         if size % shard_count(axes, known.mesh):
@@ -145,11 +144,9 @@ def _run(function, layout: Layout, normalizer, static, static_options, arrays: d
             arrays["query_offset"] = given.get("query_offset", 0) + first
             if given.get("query_seq_lengths") is not None:
                 arrays["query_seq_lengths"] = given["query_seq_lengths"] - first
-        whole = (
-            functools.partial(normalizer, **dict(static_options), **options)
-            if static_options or options
-            else normalizer
-        )
+        whole = normalizer
+        if static_options or options:
+            whole = functools.partial(normalizer, **dict(static_options), **options)
         rest = {k: a for k, a in arguments.items() if k not in arrays}
         return function(**rest, **arrays, normalizer=whole)
 

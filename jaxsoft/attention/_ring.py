@@ -30,7 +30,7 @@ from jaxsoft.attention._run import choose_kernel, for_xla
 from jaxsoft.attention._spec import AttentionSpec, Inputs, Visibility
 from jaxsoft.attention._visibility import without_hidden_keys
 from jaxsoft.kernels.inner import Kernel, attach
-from jaxsoft.normalizers.inner import Survey
+from jaxsoft.normalizers.inner import Survey, plain_survey
 from jaxsoft.rows import RowReduction, reductions
 from jaxsoft.rows.inner import check_axis_name, joined
 
@@ -44,8 +44,7 @@ class _SeveralDevices(AttentionRows):
 
     def survey(self) -> Survey:
         """What one pass tells about the rows: nothing about single blocks, which are read in every pass."""
-        top, count = self.reduce((reductions.maximum(), reductions.count()))
-        return Survey(count, top[..., None], top)
+        return plain_survey(self)
 
 
 @jax.tree_util.register_dataclass

@@ -17,7 +17,7 @@ from jaxsoft.attention._spec import AttentionSpec, Inputs, Visibility
 from jaxsoft.attention._survey import LARGEST, MOST_BLOCKS, block_maxima
 from jaxsoft.attention._visibility import any_of, count
 from jaxsoft.normalizers import Normalizer
-from jaxsoft.normalizers.inner import Survey, after, per_row
+from jaxsoft.normalizers.inner import Survey, after, per_row, plain_survey
 from jaxsoft.rows import RowReduction, reductions
 from jaxsoft.rows.inner import is_reduction
 
@@ -62,8 +62,7 @@ class AttentionRows:
         """What one pass tells about the rows; about blocks only where XLA runs it, in blocks of its own."""
         spec, plain = self.spec, (reductions.maximum(), reductions.count())
         if kernel_of(spec, plain, self._without_values().inputs, self.masks) or for_xla(spec) != spec:
-            top, count = self.reduce(plain)
-            return Survey(count, top[..., None], top)
+            return plain_survey(self)
         per = self._blocks_per_group()
         in_blocks = block_maxima(-(-spec.nk // per), per * spec.bk, spec.key_offset)
         (largest, others), blocks = self.reduce((LARGEST, in_blocks))

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, as_ids, weigh
 from jaxsoft._trees import entries_at
-from jaxsoft.normalizers.inner import per_row
+from jaxsoft.normalizers.inner import Survey, per_row, plain_survey
 from jaxsoft.rows import LinearLogits, Logits, reduce_rows, reductions
 from jaxsoft.rows.inner import check_axis, check_ids, check_range, detached, rows_of
 
@@ -58,6 +58,10 @@ class LabelledRows:
     def reduce(self, wanted: Any) -> Any:
         """Runs row reductions over the rows that are not ignored."""
         return reduce_rows(self.logits, wanted, axis=self.axis, where=self.where, row_where=self.keep)
+
+    def survey(self) -> Survey:
+        """What one pass tells about the rows."""
+        return plain_survey(self)
 
     def detached(self) -> LabelledRows:
         """The same logits without derivatives, for a search that reads them in a loop; nothing else."""

@@ -86,10 +86,8 @@ class Survey(NamedTuple):
     blocks: Any = None
 
 
-def survey(rows: Any) -> Survey:
-    """The survey of rows of any kind: where they are not read in blocks, only the largest entry."""
-    if hasattr(rows, "survey"):
-        return rows.survey()
+def plain_survey(rows: Any) -> Survey:
+    """The survey of rows that are not read in blocks: only the largest entry."""
     top, count = rows.reduce((reductions.maximum(), reductions.count()))
     return Survey(count, top[..., None], top)
 
@@ -182,6 +180,10 @@ class DenseRows:
     def count(self) -> Array:
         """The number of present entries of each row."""
         return self.reduce(reductions.count())
+
+    def survey(self) -> Survey:
+        """What one pass tells about the rows."""
+        return plain_survey(self)
 
     def detached(self) -> DenseRows:
         """The same rows without gradient."""

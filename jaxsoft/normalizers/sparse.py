@@ -17,7 +17,7 @@ from jaxsoft import _checks
 from jaxsoft._numerics import expm1_over, log1p_ratio, safe_divide
 from jaxsoft._roots import differentiable, search
 from jaxsoft.normalizers._exponential import SOFTMAX, is_left
-from jaxsoft.normalizers._normalizer import DenseRows, Survey, defined_by, normalize, survey
+from jaxsoft.normalizers._normalizer import DenseRows, Survey, defined_by, normalize
 from jaxsoft.normalizers.rectified import divided_by_sum, positive_power
 from jaxsoft.rows import RowReduction, reductions
 from jaxsoft.rows.inner import check_axis, check_dense, compiled
@@ -166,7 +166,7 @@ def define_entmax(rows, *, alpha: Any = 1.5):
     exponent = static_exponent(alpha)
     params = {"slope": rows.per_row("alpha", alpha) - 1}
     fixed = rows.detached()
-    seen = survey(fixed)
+    seen = fixed.survey()
     top = jnp.max(seen.largest, axis=-1)
     params["top"] = jnp.where(jnp.isinf(top), 0, top)
     root = lax.stop_gradient(_threshold(fixed, lax.stop_gradient(params), seen, exponent))

@@ -149,14 +149,6 @@ class Layout(NamedTuple):
             for a, features in zip(sources, self.features)
         ]
 
-    def run(self, function: Callable, specs: tuple, operands: tuple, results: Any) -> Any:
-        """`function(*operands)` on every device's part of the operands; `results` are the specs of its results."""
-        manual = {name for name, kind in _axis_types(self.mesh) if kind != AxisType.Manual}
-        operands = jax.tree.map(functools.partial(_reshard, self.mesh), operands, specs)
-        return jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=results, axis_names=manual)(
-            *operands
-        )
-
     def restore(self, a: jax.Array, *placed: Any) -> jax.Array:
         """A result `[*rows, ...]`, placed as `results` says; `placed` is its spec, if it is not that of a row."""
         here = P(*placed) if placed else self.by_row()
@@ -169,7 +161,10 @@ class Layout(NamedTuple):
 
 
 def on_mesh(mesh: Any, function: Callable, specs: tuple, operands: tuple, results: Any) -> Any:
-    """`function(*operands)` on every device's part of the operands; `specs` and `results` are trees of specs."""
+    """`function(*operands)` on every device's part of the operands; `specs` and `results` are trees of specs.
+
+    Inside, `shardings` says nothing any more.
+    """
     manual = {name for name, kind in _axis_types(mesh) if kind != AxisType.Manual}
     operands = jax.tree.map(functools.partial(_reshard, mesh), operands, specs)
 
@@ -275,25 +270,31 @@ def layout_of(source: Any, others: list[LinearLogits]) -> Layout | None:
         if stored is None:
             return None
         return _layout(
-            stored.mesh, stored.axes[:-1], stored.axes[-1], [(), *map(_weight_axes, others)], source.shape
+            stored.mesh, stored.axes[:-1], stored.axes[-1], [(), *map(_features, others)], source.shape
         )
-    near = (source.hidden_sharding, source.weight_sharding, source.hidden, source.weight)
-    hidden = placed("hidden", source.hidden, source.hidden_sharding, near)
-    weight = placed("weight", source.weight, source.weight_sharding, near)
+    hidden = placed("hidden", source.hidden, source.hidden_sharding, (source.weight_sharding, source.weight))
+    weight = _placed_weight(source)
     known = hidden or weight
     if known is None:
         return None
     rows = hidden.axes[:-1] if hidden else ((),) * (source.hidden.ndim - 1)
-    features = [_weight_axes(e) for e in (source, *others)]
-    columns = () if weight is None else weight.axes[0 if source.transpose_weight else 1]
-    return _layout(known.mesh, rows, columns, features, source.shape)
+    columns, features = _columns_and_features(source, weight)
+    return _layout(known.mesh, rows, columns, [features, *map(_features, others)], source.shape)
 
 
-def _weight_axes(e: LinearLogits) -> tuple[str, ...]:
-    """The mesh axes of the features of an expression's weight."""
-    near = (e.hidden_sharding, e.weight_sharding, e.hidden, e.weight)
-    weight = placed("weight", e.weight, e.weight_sharding, near)
-    return () if weight is None else weight.axes[1 if e.transpose_weight else 0]
+def _columns_and_features(e: LinearLogits, weight: Placed | None) -> tuple:
+    """The mesh axes of the columns and of the features of an expression's weight."""
+    if weight is None:
+        return (), ()
+    return weight.axes if e.transpose_weight else weight.axes[::-1]
+
+
+def _features(e: LinearLogits) -> tuple[str, ...]:
+    return _columns_and_features(e, _placed_weight(e))[1]
+
+
+def _placed_weight(e: LinearLogits) -> Placed | None:
+    return placed("weight", e.weight, e.weight_sharding, (e.hidden_sharding, e.hidden))
 
 
 def _layout(mesh, rows, columns, features, shape) -> Layout:

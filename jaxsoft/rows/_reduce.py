@@ -16,7 +16,7 @@ from jaxsoft._trees import is_partitioned
 from jaxsoft.kernels.inner import Kernel, attach, choose, compiled
 from jaxsoft.rows import _sweeps
 from jaxsoft.rows._filter import filtered
-from jaxsoft.rows._layout import Layout, layout_of, with_padding
+from jaxsoft.rows._layout import Layout, layout_of, on_mesh, with_padding
 from jaxsoft.rows._logits import LinearLogits, Logits, StoredLogits, check_axis, rows_of
 from jaxsoft.rows._masks import Masks, split_mask
 from jaxsoft.rows._pass import align, closed_form, entries, finish, finished_states, mask_rows, tangents
@@ -148,7 +148,7 @@ def _on_mesh(call: _Pass, layout: Layout, source: Source, masks: Masks, arrays: 
     def here(source, masks, arrays):
         return call(*layout.localized(total, source, masks, arrays))
 
-    results = layout.run(here, specs, (source, masks, arrays), layout.by_row())
+    results = on_mesh(layout.mesh, here, specs, (source, masks, arrays), layout.by_row())
     return jax.tree.map(layout.restore, results)
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool
 from jaxsoft._numerics import finite_gauge
 from jaxsoft.kernels.inner import attach, compiled
 from jaxsoft.rows import reductions
-from jaxsoft.rows._layout import Layout, layout_of, with_padding
+from jaxsoft.rows._layout import Layout, layout_of, on_mesh, with_padding
 from jaxsoft.rows._logits import Logits
 from jaxsoft.rows._masks import Masks
 from jaxsoft.rows._pass import align, empty_states, finish, mask_rows, over_blocks, read_block, tangents
@@ -93,7 +93,8 @@ def _on_mesh(functions, block: int | None, layout: Layout, source, masks: Masks,
         source, masks, arrays = layout.localized(total, source, masks, arrays)
         return _run(functions, _block(block, source), axes, source, with_present(source, masks), arrays)
 
-    rows, by_column = layout.run(here, specs, (source, masks, arrays), (layout.by_row(), P(columns)))
+    results = (layout.by_row(), P(columns))
+    rows, by_column = on_mesh(layout.mesh, here, specs, (source, masks, arrays), results)
     by_column = jax.tree.map(lambda a: a[:total], by_column)
     if source.shape[0] == total:  # pairs: callers combine the results of row i and column i
         by_column = jax.tree.map(lambda a: layout.restore(a, columns), by_column)

@@ -28,7 +28,7 @@ from jaxsoft._numerics import weigh
 from jaxsoft._trees import add_at, align_varying, as_varying, combine, is_float, partition, replaced
 from jaxsoft.kernels.inner import Kernel, Work, compiled, device, differentiated_as, evenly
 from jaxsoft.rows._cotangents import block_cotangents
-from jaxsoft.rows._layout import Layout, layout_of, padded_source
+from jaxsoft.rows._layout import Layout, layout_of, on_mesh, padded_source
 from jaxsoft.rows._logits import LinearLogits, Logits, StoredLogits, check_axis, rows_of
 from jaxsoft.rows._masks import Masks, col_mask, row_mask
 from jaxsoft.rows._pass import align, finish, over_blocks
@@ -199,8 +199,7 @@ def weighted_sum(
 
     Raises:
       TypeError: an argument of a wrong type or dtype.
-      ValueError: an argument of a wrong shape or size, or sharded over Explicit mesh axes (with automatic sharding
-        the rows may be gathered: use `jax.shard_map` for data parallelism).
+      ValueError: an argument of a wrong shape or size, or rows that the devices of a mesh do not divide.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoft
@@ -283,7 +282,7 @@ def _placed(call: _Loss, chunk_size: int | None, layout: Layout | None, logits, 
         return lax.psum(value, tuple(sorted(_trees.varying_axes(value))))
 
     specs = (layout.of_source(logits, 0), specs, jax.tree.map(lambda _: P(), arrays))
-    return layout.run(part, specs, (logits, by_row, arrays), P())
+    return on_mesh(layout.mesh, part, specs, (logits, by_row, arrays), P())
 
 
 def _here(call: _Loss, chunk_size: int | None, logits: LinearLogits, by_row: _ByRow, arrays: list) -> Array:

@@ -3,12 +3,8 @@
 import dataclasses
 import functools
 import importlib
-import os
 import pathlib
 import pkgutil
-import subprocess
-import sys
-import textwrap
 
 import chex
 import jax
@@ -18,7 +14,7 @@ import optax
 import optimizers.families
 import pytest
 from helpers import compilations, descend, is_float, params_tree, temporary_bytes
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxsoft import optimizers as o
@@ -493,66 +489,40 @@ def test_spike_is_bounded(name):
     assert deviation < CASES[name].spike * usual
 
 
-def run_on_four_devices(code):
-    """Runs a program that prints "passed" in a process of its own."""
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env=os.environ
-        | {
-            "XLA_FLAGS": flags,
-            "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            "NPROC": "16",
-        },
-        timeout=400,
-    )
-    assert "passed" in result.stdout, result.stderr[-3000:]
-
-
 def test_sharded_parameters_keep_their_sharding_and_values():
-    code = textwrap.dedent(
-        """
-        import jax, jax.numpy as jnp, numpy as np, optax
-        from functools import partial
-        from jax.sharding import NamedSharding, PartitionSpec as P
-        from jaxsoft import optimizers as o
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, P("x"))
+    p = jnp.linspace(-1.0, 2.0, 32)
+    g = jnp.sin(7 * p)
+    for tx in (
+        o.lion_k(0.1, kappa="l2"),
+        o.spam(0.1),
+        o.stable_spam(0.1),
+        optax.chain(o.perpendicular_gradient(), optax.sgd(0.1)),
+    ):
+        ps, gs = jax.device_put((p, g), sharding)
+        state = jax.jit(tx.init)(ps)
+        state = jax.tree.map(lambda x: jax.device_put(x, sharding) if x.ndim else x, state)
+        u, state = jax.jit(tx.update)(gs, state, ps)
+        for x in jax.tree.leaves((u, state, tx.init(ps))):
+            assert x.ndim == 0 or x.sharding.is_equivalent_to(sharding, 1), x.sharding
+        np.testing.assert_allclose(u, tx.update(g, tx.init(p), p)[0], rtol=1e-5, atol=1e-6)
 
-        mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-        sharding = NamedSharding(mesh, P("x"))
-        p = jnp.linspace(-1.0, 2.0, 32)
-        g = jnp.sin(7 * p)
-        for tx in (o.lion_k(0.1, kappa="l2"), o.spam(0.1), o.stable_spam(0.1),
-                   optax.chain(o.perpendicular_gradient(), optax.sgd(0.1))):
-            ps, gs = jax.device_put((p, g), sharding)
-            state = jax.jit(tx.init)(ps)
-            state = jax.tree.map(lambda x: jax.device_put(x, sharding) if x.ndim else x, state)
-            u, state = jax.jit(tx.update)(gs, state, ps)
-            for x in jax.tree.leaves((u, state, tx.init(ps))):
-                assert x.ndim == 0 or x.sharding.is_equivalent_to(sharding, 1), x.sharding
-            np.testing.assert_allclose(u, tx.update(g, tx.init(p), p)[0], rtol=1e-5, atol=1e-6)
+    # Distributed Lion: each of four workers has its own gradient and momentum.
+    tx = o.lion_k(0.1, axis_name="x", weight_decay=0.0)
+    grads = jnp.array([[1.0, -1, 2, 0], [1, -1, -2, 0], [-1, -1, 2, 0], [1, 5, -2, 0]])
+    state = jax.vmap(tx.init)(jnp.zeros((4, 4)))
 
-        # Distributed Lion: each of four workers has its own gradient and momentum.
-        tx = o.lion_k(0.1, axis_name="x", weight_decay=0.0)
-        grads = jnp.array([[1.0, -1, 2, 0], [1, -1, -2, 0], [-1, -1, 2, 0], [1, 5, -2, 0]])
-        state = jax.vmap(tx.init)(jnp.zeros((4, 4)))
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P("x"), P("x"), P()), out_specs=(P(), P("x")))
+    def step(g, state, params):
+        g, state = jax.tree.map(lambda x: x[0], (g, state))
+        updates, state = tx.update(g, state, params)
+        return optax.apply_updates(params, updates), jax.tree.map(lambda x: x[None], state)
 
-        @jax.jit
-        @partial(jax.shard_map, mesh=mesh, in_specs=(P("x"), P("x"), P()), out_specs=(P(), P("x")))
-        def step(g, state, params):
-            g, state = jax.tree.map(lambda x: x[0], (g, state))
-            updates, state = tx.update(g, state, params)
-            return optax.apply_updates(params, updates), jax.tree.map(lambda x: x[None], state)
-
-        params, state = step(grads, state, jnp.zeros(4))
-        np.testing.assert_allclose(params, [-0.1, 0.1, 0.0, 0.0])
-        np.testing.assert_allclose(state[0].mu, 0.01 * grads, rtol=1e-6)
-        print("passed")
-        """
-    )
-    run_on_four_devices(code)
+    params, state = step(grads, state, jnp.zeros(4))
+    np.testing.assert_allclose(params, [-0.1, 0.1, 0.0, 0.0])
+    np.testing.assert_allclose(state[0].mu, 0.01 * grads, rtol=1e-6)
 
 
 # The placement of one leaf per kind; 256 columns are a whole number of blocks of 8-bit codes on each device.
@@ -578,7 +548,7 @@ def test_states_and_updates_lie_where_the_parameters_do_on_explicit_meshes(name)
     """Explicit placements are part of the types: nothing needs to be compiled, and no device is needed."""
     mesh = jax.sharding.AbstractMesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
     params = {
-        leaf: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=jax.sharding.NamedSharding(mesh, spec))
+        leaf: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
         for leaf, (shape, spec) in LEAVES.items()
     }
     tx = PLACED[name]()
@@ -599,49 +569,44 @@ def test_states_and_updates_lie_where_the_parameters_do_on_explicit_meshes(name)
 
 def test_what_gathers_on_explicit_meshes_gives_the_numbers_of_one_device():
     """Transformations that read a leaf as a whole (the others are entrywise, or sums, which JAX itself splits)."""
-    code = textwrap.dedent(
-        """
-        import jax, jax.numpy as jnp, numpy as np, optax
-        from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-        from jaxsoft import optimizers as o
-
-        mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
-        specs = {"both": P("data", "model"), "columns": P(None, "model")}
-        shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
-        draw = np.random.default_rng(0).standard_normal
-        params, *grads = (
-            {"both": jnp.float32(draw((4, 6))), "columns": jnp.float32(draw((6, 4)))} for _ in range(3)
-        )
-        on_mesh = jax.device_put((params, *grads), (shardings,) * 3)
-
-        for tx in (
-            o.clip_by_quantile(0.2), o.clip_by_quantile(0.2, per_leaf=False), o.fira(0.1, 2, update_every=2),
-            o.scale_by_shampoo(precondition_every=2), o.scale_by_mfac(window=2, damping=0.1),
-            o.optimistic_mirror_descent(0.1, mirror="entropy", adaptive=True), o.lion_k(0.1, kappa="nuclear"),
-            o.quantize_state(optax.trace(0.9), block_size=2, min_size=1),
-            o.quantize_state(optax.trace(0.9), block_size=5, min_size=1, chunk_size=10),
-        ):
-            @jax.jit
-            def steps(params, *grads):
-                state = tx.init(params)
-                for g in grads:
-                    updates, state = tx.update(g, state, params)
-                    params = optax.apply_updates(params, updates)
-                return params, updates, state
-
-            alone, placed = steps(params, *grads), steps(*on_mesh)
-            for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(placed), strict=True):
-                # Relative to the leaf, or to the parameters: updates may be differences of numbers of order 1.
-                atol = 1e-6 * max(1, np.max(np.abs(a)))
-                np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=0, atol=atol)
-            for name in specs:
-                assert placed[0][name].sharding == placed[1][name].sharding == shardings[name]
-        updates, _ = o.fira(0.1, 2).update(on_mesh[1], o.fira(0.1, 2).init(on_mesh[0]), on_mesh[0])
-        assert updates["both"].sharding == shardings["both"]  # without jit, too
-        print("passed")
-        """
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    specs = {"both": P("data", "model"), "columns": P(None, "model")}
+    shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+    draw = np.random.default_rng(0).standard_normal
+    params, *grads = (
+        {"both": jnp.float32(draw((4, 6))), "columns": jnp.float32(draw((6, 4)))} for _ in range(3)
     )
-    run_on_four_devices(code)
+    on_mesh = jax.device_put((params, *grads), (shardings,) * 3)
+
+    for tx in (
+        o.clip_by_quantile(0.2),
+        o.clip_by_quantile(0.2, per_leaf=False),
+        o.fira(0.1, 2, update_every=2),
+        o.scale_by_shampoo(precondition_every=2),
+        o.scale_by_mfac(window=2, damping=0.1),
+        o.optimistic_mirror_descent(0.1, mirror="entropy", adaptive=True),
+        o.lion_k(0.1, kappa="nuclear"),
+        o.quantize_state(optax.trace(0.9), block_size=2, min_size=1),
+        o.quantize_state(optax.trace(0.9), block_size=5, min_size=1, chunk_size=10),
+    ):
+
+        @jax.jit
+        def steps(params, *grads):
+            state = tx.init(params)
+            for g in grads:
+                updates, state = tx.update(g, state, params)
+                params = optax.apply_updates(params, updates)
+            return params, updates, state
+
+        alone, placed = steps(params, *grads), steps(*on_mesh)
+        for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(placed), strict=True):
+            # Relative to the leaf, or to the parameters: updates may be differences of numbers of order 1.
+            atol = 1e-6 * max(1, np.max(np.abs(a)))
+            np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=0, atol=atol)
+        for name in specs:
+            assert placed[0][name].sharding == placed[1][name].sharding == shardings[name]
+    updates, _ = o.fira(0.1, 2).update(on_mesh[1], o.fira(0.1, 2).init(on_mesh[0]), on_mesh[0])
+    assert updates["both"].sharding == shardings["both"]  # without jit, too
 
 
 def test_every_export_is_documented_and_under_test():
