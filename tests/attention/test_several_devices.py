@@ -128,6 +128,16 @@ def test_the_placement_decides(name, x64):
         close(value_and_gradients(one, placed), wanted)
 
 
+def test_dropout_on_a_mesh_drops_what_one_device_drops():
+    """Rows keep their numbers: the compiler places them."""
+    query, key, value = (inputs()[name] for name in ("query", "key", "value"))
+    attend = lambda *a: dot_product_attention(*a, dropout_rate=0.5, dropout_key=jax.random.key(3))
+    mesh, along = mesh_of("Auto", d=2, m=2), P("d", "m")
+    placed = [jax.device_put(a, NamedSharding(mesh, along)) for a in (query, key, value)]
+    with jax.set_mesh(mesh), jaxsoft.shardings(query=along, key=along):
+        close(jax.jit(attend)(*placed), attend(query, key, value), 1e-5)
+
+
 @pytest.mark.parametrize("normalizer", [None, jaxsoft.scalable_softmax, jaxsoft.entmax15])
 def test_decoding_from_a_sharded_cache(normalizer, x64):
     """Inside shard_map, and by the types."""

@@ -175,6 +175,23 @@ def test_shardings_holds_for_what_is_called_inside():
     np.testing.assert_allclose(program(*on_mesh), by_rows(hidden, weight, labels), rtol=1e-6)
 
 
+def with_more_scores(logits, labels, scores):
+    return cross_entropy(logits, labels) + jaxsoft.logsumexp(scores)
+
+
+def test_shardings_ends_where_each_device_has_its_part():
+    """Stored scores that a loss of `weighted_sum` reads are a device's own rows, whatever is said of logits."""
+    hidden, weight, labels = operands()
+    mesh, scores = mesh_of("Auto"), hidden[:, :4]
+    total = lambda *a: jaxsoft.losses.weighted_sum(with_more_scores, jaxsoft.linear_logits(*a[:2]), *a[2:])
+    arrays, rows = (hidden, weight, labels, scores), P("data")
+    on_mesh = [put(mesh, a, spec) for a, spec in zip(arrays, (rows, P(None, "model"), rows, rows))]
+    said = dict(hidden=rows, weight=P(None, "model"), logits=P("data", "model"))
+    with jax.set_mesh(mesh), jaxsoft.shardings(**said):
+        got = jax.jit(jax.value_and_grad(total, (0, 1, 3)))(*on_mesh)
+    close(got, jax.value_and_grad(total, (0, 1, 3))(*arrays))
+
+
 def test_stored_logits():
     """The same as the array, in what an expression can do."""
     x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 5)), jnp.float32)
@@ -299,7 +316,7 @@ def test_predictions_are_what_programs_do(loss, placement):
     wanted, found = scaling.predict(scaling.Step(N, D, V, 2, 4), placement, name), costs(loss, placement)
     assert found.bytes_moved == pytest.approx(wanted.bytes_moved, rel=0.01)
     assert found.flops == pytest.approx(wanted.flops, rel=0.01)
-    assert found.temporary == pytest.approx(wanted.temporary, rel=0.4)
+    assert found.temporary == pytest.approx(wanted.temporary, rel=0.35)
 
 
 def test_scaling_command(capsys):
