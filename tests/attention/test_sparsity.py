@@ -11,7 +11,7 @@ import jaxsoft
 from jaxsoft.attention import _pass, dot_product_attention
 from jaxsoft.attention._arguments import prepare
 from jaxsoft.attention._rows import AttentionRows
-from jaxsoft.attention._survey import LARGEST
+from jaxsoft.attention._survey import LARGEST, MOST_BLOCKS
 from jaxsoft.attention._weights import last_pass
 from jaxsoft.normalizers import sparse
 from jaxsoft.rows import Tile
@@ -120,6 +120,22 @@ def test_other_masks_and_dropout(x64):
     )
     blocks, whole = (dot_product_attention(q, k, v, block_sizes=(n, n), **options) for n in (4, 32))
     np.testing.assert_allclose(blocks, whole, atol=1e-12)
+
+
+def test_more_blocks_than_a_survey_keeps(x64):
+    """Groups of blocks, the last one ragged: 31 blocks of one key, two in a group."""
+    q, k, v, w = (a[:, :31] for a in _inputs())
+    assert MOST_BLOCKS < 31
+
+    def loss(size, *x):
+        out = dot_product_attention(*x, normalizer=jaxsoft.sparsemax, is_causal=True, block_sizes=size)
+        return jnp.sum(w * out)
+
+    blocks, whole = (
+        jax.jit(jax.value_and_grad(functools.partial(loss, size), (0, 1, 2)))(q, k, v)
+        for size in ((SIZE, 1), (32, 32))
+    )
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10), blocks, whole)
 
 
 def test_passes_of_the_search(monkeypatch):

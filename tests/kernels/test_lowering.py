@@ -267,6 +267,25 @@ def test_columns_and_keys_sharded_over_devices(device):
     assert "600x1500xf32" not in text and "384x384x" not in text
 
 
+def test_a_ring_that_no_kernel_runs():
+    """Blocks that suit the kernel that was likely to run are cut anew, biases and masks of every shard too."""
+    device = GPUS[1]
+    mesh = device.mesh(2, axis_types=(AxisType.Auto,))
+    options = dict(axis_name="data", mask_fn=jax.numpy.greater_equal, softcap=3.0)
+
+    def local(q, bias, mask):
+        return dot_product_attention(q, q, q, bias, mask, **options)
+
+    along = P(None, "data")
+    f = jax.shard_map(local, mesh=mesh, in_specs=(along, P(), P()), out_specs=along)
+    arrays = array(1, 8192, 4, 64), array(1, 1, 1, 8192), array(1, 1, 1, 8192, dtype=jnp.bool_)
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = jax.jit(lambda *a: f(*a)).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+        (decision,) = jaxsoft.kernels.explain(f, *arrays)
+    assert text.count(device.call) == 0 and "collective_permute" in text
+    assert decision.implementation == "xla" and "float32" in decision.reasons["mosaic_gpu"]
+
+
 @one_of_each
 def test_arrays_on_a_mesh(device):
     """Explicit axes by the types, Auto axes by what the user says: a kernel for each device's rows."""
