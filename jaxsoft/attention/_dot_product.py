@@ -220,6 +220,7 @@ def dot_product_attention(
         precision=precision,
         implementation=implementation,
     )
+    dropout_rate = _checks.static_number("dropout_rate", dropout_rate, at_least=0, below=1)
     layout = None if axis_name else layout_of(query, key, dropout=dropout_rate != 0)
     if layout is not None:
         weights = dict(

@@ -168,7 +168,6 @@ def last_pass(
                 f"scalable_softmax, sink_softmax, ...), got {_checks.describe(normalizer)}"
             )
         last = with_sink(last, rows.per_row("sinks", sinks))
-    dropout_rate = _checks.static_number("dropout_rate", dropout_rate, at_least=0, below=1)
     _checks.flag("broadcast_dropout", broadcast_dropout)
     if dropout_rate:
         if dropout_key is None:
