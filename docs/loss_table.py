@@ -12,7 +12,7 @@ import inspect
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 from unittest import mock
@@ -193,10 +193,10 @@ def trace(function: Callable, args: tuple, kwargs: dict[str, Any]) -> Trace | No
     )
 
 
-def rows() -> Iterator[tuple[str, str, Trace | None]]:
+def rows(names: Iterable[str] = losses.__all__) -> Iterator[tuple[str, str, Trace | None]]:
     """The rows of the table, unsorted: name, options and trace of each loss, and of its entries that differ."""
     inputs = make_inputs(0, (3,), 6)
-    for name in losses.__all__:
+    for name in names:
         plain = trace(getattr(losses, name), *example_call(name))
         yield name, "", plain
         entries = [e for e in ENTRIES if e.export == f"jaxsoft.losses.{name}" and e.function is not None]

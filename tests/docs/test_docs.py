@@ -7,10 +7,7 @@ import re
 import sys
 import textwrap
 
-import jax
-import jax.numpy as jnp
 import pytest
-from conformance.entry import make_inputs
 from conformance.table import ENTRIES
 
 import jaxsoft
@@ -22,7 +19,6 @@ DOCS = ROOT / "docs"
 sys.path.append(str(DOCS))
 
 import generate  # noqa: E402
-import loss_table  # noqa: E402
 
 pytestmark = pytest.mark.whole  # the cases are pages
 
@@ -164,66 +160,6 @@ LOSSES = sorted(
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_first_line_of_a_loss_holds_its_formula(name):
     assert re.search(r"`[^`]+`", inspect.getdoc(resolve(name)).partition("\n")[0])
-
-
-@pytest.fixture(scope="module")
-def table():
-    return list(loss_table.rows())
-
-
-def runs(jaxpr):
-    """How often a program runs the engine."""
-    count = 0
-    for equation in jaxpr.eqns:
-        if equation.params.get("name") == "run":
-            count += 1
-            continue
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                count += runs(inner)
-    return count
-
-
-@pytest.mark.slow
-def test_the_table_of_losses_has_every_loss_and_its_passes(table):
-    assert {name for name, _, _ in table} == set(losses.__all__)
-    traces = {name: trace for name, options, trace in table if not options}
-    counted = 0
-    for entry in ENTRIES:
-        if not entry.loss or entry.variant:
-            continue
-        trace = traces[entry.export.rpartition(".")[2]]
-        if entry.dense_only:
-            assert trace is None, entry
-            continue
-        given = make_inputs(0, (2,), 5)
-
-        def call(hidden, weight, entry=entry, given=given):
-            return entry.call(jaxsoft.linear_logits(hidden, weight), {k: given[k] for k in entry.inputs})
-
-        jaxpr = jax.make_jaxpr(call)(jnp.ones((2, 3)), jnp.ones((3, 5))).jaxpr
-        assert runs(jaxpr) == len(trace.passes), entry
-        counted += 1
-    assert counted > 50
-
-
-@pytest.mark.slow
-def test_the_table_of_losses_counts_matrix_products(table):
-    costs = {name: (str(t.value), str(t.gradient)) for name, options, t in table if t and not options}
-    assert costs["cross_entropy"] == costs["clip_loss"] == ("1", "3")
-    assert costs["dual_focal_loss"] == ("2", "6")
-    assert costs["weighted_mean"] == costs["weighted_sum"] == ("1", "2")
-    assert costs["distillation_loss"] == ("2", "4")  # two heads, of which one gets a gradient
-    assert costs["trades_loss"] == ("4", "12")
-    assert costs["sparsemax_loss"] == ("2 + s", "3")
-
-
-@pytest.mark.slow
-def test_the_page_of_the_table_of_losses(table):
-    page = generate.table_page(table)
-    assert all(f"][jaxsoft.losses.{name}]" in page for name in losses.__all__)
-    assert "## [" not in page and page.count("\n| ") > len(losses.__all__)
 
 
 def test_the_citation_is_of_this_version():
