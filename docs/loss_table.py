@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import doctest
+import functools
 import inspect
 import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from types import CodeType, FrameType
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -63,15 +63,24 @@ class Trace(NamedTuple):
 # --- the statistics: which reductions the passes ask for ----------------------------------------------------
 
 
+def replaced(stack: contextlib.ExitStack, function: Callable, new: Callable) -> None:
+    """Replaces a function of the library in every module that knows it."""
+    modules = [module for name, module in sys.modules.items() if name.partition(".")[0] == "jaxsoft"]
+    for module in modules:
+        for name in [name for name, value in vars(module).items() if value is function]:
+            stack.enter_context(mock.patch.object(module, name, new))
+
+
 @contextlib.contextmanager
 def recorded() -> Iterator[list[tuple[str, ...]]]:
     """Within it, every call of `reduce_rows` adds the names of its reductions to the list.
 
     So do, at the end, the reductions that were made and not given to `reduce_rows`.
     """
-    factories: dict[CodeType, str] = {}
     names: dict[Any, str] = {}
     passes: list[tuple[str, ...]] = []
+    made: list[str] = []
+    making: list[str] = []
 
     def key(reduction: RowReduction) -> RowReduction:
         return reduction._replace(args=(), col_args=(), entry_args=())
@@ -83,31 +92,42 @@ def recorded() -> Iterator[list[tuple[str, ...]]]:
     def name_of(reduction: RowReduction) -> str:
         return names.get(key(reduction)) or names.get((reduction.init, reduction.update), OWN)
 
-    def profile(frame: FrameType, event: str, result: Any) -> None:
-        if event == "return" and isinstance(result, RowReduction) and frame.f_code in factories:
-            note(factories[frame.f_code], result)
-            if frame.f_back is None or frame.f_back.f_code not in factories:
-                made.append(factories[frame.f_code])
-        elif event == "call" and frame.f_code is jaxsoft.reduce_rows.__code__:
-            wanted = frame.f_locals["reductions"]
-            wanted = jax.tree.leaves(wanted, is_leaf=lambda r: isinstance(r, RowReduction))
-            passes.append(tuple(dict.fromkeys(map(name_of, wanted))))
+    def noting(name: str, factory: Callable) -> Callable:
+        @functools.wraps(factory)
+        def make(*args: Any, **kwargs: Any) -> Any:
+            making.append(name)
+            try:
+                reduction = factory(*args, **kwargs)
+            finally:
+                making.pop()
+            if isinstance(reduction, RowReduction):
+                note(name, reduction)
+                if not making:  # else it is a part of another one
+                    made.append(name)
+            return reduction
 
-    for name, f in vars(reductions).items():
-        if inspect.isfunction(f) and f.__module__ == reductions.__name__ and name[0] != "_":
-            factories[f.__code__] = name
-            if all(p.default is not p.empty for p in inspect.signature(f).parameters.values()):
-                reduction = f()
-                if isinstance(reduction, RowReduction):
-                    note(name, reduction)  # a module may hold it as a constant
-    made: list[str] = []
-    sys.setprofile(profile)
-    try:
+        return make
+
+    reduce_rows = jaxsoft.reduce_rows
+
+    @functools.wraps(reduce_rows)
+    def noted(logits: Any, wanted: Any, *args: Any, **kwargs: Any) -> Any:
+        leaves = jax.tree.leaves(wanted, is_leaf=lambda r: isinstance(r, RowReduction))
+        passes.append(tuple(dict.fromkeys(map(name_of, leaves))))
+        return reduce_rows(logits, wanted, *args, **kwargs)
+
+    with contextlib.ExitStack() as stack:
+        for name, f in list(vars(reductions).items()):
+            if inspect.isfunction(f) and f.__module__ == reductions.__name__ and name[0] != "_":
+                if all(p.default is not p.empty for p in inspect.signature(f).parameters.values()):
+                    reduction = f()
+                    if isinstance(reduction, RowReduction):
+                        note(name, reduction)  # a module may hold it as a constant
+                replaced(stack, f, noting(name, f))
+        replaced(stack, reduce_rows, noted)
         yield passes
-    finally:
-        sys.setprofile(None)
-        if not passes and made:
-            passes.append(tuple(dict.fromkeys(made)))
+    if not passes and made:
+        passes.append(tuple(dict.fromkeys(made)))
 
 
 # --- the cost: matrix products of a traced program ----------------------------------------------------------
