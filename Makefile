@@ -25,7 +25,8 @@ TRAIN_FLAGS ?=
 MUTATE_FLAGS ?=
 KERNELS_FLAGS ?=
 
-PIP = -m pip install --quiet --disable-pip-version-check
+# Without compiling whole packages of which little is imported: half of the time.
+PIP = -m pip install --quiet --disable-pip-version-check --no-compile
 PART = @$(PYTHON) tests/parts.py
 PYTEST = -m pytest -n $(WORKERS)
 KERNEL_TESTS = tests/kernels/test_gpu.py tests/kernels/test_inside.py tests/kernels/test_lowering.py \

@@ -2,7 +2,9 @@
 
 A law is a test with a parameter `entry` (tests/conformance), `name` (tests/optimizers/test_common.py) or `case` (a
 reduction; tests/rows, tests/kernels). It is of the formula, or, with the marker `engine`, of a mechanism that all
-functions share, or, with the marker `kernels`, runs over kernels. A case is
+functions share, or, with the marker `mesh`, of that mechanism on several devices, or, with the marker `kernels`, runs
+over kernels. Further parameters of a law (a dtype, a kind of mesh) take turns: a case has one of their values in each
+design but "all". A case is
 
 * leading: a reduction, an entry that is `thorough`, the first entry or the first optimizer of a family;
 * an export: the first entry of any other export, any other optimizer;
@@ -29,19 +31,28 @@ import pytest
 RANKS = ("leading", "export", "variant")
 # Of the cases of each rank, one in how many runs under a law of either kind; and of the other ranks.
 DESIGNS = {
-    "all": dict(formula=(1, 1, 1), engine=(1, 1, 1), kernels=(1, 1, 1), list=1, table=1, plain=1),
-    "cover": dict(formula=(1, 1, 4), engine=(2, 4, 4), kernels=(18, 0, 0), list=6, table=8, plain=1),
+    "all": dict(
+        formula=(1, 1, 1), engine=(1, 1, 1), mesh=(1, 1, 1), kernels=(1, 1, 1), list=1, table=1, plain=1
+    ),
+    "cover": dict(
+        formula=(1, 1, 4), engine=(3, 4, 4), mesh=(6, 12, 12), kernels=(18, 0, 0), list=8, table=12, plain=2
+    ),
     # where only the libraries differ
-    "newest": dict(formula=(12, 0, 0), engine=(6, 0, 0), kernels=(0, 0, 0), list=6, table=8, plain=3),
-    "fast": dict(formula=(6, 12, 0), engine=(6, 0, 0), kernels=(0, 0, 0), list=4, table=4, plain=1),
+    "newest": dict(
+        formula=(16, 0, 0), engine=(12, 0, 0), mesh=(24, 0, 0), kernels=(0, 0, 0), list=12, table=16, plain=4
+    ),
+    "fast": dict(
+        formula=(6, 12, 0), engine=(6, 0, 0), mesh=(24, 0, 0), kernels=(0, 0, 0), list=4, table=4, plain=1
+    ),
 }
+KINDS = ("kernels", "mesh", "engine")
 
 
 def share_of(design: str, item, rank: str) -> int:
     """One in how many cases of this rank a design runs under a law; 0 is none."""
     if rank not in RANKS:
         return DESIGNS[design][rank]
-    kind = next((kind for kind in ("kernels", "engine") if item.get_closest_marker(kind)), "formula")
+    kind = next((kind for kind in KINDS if item.get_closest_marker(kind)), "formula")
     return DESIGNS[design][kind][RANKS.index(rank)]
 
 
@@ -91,10 +102,10 @@ def group(items: list[pytest.Item]) -> None:
 
 @functools.cache
 def pinned() -> frozenset[str]:
-    """The cases that slips name."""
+    """The tests and the cases that slips name."""
     files = (pathlib.Path(__file__).parent / "mutations").glob("*.toml")
     slips = [slip for file in files for slip in tomllib.loads(file.read_text(encoding="utf-8"))["slip"]]
-    return frozenset(word for slip in slips for word in shlex.split(slip["tests"]) if word.endswith("]"))
+    return frozenset(word for slip in slips for word in shlex.split(slip["tests"]) if "::" in word)
 
 
 def select(config, items: list[pytest.Item]) -> None:
@@ -105,10 +116,14 @@ def select(config, items: list[pytest.Item]) -> None:
     if not turn.isdecimal():
         raise pytest.UsageError(f"JAXSOFT_TURN must be a number, got {turn!r}")
     laws = {}  # by law and rank: the places of its cases, in their order
+    further = {}  # by law and case: the places of the further parameters
     for item in items:
         if case := case_of(item):
             places = laws.setdefault(_law(item, case[0]), {})
             places.setdefault(case[1], len(places))
+            if _is_law(case):
+                places = further.setdefault((_law(item, case[0]), case[1]), {})
+                places.setdefault(item.callspec.id, len(places))
     for (*_, rank), places in laws.items():
         if (
             rank not in RANKS
@@ -120,10 +135,15 @@ def select(config, items: list[pytest.Item]) -> None:
         case = case_of(item)
         if case is None or item.nodeid in pinned():
             return True
-        places = laws[_law(item, case[0])]
-        share = min(share_of(design, item, case[0]), len(places))
+        law = _law(item, case[0])
+        share = min(share_of(design, item, case[0]), len(laws[law]))
         begin = int(turn) + (0 if case[0] == "plain" else zlib.crc32(item.function.__name__.encode()))
-        return share > 0 and (places[case[1]] + begin) % share == 0
+        if share == 0 or (laws[law][case[1]] + begin) % share:
+            return False
+        if design == "all" or not _is_law(case):
+            return True
+        values = further[law, case[1]]
+        return (values[item.callspec.id] + (laws[law][case[1]] + begin) // share) % len(values) == 0
 
     kept = [is_kept(item) for item in items]
     if left := [item for item, keep in zip(items, kept) if not keep]:

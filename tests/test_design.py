@@ -25,7 +25,7 @@ def collected(law, kind, cases, monkeypatch, name, turn=0):
     def item(case):
         params = {"name": case} if isinstance(case, str) else {"entry": case}
         return types.SimpleNamespace(
-            callspec=types.SimpleNamespace(params=params, id=case),
+            callspec=types.SimpleNamespace(params=params, id=case if isinstance(case, str) else case.id),
             module=module,
             function=types.SimpleNamespace(__name__=law, __qualname__=law),
             get_closest_marker=lambda marker: kind == marker,
@@ -40,7 +40,7 @@ def collected(law, kind, cases, monkeypatch, name, turn=0):
 
 
 @pytest.mark.parametrize("law", ["test_a", "test_b", "test_c"])
-@pytest.mark.parametrize("kind", ["formula", "engine"])
+@pytest.mark.parametrize("kind", ["formula", "engine", "mesh"])
 @pytest.mark.parametrize("cases", [ENTRIES, list(CASES)], ids=["entries", "optimizers"])
 def test_designs(law, kind, cases, monkeypatch):
     ranks = {}
@@ -59,7 +59,7 @@ def test_designs(law, kind, cases, monkeypatch):
 
 @pytest.mark.parametrize(
     ("kind", "cases"),
-    [("formula", ENTRIES), ("engine", ENTRIES), ("engine", list(CASES)), ("table", _LISTED)],
+    [("formula", ENTRIES), ("engine", ENTRIES), ("mesh", list(CASES)), ("table", _LISTED)],
 )
 def test_after_some_turns_every_law_has_run_on_every_case(kind, cases, monkeypatch):
     shares = design.DESIGNS["cover"]
@@ -101,3 +101,31 @@ def test_unknown_settings_are_refused(monkeypatch):
         collected("test_a", "formula", ENTRIES[:1], monkeypatch, "everything")
     with pytest.raises(pytest.UsageError, match="JAXSOFT_TURN must be a number"):
         collected("test_a", "formula", ENTRIES[:1], monkeypatch, "cover", "first")
+
+
+def test_further_parameters_of_a_law_take_turns(monkeypatch):
+    """A case of a law has one of them in a run, another case another one, and all after some turns."""
+    module, entries = types.ModuleType("laws"), [entry for entry in ENTRIES if entry.rank == "leading"]
+
+    def item(entry, value):
+        return types.SimpleNamespace(
+            callspec=types.SimpleNamespace(params={"entry": entry, "dtype": value}, id=f"{entry.id}-{value}"),
+            module=module,
+            function=types.SimpleNamespace(__name__="test_a", __qualname__="test_a"),
+            get_closest_marker=lambda marker: marker == "engine",
+            nodeid=f"tests/test_laws.py::test_a[{entry.id}-{value}]",
+        )
+
+    def kept(turn):
+        items = [item(entry, value) for value in "ab" for entry in entries]
+        monkeypatch.setenv("JAXSOFT_DESIGN", "cover")
+        monkeypatch.setenv("JAXSOFT_TURN", str(turn))
+        hook = types.SimpleNamespace(pytest_deselected=lambda items: None)
+        design.select(types.SimpleNamespace(hook=hook), items)
+        return [(i.callspec.params["entry"].id, i.callspec.params["dtype"]) for i in items]
+
+    share = design.DESIGNS["cover"]["engine"][0]
+    first = kept(0)
+    assert len({entry for entry, _ in first}) == len(first) and len(first) >= len(entries) // share
+    assert {value for _, value in first} == {"a", "b"}
+    assert len(set().union(*map(kept, range(2 * share)))) == 2 * len(entries)

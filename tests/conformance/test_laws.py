@@ -557,7 +557,7 @@ def contracted(entry, logits, given):
     return total + losses.weighted_sum(loss, logits, *by_row.values(), chunk_size=1, **columns)
 
 
-@pytest.mark.engine
+@pytest.mark.mesh
 @pytest.mark.parametrize("kind", ["Explicit", "Auto"])
 @every
 def test_on_a_mesh_as_on_one_device(entry, kind, x64):
@@ -581,7 +581,7 @@ def test_on_a_mesh_as_on_one_device(entry, kind, x64):
     trees_close(jax.device_get(got), jax.device_get(single), 1e-9)
 
 
-@pytest.mark.engine
+@pytest.mark.mesh
 @pytest.mark.parametrize("entry", [e for e in ENTRIES if e.thorough and not e.dense_only], ids=lambda e: e.id)
 def test_shards_of_columns_are_a_single_device(entry, x64):
     """Inside shard_map: labels and other inputs count the columns of all devices; gradients are summed once."""
