@@ -40,6 +40,7 @@ from scipy import sparse
 
 import jaxsoft
 from jaxsoft.attention import dot_product_attention
+from jaxsoft.rows import RowReduction, reduce_rows
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "compiled.json"
 
@@ -98,6 +99,16 @@ def decode(query, key, value, lengths=None):
     )
 
 
+def soft_count(x, theta, width):
+    """The first reduction of docs/guides/write-a-reduction.md, which how-a-kernel-is-made.md follows to here."""
+
+    def update(state, tile, theta, width):
+        return state + tile.sum(jax.nn.sigmoid((tile.x - theta[..., None]) / width[..., None]))
+
+    reduction = RowReduction(lambda like, *_: like, update, args=(theta, width))
+    return reduce_rows(x, reduction, implementation="mosaic_gpu")
+
+
 ROWS = array(8192, 32768)
 HEAD = (array(8192, 4096), array(4096, 131072), array(8192, dtype=jnp.int32))
 HEADS = (array(4, 8192, 16, 128),) * 3
@@ -105,6 +116,11 @@ CACHE = (array(64, 1, 32, 128), *(array(64, 32768, 8, 128),) * 2)
 
 CASES = [
     Case(("logsumexp",), of_rows(jaxsoft.logsumexp), (ROWS,)),
+    Case(
+        ("soft count", "soft count gradient"),
+        jax.grad(total(soft_count)),
+        (ROWS, *(array(8192, dtype=jnp.float32),) * 2),
+    ),
     Case(("softmax", "softmax weights"), of_rows(jaxsoft.softmax), (ROWS,)),
     Case(("head forward", "head backward"), jax.grad(total(cross_entropy), (0, 1)), HEAD),
     Case(

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 import pathlib
 import re
 import sys
@@ -173,6 +174,16 @@ def test_files_that_are_named_exist():
     for path in (README, ROOT / "CONTRIBUTING.md", *PAGES, *(ROOT / "jaxsoft").rglob("*.py")):
         for name in named.findall(path.read_text(encoding="utf-8")):
             assert (ROOT / name).exists(), f"{relative(path)} names {name}"
+
+
+def test_the_instructions_of_the_kernel_that_the_guide_follows():
+    """`make kernels` counts them."""
+    page = (DOCS / "guides" / "how-a-kernel-is-made.md").read_text(encoding="utf-8")
+    said = re.search(r"spends ([\d.]+) instructions per score, its gradient ([\d.]+);", page)
+    kernels = json.loads((ROOT / "benchmarks" / "results" / "compiled.json").read_text())["kernels"]
+    forward, backward = kernels["soft count"], kernels["soft count gradient"]
+    assert [float(n) for n in said.groups()] == [forward["instructions"], backward["instructions"]]
+    assert forward["spills"] == backward["spills"] == [0, 0]
 
 
 def test_the_license_is_apache():
