@@ -166,8 +166,8 @@ def dpo_loss(
     * `"robust"`: the unbiased estimate of `"sigmoid"` under labels that are wrong with probability `e =
       label_smoothing`: `((1 - e) softplus(-beta d) - e softplus(beta d)) / (1 - 2 e)`. It can be negative.
     * `"sppo_hard"`: `(r_w - 1 / (2 beta))^2 + (r_l + 1 / (2 beta))^2`.
-    * `"nca"`: `softplus(-beta r_w) + softplus(beta r_w) / 2 + softplus(beta r_l) / 2`, which holds the log-ratio of the
-      chosen response near a positive number.
+    * `"nca"`: `softplus(-beta r_w) + softplus(beta r_w) / 2 + softplus(beta r_l) / 2`, least at `beta r_w = log 2`: the
+      chosen response does not become less likely.
     * `"bco"`: `softplus(-beta r_w) + softplus(beta r_l)`, a classifier of single responses. `baseline` is the mean
       log-ratio of chosen and rejected responses, as a moving average.
     * `"apo_zero"`: `sigmoid(-beta r_w) + sigmoid(beta r_l)`, which raises the chosen and lowers the rejected response.
@@ -212,7 +212,7 @@ def dpo_loss(
       [13.69]
     """
     _checks.number("beta", beta, above=0)
-    _checks.option("kind", kind, ("robust", *_KINDS))
+    _checks.option("kind", kind, (*_KINDS, "robust"))
     if kind == "robust":
         _checks.number("label_smoothing", label_smoothing, at_least=0, below=0.5)
         right, wrong = (e / (1 - 2 * label_smoothing) for e in (1 - label_smoothing, -label_smoothing))
@@ -467,7 +467,7 @@ def kto_loss(
     where: Bool[Array, ...] | None = None,
     weights: Float[Array, "*samples"] | None = None,
 ) -> Float[Array, "*samples"]:
-    """Kahneman-Tversky optimization (KTO): `w sigmoid(-u)`, where `u = beta (r - z)`, or `-u` if undesirable.
+    """Kahneman-Tversky optimization (KTO): `w sigmoid(-u)`, `u = beta (r - z)` if desirable, else `beta (z - r)`.
 
     Responses are judged one by one: there are no pairs. `r = log pi - log ref` is the log-ratio of policy and
     reference, z the `baseline`, and w the weight of desirable or of undesirable responses. By `kind`:

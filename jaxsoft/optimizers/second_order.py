@@ -530,8 +530,8 @@ def scale_by_soap(
 
         left, right = _accumulate(lambda old, new: b2 * old + (1 - b2) * new, g, state.left, state.right)
         if any(_is_matrix(s) for s in jax.tree.leaves((left, right))):
-            due = ((count - 1) % precondition_every == 0).astype(jnp.int32)
-            *bases, nu = lax.switch(due + begins, (kept, turned, first), left, right, *bases, nu)
+            due = jnp.where((count - 1) % precondition_every == 0, 1, 0)
+            *bases, nu = lax.switch(jnp.where(begins, 2, due), (kept, turned, first), left, right, *bases, nu)
         new_state = ScaleBySoapState(count, mu, nu, left, right, *bases)
         return _common.cast_like(u, updates), new_state
 
@@ -576,12 +576,12 @@ def soap(
 
     Examples:
       >>> import jax.numpy as jnp
-      >>> tx = soap(0.1)
+      >>> tx = soap(1.0)
       >>> params, g = jnp.ones((2, 2)), jnp.array([[3.0, 0.0], [0.0, -0.1]])
       >>> _, state = tx.update(g, tx.init(params), params)
       >>> print(tx.update(g, state, params)[0].round(2) + 0.0)
-      [[-0.1  0. ]
-       [ 0.   0.1]]
+      [[-1.  0.]
+       [ 0.  1.]]
     """
     direction = scale_by_soap(b1, b2, eps, precondition_every=precondition_every, max_dim=max_dim)
     return _common.descend(direction, learning_rate, weight_decay, mask)
