@@ -479,9 +479,15 @@ def scale_by_soap(
     max_dim = _checks.integer("max_dim", max_dim, at_least=1)
 
     def init(params: optax.Params) -> ScaleBySoapState:
-        left, right = (_init_statistics(params, side, max_dim) for side in (0, 1))
-        moments = _common.moments_like(params)
-        return ScaleBySoapState(jnp.zeros([], jnp.int32), moments, moments, left, right, left, right)
+        return ScaleBySoapState(
+            count=jnp.zeros([], jnp.int32),
+            mu=_common.moments_like(params),
+            nu=_common.moments_like(params),
+            left=_init_statistics(params, 0, max_dim),
+            right=_init_statistics(params, 1, max_dim),
+            left_basis=_init_statistics(params, 0, max_dim),
+            right_basis=_init_statistics(params, 1, max_dim),
+        )
 
     # Branches made in `update` would be compiled anew in each call outside of `jit`.
     def kept(left, right, left_basis, right_basis, nu):
