@@ -484,8 +484,8 @@ def kto_loss(
       beta: how strongly the policy is held to the reference, above 0.
       kind: which loss.
       desirable_weight: w of desirable responses, 0 or more.
-      undesirable_weight: w of the others, 0 or more. The paper balances both: the weights times the numbers of
-        responses should be between 1 to 1 and 4 to 3.
+      undesirable_weight: w of the others, 0 or more. The paper balances them: weight times number of the desirable
+        responses should be 1 to 4/3 times weight times number of the others.
       where: booleans that broadcast to `[*samples]`, True = counts.
       weights: `[*samples]`, multiply the losses.
 
