@@ -272,7 +272,8 @@ def multi_similarity_loss(
     if mixed:
         _checks.shape("labels", labels, logits.shape, "that of logits")
         check_weights(weights, rows)
-        masks, keep = dict(where=where), None
+        masks: dict[str, Any] = dict(where=where)
+        keep = None
         pull = reductions.mapped_logsumexp(_pull_mixed, base, alpha, entry_args=(labels,))
         push = reductions.mapped_logsumexp(_push_mixed, base, beta, entry_args=(labels,))
     else:

@@ -286,8 +286,8 @@ def f_dpo_loss(
     _checks.number("alpha", alpha, above=0)
     coefficients = _smoothing(label_smoothing)
     pairs, r_w, r_l, _ = _pairs(where, weights, chosen, rejected, reference_chosen, reference_rejected)
-    scores = (DIVERGENCES[divergence].derivative(r, alpha) for r in (r_w, r_l))
-    return pairs.finish(_of_scores("sigmoid", *scores, beta, *coefficients))
+    s, t = (DIVERGENCES[divergence].derivative(r, alpha) for r in (r_w, r_l))
+    return pairs.finish(_of_scores("sigmoid", s, t, beta, *coefficients))
 
 
 def simpo_loss(
