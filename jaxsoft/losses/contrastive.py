@@ -254,7 +254,7 @@ def multi_similarity_loss(
       >>> import jax.numpy as jnp, jaxsoft
       >>> cosines = jnp.array([[1.0, 0.6, 0.8], [0.6, 1.0, 0.2], [0.8, 0.2, 1.0]])
       >>> print(jaxsoft.losses.multi_similarity_loss(cosines, jnp.array([0, 0, 1])).round(6))
-      [0.59907 0.29907 0.3    ]
+      [0.59907  0.299069 0.3     ]
       >>> mixture = jnp.array([[0.0, 0.7, 0.2]])  # of the candidates with the anchor's class
       >>> print(jaxsoft.losses.multi_similarity_loss(cosines[:1], mixture, beta=10.0).round(4))
       [0.7716]
