@@ -436,3 +436,50 @@ def max_suppression_loss(
     label, top, mean = rows.reduce((rows.label_statistics(), reductions.maximum(), reductions.mean()))
     excess = jnp.where(label.present, top, 0) - mean  # 0 for an empty row
     return rows.finish(label.nll + suppression * excess)
+
+
+def logit_penalty_loss(
+    logits: Logits,
+    labels: Int[Array, "*rows"],
+    *,
+    penalty: float = 2e-3,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+    weights: Float[Array, "*rows"] | None = None,
+    ignore_index: int | None = IGNORE_INDEX,
+) -> Float[Array, "*rows"]:
+    """Logit penalty: `l + penalty / 2 sum_c x_c^2`, cross-entropy that keeps the logits small.
+
+    Args:
+      logits: `[*rows, columns]`, a floating array or `linear_logits`.
+      labels: class ids `[*rows]`, as in `cross_entropy`.
+      penalty: the coefficient, 0 or more.
+      axis: the axis of the classes.
+      where: class mask that broadcasts to the logits, True = counts.
+      weights: `[*rows]`, multiply the losses.
+      ignore_index: class id of examples to leave out.
+
+    Returns:
+      Losses `[*rows]`, float32 or wider. It depends on the sum of the logits, which cross-entropy leaves free.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or out of range.
+
+    Reference:
+      Kornblith et al., "Why Do Better Loss Functions Lead to Less Transferable Features?".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> logits = jnp.array([[0.2, 1.5, -0.3, 0.8, -1.2]])
+      >>> print(jaxsoft.losses.logit_penalty_loss(logits, jnp.array([3])).round(6))
+      [1.398418]
+    """
+    _checks.number("penalty", penalty, at_least=0)
+    rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
+    label, squares = rows.reduce((rows.label_statistics(), reductions.mapped_sum(_square)))
+    return rows.finish(label.nll + penalty / 2 * squares)
+
+
+def _square(x, cols):
+    return x * x

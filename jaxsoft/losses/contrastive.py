@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
-from jaxsoft._numerics import accumulation_dtype, as_ids, safe_divide, weigh
+from jaxsoft._numerics import accumulation_dtype, as_ids, log_or_neg_inf, safe_divide, weigh
 from jaxsoft.losses._common import IGNORE_INDEX, check_weights, prepare
 from jaxsoft.rows import Logits, reduce_rows, reductions
 from jaxsoft.rows.inner import check_axis, reduce_two_ways
@@ -208,6 +208,100 @@ def supervised_contrastive_loss(
     same = reductions.mapped_sum(_same, own, labels, col_args=(labels,))
     total, count = reduce_rows(logits, (behind, same), where=keep, row_where=keep)
     return _finish(safe_divide(total, count), keep, weights)
+
+
+def multi_similarity_loss(
+    logits: Logits,
+    labels: Int[Array, " examples"] | Float[Array, "*rows candidates"],
+    *,
+    alpha: float | Float[Array, ""] = 2.0,
+    beta: float | Float[Array, ""] = 50.0,
+    base: float | Float[Array, ""] = 0.5,
+    where: Bool[Array, ...] | None = None,
+    weights: Float[Array, "*rows"] | None = None,
+) -> Float[Array, "*rows"]:
+    """Multi-similarity: `softplus(lse_P(alpha (base - x))) / alpha + softplus(lse_N(beta (x - base))) / beta`.
+
+    Pulls the positives P of a row above `base`, the least similar most, and pushes the negatives N below it, the most
+    similar most. `labels` say which is which, or by how much each candidate is a positive: for mixed examples (Metrix)
+    each exponential counts by its label y in the first sum, and by `1 - y` in the second.
+
+    Args:
+      logits: `[examples, examples]` or, with labels of their shape, `[*rows, candidates]`: cosines, a floating array or
+        an expression such as `cosine_logits(embeddings, embeddings, transpose_weight=True)`.
+      labels: `[examples]`, any integers: equal ones mean the same class, and an example is no candidate of its own. Or
+        floats of the logits' shape, in [0, 1], such as the mixture `a` of candidates `a f(positive) + (1 - a)
+        f(negative)`; `metric_mixup_loss` is the contrastive loss of these.
+      alpha: inverse temperature of the positives, positive.
+      beta: that of the negatives, positive.
+      base: the similarity that divides them.
+      where: `[examples]` with integer labels, False = the example is absent, in its row and its column; else a mask
+        that broadcasts to the logits.
+      weights: `[*rows]`, multiply the losses.
+
+    Returns:
+      Losses `[*rows]`, float32 or wider. Positives or negatives that a row does not have cost nothing.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or out of range.
+
+    Reference:
+      Wang et al., "Multi-Similarity Loss with General Pair Weighting for Deep Metric Learning"; Venkataramanan et al.,
+      "It Takes Two to Tango: Mixup for Deep Metric Learning" (labels in [0, 1]).
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> cosines = jnp.array([[1.0, 0.6, 0.8], [0.6, 1.0, 0.2], [0.8, 0.2, 1.0]])
+      >>> print(jaxsoft.losses.multi_similarity_loss(cosines, jnp.array([0, 0, 1])).round(6))
+      [0.59907  0.299069 0.3     ]
+      >>> mixture = jnp.array([[0.0, 0.7, 0.2]])  # of the candidates with the anchor's class
+      >>> print(jaxsoft.losses.multi_similarity_loss(cosines[:1], mixture, beta=10.0).round(4))
+      [0.7716]
+    """
+    check_axis(logits, -1)
+    for name, value in (("alpha", alpha), ("beta", beta)):
+        _checks.number(name, value, above=0)
+    _checks.number("base", base)
+    if not hasattr(labels, "dtype"):
+        raise TypeError(f"labels must be an array, got {_checks.describe(labels)}")
+    mixed = jnp.issubdtype(labels.dtype, jnp.floating)
+    rows = logits.shape[:-1]
+    dtype = accumulation_dtype(logits.dtype)
+    base, alpha, beta = (jnp.broadcast_to(jnp.asarray(a, dtype), rows) for a in (base, alpha, beta))
+    if mixed:
+        _checks.shape("labels", labels, logits.shape, "that of logits")
+        check_weights(weights, rows)
+        masks: dict[str, Any] = dict(where=where)
+        keep = None
+        pull = reductions.mapped_logsumexp(_pull_mixed, base, alpha, entry_args=(labels,))
+        push = reductions.mapped_logsumexp(_push_mixed, base, beta, entry_args=(labels,))
+    else:
+        n, keep = _pairs(logits, where, weights)
+        _checks.integers("labels", labels)
+        _checks.shape("labels", labels, (n,), "one class per example")
+        ids, own = as_ids(labels), jnp.arange(n, dtype=jnp.int32)
+        masks = dict(where=keep, row_where=keep)
+        pull = reductions.mapped_logsumexp(_pull, base, alpha, own, ids, col_args=(ids,))
+        push = reductions.mapped_logsumexp(_push, base, beta, ids, col_args=(ids,))
+    pull, push = reduce_rows(logits, (pull, push), **masks)
+    return _finish(jax.nn.softplus(pull) / alpha + jax.nn.softplus(push) / beta, keep, weights)
+
+
+def _pull(x, cols, base, alpha, own, label, labels):
+    return jnp.where((labels == label) & (cols != own), alpha * (base - x), -jnp.inf)
+
+
+def _push(x, cols, base, beta, label, labels):
+    return jnp.where(labels == label, -jnp.inf, beta * (x - base))
+
+
+def _pull_mixed(x, cols, base, alpha, positive):
+    return alpha * (base - x) + log_or_neg_inf(positive.astype(x.dtype))
+
+
+def _push_mixed(x, cols, base, beta, positive):
+    return beta * (x - base) + log_or_neg_inf(1 - positive.astype(x.dtype))
 
 
 def _binary(x, cols, own, bias):

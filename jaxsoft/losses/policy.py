@@ -5,7 +5,8 @@ of advantages. `jaxsoft.log_prob(jaxsoft.linear_logits(hidden, weight), tokens)`
 storing the logits.
 
 The policy gradients (`f_dpg_loss`, `clipped_policy_loss`, `cispo_loss`) are per sample or per token, and
-`length_weighted_mean` aggregates over tokens. They exist for their gradient; their values say little.
+`length_weighted_mean` aggregates over tokens. They exist for their gradient; their values say little. `sampled_kl`,
+times a coefficient, is the penalty that keeps a policy near its reference.
 
 Example:
   >>> import jax, jax.numpy as jnp, jaxsoft
@@ -26,10 +27,10 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Num
 
 from jaxsoft import _checks
-from jaxsoft._numerics import safe_divide
+from jaxsoft._numerics import accumulation_dtype, safe_divide
 from jaxsoft.losses._divergences import DIVERGENCES, MAX_EXPONENT
 from jaxsoft.losses._log_probs import prepare, spread
 from jaxsoft.normalizers.inner import present_scores
@@ -218,6 +219,90 @@ def f_dpg_loss(
     for proposal_log_prob in proposals:
         factor = factor * jnp.exp(jnp.minimum(log_prob - proposal_log_prob, MAX_EXPONENT))
     return samples.finish(-lax.stop_gradient(factor) * log_prob)
+
+
+def sampled_kl(
+    log_prob: Float[Array, "*tokens"],
+    reference: Float[Array, "*tokens"],
+    *,
+    where: Bool[Array, ...] | None = None,
+    weights: Float[Array, "*tokens"] | None = None,
+) -> Float[Array, "*tokens"]:
+    """An estimate of `KL(pi || ref)` from sampled tokens: `e^-r + r - 1`, with the log-ratio `r = log pi - log ref`.
+
+    If the policy sampled the tokens, its mean is the divergence. It is 0 or more for each token, and varies less than
+    r, whose mean is the same. `e^-r` is bounded at r = -80.
+
+    Args:
+      log_prob: `[*tokens]`, the policy's log-probability of each token.
+      reference: `[*tokens]`, the reference's, a constant to the gradient.
+      where: booleans that broadcast to `[*tokens]`, True = counts.
+      weights: `[*tokens]`, multiply the estimates.
+
+    Returns:
+      Estimates `[*tokens]`, float32 or wider; 0 for a token that does not count.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape.
+
+    Reference:
+      Schulman, "Approximating KL Divergence" (the third estimator); Shao et al., "DeepSeekMath" (GRPO).
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> log_prob, reference = jnp.array([-1.2, -0.4, -0.9]), jnp.array([-1.0, -0.7, -1.1])
+      >>> print(jaxsoft.losses.sampled_kl(log_prob, reference).round(6))
+      [0.021403 0.040818 0.018731]
+    """
+    tokens = prepare(where, weights, log_prob=log_prob, reference=reference)
+    log_prob, reference = tokens.arrays
+    r = jnp.maximum(log_prob - lax.stop_gradient(reference), -MAX_EXPONENT)
+    return tokens.finish(jnp.expm1(-r) + r)
+
+
+def kl_coefficient_loss(
+    log_coefficient: float | Float[Array, ""],
+    kl: Float[Array, "*samples"],
+    *,
+    target: float | Float[Array, ""],
+    where: Bool[Array, ...] | None = None,
+    weights: Float[Array, "*samples"] | None = None,
+) -> Float[Array, "*samples"]:
+    """Adapts the coefficient of a divergence to a target: `log_coefficient (target - kl)`, by gradient descent.
+
+    The loss of the coefficient alone; kl is a constant. Where kl is above the target, descent raises the coefficient
+    `exp(log_coefficient)`, and lowers it where kl is below. (Dual ascent on the constraint `kl <= target`, in the
+    logarithm of the multiplier.) The authors train it from 0 with `optax.adam(1e-3)`.
+
+    Args:
+      log_coefficient: the logarithm of the coefficient, a parameter.
+      kl: `[*samples]`, divergences, such as the mean of `sampled_kl` over the tokens of a sequence.
+      target: the divergence to reach, 0 or more.
+      where: booleans that broadcast to `[*samples]`, True = counts.
+      weights: `[*samples]`, multiply the losses.
+
+    Returns:
+      Losses `[*samples]`, float32 or wider; 0 where kl does not count.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or out of range.
+
+    Reference:
+      Wang et al., "Offline Reinforcement Learning for LLM Multi-Step Reasoning" (the authors' code).
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsoft
+      >>> gradient = jax.grad(jaxsoft.losses.kl_coefficient_loss)(0.0, jnp.array(0.07), target=0.05)
+      >>> print(round(gradient, 6))
+      -0.02
+    """
+    _checks.number("log_coefficient", log_coefficient)
+    _checks.number("target", target, at_least=0)
+    samples = prepare(where, weights, kl=kl)
+    (kl,) = samples.arrays
+    return samples.finish(log_coefficient * lax.stop_gradient(target - kl))
 
 
 def length_weighted_mean(
@@ -419,6 +504,56 @@ def _ratios(log_prob: Any, old_log_prob: Any, advantages: Any, max_log_ratio: An
     return tokens, log_prob, ratio, advantage
 
 
+def fuzzy_reward(
+    prediction: Num[Array, "*responses"],
+    target: Num[Array, ...],
+    *,
+    tolerance: float = 0.5,
+    bonus: float = 0.5,
+) -> Float[Array, "*responses"]:
+    """A graded reward of numbers, by their relative error e: `1 + bonus - e` if `e < tolerance`, else 0.
+
+    `e = |prediction - target| / |target|`. An answer that is nearly right is told from one that is wrong, which a
+    reward of 0 or 1 does not do; `group_relative_advantage` then ranks the answers to a prompt by their precision.
+
+    Args:
+      prediction: `[*responses]`, the numbers that the responses give; NaN for a response without a number.
+      target: the right numbers, an array that broadcasts to `[*responses]`: `target[:, None]` for one number per
+        prompt. For a target of 0, only 0 is within the tolerance (in the authors' code, nothing is).
+      tolerance: the error from which on there is no reward, above 0.
+      bonus: what a right answer is worth beyond 1. The reward jumps by `1 + bonus - tolerance` at the tolerance.
+
+    Returns:
+      Rewards `[*responses]`, float32 or wider; 0 for NaN.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: a target that does not broadcast, or an option out of range.
+
+    Reference:
+      Wang et al., "CrowdVLM-R1: Expanding R1 Ability to Vision Language Model for Crowd Counting using Fuzzy Group
+      Relative Policy Reward".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> rewards = jaxsoft.losses.fuzzy_reward(jnp.array([[95, 60, 30, 100]]), jnp.array([[100]]))
+      >>> print(rewards)
+      [[1.45 1.1  0.   1.5 ]]
+      >>> print(jaxsoft.losses.group_relative_advantage(rewards).round(1))
+      [[ 0.6  0.1 -1.5  0.7]]
+    """
+    _checks.numeric("prediction", prediction)
+    _checks.numeric("target", target)
+    _checks.number("tolerance", tolerance, above=0)
+    _checks.number("bonus", bonus)
+    _checks.broadcastable("target", target, prediction.shape, "that of prediction")
+    dtype = accumulation_dtype(prediction.dtype, target.dtype)
+    x, y = jnp.asarray(prediction, dtype), jnp.asarray(target, dtype)
+    gap, size = jnp.abs(x - y), jnp.abs(y)
+    error = jnp.where(gap == 0, 0, gap / jnp.where(size == 0, jnp.finfo(dtype).tiny, size))
+    return jnp.where(error < tolerance, 1 + bonus - error, 0)
+
+
 def group_relative_advantage(
     rewards: Float[Array, ...],
     *,
@@ -431,7 +566,7 @@ def group_relative_advantage(
     """The advantages of GRPO: rewards relative to their group, `(r - mean) / (std + epsilon)`.
 
     Args:
-      rewards: the rewards of the responses to a prompt along `axis`.
+      rewards: the rewards of the responses to a prompt along `axis`, such as those of `fuzzy_reward`.
       axis: the axis of the group.
       scale: whether to divide by the standard deviation; Dr. GRPO does not.
       unbiased: whether the variance divides by n - 1, as in PyTorch, or by n.
@@ -447,8 +582,7 @@ def group_relative_advantage(
       ValueError: an argument of a wrong shape or out of range.
 
     Reference:
-      Wang et al., "CrowdVLM-R1: Expanding R1 Ability to Vision Language Model for Crowd Counting using Fuzzy Group
-      Relative Policy Reward"; Shao et al., "DeepSeekMath" (GRPO).
+      Shao et al., "DeepSeekMath" (GRPO).
 
     Example:
       >>> import jax.numpy as jnp, jaxsoft

@@ -5,9 +5,9 @@ one number per response (or per token), not of logits; the log-probabilities of 
 gradient. Nothing of the size `[tokens, vocabulary]` is stored if the log-probabilities are those of
 `jaxsoft.linear_logits`.
 
-All losses over pairs have one form. The margin u says how much more than the reference the policy prefers the chosen
-response, and the loss is `P phi(u) + (1 - P) phi(-u)`, with a function phi such as `softplus(-u)` and P the
-probability that the label is right.
+All losses over pairs have one form: `P f(s, t) + (1 - P) f(t, s)`. The scores s and t are those of the chosen and the
+rejected response, mostly log-ratios of policy and reference, f is a function such as `softplus(-beta (s - t))`, and P
+is the probability that the label is right. `kto_loss` takes responses that are judged one by one, without a partner.
 
 Example:
   >>> import jax, jax.numpy as jnp, jaxsoft
@@ -35,33 +35,30 @@ from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, safe_divide, weigh
 from jaxsoft.losses._common import check_floats
 from jaxsoft.losses._divergences import DIVERGENCES
-from jaxsoft.losses._log_probs import Samples, prepare
+from jaxsoft.losses._log_probs import Samples, prepare, spread
 from jaxsoft.normalizers import log_softmax
 from jaxsoft.normalizers.inner import present_scores
 
 Pairs = Float[Array, "*pairs"]
 
-_PHI = {
-    "sigmoid": lambda u: softplus(-u),
-    "hinge": lambda u: jnp.maximum(1 - u, 0),
-    "square": lambda u: (u - 0.5) ** 2,
+# The loss of a pair, from the scores s and t of the chosen and the rejected response. A wrong label swaps them.
+_KINDS = {
+    "sigmoid": lambda s, t, beta: softplus(-beta * (s - t)),
+    "hinge": lambda s, t, beta: jnp.maximum(1 - beta * (s - t), 0),
+    "ipo": lambda s, t, beta: (s - t - 0.5 / beta) ** 2,
+    "sppo_hard": lambda s, t, beta: (s - 0.5 / beta) ** 2 + (t + 0.5 / beta) ** 2,
+    "nca": lambda s, t, beta: softplus(-beta * s) + (softplus(beta * s) + softplus(beta * t)) / 2,
+    "bco": lambda s, t, beta: softplus(-beta * s) + softplus(beta * t),
+    "apo_zero": lambda s, t, beta: sigmoid(-beta * s) + sigmoid(beta * t),
+    "apo_down": lambda s, t, beta: sigmoid(beta * s) + sigmoid(-beta * (s - t)),
 }
 
 
-def _mixed(phi: str, u: Array, right: Any, wrong: Any) -> Array:
-    """`right phi(u) + wrong phi(-u)`; a coefficient of 0 drops its term, infinite or not."""
-    right, wrong = (jnp.asarray(coefficient, u.dtype) for coefficient in (right, wrong))
-    return weigh(_PHI[phi](u), right) + weigh(_PHI[phi](-u), wrong)
-
-
-def _dpo(kind: str, r_w: Array, r_l: Array, beta: Any, right: Any, wrong: Any) -> Array:
-    """The loss `kind`, from the log-ratios of the chosen and the rejected response."""
-    if kind == "ipo":
-        return _mixed("square", beta * (r_w - r_l), right, wrong) / beta**2
-    if kind == "sppo_hard":
-        terms = _mixed("square", beta * r_w, right, wrong) + _mixed("square", -beta * r_l, right, wrong)
-        return terms / beta**2
-    return _mixed("hinge" if kind == "hinge" else "sigmoid", beta * (r_w - r_l), right, wrong)
+def _of_scores(kind: str, s: Array, t: Array, beta: Any, right: Any = 1, wrong: Any = 0) -> Array:
+    """`right f(s, t) + wrong f(t, s)`; a coefficient of 0 drops its term, infinite or not."""
+    loss = _KINDS[kind]
+    right, wrong = (jnp.asarray(coefficient, s.dtype) for coefficient in (right, wrong))
+    return weigh(loss(s, t, beta), right) + weigh(loss(t, s, beta), wrong)
 
 
 def _pairs(
@@ -83,7 +80,7 @@ def _pairs(
 def _judged(r_w: Array, r_l: Array, beta: Any, gap: Array) -> Array:
     """The loss of soft labels, right with probability `sigmoid(gap)`."""
     gap = lax.stop_gradient(gap)
-    return _dpo("sigmoid", r_w, r_l, beta, sigmoid(gap), sigmoid(-gap))
+    return _of_scores("sigmoid", r_w, r_l, beta, sigmoid(gap), sigmoid(-gap))
 
 
 def _smoothing(label_smoothing: Any) -> tuple[Any, Any]:
@@ -154,6 +151,7 @@ def dpo_loss(
     beta: float = 0.1,
     kind: str = "sigmoid",
     label_smoothing: float = 0.0,
+    baseline: float | Float[Array, ...] = 0.0,
     where: Bool[Array, ...] | None = None,
     weights: Pairs | None = None,
 ) -> Pairs:
@@ -168,6 +166,14 @@ def dpo_loss(
     * `"robust"`: the unbiased estimate of `"sigmoid"` under labels that are wrong with probability `e =
       label_smoothing`: `((1 - e) softplus(-beta d) - e softplus(beta d)) / (1 - 2 e)`. It can be negative.
     * `"sppo_hard"`: `(r_w - 1 / (2 beta))^2 + (r_l + 1 / (2 beta))^2`.
+    * `"nca"`: `softplus(-beta r_w) + softplus(beta r_w) / 2 + softplus(beta r_l) / 2`, least at `beta r_w = log 2`: the
+      chosen response does not become less likely.
+    * `"bco"`: `softplus(-beta r_w) + softplus(beta r_l)`, a classifier of single responses. `baseline` is the mean
+      log-ratio of chosen and rejected responses, as a moving average.
+    * `"apo_zero"`: `sigmoid(-beta r_w) + sigmoid(beta r_l)`, which raises the chosen and lowers the rejected response.
+      With the `baseline` of `kto_loss` it is KTO on pairs.
+    * `"apo_down"`: `sigmoid(beta r_w) + sigmoid(-beta d)`, which lowers both, the rejected response more: for chosen
+      responses that are worse than what the model writes.
 
     Args:
       chosen: `[*pairs]`, the policy's log-probability of the chosen response (`sequence_log_prob`).
@@ -178,6 +184,8 @@ def dpo_loss(
       kind: which loss.
       label_smoothing: the probability e that a label is wrong, in [0, 1] (`"robust"`: below 1/2). The kinds other than
         `"robust"` become `(1 - e)` times the loss plus e times that of the swapped pair: conservative DPO.
+      baseline: subtracted from both log-ratios, a number or an array that broadcasts to `[*pairs]`, a constant. The
+        kinds that read only d do not depend on it.
       where: booleans that broadcast to `[*pairs]`, True = counts.
       weights: `[*pairs]`, multiply the losses.
 
@@ -191,7 +199,9 @@ def dpo_loss(
     Reference:
       Rafailov et al., "Direct Preference Optimization"; Azar et al., "A General Theoretical Paradigm to Understand
       Learning from Human Preferences" (IPO); Zhao et al., "SLiC-HF" (hinge); Chowdhury et al., "Provably Robust
-      DPO"; Wu et al., "Self-Play Preference Optimization".
+      DPO"; Wu et al., "Self-Play Preference Optimization"; Chen et al., "Noise Contrastive Alignment of Language Models
+      with Explicit Rewards" (NCA); Jung et al., "Binary Classifier Optimization for Large Language Model Alignment"
+      (BCO); D'Oosterlinck et al., "Anchored Preference Optimization and Contrastive Revisions" (APO).
 
     Example:
       >>> import jax.numpy as jnp, jaxsoft
@@ -202,14 +212,16 @@ def dpo_loss(
       [13.69]
     """
     _checks.number("beta", beta, above=0)
-    _checks.option("kind", kind, ("sigmoid", "hinge", "ipo", "robust", "sppo_hard"))
+    _checks.option("kind", kind, (*_KINDS, "robust"))
     if kind == "robust":
         _checks.number("label_smoothing", label_smoothing, at_least=0, below=0.5)
         right, wrong = (e / (1 - 2 * label_smoothing) for e in (1 - label_smoothing, -label_smoothing))
+        kind = "sigmoid"
     else:
         right, wrong = _smoothing(label_smoothing)
     pairs, r_w, r_l, _ = _pairs(where, weights, chosen, rejected, reference_chosen, reference_rejected)
-    return pairs.finish(_dpo(kind, r_w, r_l, beta, right, wrong))
+    baseline = spread("baseline", baseline, r_w)
+    return pairs.finish(_of_scores(kind, r_w - baseline, r_l - baseline, beta, right, wrong))
 
 
 def f_dpo_loss(
@@ -274,9 +286,8 @@ def f_dpo_loss(
     _checks.number("alpha", alpha, above=0)
     coefficients = _smoothing(label_smoothing)
     pairs, r_w, r_l, _ = _pairs(where, weights, chosen, rejected, reference_chosen, reference_rejected)
-    derivative = DIVERGENCES[divergence].derivative
-    margin = beta * (derivative(r_w, alpha) - derivative(r_l, alpha))
-    return pairs.finish(_mixed("sigmoid", margin, *coefficients))
+    s, t = (DIVERGENCES[divergence].derivative(r, alpha) for r in (r_w, r_l))
+    return pairs.finish(_of_scores("sigmoid", s, t, beta, *coefficients))
 
 
 def simpo_loss(
@@ -327,7 +338,189 @@ def simpo_loss(
     coefficients = _smoothing(label_smoothing)
     pairs = prepare(where, weights, chosen=chosen, rejected=rejected)
     mean_w, mean_l = pairs.arrays
-    return pairs.finish(_mixed(kind, beta * (mean_w - mean_l - gamma_beta_ratio), *coefficients))
+    return pairs.finish(_of_scores(kind, mean_w - gamma_beta_ratio, mean_l, beta, *coefficients))
+
+
+def cpo_loss(
+    chosen: Pairs,
+    rejected: Pairs,
+    chosen_nll: Pairs | None = None,
+    *,
+    beta: float = 0.1,
+    alpha: float = 1.0,
+    kind: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    where: Bool[Array, ...] | None = None,
+    weights: Pairs | None = None,
+) -> Pairs:
+    """Contrastive preference optimization (CPO): `softplus(-beta (log pi_w - log pi_l)) + alpha nll_w`.
+
+    DPO without a reference. The likelihood of the chosen response holds the policy near the data instead.
+
+    Args:
+      chosen: `[*pairs]`, the policy's log-probability of the chosen response (`sequence_log_prob`).
+      rejected: `[*pairs]`, that of the rejected response.
+      chosen_nll: `[*pairs]`, the negative log-likelihood of the chosen response; None: `-chosen`. Some implementations
+        take the mean over tokens, `-sequence_log_prob(..., reduction="mean")`.
+      beta: scale of the margin, above 0.
+      alpha: coefficient of the likelihood, 0 or more.
+      kind: the first term, `"sigmoid"`, `"hinge"` or `"ipo"`, as in `dpo_loss` with log-probabilities as log-ratios.
+      label_smoothing: the probability that a label is wrong, in [0, 1], as in `dpo_loss`.
+      where: booleans that broadcast to `[*pairs]`, True = counts.
+      weights: `[*pairs]`, multiply the losses.
+
+    Returns:
+      Losses `[*pairs]`, float32 or wider; 0 for a pair that does not count.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape, out of range, or an unknown kind.
+
+    Reference:
+      Xu et al., "Contrastive Preference Optimization: Pushing the Boundaries of LLM Performance in Machine
+      Translation".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> print(jaxsoft.losses.cpo_loss(jnp.array([-3.0]), jnp.array([-5.0])).round(6))
+      [3.598139]
+    """
+    _checks.number("beta", beta, above=0)
+    _checks.number("alpha", alpha, at_least=0)
+    _checks.option("kind", kind, ("sigmoid", "hinge", "ipo"))
+    coefficients = _smoothing(label_smoothing)
+    pairs, chosen, rejected, nll = _with_likelihood(where, weights, chosen, rejected, chosen_nll)
+    return pairs.finish(_of_scores(kind, chosen, rejected, beta, *coefficients) + alpha * nll)
+
+
+def orpo_loss(
+    chosen: Pairs,
+    rejected: Pairs,
+    chosen_nll: Pairs | None = None,
+    *,
+    beta: float = 0.1,
+    where: Bool[Array, ...] | None = None,
+    weights: Pairs | None = None,
+) -> Pairs:
+    """Odds ratio preference optimization (ORPO): `nll_w + beta softplus(-(o_w - o_l))`, without a reference.
+
+    m is the mean log-probability of a response's tokens, and `o = m - log(1 - e^m)` the log-odds of `e^m`, for the
+    chosen response (w) and the rejected one (l). It does fine-tuning and preference optimization at once.
+
+    Args:
+      chosen: `[*pairs]`, the mean log-probability of the chosen response's tokens:
+        `sequence_log_prob(..., reduction="mean")`.
+      rejected: `[*pairs]`, that of the rejected response.
+      chosen_nll: `[*pairs]`, the negative log-likelihood of the chosen response, the loss of fine-tuning; None:
+        `-chosen`. (Some implementations count the tokens of the prompt in it, too.)
+      beta: coefficient of the odds ratio, 0 or more; the paper's lambda.
+      where: booleans that broadcast to `[*pairs]`, True = counts.
+      weights: `[*pairs]`, multiply the losses.
+
+    Returns:
+      Losses `[*pairs]`, float32 or wider; 0 for a pair that does not count. A mean log-probability within rounding of 0
+      gets no gradient from the odds.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape or out of range.
+
+    Reference:
+      Hong et al., "ORPO: Monolithic Preference Optimization without Reference Model".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> print(jaxsoft.losses.orpo_loss(jnp.array([-0.9]), jnp.array([-1.4])).round(6))
+      [0.939052]
+    """
+    _checks.number("beta", beta, at_least=0)
+    pairs, chosen, rejected, nll = _with_likelihood(where, weights, chosen, rejected, chosen_nll)
+    return pairs.finish(nll + beta * _of_scores("sigmoid", _log_odds(chosen), _log_odds(rejected), 1))
+
+
+def _with_likelihood(
+    where: Any, weights: Any, chosen: Any, rejected: Any, nll: Any
+) -> tuple[Samples, Array, Array, Array]:
+    """The checked arguments, both log-probabilities, and the negative log-likelihood of the chosen response."""
+    others = {} if nll is None else {"chosen_nll": nll}
+    pairs = prepare(where, weights, chosen=chosen, rejected=rejected, **others)
+    chosen, rejected, *given = pairs.arrays
+    return pairs, chosen, rejected, given[0] if given else -chosen
+
+
+def _log_odds(log_prob: Array) -> Array:
+    """`m - log(1 - e^m)`; the odds of a probability within rounding of 1 are those of the largest number below."""
+    m = jnp.minimum(log_prob, -jnp.finfo(log_prob.dtype).eps)
+    return m - jnp.log(-jnp.expm1(m))
+
+
+def kto_loss(
+    log_prob: Float[Array, "*samples"],
+    reference: Float[Array, "*samples"],
+    desirable: Bool[Array, "*samples"],
+    *,
+    baseline: float | Float[Array, ...] = 0.0,
+    beta: float = 0.1,
+    kind: str = "kto",
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    where: Bool[Array, ...] | None = None,
+    weights: Float[Array, "*samples"] | None = None,
+) -> Float[Array, "*samples"]:
+    """Kahneman-Tversky optimization (KTO): `w sigmoid(-u)`, `u = beta (r - z)` if desirable, else `beta (z - r)`.
+
+    Responses are judged one by one: there are no pairs. `r = log pi - log ref` is the log-ratio of policy and
+    reference, z the `baseline`, and w the weight of desirable or of undesirable responses. By `kind`:
+
+    * `"kto"`: `sigmoid(-u)`. z is an estimate of `KL(pi || ref)`: `max(0, mean(r'))`, where r' are the log-ratios of
+      responses to other prompts, such as those of the batch shifted by one. With z = 0 it is APO-zero without pairs.
+    * `"bco"`: `softplus(-u)`, the logistic loss of a classifier. z is a moving average of r over all responses.
+
+    Args:
+      log_prob: `[*samples]`, the policy's log-probability of each response (`sequence_log_prob`).
+      reference: `[*samples]`, that of the reference, a constant to the gradient.
+      desirable: `[*samples]` booleans, True for a response to be made more likely.
+      baseline: z, a number or an array that broadcasts to `[*samples]`, a constant to the gradient.
+      beta: how strongly the policy is held to the reference, above 0.
+      kind: which loss.
+      desirable_weight: w of desirable responses, 0 or more.
+      undesirable_weight: w of the others, 0 or more. The paper balances them: weight times number of the desirable
+        responses should be 1 to 4/3 times weight times number of the others.
+      where: booleans that broadcast to `[*samples]`, True = counts.
+      weights: `[*samples]`, multiply the losses.
+
+    Returns:
+      Losses `[*samples]`, float32 or wider; 0 for a response that does not count.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype.
+      ValueError: an argument of a wrong shape, out of range, or an unknown kind.
+
+    Reference:
+      Ethayarajh et al., "KTO: Model Alignment as Prospect Theoretic Optimization"; Jung et al., "Binary Classifier
+      Optimization for Large Language Model Alignment" (BCO).
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoft
+      >>> log_ratio, desirable = jnp.array([0.8, -0.5]), jnp.array([True, False])
+      >>> others = jnp.array([0.5, -0.1])  # of the same responses to each other's prompts
+      >>> baseline = jnp.maximum(jnp.mean(others), 0)
+      >>> print(jaxsoft.losses.kto_loss(log_ratio, jnp.zeros(2), desirable, baseline=baseline).round(6))
+      [0.485004 0.482507]
+    """
+    _checks.number("beta", beta, above=0)
+    _checks.option("kind", kind, ("kto", "bco"))
+    _checks.number("desirable_weight", desirable_weight, at_least=0)
+    _checks.number("undesirable_weight", undesirable_weight, at_least=0)
+    samples = prepare(where, weights, log_prob=log_prob, reference=reference)
+    log_prob, reference = samples.arrays
+    _checks.boolean("desirable", desirable)
+    _checks.shape("desirable", desirable, log_prob.shape, "that of log_prob")
+    r = log_prob - lax.stop_gradient(reference) - spread("baseline", baseline, log_prob)
+    u = beta * jnp.where(desirable, r, -r)
+    loss = sigmoid(-u) if kind == "kto" else softplus(-u)
+    weight = jnp.where(desirable, desirable_weight, undesirable_weight)
+    return samples.finish(weigh(loss, weight.astype(loss.dtype)))
 
 
 def xpo_loss(
@@ -383,7 +576,7 @@ def xpo_loss(
     _checks.option("kind", kind, ("sigmoid", "ipo"))
     log_probs = chosen, rejected, reference_chosen, reference_rejected
     pairs, r_w, r_l, (sample,) = _pairs(where, weights, *log_probs, reference_sample=reference_sample)
-    return pairs.finish(_dpo(kind, r_w, r_l, beta, 1, 0) + alpha * sample)
+    return pairs.finish(_of_scores(kind, r_w, r_l, beta) + alpha * sample)
 
 
 def margin_matching_loss(
@@ -572,7 +765,7 @@ def sparse_po_loss(
     )
     pairs = prepare(where, weights, chosen=score_w, rejected=score_l)
     score_w, score_l = pairs.arrays
-    return pairs.finish(_mixed("sigmoid", beta * (score_w - score_l), 1, 0))
+    return pairs.finish(_of_scores("sigmoid", score_w, score_l, beta))
 
 
 def _sparse_score(name: str, log_prob: Any, reference: Any, kl: Any, m: Any, n: Any) -> Array:
@@ -731,6 +924,8 @@ def oreo_loss(
     beta: float = 0.01,
     kind: str = "suffix",
     clip: float | None = None,
+    kl: Float[Array, "*batch tokens"] | None = None,
+    kl_coefficient: float | Float[Array, ""] = 0.01,
     states: Bool[Array, ...] | None = None,
     where: Bool[Array, ...] | None = None,
 ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
@@ -744,7 +939,10 @@ def oreo_loss(
     * `"single_step"`: `e_t = beta r_t + V_t - V_{t+1}`; at the end, `beta r_t + V_t - R`.
     * `"trajectory"`: as `"suffix"`, for the first state only.
 
-    There is no reward before the end. The authors' code has a further KL term, which is left to the user.
+    There is no reward before the end. With `kl`, the policy's loss is `mean_t e_t^2 + kl_coefficient mean_t kl_t`,
+    which keeps the policy near the reference, as in the authors' runs. kl is the exact divergence,
+    `distillation_loss(reference_logits, logits, stop_teacher_gradient=False)` of logits that are never stored, or
+    `sampled_kl(log_prob, reference)`. `kl_coefficient_loss` adapts the coefficient to a target.
 
     Args:
       log_prob: `[*batch, tokens]`, the policy's log-probabilities of the tokens.
@@ -754,13 +952,17 @@ def oreo_loss(
       beta: coefficient of the log-ratios, above 0.
       kind: which residual.
       clip: clips `G_t` to [-clip, clip] (`"single_step"`: the sum over its step), above 0.
+      kl: `[*batch, tokens]`, the divergence from the reference at each token; its mean is over all tokens that count,
+        states or not. None: no such term.
+      kl_coefficient: coefficient of the divergence, 0 or more; a constant to the gradient.
       states: booleans that broadcast to `[*batch, tokens]`, True for tokens that begin a step: only these have a
         residual, and a step of `"single_step"` ends where the next one begins. None: every token that counts.
       where: booleans that broadcast to the log-probabilities, True = counts: the tokens that the policy chose.
 
     Returns:
-      `(policy_loss, value_loss)`, each `[*batch]`, float32 or wider. Their values are equal; the first has the gradient
-      for `log_prob`, the second the one for `values`. 0 for a sequence without states.
+      `(policy_loss, value_loss)`, each `[*batch]`, float32 or wider. Their values are equal, apart from the term of the
+      divergence; the first has the gradient for `log_prob` (and `kl`), the second the one for `values`. 0 for a
+      sequence without states, or without tokens.
 
     Raises:
       TypeError: an argument of a wrong type or dtype.
@@ -781,11 +983,13 @@ def oreo_loss(
     _checks.option("kind", kind, ("suffix", "token", "single_step", "trajectory"))
     if clip is not None:
         _checks.number("clip", clip, above=0)
+    _checks.number("kl_coefficient", kl_coefficient, at_least=0)
     _check_tokens("log_prob", log_prob)
-    tokens = prepare(where, log_prob=log_prob, reference=reference, values=values)
-    log_prob, reference, values = tokens.arrays
+    divergence = {} if kl is None else {"kl": kl}
+    tokens = prepare(where, log_prob=log_prob, reference=reference, values=values, **divergence)
+    log_prob, reference, values, *divergences = tokens.arrays
     check_floats("reward", reward, log_prob.shape[:-1], "one number per sequence")
-    state = jnp.ones(log_prob.shape, bool) if tokens.where is None else tokens.where
+    counts = state = jnp.ones(log_prob.shape, bool) if tokens.where is None else tokens.where
     if states is not None:
         _checks.boolean("states", states)
         _checks.broadcastable("states", states, log_prob.shape, "that of log_prob")
@@ -807,12 +1011,16 @@ def oreo_loss(
     if clip is not None:
         gain = jnp.clip(gain, -clip, clip)
 
-    def mean_square(gain, error):
-        squares = jnp.where(state, (beta * gain + error) ** 2, 0)
-        return safe_divide(jnp.sum(squares, axis=-1), jnp.sum(state, axis=-1).astype(squares.dtype))
+    def mean(x, counts):
+        total = jnp.sum(jnp.where(counts, x, 0), axis=-1)
+        return safe_divide(total, jnp.sum(counts, axis=-1).astype(total.dtype))
 
     error = values - target
-    return mean_square(gain, lax.stop_gradient(error)), mean_square(lax.stop_gradient(gain), error)
+    policy_loss = mean((beta * gain + lax.stop_gradient(error)) ** 2, state)
+    value_loss = mean((beta * lax.stop_gradient(gain) + error) ** 2, state)
+    for kl in divergences:
+        policy_loss += lax.stop_gradient(kl_coefficient) * mean(kl, counts)
+    return policy_loss, value_loss
 
 
 def _next(state: Array) -> tuple[Array, Array]:

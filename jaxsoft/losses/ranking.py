@@ -115,6 +115,9 @@ def pairwise_softmax_loss(
     The activations grow more slowly than the exponential of the softmax loss, which bounds the effect of a false
     negative. They are meant for d in [-1, 1]: cosines divided by 2. The loss can be negative.
 
+    The paper's second method puts the mean over a user's positives into the logarithm, too, so that hard positives
+    count more: it is the log-mean-exp of the losses of these positives, as in the example.
+
     Args:
       logits: `[*rows, columns]`, a floating array or `linear_logits`: the scores of all items, or of one positive and
         the negatives drawn for it.
@@ -143,6 +146,10 @@ def pairwise_softmax_loss(
       >>> scores = jnp.array([[0.6, 0.5, -0.2, 0.1, 0.7]])
       >>> print(jaxsoft.losses.pairwise_softmax_loss(scores, jnp.array([0]), temperature=0.2).round(5))
       [0.81047]
+      >>> positives, where = jnp.array([0, 1]), jnp.array([[1, 0, 1, 1, 1], [0, 1, 1, 1, 1]], bool)
+      >>> losses = jaxsoft.losses.pairwise_softmax_loss(jnp.tile(scores, (2, 1)), positives, where=where)
+      >>> print((jaxsoft.logsumexp(losses) - jnp.log(2)).round(6))  # the second method, one user
+      0.738735
     """
     _checks.option("activation", activation, (*_LOG_ACTIVATIONS, "exp"))
     _checks.number("temperature", temperature, above=0)

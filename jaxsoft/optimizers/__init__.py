@@ -1,7 +1,7 @@
 """Optimizers as optax gradient transformations.
 
 - Ready optimizers with decoupled weight decay have plain names: `lion_k`, `spam`, `stable_spam`, `adamp`, `sgdp`,
-  `diffgrad`, `fira`, `shampoo`. Each is `optax.chain` of its direction, `optax.add_decayed_weights` and
+  `diffgrad`, `fira`, `shampoo`, `soap`. Each is `optax.chain` of its direction, `optax.add_decayed_weights` and
   `optax.scale_by_learning_rate`.
 - Directions, `scale_by_*`, have no learning rate and no sign: put `optax.scale_by_learning_rate` after them.
 - The others go before or around any optimizer, combine several gradients into one, do without a backward pass, or
@@ -116,10 +116,13 @@ from jaxsoft.optimizers.schedules import (
 from jaxsoft.optimizers.second_order import (
     ScaleByMfacState,
     ScaleByShampooState,
+    ScaleBySoapState,
     gradient_regularized_newton_step,
     scale_by_mfac,
     scale_by_shampoo,
+    scale_by_soap,
     shampoo,
+    soap,
 )
 from jaxsoft.optimizers.spike_aware import (
     AdaptiveGradientNormState,
@@ -141,6 +144,7 @@ from jaxsoft.optimizers.zeroth_order import (
     Mezo,
     MezoState,
     forward_gradient,
+    gp_gradient,
     mezo,
     quantize_projection,
     random_direction,
@@ -174,6 +178,7 @@ __all__ = [
     "ScaleByMfacState",
     "ScaleByMultipliersState",
     "ScaleByShampooState",
+    "ScaleBySoapState",
     "ScaleBySpamState",
     "ScaleByStableSpamState",
     "ScaledHyperparams",
@@ -203,6 +208,7 @@ __all__ = [
     "dynamic_code_map",
     "fira",
     "forward_gradient",
+    "gp_gradient",
     "gradient_coherence",
     "gradient_modulation_coefficients",
     "gradient_regularized_newton_step",
@@ -245,6 +251,7 @@ __all__ = [
     "scale_by_multipliers",
     "scale_by_sgdp",
     "scale_by_shampoo",
+    "scale_by_soap",
     "scale_by_spam",
     "scale_by_stable_spam",
     "scale_by_truncated_model",
@@ -253,6 +260,7 @@ __all__ = [
     "shampoo",
     "shared_randomness_update",
     "skip_spikes",
+    "soap",
     "soft_threshold_ste",
     "softhebb_update",
     "spam",

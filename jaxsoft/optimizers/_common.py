@@ -32,7 +32,10 @@ def wide(*leaves: Any) -> jnp.dtype:
     with jax.numpy_dtype_promotion("standard"):  # also where the user forbids it: the promotion is explicit
         dtype = jnp.result_type(*leaves, jnp.float32)
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"updates and params must be real, got a leaf of dtype {dtype}")
+        raise TypeError(
+            f"updates and params must be real, got a leaf of dtype {dtype}: wrap the optimizer in "
+            "optax.contrib.split_real_and_imaginary, which gives it both parts as real leaves"
+        )
     return jnp.dtype(dtype)
 
 

@@ -2,7 +2,8 @@
 
 Adam with moments of low rank and updates of full rank. Matrices only; the other leaves get Adam. Each new projector
 costs a singular value decomposition, which is slow on accelerators: keep `update_every` in the hundreds.
-`optax.contrib.galore` is the method without the residual.
+`b1=0.0, b2=0.9, bias_correction=False` is RMSProp in place of Adam, the authors' Fira-RMSProp. GaLore, the method
+without the residual, is `optax.contrib.galore`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from jax import lax
 from jaxsoft import _checks
 from jaxsoft._numerics import safe_divide
 from jaxsoft.optimizers import _common
-from jaxsoft.optimizers._common import Mask, Scalar, bias_correction, matmul, moving_average
+from jaxsoft.optimizers._common import Mask, Scalar, matmul, moving_average
 
 _EPS = 1e-8  # added to norms in denominators, as in the authors' code
 
@@ -149,6 +150,7 @@ def scale_by_fira(
     projection: Literal["std", "reverse_std"] = "std",
     scaling: Literal["column", "matrix"] = "column",
     align_signs: bool = True,
+    bias_correction: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """The direction of Fira: Adam in a subspace of low rank, and the residual of the gradient scaled alike.
 
@@ -183,13 +185,15 @@ def scale_by_fira(
       scaling: "column" has one phi per vector of length rank; "matrix" one for all, |psi| / |R|.
       align_signs: Give new singular vectors the signs of the old ones. The signs are arbitrary, and a flipped axis
         would make its moments wrong. The authors' code does not align them.
+      bias_correction: Correct the moments for their start at 0, by the factor before the direction. False: without
+        the factor, as in RMSProp.
 
     Returns:
       A gradient transformation. All state is in at least float32; updates keep the dtype of the gradients.
       With `optax.inject_hyperparams` list `rank` in `static_args`.
 
     Raises:
-      TypeError: for a rank that is not static, or an `align_signs` that is not a bool.
+      TypeError: for a rank that is not static, or a switch that is not a bool.
       ValueError: for a number out of range, a rank above the shorter side of a matrix (by `init`), or an
         unknown option.
 
@@ -218,6 +222,7 @@ def scale_by_fira(
     _checks.option("projection", projection, ("std", "reverse_std"))
     _checks.option("scaling", scaling, ("column", "matrix"))
     _checks.flag("align_signs", align_signs)
+    _checks.flag("bias_correction", bias_correction)
 
     def init(params: optax.Params) -> ScaleByFiraState:
         def moment(p):
@@ -284,7 +289,9 @@ def scale_by_fira(
         both = jax.tree.map(full_rank, g, projector, r, psi, state.residual_norm)
         u = _common.placed_like(jax.tree.map(lambda _, pair: pair[0], g, both), updates)
         residual_norm = jax.tree.map(lambda _, pair: pair[1], g, both)
-        step = jnp.sqrt(bias_correction(b2, count)) / bias_correction(b1, count)
+        step = 1
+        if bias_correction:
+            step = jnp.sqrt(_common.bias_correction(b2, count)) / _common.bias_correction(b1, count)
         u = _common.cast_like(jax.tree.map(lambda u: step * u, u), updates)
         return u, ScaleByFiraState(count, projector, mu, nu, residual_norm)
 
@@ -304,6 +311,7 @@ def fira(
     projection: Literal["std", "reverse_std"] = "std",
     scaling: Literal["column", "matrix"] = "column",
     align_signs: bool = True,
+    bias_correction: bool = True,
     weight_decay: Scalar = 0.0,
     mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -324,6 +332,7 @@ def fira(
       projection: "std" projects the shorter side of a matrix, "reverse_std" the longer one.
       scaling: "column" or "matrix".
       align_signs: Give new singular vectors the signs of the old ones.
+      bias_correction: Correct the moments for their start at 0.
       weight_decay: Decoupled weight decay.
       mask: Which parameters decay: a pytree of bools, or a function from the parameters to one.
 
@@ -358,5 +367,6 @@ def fira(
         projection=projection,
         scaling=scaling,
         align_signs=align_signs,
+        bias_correction=bias_correction,
     )
     return _common.descend(direction, learning_rate, weight_decay, mask)

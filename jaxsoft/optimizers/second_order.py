@@ -6,6 +6,9 @@ few steps. Start with `exponent=0.25`, the classical power, and the default graf
 the Kronecker approximation of Adagrad's matrix suggests; it amplifies rare directions more, and needs noisy
 gradients, grafting and a larger `eps`.
 
+`soap` is Adam in the eigenbasis of Shampoo's matrices. It takes the learning rates of Adam, and its second moments
+change in every step, so that the bases may change rarely.
+
 `scale_by_mfac` keeps the last gradients themselves, so it is for models of which dozens of copies fit in memory.
 `gradient_regularized_newton_step` is a function of the full loss, for convex models such as softmax regression.
 """
@@ -23,8 +26,41 @@ import optax
 from jax import lax
 
 from jaxsoft import _checks
+from jaxsoft._numerics import safe_divide
 from jaxsoft.optimizers import _common
 from jaxsoft.optimizers._common import Mask, Scalar, matmul
+
+# Statistics of matrices: the last two axes of a leaf, any others are a batch.
+
+
+def _sides(p: Any, max_dim: int) -> tuple[int, int]:
+    """The sides of a leaf's matrices; 0 for a side without a statistic."""
+    a, b = jnp.shape(p)[-2:] if jnp.ndim(p) >= 2 and jnp.size(p) else (0, 0)
+    return a * (a <= max_dim), b * (b <= max_dim)
+
+
+def _init_statistics(params: Any, side: int, max_dim: int) -> Any:
+    """Zeros for the statistic of one side of each leaf, a square matrix; a scalar 0 where there is none."""
+
+    def zeros(p):
+        n = _sides(p, max_dim)[side]
+        return jnp.zeros((*jnp.shape(p)[:-2], n, n) if n else (), _common.wide(p))
+
+    return jax.tree.map(zeros, params)
+
+
+def _is_matrix(x: jax.Array) -> bool:
+    """Whether a statistic is a matrix; one that is not needed is a scalar 0."""
+    return x.ndim >= 2
+
+
+def _accumulate(rule: Callable[..., Any], g: Any, left: Any, right: Any) -> tuple[Any, Any]:
+    """The statistics after `rule(old, new)` with `G G^T` from the left and `G^T G` from the right."""
+    g = jax.tree.map(_common.whole, g)
+    left = jax.tree.map(lambda g, s: rule(s, matmul(g, g.mT)) if _is_matrix(s) else s, g, left)
+    right = jax.tree.map(lambda g, s: rule(s, matmul(g.mT, g)) if _is_matrix(s) else s, g, right)
+    return left, right
+
 
 # Shampoo.
 
@@ -73,11 +109,6 @@ def _inverse_power_jvp(primals, tangents):
     return out, matmul(matmul(vectors, tangent), vectors.mT)
 
 
-def _is_matrix(x: jax.Array) -> bool:
-    """Whether a statistic of `ScaleByShampooState` is a matrix; one that is not needed is a scalar 0."""
-    return x.ndim >= 2
-
-
 def _matrix_norm(x: jax.Array) -> jax.Array:
     square = jnp.sum(x * x, axis=(-2, -1), keepdims=True)
     return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
@@ -113,17 +144,8 @@ class _ShampooLeaf(NamedTuple):
     grafting: str
     max_dim: int
 
-    def _sides(self, p: Any) -> tuple[int, int]:
-        """The sides of a leaf's matrices; 0 for a side without a statistic."""
-        a, b = jnp.shape(p)[-2:] if jnp.ndim(p) >= 2 and jnp.size(p) else (0, 0)
-        return a * (a <= self.max_dim), b * (b <= self.max_dim)
-
-    def init_statistic(self, p: Any, side: int) -> jax.Array:
-        n = self._sides(p)[side]
-        return jnp.zeros((*jnp.shape(p)[:-2], n, n) if n else (), _common.wide(p))
-
     def init_second_moment(self, p: Any) -> jax.Array:
-        needed = self.grafting == "diagonal" or not any(self._sides(p))
+        needed = self.grafting == "diagonal" or not any(_sides(p, self.max_dim))
         return jnp.zeros_like(p, dtype=_common.wide(p)) if needed else jnp.zeros([], _common.wide(p))
 
     def root(self, correction: Any, s: jax.Array, other: jax.Array) -> jax.Array:
@@ -235,17 +257,14 @@ def scale_by_shampoo(
     leafwise = _ShampooLeaf(eps, exponent, trace_normalize, grafting, max_dim)
 
     def init(params: optax.Params) -> ScaleByShampooState:
-        def statistics(side):
-            return jax.tree.map(lambda p: leafwise.init_statistic(p, side), params)
-
         return ScaleByShampooState(
             count=jnp.zeros([], jnp.int32),
             mu=None if b1 is None else _common.moments_like(params),
             nu=jax.tree.map(leafwise.init_second_moment, params),
-            left=statistics(0),
-            right=statistics(1),
-            left_root=statistics(0),
-            right_root=statistics(1),
+            left=_init_statistics(params, 0, max_dim),
+            right=_init_statistics(params, 1, max_dim),
+            left_root=_init_statistics(params, 0, max_dim),
+            right_root=_init_statistics(params, 1, max_dim),
         )
 
     def accumulate(old: jax.Array, new: jax.Array) -> jax.Array:
@@ -268,13 +287,7 @@ def scale_by_shampoo(
         count = jnp.asarray(optax.safe_increment(state.count))
         correction = 1 if b2 is None else _common.bias_correction(b2, count)
         g = _common.widen(updates)
-        all_of_g = jax.tree.map(_common.whole, g)
-        left = jax.tree.map(
-            lambda g, s: accumulate(s, matmul(g, g.mT)) if _is_matrix(s) else s, all_of_g, state.left
-        )
-        right = jax.tree.map(
-            lambda g, s: accumulate(s, matmul(g.mT, g)) if _is_matrix(s) else s, all_of_g, state.right
-        )
+        left, right = _accumulate(accumulate, g, state.left, state.right)
         nu = jax.tree.map(lambda g, v: accumulate(v, g * g) if v.shape == g.shape else v, g, state.nu)
 
         roots = state.left_root, state.right_root
@@ -351,6 +364,232 @@ def shampoo(
         grafting=grafting,
         max_dim=max_dim,
     )
+    return _common.descend(direction, learning_rate, weight_decay, mask)
+
+
+# SOAP.
+
+
+class ScaleBySoapState(NamedTuple):
+    """State of `scale_by_soap`: steps taken, moments, and statistics like the parameters.
+
+    `mu` is in the basis of the parameters, `nu` in the eigenbasis. `left` and `right` hold the matrices of each leaf,
+    `left_basis` and `right_basis` their eigenvectors, as columns. Statistics that a leaf does not need are a scalar 0.
+    """
+
+    count: jax.Array
+    mu: Any
+    nu: Any
+    left: Any
+    right: Any
+    left_basis: Any
+    right_basis: Any
+
+
+def _rotate(x: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
+    """A matrix in the eigenbasis, `left^T x right`."""
+    x = matmul(left.mT, x) if _is_matrix(left) else x
+    return matmul(x, right) if _is_matrix(right) else x
+
+
+def _rotate_back(x: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
+    """A matrix in the basis of the parameters, `left x right^T`."""
+    x = matmul(left, x) if _is_matrix(left) else x
+    return matmul(x, right.mT) if _is_matrix(right) else x
+
+
+def _eigenbasis(s: jax.Array) -> jax.Array:
+    """The eigenvectors of a statistic, that of the largest eigenvalue first."""
+    return jnp.flip(jnp.linalg.eigh(lax.stop_gradient(s))[1], -1) if _is_matrix(s) else s
+
+
+def _turned(s: jax.Array, basis: jax.Array, nu: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+    """The basis after a step of the power iteration, sorted by eigenvalues, and the moments of the sorted vectors."""
+    if not _is_matrix(s):
+        return basis, nu
+    product = lax.stop_gradient(matmul(s, basis))
+    order = jnp.argsort(-jnp.sum(basis * product, axis=-2), axis=-1)
+    basis, _ = jnp.linalg.qr(jnp.take_along_axis(product, order[..., None, :], axis=-1))
+    of_axis = order[..., :, None] if axis == -2 else order[..., None, :]
+    return basis, _common.placed_like(jnp.take_along_axis(_common.whole(nu), of_axis, axis=axis), nu)
+
+
+def scale_by_soap(
+    b1: Scalar = 0.95,
+    b2: Scalar = 0.95,
+    eps: Scalar = 1e-8,
+    *,
+    precondition_every: Scalar = 10,
+    max_dim: int = 10000,
+) -> optax.GradientTransformationExtraArgs:
+    """The direction of SOAP: Adam in the eigenbasis of Shampoo's matrices.
+
+    For a leaf with gradient G of shape [..., a, b] (leading axes are a batch of matrices), with `Q_L` and `Q_R` the
+    eigenvectors of L and R:
+
+        m <- b1 m + (1 - b1) G                       v <- b2 v + (1 - b2) (Q_L^T G Q_R)^2
+        direction = sqrt(1 - b2^t) / (1 - b1^t)  Q_L [(Q_L^T m Q_R) / (sqrt(v) + eps)] Q_R^T
+        L <- b2 L + (1 - b2) G G^T                   R <- b2 R + (1 - b2) G^T G
+
+    The first step only sets L, R and, by an eigendecomposition, the bases: its direction is 0, and t counts from the
+    second one. Every `precondition_every` steps each basis takes a step of the power iteration: `Q <- qr(L Q)`, with
+    the columns sorted by eigenvalue, and v with them. The bases are constants to the gradient.
+
+    On a mesh with Explicit axes, every device has the whole gradient of each matrix within the step, and the matrices L
+    and R and their bases; updates and moments are placed as the parameters.
+
+    A leaf with fewer than two axes gets Adam. A matrix with one side longer than `max_dim` is rotated on the other side
+    only; one with two such sides gets Adam.
+
+    Args:
+      b1: Decay of the first moment, in [0, 1).
+      b2: Decay of the second moment and of L and R, in [0, 1).
+      eps: Added to the root of the second moment without bias correction, at least 0.
+      precondition_every: Steps between two changes of the bases, at least 1.
+      max_dim: Longest side that gets a matrix, a static integer.
+
+    Returns:
+      A gradient transformation. State: for an [a, b] leaf `2 (a^2 + b^2 + a b)` float32 numbers. Updates keep the dtype
+      of the gradients. Under `optax.inject_hyperparams`, `max_dim` must be listed in `static_args`.
+
+    Raises:
+      TypeError: for a `max_dim` that is not a static integer.
+      ValueError: for a rate or a number out of range.
+
+    References:
+      Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam". The authors' code gives each axis of a leaf
+      with more than two a matrix of its own; here only the last two have one.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> tx = scale_by_soap()
+      >>> g = jnp.array([[3.0, 0.0], [0.0, -0.1]])
+      >>> updates, state = tx.update(g, tx.init(g))
+      >>> print(updates + 0.0)  # the first step sets the basis
+      [[0. 0.]
+       [0. 0.]]
+      >>> print(tx.update(g, state)[0].round(2) + 0.0)
+      [[ 1.  0.]
+       [ 0. -1.]]
+    """
+    _common.check_beta("b1", b1)
+    _common.check_beta("b2", b2)
+    _checks.number("eps", eps, at_least=0)
+    _common.check_steps("precondition_every", precondition_every, at_least=1)
+    max_dim = _checks.integer("max_dim", max_dim, at_least=1)
+
+    def init(params: optax.Params) -> ScaleBySoapState:
+        return ScaleBySoapState(
+            count=jnp.zeros([], jnp.int32),
+            mu=_common.moments_like(params),
+            nu=_common.moments_like(params),
+            left=_init_statistics(params, 0, max_dim),
+            right=_init_statistics(params, 1, max_dim),
+            left_basis=_init_statistics(params, 0, max_dim),
+            right_basis=_init_statistics(params, 1, max_dim),
+        )
+
+    # Branches made in `update` would be compiled anew in each call outside of `jit`.
+    def kept(left, right, left_basis, right_basis, nu):
+        del left, right
+        return left_basis, right_basis, nu
+
+    def turned(left, right, left_basis, right_basis, nu):
+        pairs = jax.tree.map(functools.partial(_turned, axis=-2), left, left_basis, nu)
+        left_basis, nu = (jax.tree.map(lambda _, pair, i=i: pair[i], left, pairs) for i in (0, 1))
+        pairs = jax.tree.map(functools.partial(_turned, axis=-1), right, right_basis, nu)
+        right_basis, nu = (jax.tree.map(lambda _, pair, i=i: pair[i], right, pairs) for i in (0, 1))
+        return left_basis, right_basis, nu
+
+    def first(left, right, left_basis, right_basis, nu):
+        del left_basis, right_basis
+        return jax.tree.map(_eigenbasis, left), jax.tree.map(_eigenbasis, right), nu
+
+    def rotated(g, left, right):
+        return _common.placed_like(_rotate(_common.whole(g), left, right), g) if left.ndim + right.ndim else g
+
+    def direction(g, m, v, left, right):
+        some = v > 0
+        root = jnp.where(some, jnp.sqrt(jnp.where(some, v, 1)), 0)
+        u = safe_divide(rotated(m, left, right), root + eps)
+        if not left.ndim + right.ndim:
+            return u
+        return _common.placed_like(_rotate_back(_common.whole(u), left, right), g)
+
+    def update(updates: optax.Updates, state: Any, params: Any = None, **extra: Any):
+        del params, extra
+        count = jnp.asarray(optax.safe_increment(state.count))
+        begins = count == 1
+        g = _common.widen(updates)
+        bases = state.left_basis, state.right_basis
+        squares = jax.tree.map(lambda g, *bases: jnp.square(rotated(g, *bases)), g, *bases)
+
+        def unless_first(new, old):
+            return jax.tree.map(lambda new, old: jnp.where(begins, old, new), new, old)
+
+        mu = unless_first(_common.moving_average(b1, state.mu, g), state.mu)
+        nu = unless_first(_common.moving_average(b2, state.nu, squares), state.nu)
+        t = jnp.maximum(count - 1, 1)
+        step = jnp.sqrt(_common.bias_correction(b2, t)) / _common.bias_correction(b1, t)
+        u = jax.tree.map(lambda u: step * u, jax.tree.map(direction, g, mu, nu, *bases))
+        u = unless_first(u, jax.tree.map(lambda g: 0 * g, g))  # a NaN shows
+
+        left, right = _accumulate(lambda old, new: b2 * old + (1 - b2) * new, g, state.left, state.right)
+        if any(_is_matrix(s) for s in jax.tree.leaves((left, right))):
+            due = jnp.where((count - 1) % precondition_every == 0, 1, 0)
+            *bases, nu = lax.switch(jnp.where(begins, 2, due), (kept, turned, first), left, right, *bases, nu)
+        new_state = ScaleBySoapState(count, mu, nu, left, right, *bases)
+        return _common.cast_like(u, updates), new_state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def soap(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: Scalar = 0.95,
+    b2: Scalar = 0.95,
+    eps: Scalar = 1e-8,
+    *,
+    precondition_every: Scalar = 10,
+    max_dim: int = 10000,
+    weight_decay: Scalar = 0.0,
+    mask: Mask = None,
+) -> optax.GradientTransformationExtraArgs:
+    """SOAP, ready to use: `params <- params - learning_rate (direction + weight_decay params)`.
+
+    See `scale_by_soap` for the direction. The authors' code decays after the step, and not in the first one.
+
+    Args:
+      learning_rate: A number or a schedule; 3e-3 in the authors' code.
+      b1: Decay of the first moment, in [0, 1).
+      b2: Decay of the second moment and of the matrices, in [0, 1).
+      eps: Added to the root of the second moment, at least 0.
+      precondition_every: Steps between two changes of the bases, at least 1.
+      max_dim: Longest side that gets a matrix.
+      weight_decay: Decoupled weight decay.
+      mask: Which parameters decay: a pytree of bools, or a function from the parameters to one.
+
+    Returns:
+      A gradient transformation whose `update` needs the parameters. Under `optax.inject_hyperparams`, `max_dim` must be
+      listed in `static_args`.
+
+    Raises:
+      TypeError: as `scale_by_soap`.
+      ValueError: as `scale_by_soap`, and for a negative learning rate or weight decay.
+
+    References:
+      Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam".
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> tx = soap(1.0)
+      >>> params, g = jnp.ones((2, 2)), jnp.array([[3.0, 0.0], [0.0, -0.1]])
+      >>> _, state = tx.update(g, tx.init(params), params)
+      >>> print(tx.update(g, state, params)[0].round(2) + 0.0)
+      [[-1.  0.]
+       [ 0.  1.]]
+    """
+    direction = scale_by_soap(b1, b2, eps, precondition_every=precondition_every, max_dim=max_dim)
     return _common.descend(direction, learning_rate, weight_decay, mask)
 
 

@@ -9,6 +9,7 @@ in memory, for fine-tuning a model where only inference fits, and for losses tha
 | `zo_value_and_grad` | the estimate and one perturbed copy | any optax optimizer: momentum, Adam; several blocks |
 | `forward_gradient` | the estimate and its direction | the same, with exact slopes, if the loss has a forward mode |
 | `zo_projection`, `shared_randomness_update` | one perturbed copy | workers that exchange one byte per step |
+| `gp_gradient` | the points of the past | few parameters and few values: no new ones for a gradient |
 
 ```python
 import functools
@@ -51,6 +52,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.flatten_util import ravel_pytree
 
 from jaxsoft import _checks
 from jaxsoft.optimizers import _common
@@ -455,6 +457,84 @@ def forward_gradient(
         return value, _common.cast_like(grads, params)
 
     return value_and_grad
+
+
+def gp_gradient(
+    params: Any,
+    points: Any,
+    values: jax.Array,
+    *,
+    lengthscale: Scalar,
+    noise: Scalar,
+    where: jax.Array | None = None,
+) -> Any:
+    """The gradient of a Gaussian process that was fitted to values of the loss, `d/dp k(p, X) (K + noise^2 I)^-1 y`.
+
+    The posterior mean of the loss has a gradient everywhere, also where the loss was not evaluated: the values of the
+    past replace finite differences. The kernel is `k(p, q) = exp(-|p - q|^2 / (2 lengthscale^2))`, and K holds the
+    kernel of every two points. It needs n^2 numbers for n points, and dimensions so few that the points are near the
+    parameters.
+
+    Args:
+      params: p, where the gradient is taken: arrays in any pytree.
+      points: X, the same tree with a leading axis of size n: where the loss was evaluated.
+      values: `[n]`, y, the losses there. The mean of the process is 0: subtract the mean of the values.
+      lengthscale: the distance over which the loss changes, positive.
+      noise: the standard deviation of the noise in the values relative to that of the loss, positive.
+      where: `[n]` booleans, True = counts: a buffer need not be full.
+
+    Returns:
+      A gradient like `params`, with its dtypes; computed in float32 or wider. 0 if no point counts.
+
+    Raises:
+      TypeError: for leaves that are not real, values that are not floating, or a mask that is not boolean.
+      ValueError: for trees or shapes that do not match, or a number out of range.
+
+    References:
+      "Federated Zeroth-Order Optimization using Trajectory-Informed Surrogate Gradients". The kernel is ours.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jaxsoft.optimizers import gp_gradient
+      >>> points = jax.random.normal(jax.random.key(0), (40, 2))
+      >>> values = jnp.sum(points**2, axis=1)
+      >>> mean = jnp.mean(values)
+      >>> p = jnp.array([0.5, -0.25])
+      >>> print(gp_gradient(p, points, values - mean, lengthscale=2.0, noise=0.01).round(1))
+      [ 1.  -0.5]
+    """
+    _checks.number("lengthscale", lengthscale, above=0)
+    _checks.number("noise", noise, above=0)
+    _checks.floating("values", values)
+    if values.ndim != 1:
+        raise ValueError(f"values must have shape [n], got shape {values.shape}")
+    (n,) = values.shape
+    leaves, structure = jax.tree.flatten(params)
+    if jax.tree.structure(points) != structure:
+        raise ValueError(
+            f"points must have the structure of params, {structure}, got {jax.tree.structure(points)}"
+        )
+    for point, leaf in zip(jax.tree.leaves(points), leaves):
+        _checks.shape("points", point, (n, *jnp.shape(leaf)), "that of params after an axis of points")
+    if where is not None:
+        _checks.boolean("where", where)
+        _checks.shape("where", where, (n,), "one boolean per point")
+    dtype = _common.wide(*leaves, *jax.tree.leaves(points), values)
+    params_wide, points_wide = (jax.tree.map(lambda x: jnp.asarray(x, dtype), t) for t in (params, points))
+    p, unravel = ravel_pytree(params_wide)
+    x, y = jax.vmap(lambda point: ravel_pytree(point)[0])(points_wide), jnp.asarray(values, dtype)
+    counts = jnp.ones(n, bool) if where is None else jnp.asarray(where)
+    x, y = jnp.where(counts[:, None], x, p), jnp.where(counts, y, 0)
+
+    def kernel(a, b):
+        gap = a[:, None] - b
+        return jnp.where(counts, jnp.exp(-jnp.sum(gap * gap, axis=-1) / (2 * lengthscale**2)), 0)
+
+    gram = jnp.where(counts[:, None], kernel(x, x), 0) + noise**2 * jnp.eye(n, dtype=dtype)
+    weights = kernel(p[None], x)[0] * jax.scipy.linalg.solve(gram, y, assume_a="pos")
+    gradient = _common.matmul(weights, x - p) / lengthscale**2
+    return _common.cast_like(unravel(gradient), params)
 
 
 # Steps.

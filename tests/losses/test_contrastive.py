@@ -52,10 +52,21 @@ def plain_supcon(s, keep):
     return jnp.sum(jnp.where(positive, lse - s, 0), axis=1) / jnp.maximum(count, 1)
 
 
+def plain_ms(s, keep, base=0.2, alpha=2.0, beta=5.0):
+    same, both = CLASSES[:, None] == CLASSES, keep[:, None] & keep
+    pull = jnp.where(same & both & ~jnp.eye(s.shape[0], dtype=bool), jnp.exp(alpha * (base - s)), 0)
+    push = jnp.where(~same & both, jnp.exp(beta * (s - base)), 0)
+    return jnp.log1p(jnp.sum(pull, axis=1)) / alpha + jnp.log1p(jnp.sum(push, axis=1)) / beta
+
+
 CASES = {
     "clip": (losses.clip_loss, plain_clip),
     "siglip": (lambda s, **o: losses.siglip_loss(s, bias=-1.5, **o), plain_siglip),
     "supcon": (lambda s, **o: losses.supervised_contrastive_loss(s, CLASSES, **o), plain_supcon),
+    "multi-similarity": (
+        lambda s, **o: losses.multi_similarity_loss(s, CLASSES, base=0.2, beta=5.0, **o),
+        plain_ms,
+    ),
 }
 cases = pytest.mark.parametrize("name", CASES)
 
@@ -112,7 +123,7 @@ def test_weights_jit_vmap_and_huge_similarities(name, x64):
     every = jnp.ones(N, bool)
     expected = jax.jit(jax.vmap(lambda s: weights * plain(s, every)))(s)
     close(jax.jit(jax.vmap(lambda s: ours(s, weights=weights)))(s), expected, 1e-12)
-    if name != "siglip":  # a shift changes nothing, also at 1e4 in float32
+    if name in ("clip", "supcon"):  # a shift changes nothing, also at 1e4 in float32
         close(
             ours(s[0].astype(jnp.float32) + 1e4), ours((s[0].astype(jnp.float32) + 1e4).astype(float)), 2e-6
         )
@@ -172,6 +183,42 @@ def test_supervised_contrastive_loss_is_that_of_pytorch_metric_learning():
     assert np.all(np.asarray(ours)[~has_positive] == 0)
 
 
+def test_multi_similarity_is_that_of_pytorch_metric_learning(x64):
+    torch = pytest.importorskip("torch")
+    pml = pytest.importorskip("pytorch_metric_learning.losses")
+    x = np.random.default_rng(3).normal(size=(N, D))
+    theirs = pml.MultiSimilarityLoss(2, 50, 0.5)(torch.tensor(x), torch.tensor(np.asarray(CLASSES)))
+    x = jnp.asarray(x)
+    cosines = losses.cosine_logits(x, x, transpose_weight=True, block_size=4)
+    close(losses.multi_similarity_loss(cosines, CLASSES).mean(), theirs.item(), 1e-10)
+
+
+def test_multi_similarity_of_mixed_examples(x64):
+    """Labels in [0, 1], of candidates that are mixed (Metrix): weights within the sums."""
+    x, y = towers()
+    anchors, mask = x[:4], np.random.default_rng(4).random((4, N)) < 0.8
+    labels = np.random.default_rng(5).random((4, N)) * (np.arange(N) > 0)  # the first is a negative
+    s = np.asarray(2 * anchors @ y.T)
+    pull = np.sum(np.where(mask, labels * np.exp(2 * (0.2 - s)), 0), axis=1)
+    push = np.sum(np.where(mask, (1 - labels) * np.exp(5 * (s - 0.2)), 0), axis=1)
+    options = dict(base=0.2, beta=5.0, where=jnp.asarray(mask), weights=jnp.arange(4.0))
+
+    def total(pair, labels, lazy):
+        logits = expression(*pair) if lazy else 2 * pair[0] @ pair[1].T
+        return jnp.sum(jnp.sin(losses.multi_similarity_loss(logits, labels, **options)))
+
+    both = jax.jit(lambda *a: [jax.value_and_grad(total, (0, 1))(*a, lazy) for lazy in (True, False)])
+    lazy, dense = both((anchors, y), jnp.asarray(labels))
+    close(lazy[0], np.sum(np.sin(np.arange(4) * (np.log1p(pull) / 2 + np.log1p(push) / 5))), 1e-12)
+    for a, b in zip(jax.tree.leaves(lazy), jax.tree.leaves(dense)):
+        close(a, b, 1e-10)
+    # Labels 0 and 1 are classes.
+    s = jnp.asarray(np.random.default_rng(6).normal(size=(N, N)))
+    same, others = (CLASSES[:, None] == CLASSES).astype(float), ~jnp.eye(N, dtype=bool)
+    classes = losses.multi_similarity_loss(s, CLASSES, beta=5.0)
+    close(losses.multi_similarity_loss(s, same, beta=5.0, where=others), classes, 1e-12)
+
+
 def test_the_bar_on_memory():
     """Both ways over 8192 x 8192 pairs, value and gradient: at most a tenth of the dense temporary memory."""
     n, d = 8192, 512
@@ -209,6 +256,26 @@ def test_the_bar_on_memory():
             ["weights", "(2,)", "(3,)"],
         ),
         (lambda: losses.info_nce_loss(jnp.ones((3, 2))), ValueError, ["labels", "(3, 2)"]),
+        (
+            lambda: losses.multi_similarity_loss(jnp.ones((2, 2)), jnp.ones((2, 3))),
+            ValueError,
+            ["labels", "(2, 2)", "(2, 3)"],
+        ),
+        (
+            lambda: losses.multi_similarity_loss(jnp.ones((2, 3)), jnp.ones(2, int)),
+            ValueError,
+            ["logits", "square", "(2, 3)"],
+        ),
+        (
+            lambda: losses.multi_similarity_loss(jnp.ones((2, 2)), [0, 1]),
+            TypeError,
+            ["labels", "array", "list"],
+        ),
+        (
+            lambda: losses.multi_similarity_loss(jnp.ones((2, 2)), jnp.ones(2, int), beta=0.0),
+            ValueError,
+            ["beta", "> 0", "0.0"],
+        ),
         (
             lambda: losses.supervised_contrastive_loss(jnp.ones((2, 2)), jnp.ones(2)),
             TypeError,

@@ -365,6 +365,55 @@ def test_group_relative_advantage(x64):
     assert function(jnp.ones(3, jnp.float16)).dtype == jnp.float32
 
 
+def test_sampled_kl(x64):
+    """Its mean over the policy is the divergence, which is that of logits that are never stored."""
+    rng = np.random.default_rng(7)
+    h, v, g, w = (jnp.asarray(rng.normal(size=s)) for s in ((2, 3), (3, 6), (2, 4), (4, 6)))
+    logits, others = jaxsoft.linear_logits(h, v, block_size=4), jaxsoft.linear_logits(g, w, block_size=4)
+    log_p, log_q = (jaxsoft.log_softmax(a) for a in (h @ v, g @ w))
+    exact = losses.distillation_loss(others, logits, stop_teacher_gradient=False)
+    estimates = losses.sampled_kl(log_p, log_q)
+    close(jnp.sum(jnp.exp(log_p) * estimates, axis=-1), exact, 1e-12)
+    close(exact, losses.f_divergence(log_p, log_q), 1e-12)
+    r = np.asarray(log_p - log_q)
+    close(estimates, np.exp(-r) + r - 1, 1e-12)
+    where = jnp.asarray(rng.random((2, 6)) < 0.6)
+    holes = [jnp.where(where, a, jnp.nan) for a in (log_p, log_q)]
+    weights = jnp.asarray(rng.random((2, 6)))
+    run = jax.jit(
+        jax.value_and_grad(lambda *a: jnp.sum(losses.sampled_kl(*a, where=where, weights=weights)), (0, 1))
+    )
+    value, gradients = run(*holes)
+    close(value, np.sum(np.where(where, weights * estimates, 0)), 1e-12)
+    close(gradients[0], np.where(where, weights * (1 - np.exp(-r)), 0), 1e-12)
+    assert not np.any(gradients[1])
+    # Small log-ratios keep their digits, and large ones stay finite.
+    small = losses.sampled_kl(jnp.float32([1e-3, -1e4]), jnp.zeros(2, jnp.float32))
+    assert abs(small[0] - 5e-7) < 2e-9 and np.isfinite(small[1])
+
+
+def test_kl_coefficient():
+    kl, where = jnp.array([0.08, 0.02, jnp.nan]), jnp.array([True, True, False])
+
+    def loss(log_coefficient, kl):
+        values = losses.kl_coefficient_loss(log_coefficient, kl, target=0.06, where=where)
+        return jnp.mean(values, where=where)
+
+    value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))(0.5, kl)
+    close(value, 0.5 * 0.01)
+    close(gradients[0], 0.01)  # too small a divergence: descent lowers the coefficient
+    assert not np.any(gradients[1])
+
+
+def test_fuzzy_reward():
+    counts, target = jnp.array([[90, 151, 150, 50], [3, 0, 5, 1]]), jnp.array([[100], [0]])
+    close(losses.fuzzy_reward(counts, target), [[1.4, 0, 0, 0], [0, 1.5, 0, 0]])
+    rewards = jax.jit(functools.partial(losses.fuzzy_reward, tolerance=0.6, bonus=0.2))
+    found = rewards(jnp.array([-9.0, jnp.nan, jnp.inf, 15.0]), jnp.array(-10.0))
+    close(found, [1.1, 0, 0, 0])
+    assert losses.fuzzy_reward(counts, target.astype(jnp.bfloat16)).dtype == jnp.float32
+
+
 X, ONES = jnp.zeros((3, 4)), jnp.ones((3, 4))
 PPO, MEAN = losses.clipped_policy_loss, losses.length_weighted_mean
 BAD = [
@@ -414,6 +463,13 @@ BAD = [
     (lambda: PPO(X, X, ONES, max_log_ratio=0.0), ValueError, "max_log_ratio must be a number > 0"),
     (lambda: losses.cispo_loss(X, X, ONES, cap=0.0), ValueError, "cap must be a number > 0"),
     (lambda: losses.cispo_loss(X, X, ONES, floor=-1.0), ValueError, "floor must be a number >= 0"),
+    (lambda: losses.sampled_kl(X, X[0]), ValueError, r"reference must have shape \(3, 4\)"),
+    (lambda: losses.kl_coefficient_loss("x", X, target=0.1), TypeError, "log_coefficient must be a number"),
+    (lambda: losses.kl_coefficient_loss(0.0, X, target=-1.0), ValueError, "target must be a number >= 0"),
+    (lambda: losses.fuzzy_reward(X, jnp.ones(3)), ValueError, r"target must broadcast to shape \(3, 4\)"),
+    (lambda: losses.fuzzy_reward([1.0], X), TypeError, "prediction must be an array of real numbers"),
+    (lambda: losses.fuzzy_reward(X, X, tolerance=0.0), ValueError, "tolerance must be a number > 0"),
+    (lambda: losses.fuzzy_reward(X, X, bonus=None), TypeError, "bonus must be a number"),
     (lambda: losses.group_relative_advantage(X, axis=2), ValueError, "axis must be a static integer"),
     (lambda: losses.group_relative_advantage(X, epsilon=0.0), ValueError, "epsilon must be a number > 0"),
     (lambda: losses.group_relative_advantage(X, scale=2), TypeError, "scale must be True or False"),

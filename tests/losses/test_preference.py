@@ -17,6 +17,7 @@ RNG = np.random.default_rng(0)
 PAIRS = (2, 3)
 CHOSEN, REJECTED, REF_W, REF_L, EXTRA, EXTRA2 = (RNG.normal(-2, 1.5, size=PAIRS) for _ in range(6))
 FOUR = [CHOSEN, REJECTED, REF_W, REF_L]
+MEANS = [-0.05 - np.abs(a) for a in (CHOSEN, REJECTED)]  # mean log-probabilities
 RATES = [RNG.random(PAIRS) for _ in range(2)]
 DPO = losses.dpo_loss
 
@@ -25,7 +26,8 @@ def softplus(x):
     return np.logaddexp(x, 0)
 
 
-# Every loss over pairs: the function, its arguments, how many of them have a gradient, and its formula in NumPy.
+# Every loss: the function, its arguments, how many of them have a gradient (`WITH_GRADIENT`), its formula in NumPy.
+WITH_GRADIENT = {1: [0], 2: [0, 1], 3: [0, 1, 2], 5: [0, 1, 4]}
 
 
 def reference(function):
@@ -47,6 +49,34 @@ def soft(scale):
         return p * softplus(-0.3 * (w - l)) + (1 - p) * softplus(0.3 * (w - l))
 
     return reference(loss)
+
+
+def kind_of_dpo(kind, formula, baseline=0.0):
+    """A kind of DPO, with its formula of the two rewards."""
+    loss = functools.partial(DPO, beta=0.3, kind=kind, baseline=baseline)
+    return loss, FOUR, 2, reference(lambda w, l: formula(0.3 * (w - baseline), 0.3 * (l - baseline)))
+
+
+def judged(kind, phi):
+    """KTO with arrays of floats for all its arguments: what is above -2 is desirable."""
+
+    def loss(log_prob, ref, judge, baseline, **options):
+        options |= dict(desirable_weight=1.5, undesirable_weight=0.7, beta=0.3, kind=kind)
+        return losses.kto_loss(log_prob, ref, judge > -2, baseline=baseline, **options)
+
+    def formula(log_prob, ref, judge, baseline):
+        u = 0.3 * (log_prob - ref - baseline)
+        return np.where(judge > -2, 1.5 * phi(u), 0.7 * phi(-u))
+
+    return loss, [CHOSEN, REF_W, EXTRA, EXTRA2], 1, formula
+
+
+def orpo(beta):
+    def loss(w, l, nll=None):
+        odds = np.exp(w) / (1 - np.exp(w)) * (1 - np.exp(l)) / np.exp(l)
+        return (-w if nll is None else nll) - beta * np.log(odds / (1 + odds))
+
+    return loss
 
 
 F_DPO = functools.partial(losses.f_dpo_loss, beta=0.3)
@@ -123,6 +153,26 @@ CASES = {
         soft(1.3),
     ),
     "dno": (functools.partial(losses.direct_nash_loss, eta=1.5, beta=0.3), [*FOUR, *RATES], 2, soft(1.5)),
+    "nca": kind_of_dpo("nca", lambda w, l: softplus(-w) + softplus(w) / 2 + softplus(l) / 2),
+    "bco": kind_of_dpo("bco", lambda w, l: softplus(-w) + softplus(l), baseline=0.4),
+    "apo_zero": kind_of_dpo("apo_zero", lambda w, l: 1 - sigmoid(w) + sigmoid(l)),
+    "apo_down": kind_of_dpo("apo_down", lambda w, l: sigmoid(w) + 1 - sigmoid(w - l)),
+    "kto": judged("kto", lambda u: 1 - sigmoid(u)),
+    "bco, unpaired": judged("bco", lambda u: softplus(-u)),
+    "cpo": (
+        functools.partial(losses.cpo_loss, beta=0.3, label_smoothing=0.1),
+        FOUR[:2],
+        2,
+        lambda w, l: 0.9 * softplus(-0.3 * (w - l)) + 0.1 * softplus(0.3 * (w - l)) - w,
+    ),
+    "cpo_ipo": (
+        functools.partial(losses.cpo_loss, beta=0.3, alpha=0.5, kind="ipo"),
+        [*FOUR[:2], EXTRA],
+        3,
+        lambda w, l, nll: (w - l - 1 / 0.6) ** 2 + 0.5 * nll,
+    ),
+    "orpo": (losses.orpo_loss, MEANS, 2, orpo(0.1)),
+    "orpo_nll": (functools.partial(losses.orpo_loss, beta=0.4), [*MEANS, EXTRA], 3, orpo(0.4)),
 }
 every = pytest.mark.parametrize("name", CASES)
 
@@ -151,7 +201,7 @@ def test_gradient(name, x64):
     close(loss(*given), formula(*map(np.asarray, given)), 1e-12)
     assert loss(*given).dtype == jnp.float64
     cotangent = jnp.asarray(np.random.default_rng(1).normal(size=PAIRS))
-    with_gradient = [0, 1] if free == 2 else [0, 1, 4]
+    with_gradient = WITH_GRADIENT[free]
 
     @jax.jit
     def total(*some):
@@ -244,7 +294,16 @@ def test_limits(x64):
     equal = jnp.full(PAIRS, 0.3)
     even = losses.direct_nash_loss(*four, equal, equal)
     close(even, (dpo + DPO(four[1], four[0], four[3], four[2])) / 2, 1e-14)
-    for kind in ("sigmoid", "hinge", "ipo", "sppo_hard"):  # smoothing swaps the pair
+    # KTO of both responses is a kind of DPO, and CPO is DPO with a flat reference.
+    for single, kind in (("kto", "apo_zero"), ("bco", "bco")):
+        one = functools.partial(losses.kto_loss, baseline=0.3, kind=single)
+        yes, no = jnp.ones(PAIRS, bool), jnp.zeros(PAIRS, bool)
+        pair = DPO(*four, kind=kind, baseline=0.3)
+        close(one(four[0], four[2], yes) + one(four[1], four[3], no), pair, 1e-12)
+    flat = DPO(*four[:2], *zeros, kind="hinge")
+    close(losses.cpo_loss(*four[:2], alpha=0.0, kind="hinge"), flat, 1e-14)
+    for kind in ("sigmoid", "hinge", "ipo", "sppo_hard", "nca", "bco", "apo_zero", "apo_down"):
+        # Smoothing swaps the pair.
         both = DPO(*four, kind=kind), DPO(four[1], four[0], four[3], four[2], kind=kind)
         close(DPO(*four, kind=kind, label_smoothing=0.3), 0.7 * both[0] + 0.3 * both[1], 1e-12)
     # Robust DPO is unbiased: over labels that are wrong with probability e its mean is the clean loss.
@@ -275,10 +334,23 @@ def test_impossible_responses():
     assert np.isfinite(value) and value > 1e30 and np.isfinite(gradient)  # exponents are clamped
 
 
+def test_odds_of_certain_responses():
+    """A response without tokens has the mean log-probability 0, whose odds are infinite."""
+    loss = jax.value_and_grad(lambda w, l: losses.orpo_loss(w, l), (0, 1))
+    for w, l in ((0.0, -1.0), (-1.0, 0.0), (-1e-6, -1e-5), (-50.0, -1.0), (-jnp.inf, -1.0)):
+        value, gradients = jax.jit(loss)(jnp.float32(w), jnp.float32(l))
+        assert np.all(np.isfinite(gradients)) and np.isfinite(value) == (w > -jnp.inf)
+    m = -np.float64(np.float32(1e-5))
+    near_one = losses.orpo_loss(jnp.float32(m), jnp.float32(-1.0), beta=1.0)
+    np.testing.assert_allclose(near_one + m, orpo(1.0)(m, -1.0) + m, rtol=1e-5)
+
+
 def test_traced_hyper_parameters():
     four = arrays(FOUR)
     run = jax.jit(lambda b, e: DPO(*four, beta=b, label_smoothing=e, kind="robust"))
     close(run(0.2, 0.1), DPO(*four, beta=0.2, kind="robust", label_smoothing=0.1))
+    run = jax.jit(lambda b: DPO(*four, beta=0.2, kind="bco", baseline=b))
+    close(run(0.5), DPO(*four, beta=0.2, kind="bco", baseline=0.5))
     run = jax.jit(lambda a: losses.f_dpo_loss(*four, divergence="alpha", alpha=a))
     close(run(0.3), losses.f_dpo_loss(*four, divergence="alpha", alpha=0.3))
 
@@ -312,7 +384,10 @@ def test_logits_that_are_not_stored(x64):
             logits = jaxsoft.linear_logits(hidden, weight, block_size=4) if lazy else hidden @ weight
             return losses.sequence_log_prob(jaxsoft.log_prob(logits, tokens), where=where)
 
-        return jnp.sum(jnp.sin(DPO(*log_prob(hidden), *log_prob(reference))))
+        chosen, rejected = log_prob(hidden)
+        pairs = DPO(chosen, rejected, *log_prob(reference), kind="nca")
+        alone = losses.kto_loss(chosen, rejected, rejected > -3) + losses.orpo_loss(chosen / 4, rejected / 4)
+        return jnp.sum(jnp.sin(pairs + alone + losses.cpo_loss(chosen, rejected)))
 
     grad = jax.jit(jax.value_and_grad(loss, (1, 2)), static_argnums=0)
     for a, b in zip(
@@ -545,6 +620,29 @@ def test_oreo_token_gradient(x64):
     close(gradient, 2 * 0.1 * e / 3, 1e-12)
 
 
+def test_oreo_with_a_divergence(x64):
+    """The policy's loss grows by the mean over all tokens that count; the value's does not."""
+    rng = np.random.default_rng(8)
+    log_prob, reference, values, kl = (jnp.asarray(rng.normal(size=(2, 5))) for _ in range(4))
+    where, states = (jnp.asarray(rng.random((2, 5)) < p) for p in (0.7, 0.5))
+    where = where.at[1].set(False)
+    holes = [jnp.where(where, a, jnp.nan) for a in (log_prob, reference, values)]
+    plain = functools.partial(losses.oreo_loss, *holes, jnp.ones(2), beta=0.1, where=where, states=states)
+
+    @jax.jit
+    def both(kl, coefficient):
+        return plain(), plain(kl=kl, kl_coefficient=coefficient)
+
+    (policy, value), (with_kl, same) = both(jnp.where(where, kl, jnp.nan), 0.3)
+    mean = np.array([np.mean(kl[0][where[0]]), 0])
+    close(with_kl, policy + 0.3 * mean, 1e-14)
+    close(same, value, 0)
+    total = lambda kl, coefficient: jnp.sum(both(kl, coefficient)[1][0])
+    gradient, of_coefficient = jax.grad(total, (0, 1))(kl, 0.3)
+    close(gradient, 0.3 * where / np.maximum(where.sum(1, keepdims=True), 1), 1e-14)
+    assert of_coefficient == 0
+
+
 def test_oreo_is_zero_for_the_optimal_policy(x64):
     # One step, three actions: V = beta log sum ref e^(R / beta), and pi = ref e^((R - V) / beta).
     beta, rewards = 0.5, jnp.array([1.0, 0.0, 0.3])
@@ -588,6 +686,29 @@ BAD = [
         lambda: DPO(*[ONES] * 4, kind="robust", label_smoothing=0.5),
         ValueError,
         "label_smoothing must be a number >= 0 and < 0.5",
+    ),
+    (lambda: DPO(*[ONES] * 4, baseline=jnp.ones(3)), ValueError, r"baseline must broadcast to shape \(4,\)"),
+    (lambda: DPO(*[ONES] * 4, baseline="x"), TypeError, "baseline must be a number"),
+    (lambda: losses.cpo_loss(ONES, ONES, kind="nca"), ValueError, "kind must be one of 'sigmoid'"),
+    (lambda: losses.cpo_loss(ONES, ONES, jnp.ones(3)), ValueError, r"chosen_nll must have shape \(4,\)"),
+    (lambda: losses.cpo_loss(ONES, ONES, alpha=-1.0), ValueError, "alpha must be a number >= 0"),
+    (lambda: losses.orpo_loss(ONES, INTS), TypeError, "rejected must be an array of floating"),
+    (lambda: losses.orpo_loss(ONES, ONES, beta=-1.0), ValueError, "beta must be a number >= 0"),
+    (lambda: losses.kto_loss(ONES, ONES, ONES), TypeError, "desirable must be a boolean array"),
+    (
+        lambda: losses.kto_loss(ONES, ONES, jnp.ones(3, bool)),
+        ValueError,
+        r"desirable must have shape \(4,\)",
+    ),
+    (
+        lambda: losses.kto_loss(ONES, ONES, ONES > 0, kind="apo"),
+        ValueError,
+        "kind must be one of 'kto', 'bco'",
+    ),
+    (
+        lambda: losses.kto_loss(ONES, ONES, ONES > 0, desirable_weight=-1.0),
+        ValueError,
+        "desirable_weight must be a number >= 0",
     ),
     (lambda: DPO(*[ONES] * 4, where=ONES), TypeError, "where must be a boolean array"),
     (lambda: DPO(*[ONES] * 4, where=jnp.ones(3, bool)), ValueError, r"where must broadcast to shape \(4,\)"),
@@ -645,6 +766,16 @@ BAD = [
     (lambda: losses.oreo_loss(*[ONES] * 3, jnp.ones(()), kind="step"), ValueError, "kind must be one of"),
     (lambda: losses.oreo_loss(*[ONES] * 3, jnp.ones(()), clip=0.0), ValueError, "clip must be a number > 0"),
     (lambda: losses.oreo_loss(*[ONES] * 3, jnp.ones(()), states=ONES), TypeError, "states must be a boolean"),
+    (
+        lambda: losses.oreo_loss(*[ONES] * 3, jnp.ones(()), kl=jnp.ones(3)),
+        ValueError,
+        r"kl must have shape \(4,\)",
+    ),
+    (
+        lambda: losses.oreo_loss(*[ONES] * 3, jnp.ones(()), kl_coefficient=-1.0),
+        ValueError,
+        "kl_coefficient must be a number >= 0",
+    ),
     (lambda: losses.extrapolate_policy(ONES, ONES, alpha=None), TypeError, "alpha must be a number"),
     (
         lambda: losses.extrapolate_log_probs(ONES, jnp.ones(3)),

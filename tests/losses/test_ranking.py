@@ -61,6 +61,16 @@ def test_the_softmax_loss_is_the_limit_of_the_others(x64):
     close(with_positive, losses.cross_entropy(x, y), 1e-12)
 
 
+def test_the_second_method_is_the_log_mean_exp_over_the_positives_of_a_user(x64):
+    x, positives = np.asarray(random_rows()[0][0]), np.array([1, 4, 5])
+    negatives = np.delete(np.arange(7), positives)
+    d = x[negatives] - x[positives][:, None]
+    expected = np.log(np.mean((1 + np.tanh(d)) ** (1 / 0.5)))
+    where = np.isin(np.arange(7), negatives) | (np.arange(7) == positives[:, None])
+    each = PSL(jnp.tile(x, (3, 1)), positives, temperature=0.5, where=jnp.asarray(where))
+    close(jaxsoft.logsumexp(each) - np.log(3 * 4), expected, 1e-12)
+
+
 def numpy_gradient(x, y, activation, temperature):
     """The gradient in closed form: softmax weights of the activations times their logarithmic derivative."""
     d = np.delete(x, y) - x[y]

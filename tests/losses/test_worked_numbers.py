@@ -35,6 +35,7 @@ NUMBERS = [  # loss, options, value on A with label 0, value on B with label 3
     (losses.focal_loss, dict(gamma=2.0), 0.113503, 0.788097),
     (losses.dual_focal_loss, dict(gamma=5.0), 0.065998, 0.769965),
     (losses.max_suppression_loss, dict(suppression=0.1), 0.730420, 1.523958),
+    (losses.logit_penalty_loss, {}, 0.582420 + 0.006260, 1.393958 + 0.004460),
 ]
 
 
@@ -226,6 +227,7 @@ def example(columns=7, n=5, seed=0):
         (losses.poly1_focal_loss, dict(gamma=0.0, epsilon=0.0)),
         (losses.dual_focal_loss, dict(gamma=0.0)),
         (losses.max_suppression_loss, dict(suppression=0.0)),
+        (losses.logit_penalty_loss, dict(penalty=0.0)),
         (lambda x, y: losses.decoupled_softmax_loss(x, y[:, None]), {}),
     ],
     ids=lambda v: getattr(v, "__name__", None),

@@ -171,6 +171,16 @@ def test_the_gradient_of_an_integer_is_named(name):
         jax.eval_shape(lambda params: tx.update(grads, tx.init(params), params), params)
 
 
+@every
+def test_complex_parameters_are_refused_and_the_way_out_is_named(name):
+    tx, params = CASES[name].make(), {"w": jnp.ones((2, 2), jnp.complex64)}
+    step = lambda tx: lambda params: tx.update(params, tx.init(params), params)
+    with pytest.raises(TypeError, match=r"complex64: wrap .* in optax\.contrib\.split_real_and_imaginary"):
+        jax.eval_shape(step(tx), params)
+    updates, _ = jax.eval_shape(step(optax.contrib.split_real_and_imaginary(tx)), params)
+    assert updates["w"].dtype == jnp.complex64
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Module:
@@ -583,6 +593,7 @@ def test_what_gathers_on_explicit_meshes_gives_the_numbers_of_one_device():
         o.clip_by_quantile(0.2, per_leaf=False),
         o.fira(0.1, 2, update_every=2),
         o.scale_by_shampoo(precondition_every=2),
+        o.scale_by_soap(precondition_every=1),
         o.scale_by_mfac(window=2, damping=0.1),
         o.optimistic_mirror_descent(0.1, mirror="entropy", adaptive=True),
         o.lion_k(0.1, kappa="nuclear"),

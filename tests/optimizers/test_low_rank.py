@@ -20,9 +20,13 @@ def random_problem(steps=60, shape=(7, 5)):
     return rng.standard_normal(shape), 0.3 * low + rng.standard_normal((steps, *shape))
 
 
-def numpy_fira(w, grads, lr, rank, every, scale=1.0, gamma=1.01, right=True, matrix=False, align=True):
-    """The published loop for one matrix, written with the projector on one side by transposing the other."""
+def numpy_fira(
+    w, grads, lr, rank, every, scale=1.0, gamma=1.01, right=True, matrix=False, align=True, rmsprop=False
+):
+    """The published loops for one matrix, written with the projector on one side by transposing the other."""
     b1, b2, eps, p, last, out = 0.9, 0.999, 1e-6, None, None, []
+    if rmsprop:
+        b1, b2 = 0.0, 0.9
     m = v = 0.0
     for t, g in enumerate(grads, start=1):
         g = g.T if right else g
@@ -43,7 +47,8 @@ def numpy_fira(w, grads, lr, rank, every, scale=1.0, gamma=1.01, right=True, mat
             s, n = s / limiter, n / limiter
         last = n
         u = scale * p @ psi + s
-        w = w - lr * np.sqrt(1 - b2**t) / (1 - b1**t) * (u.T if right else u)
+        step = 1 if rmsprop else np.sqrt(1 - b2**t) / (1 - b1**t)
+        w = w - lr * step * (u.T if right else u)
         out.append(w)
     return np.stack(out)
 
@@ -103,6 +108,7 @@ def test_fira_equals_pytorch_optimizer(shape):
         ((7, 5), {"projection": "reverse_std", "gamma": 1.5}, {"right": False, "gamma": 1.5}),
         ((5, 7), {"projection": "reverse_std", "scaling": "matrix"}, {"matrix": True}),
         ((6, 6), {"align_signs": False}, {"align": False}),
+        ((7, 5), {"b1": 0.0, "b2": 0.9, "bias_correction": False}, {"rmsprop": True}),
     ],
 )
 def test_fira_equals_the_published_loop(shape, settings, reference):
@@ -250,6 +256,7 @@ def test_limiter_turned_off_and_nan():
         (lambda: o.fira(0.1, 1, projection="both"), ValueError, "projection .* 'reverse_std', got 'both'"),
         (lambda: o.fira(0.1, 1, scaling="row"), ValueError, "scaling .* got 'row'"),
         (lambda: o.fira(0.1, 1, align_signs=1), TypeError, "align_signs"),
+        (lambda: o.fira(0.1, 1, bias_correction=1), TypeError, "bias_correction must be True or False"),
         (lambda: o.fira(0.1, 1, weight_decay=-1.0), ValueError, "weight_decay"),
         (lambda: o.limit_norm_growth(0.5), ValueError, "gamma .* >= 1, got 0.5"),
         (lambda: o.limit_norm_growth(per_leaf=1), TypeError, "per_leaf must be True or False"),

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import close, torch_trajectory
+from helpers import close, torch_trajectory, trajectory
 
 from jaxsoft import optimizers as o
 from jaxsoft.optimizers import second_order
@@ -253,6 +253,61 @@ def test_second_order_with_injected_hyperparameters(factory, static):
     np.testing.assert_allclose(ours, plain.update(g, plain.init(p), p)[0], rtol=1e-4)
 
 
+# SOAP.
+
+
+@pytest.mark.parametrize(("shape", "max_dim"), [((4, 4), 10), ((7, 3), 5)])
+def test_soap_equals_pytorch_optimizer(x64, shape, max_dim):
+    """The second leaf has a side that is too long for a matrix.
+
+    The first gradient has as many singular values as each matrix has rows: others leave a part of a basis to chance.
+    """
+    rng = np.random.default_rng(0)
+    start, grads = rng.standard_normal(shape), rng.standard_normal((16, *shape))
+    make = lambda po, params: po.SOAP(
+        params, lr=0.1, betas=(0.8, 0.9), eps=0.01, weight_decay=0.0, precondition_frequency=3,
+        max_precondition_dim=max_dim,
+    )  # fmt: skip
+    theirs = torch_trajectory(make, start, grads)
+    tx = o.soap(0.1, 0.8, 0.9, 0.01, precondition_every=3, max_dim=max_dim)
+    ours = trajectory(tx, jnp.asarray(start), jnp.asarray(grads))
+    assert np.all(ours[0] == start)  # the first step only sets the basis
+    # Its QR decomposition is in float32.
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    np.testing.assert_allclose(ours[:4], theirs[:4], atol=1e-9)
+
+
+def test_soap_of_a_vector_is_adam_one_step_later_and_of_a_batch_each_matrix(x64):
+    grads = jnp.asarray(np.random.default_rng(1).standard_normal((7, 2, 3, 4)))
+    tx = o.scale_by_soap(eps=0.0, precondition_every=2)
+
+    @jax.jit
+    def run(grads):
+        params = {"batch": grads, "one": grads[:, 1], "vector": grads[:, 0, 0]}
+
+        def step(state, g):
+            u, state = tx.update(g, state)
+            return state, u
+
+        return jax.lax.scan(step, tx.init(jax.tree.map(lambda g: g[0], params)), params)[1]
+
+    u = run(grads)
+    close(u["batch"][:, 1], u["one"], 1e-10)
+    adam = directions(optax.scale_by_adam(0.95, 0.95, eps=0.0), grads[1:, 0, 0])
+    close(u["vector"], np.concatenate([np.zeros((1, 4)), adam]), 1e-10)
+
+
+def test_soap_is_adam_in_a_basis_that_diagonalizes_the_gradients(x64):
+    """Gradients `U diag(d) V^T` with fixed U and V: Adam on d, whatever the bases of the parameters."""
+    rng = np.random.default_rng(2)
+    u, v = (np.linalg.qr(rng.standard_normal((4, 4)))[0] for _ in range(2))
+    d = np.array([4.0, 2.0, 1.0, 0.5]) * (1 + 0.1 * rng.standard_normal((9, 4)))
+    grads = np.einsum("ij,tj,kj->tik", u, d, v)
+    ours = directions(o.scale_by_soap(precondition_every=2), jnp.asarray(grads))
+    adam = directions(optax.scale_by_adam(0.95, 0.95, eps=0.0), jnp.asarray(d[1:]))
+    close(ours[1:], np.einsum("ij,tj,kj->tik", u, adam, v), 1e-6)
+
+
 # M-FAC.
 
 
@@ -389,6 +444,12 @@ def test_newton_stays_where_no_trial_helps():
         (lambda: o.scale_by_shampoo(grafting="lion"), ValueError, "grafting must be one of 'none'"),
         (lambda: o.scale_by_shampoo(max_dim=jnp.asarray(2.5)), TypeError, "max_dim .* static integer"),
         (lambda: o.shampoo(-1.0), ValueError, "learning_rate"),
+        (lambda: o.scale_by_soap(1.0), ValueError, "b1 .* < 1, got 1.0"),
+        (lambda: o.scale_by_soap(b2=-1.0), ValueError, "b2 .* >= 0"),
+        (lambda: o.scale_by_soap(eps=-1.0), ValueError, "eps .* >= 0"),
+        (lambda: o.scale_by_soap(precondition_every=0), ValueError, "precondition_every"),
+        (lambda: o.scale_by_soap(max_dim=0), ValueError, "max_dim .* >= 1, got 0"),
+        (lambda: o.soap(-1.0), ValueError, "learning_rate"),
         (lambda: o.scale_by_mfac(0), ValueError, "window .* >= 1, got 0"),
         (lambda: o.scale_by_mfac(damping=0.0), ValueError, "damping"),
         (lambda: o.gradient_regularized_newton_step(1.0, jnp.ones(1), 1.0), TypeError, "loss_fn"),

@@ -203,8 +203,9 @@ READY = {
     "stable_spam": dict(b1=B1, b2=B2, eps=EPS, total_steps=7, eta_min=0.2, **STABLE),
     "fira": dict(
         rank=2, b1=B1, b2=B2, eps=EPS, update_every=2, scale=0.5, gamma=1.2, scaling="matrix",
-        projection="reverse_std",
+        projection="reverse_std", bias_correction=False,
     ),
+    "soap": dict(b1=B1, b2=B2, eps=EPS, precondition_every=2, max_dim=3),
     "shampoo": dict(
         b1=B1, b2=B2, eps=0.1, exponent=0.3, trace_normalize=False, precondition_every=2, grafting="none", max_dim=3
     ),

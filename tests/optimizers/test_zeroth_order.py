@@ -332,8 +332,50 @@ def test_codes_of_one_byte():
     chex.assert_trees_all_close(decoded, floats, rtol=1e-5, atol=1e-6)
 
 
+def test_gp_gradient_is_that_of_the_posterior_mean(x64):
+    """A tree, and a buffer that is not full, against the derivative of the mean by JAX."""
+    rng = np.random.default_rng(0)
+    params = {"a": jnp.asarray(rng.normal(size=2)), "b": jnp.asarray(rng.normal())}
+    points = {"a": jnp.asarray(rng.normal(size=(5, 2))), "b": jnp.asarray(rng.normal(size=5))}
+    values, where = jnp.asarray(rng.normal(size=5)), jnp.array([True, True, False, True, True])
+    options = dict(lengthscale=1.3, noise=0.2)
+
+    def posterior(params, points, values):
+        def kernel(p, q):
+            return jnp.exp(-(jnp.sum((p["a"] - q["a"]) ** 2) + (p["b"] - q["b"]) ** 2) / (2 * 1.3**2))
+
+        to_points = jax.vmap(kernel, (None, 0))
+        gram = jax.vmap(to_points, (0, None))(points, points)
+        noisy = gram + 0.2**2 * jnp.eye(len(values))
+        return to_points(params, points) @ jnp.linalg.solve(noisy, values)
+
+    @jax.jit
+    def run(params, points, values):
+        kept = jax.tree.map(lambda x: x[where], (points, values))
+        holes = jax.tree.map(lambda x: x.at[2].set(jnp.nan), (points, values))
+        return (
+            o.gp_gradient(params, points, values, **options),
+            o.gp_gradient(params, *holes, where=where, **options),
+            jax.grad(posterior)(params, points, values),
+            jax.grad(posterior)(params, *kept),
+        )
+
+    where = np.asarray(where)
+    ours, masked, full, partial = run(params, points, values)
+    chex.assert_trees_all_close(ours, full, rtol=1e-10)
+    chex.assert_trees_all_close(masked, partial, rtol=1e-10)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    low = jax.eval_shape(functools.partial(o.gp_gradient, **options), half, points, values)
+    assert low["a"].dtype == low["b"].dtype == jnp.bfloat16
+
+
 def ok(p):
     return jnp.sum(p)
+
+
+def gp(**given):
+    arrays = dict(params=jnp.ones(2), points=jnp.ones((3, 2)), values=jnp.ones(3))
+    return o.gp_gradient(**arrays | dict(lengthscale=1.0, noise=0.1) | given)
 
 
 @pytest.mark.parametrize(
@@ -364,6 +406,13 @@ def ok(p):
         ),
         (lambda: o.random_direction(KEY, jnp.ones(2, complex)), TypeError, "real"),
         (lambda: o.zo_value_and_grad(ok, blocks=[1, 2])(jnp.ones(2), KEY), ValueError, "blocks must be"),
+        (lambda: gp(noise=0.0), ValueError, "noise .* > 0"),
+        (lambda: gp(lengthscale=-1.0), ValueError, "lengthscale .* > 0"),
+        (lambda: gp(points=jnp.ones((3, 3))), ValueError, r"points must have shape \(3, 2\)"),
+        (lambda: gp(points=[jnp.ones((3, 2))]), ValueError, "points must have the structure of params"),
+        (lambda: gp(values=jnp.ones((3, 1))), ValueError, r"values must have shape \[n\]"),
+        (lambda: gp(where=jnp.ones(2, bool)), ValueError, r"where must have shape \(3,\)"),
+        (lambda: gp(params=jnp.ones(2, complex)), TypeError, "real"),
         (lambda: o.quantize_projection(jnp.ones(2), 0.0), ValueError, "limit .* > 0"),
         (lambda: o.quantize_projection(jnp.ones(2, int), 1.0), TypeError, "rho"),
         (

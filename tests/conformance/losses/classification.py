@@ -30,6 +30,7 @@ ENTRIES = [
     loss_entry(losses.poly1_focal_loss),
     loss_entry(DUAL, second_order=False),
     loss_entry(losses.max_suppression_loss, huge=SUMS, second_order=False, thorough=True),
+    loss_entry(losses.logit_penalty_loss, penalty=0.1, shift=None),
 ]
 
 # Losses that take label distributions, too.
@@ -65,4 +66,5 @@ BAD_OPTIONS = [
     (losses.poly_loss, dict(epsilon=None), TypeError, ["epsilon", "number", "None"]),
     (losses.poly_loss, dict(label_smoothing=2), ValueError, ["label_smoothing", ">= 0 and <= 1", "2"]),
     (losses.max_suppression_loss, dict(suppression=-0.1), ValueError, ["suppression", ">= 0", "-0.1"]),
+    (losses.logit_penalty_loss, dict(penalty=-0.1), ValueError, ["penalty", ">= 0", "-0.1"]),
 ]

@@ -1,4 +1,4 @@
-"""Shampoo and M-FAC."""
+"""Shampoo, SOAP and M-FAC."""
 
 import functools
 
@@ -25,6 +25,12 @@ CASES = {
         exports=("shampoo",),
         spike=3.0,
         injectable=False,
+    ),
+    "scale_by_soap": Case(
+        functools.partial(o.scale_by_soap, precondition_every=2),
+        converges=lambda lr: o.soap(lr),
+        exports=("scale_by_soap", "soap"),
+        injectable=False,  # the longest side is static
     ),
     "scale_by_mfac": Case(
         functools.partial(o.scale_by_mfac, window=2, damping=0.1),
