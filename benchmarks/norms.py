@@ -34,8 +34,11 @@ ROLES = dict(
 
 
 class CRMSNorm(nn.Module):
+    """`crms_norm` as a module."""
+
     @nn.compact
     def __call__(self, x):
+        """Applies the module."""
         return crms_norm(x, eps=EPS)
 
 
@@ -47,12 +50,15 @@ NORMS = {
 
 
 class Block(nn.Module):
+    """Causal attention and an MLP, each behind a norm."""
+
     kind: str
     width: int
     heads: int
 
     @nn.compact
     def __call__(self, x):
+        """Applies the module."""
         norm = NORMS[self.kind]
         attention = nn.MultiHeadDotProductAttention(
             self.heads, qkv_features=self.width, out_features=x.shape[-1], name="attention"
@@ -64,6 +70,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
+    """Embeddings, blocks, a norm and a head; the compressed stream has one feature less."""
+
     kind: str
     width: int
     heads: int
@@ -73,6 +81,7 @@ class GPT(nn.Module):
 
     @nn.compact
     def __call__(self, tokens):
+        """Applies the module."""
         stream = self.width - (self.kind == "Pre-CRMSNorm")
         x = nn.Embed(self.vocabulary, stream, name="token")(tokens)
         x = x + nn.Embed(self.length, stream, name="place")(jnp.arange(tokens.shape[1]))
@@ -123,14 +132,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     models = contestants(args.width, args.width // 64 or 1, args.layers, args.length, 1024)
     tokens = jax.random.randint(jax.random.key(1), (args.batch, args.length), 0, 1024)
-    rows, programs = [], []
+    rows, programs, expected = [], [], None
     for what, function in (("forward", forward), ("forward + backward", step)):
         for kind, (model, params) in models.items():
             program = jax.jit(functools.partial(function, model))
             out = jax.block_until_ready(program(params, tokens))
             row = dict(model=kind, what=what, seconds=float("inf"))
             if what == "forward":
-                expected = out if kind == "Pre-LN" else expected
+                expected = out if expected is None else expected
                 row["difference"] = float(jnp.max(jnp.abs(out - expected)))
                 row["largest_logit"] = float(jnp.max(jnp.abs(expected)))
             rows.append(row)

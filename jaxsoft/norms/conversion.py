@@ -1,8 +1,8 @@
 r"""Exact conversion of Pre-LN models to Pre-RMSNorm and Pre-CRMSNorm.
 
-If everything that is added to the residual stream has mean zero, so has the stream, and its layer norm is its RMS norm.
-Parameters can be changed so that this holds, without changing the model: a layer norm ignores the mean of its input. A
-stream with mean zero is known from all features but the last, so its last feature need not be stored or computed at all.
+If everything that is added to the residual stream has mean zero, so has the stream, and its layer norm is its RMS
+norm. Parameters can be changed so that this holds, without changing the model: a layer norm ignores the mean of its
+input. A stream with mean zero is known from all features but the last, so its last feature need not be stored.
 
 The functions for whole trees are told, by regular expressions of paths, which leaves write into the stream (embeddings
 and the last linear layer of each branch) and which linear layers read it, each through a norm:
@@ -140,7 +140,7 @@ def fold_into_linear(
 
 
 def pre_ln_to_pre_rms(params: Mapping, *, writes: Sequence[str], reads: Mapping[str, Sequence[str]]) -> dict:
-    """The parameters of a Pre-RMSNorm model that computes what a Pre-LN model does.
+    r"""The parameters of a Pre-RMSNorm model that computes what a Pre-LN model does.
 
     What writes into the stream gets mean zero (`recenter`), and the biases of the norms move into the layers that read
     them. Their scales stay. The new model has RMS norms with the `eps` of the layer norms, and a bias in each layer
@@ -152,7 +152,7 @@ def pre_ln_to_pre_rms(params: Mapping, *, writes: Sequence[str], reads: Mapping[
       writes: regular expressions of the paths of all leaves whose last axis is that of the stream and which are added
         to it: embeddings, kernels and biases. Keys are joined by "/"; an expression fits the whole path.
       reads: for an expression of the paths of norms, the linear layers that read such a norm. A layer may refer to
-        groups of the expression (`\\1`). A table of embeddings that is also the head must be copied first: the head
+        groups of the expression (`\1`). A table of embeddings that is also the head must be copied first: the head
         reads the stream, and the table writes into it.
 
     Returns:
@@ -203,7 +203,7 @@ def pre_rms_to_pre_crms(
       Nested dicts like `params`, without the norms.
 
     Raises:
-      ValueError: as `pre_ln_to_pre_rms`; leaves that write into the stream and do not have mean zero; norms with a bias.
+      ValueError: as `pre_ln_to_pre_rms`; leaves that write into the stream without mean zero; norms with a bias.
 
     Reference:
       "Pre-RMSNorm and Pre-CRMSNorm Transformers: Equivalent and Efficient Pre-LN Transformers".

@@ -177,7 +177,7 @@ def test_stacked_layers_and_missing_biases(x64):
     def run(params, norm):
         x = params["embed"]
         for i in range(2):
-            layer = jax.tree.map(lambda a: a[i], params["layers"])  # noqa: B023
+            layer = jax.tree.map(lambda a: a[i], params["layers"])
             y = norm(x, layer) @ layer["linear"]["kernel"]
             x = x + y + layer["linear"].get("bias", 0)
         return x
