@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -39,17 +40,41 @@ def affine(y: jax.Array, scale: Any, bias: Any) -> jax.Array:
     return y if bias is None else y + bias.astype(y.dtype)
 
 
+def present(x: jax.Array, where: Any) -> jax.Array:
+    """The input with 0 at the positions that do not count."""
+    return x if where is None else jnp.where(where[..., None], x, 0)
+
+
 def over_batch(x: jax.Array, where: Any, axis_name: AxisName) -> jax.Array:
-    """The mean over all axes but the last, of the positions where `where` holds, on all devices of `axis_name`."""
+    """The mean over all axes but the last, of `present` values, on all devices of `axis_name`."""
     axes = tuple(range(x.ndim - 1))
     if where is None:
         mean = jnp.mean(x, axis=axes)
         return mean if axis_name is None else lax.pmean(mean, axis_name)
-    counts = where[..., None]
-    total, count = jnp.sum(jnp.where(counts, x, 0), axis=axes), jnp.sum(where, dtype=x.dtype)
-    if axis_name is not None:
-        total, count = lax.psum((total, count), axis_name)
-    return total / jnp.maximum(count, 1)
+    return over_devices(jnp.sum(x, axis=axes), axis_name) / jnp.maximum(count_of(x, where, axis_name), 1)
+
+
+def count_of(x: jax.Array, where: Any, axis_name: AxisName) -> jax.Array:
+    """The number of positions of the mean `over_batch`."""
+    here = math.prod(x.shape[:-1]) if where is None else jnp.sum(where, dtype=x.dtype)
+    return over_devices(jnp.asarray(here, x.dtype), axis_name)
+
+
+def over_devices(x: Any, axis_name: AxisName) -> Any:
+    """The sum over all devices of `axis_name`."""
+    return x if axis_name is None else lax.psum(x, axis_name)
+
+
+def batch_moments(x: jax.Array, where: Any, axis_name: AxisName) -> tuple[jax.Array, jax.Array]:
+    """Mean and biased variance `over_batch`."""
+    mean = over_batch(present(x, where), where, axis_name)
+    return mean, over_batch(jnp.square(present(x - mean, where)), where, axis_name)
+
+
+def bessel(x: jax.Array, where: Any, axis_name: AxisName) -> jax.Array:
+    """The factor of the unbiased variance, `n / (n - 1)`."""
+    n = count_of(x, where, axis_name)
+    return n / jnp.maximum(n - 1, 1)
 
 
 def check_where(where: Any, x: Any) -> None:
