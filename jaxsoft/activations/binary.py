@@ -55,8 +55,8 @@ def periodic_binarize(
       >>> import jax, jax.numpy as jnp
       >>> from jaxsoft.activations import periodic_binarize
       >>> weight = jnp.array([-0.3, 0.02, 0.2])
-      >>> print(periodic_binarize(weight), periodic_binarize(weight, hard=False).round(3))
-      [ 1.  1. -1.] [ 0.279  0.389 -0.757]
+      >>> print(periodic_binarize(weight), periodic_binarize(weight, hard=False).round(1))
+      [ 1.  1. -1.] [ 0.3  0.4 -0.8]
     """
     _checks.floating("weight", weight)
     _checks.number("frequency", frequency)

@@ -18,7 +18,8 @@ for x in jax.random.normal(jax.random.key(0), (3, 16, 4)):
     (grads, backward), state = jax.grad(loss, (0, 1), has_aux=True)(params, backward, state, x)
 ```
 
-Give each call its own `backward`, and take its gradient once per step: two uses, or examples under `vmap`, would add up.
+Give each call its own `backward`, and take its gradient once per step: two uses of one would add up, and so would
+examples under `vmap`.
 """
 
 from __future__ import annotations
@@ -141,7 +142,8 @@ def power_norm(
 
         a = h - (1 - backward_decay) m z,    dx = a / sqrt(v + eps)  (v of this batch),    m <- m + mean(a z)
 
-    and the new m is the gradient to `backward`. The running statistics have no gradient. Reverse mode only, first order.
+    and the new m is the gradient to `backward`. The running statistics have no gradient. The derivative is first-order
+    and reverse mode only.
 
     Args:
       x: features last; the statistics are over all other axes.
@@ -166,16 +168,16 @@ def power_norm(
       ValueError: shapes that do not fit, `groups` that do not divide the features, numbers out of range.
 
     Reference:
-      Shen et al., "PowerNorm: Rethinking Batch Normalization in Transformers", and the authors' code, which updates m in
-      its backward pass; to return it as a gradient is our choice.
+      Shen et al., "PowerNorm: Rethinking Batch Normalization in Transformers", and the authors' code, which updates m
+      in its backward pass; to return it as a gradient is our choice.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxsoft.norms import power_norm, power_norm_init
       >>> y, state = power_norm(jnp.array([[3.0, 4.0], [4.0, -3.0]]), *power_norm_init(2), train=True)
-      >>> print(y.round(4), state.count)
-      [[ 0.8485  1.1314]
-       [ 1.1314 -0.8485]] 1
+      >>> print(y.round(2), state.count)
+      [[ 0.85  1.13]
+       [ 1.13 -0.85]] 1
     """
     features = _check(x, state, scale, bias, train, where, eps)
     _checks.floating("backward", backward)
@@ -308,8 +310,8 @@ def unified_norm(
         h = scale r g,    dx = (h - m z) / sqrt(v + eps),    dscale = sum(r g z),    dbias = sum(g)
 
     A batch is an outlier if in some feature the arithmetic mean of the window exceeds the geometric mean by more than
-    the window's length times the variance of the roots in the window before. It is kept out of the windows. Reverse
-    mode only, first order.
+    the window's length times the variance of the roots in the window before. It is kept out of the windows. The derivative
+    is first-order and reverse mode only.
 
     Args:
       x: features last; the statistics are over all other axes.
@@ -340,9 +342,9 @@ def unified_norm(
       >>> import jax.numpy as jnp
       >>> from jaxsoft.norms import unified_norm, unified_norm_init
       >>> y, state = unified_norm(jnp.array([[3.0, 4.0], [4.0, -3.0]]), *unified_norm_init(2), train=True)
-      >>> print(y.round(4), state.mean_square)
-      [[ 0.8485  1.1314]
-       [ 1.1314 -0.8485]] [2.15 2.15]
+      >>> print(y.round(2), state.mean_square)
+      [[ 0.85  1.13]
+       [ 1.13 -0.85]] [2.15 2.15]
     """
     features = _check(x, state, scale, bias, train, where, eps)
     for name, window in (("state.window", state.window), ("backward.window", backward.window)):
