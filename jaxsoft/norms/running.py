@@ -310,8 +310,8 @@ def unified_norm(
         h = scale r g,    dx = (h - m z) / sqrt(v + eps),    dscale = sum(r g z),    dbias = sum(g)
 
     A batch is an outlier if in some feature the arithmetic mean of the window exceeds the geometric mean by more than
-    the window's length times the variance of the roots in the window before. It is kept out of the windows. The derivative
-    is first-order and reverse mode only.
+    the window's length times the variance of the roots in the window before. It is kept out of the windows. The
+    derivative is first-order and reverse mode only.
 
     Args:
       x: features last; the statistics are over all other axes.
