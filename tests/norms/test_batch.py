@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from helpers import close, fails, near
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
@@ -57,12 +58,12 @@ def test_evonorm_by_formula(x64):
             evonorm_s0(x, scale, bias, slope, groups=groups),
             scale * x / (1 + np.exp(-slope * x)) / root + bias,
         )
-    check_grads(
-        lambda *p: (evonorm_b0(p[0], running, *p[1:], train=True)[0], evonorm_s0(*p, groups=3)),
-        (x, scale, bias, slope),
-        order=1,
-        modes=("fwd", "rev"),
-    )
+
+    @jax.jit
+    def both(*p):
+        return evonorm_b0(p[0], running, *p[1:], train=True)[0], evonorm_s0(*p, groups=3)
+
+    check_grads(both, (x, scale, bias, slope), order=1, modes=("fwd", "rev"))
 
 
 def test_alpha_batch_norm_by_formula(x64):
@@ -80,7 +81,7 @@ def test_alpha_batch_norm_by_formula(x64):
             expected = (given - mu) / np.sqrt(v + 1e-5) * scale + bias
             near(np.nan_to_num(y), np.nan_to_num(expected))
     check_grads(
-        functools.partial(alpha_batch_norm, source_weight=0.3, where=where),
+        jax.jit(functools.partial(alpha_batch_norm, source_weight=0.3, where=where)),
         (x, mean, variance, scale, bias),
         order=1,
         modes=("fwd", "rev"),
@@ -124,6 +125,7 @@ def test_balanced_batch_norm(x64):
     near(y, (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5))
     near(state.mean, np.mean(means, 0))
 
+    @jax.jit
     def both(x, logits):
         y, _, loss = balanced_batch_norm(x, state, tasks, logits, train=True)
         return y, loss
@@ -137,7 +139,7 @@ def test_balanced_batch_norm(x64):
 
 
 def test_several_devices():
-    mesh = jax.make_mesh((4,), ("data",))
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     x, where = jnp.asarray(normal(8, 2, 3), jnp.float32), jnp.arange(16).reshape(8, 2) % 3 > 0
     tasks, logits = jnp.arange(8) % 3, jnp.array([0.5, 1.0, -1.0])
     mean, variance, g = jnp.zeros(3), jnp.ones(3), jnp.asarray(normal(8, 2, 3, seed=1), jnp.float32)

@@ -42,7 +42,7 @@ def test_weight_condition(x64):
     norms = np.sqrt((kernel**2).sum((0, 1, 2)))
     unit = kernel / norms
     near(jax.vjp(weight_condition, kernel)[1](g)[0], (g - (g * unit).sum((0, 1, 2)) * unit) / norms)
-    check_grads(weight_condition, (kernel,), order=2, modes=("fwd", "rev"))
+    check_grads(jax.jit(weight_condition), (kernel,), order=1, modes=("fwd", "rev"))
     zero = jnp.zeros((2, 2)).at[0, 0].set(2)
     np.testing.assert_array_equal(weight_condition(zero), [[1, 0], [0, 0]])
     low = weight_condition(jnp.full((3, 1), 300, jnp.float16))

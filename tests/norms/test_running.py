@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import close, fails, near
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jaxsoft.norms import (
@@ -44,9 +45,12 @@ def program(norm, **options):
 
 def power(x, state, m, scale, bias, g, where, warmup, groups, a_f=0.9, a_b=0.9, eps=1e-5):
     count, phi = state.count + 1, np.array(state.mean_square)
-    x = x / np.sqrt(
-        np.repeat((x.reshape(*x.shape[:-1], groups, -1) ** 2).mean(-1), x.shape[-1] // groups, -1) + eps
-    )
+
+    def of_groups(x):
+        return np.repeat(x.reshape(*x.shape[:-1], groups, -1).mean(-1), x.shape[-1] // groups, -1)
+
+    root = 1 / np.sqrt(of_groups(x**2) + eps)
+    x = x * root
     v = (x[where] ** 2).mean(0)
     z = x / np.sqrt((v if count <= warmup else phi) + eps)
     if count < warmup:
@@ -56,7 +60,9 @@ def power(x, state, m, scale, bias, g, where, warmup, groups, a_f=0.9, a_b=0.9, 
     a = h - (1 - a_b) * m * z
     flat = tuple(range(x.ndim - 1))
     new = m + (a * z).mean(flat)
-    return (z * scale + bias, (count, phi)), (a / np.sqrt(v + eps), new, (g * z).sum(flat), g.sum(flat))
+    dx = a / np.sqrt(v + eps)
+    dx = root * (dx - x * of_groups(dx * x))
+    return (z * scale + bias, (count, phi)), (dx, new, (g * z).sum(flat), g.sum(flat))
 
 
 def unified(x, state, backward, scale, bias, g, where, warmup, filter_outliers, momentum=0.9, eps=1e-5):
@@ -170,7 +176,7 @@ def test_unified_norm_over_steps(x64, filter_outliers):
 
 @pytest.mark.parametrize("norm", [power_norm, unified_norm])
 def test_several_devices(norm):
-    mesh = jax.make_mesh((4,), ("data",))
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     scale, bias = jnp.linspace(-1, 2, 6), jnp.linspace(0, 1, 6)
     state, backward = (power_norm_init if norm is power_norm else unified_norm_init)(6)
     backward = jax.tree.map(lambda b: b + 0.3, backward)
