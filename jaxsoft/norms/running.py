@@ -174,10 +174,10 @@ def power_norm(
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxsoft.norms import power_norm, power_norm_init
-      >>> y, state = power_norm(jnp.array([[3.0, 4.0], [4.0, -3.0]]), *power_norm_init(2), train=True)
-      >>> print(y.round(2), state.count)
-      [[ 0.85  1.13]
-       [ 1.13 -0.85]] 1
+      >>> y, state = power_norm(jnp.array([[3.0, 3.0], [3.0, -3.0]]), *power_norm_init(2), train=True)
+      >>> print(y.round(), state.count)
+      [[ 1.  1.]
+       [ 1. -1.]] 1
     """
     features = _check(x, state, scale, bias, train, where, eps)
     _checks.floating("backward", backward)
@@ -341,10 +341,10 @@ def unified_norm(
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxsoft.norms import unified_norm, unified_norm_init
-      >>> y, state = unified_norm(jnp.array([[3.0, 4.0], [4.0, -3.0]]), *unified_norm_init(2), train=True)
-      >>> print(y.round(2), state.mean_square)
-      [[ 0.85  1.13]
-       [ 1.13 -0.85]] [2.15 2.15]
+      >>> y, state = unified_norm(jnp.array([[3.0, 3.0], [3.0, -3.0]]), *unified_norm_init(2), train=True)
+      >>> print(y.round(), state.count)
+      [[ 1.  1.]
+       [ 1. -1.]] 1
     """
     features = _check(x, state, scale, bias, train, where, eps)
     for name, window in (("state.window", state.window), ("backward.window", backward.window)):

@@ -111,6 +111,7 @@ def test_pade_activation(x64):
     for form, below in expected.items():
         near(pade_activation(y, a, b, form=form), top / below)
     every = jax.jit(lambda *p: [pade_activation(*p, form=form) for form in expected])
+    y, b = np.array([-1.3, -0.4, 0.3, 0.9, 1.7]), np.array([0.3, 0.2, 0.1])  # far from poles and kinks
     check_grads(every, (y, a, b), order=1, modes=("fwd", "rev"))
     slope = jax.grad(lambda x: pade_activation(x, a, b))(jnp.array(0.0))
     near(slope, a[1])  # where |x| has a kink
