@@ -19,6 +19,11 @@ _NUMERATOR = (3.35583603e-02, 5.05000375e-01, 1.65343934, 2.01001052, 9.31901999
 _DENOMINATOR = (3.30847488e-06, 3.98021568, 5.12471206e-07, 3.01830109e-01)
 
 
+def _absolute(x: jax.Array) -> jax.Array:
+    """`|x|`, whose derivative at 0 is 0; that of `jnp.abs` is 1."""
+    return x * jnp.sign(x)
+
+
 def _polynomial(coefficients: jax.Array, x: jax.Array) -> jax.Array:
     """`c_0 + c_1 x + c_2 x^2 + ...`."""
     total = jnp.zeros_like(x)
@@ -103,11 +108,11 @@ def pade_activation(
     dtype = accumulation_dtype(x.dtype, numerator.dtype, denominator.dtype)
     y, a, b = (jnp.asarray(v).astype(dtype) for v in (x, numerator, denominator))
     if form == "A":
-        below = 1 + jnp.abs(y) * _polynomial(jnp.abs(b), jnp.abs(y))
+        below = 1 + _absolute(y) * _polynomial(_absolute(b), _absolute(y))
     elif form == "B":
-        below = 1 + jnp.abs(y * _polynomial(b, y))
+        below = 1 + _absolute(y * _polynomial(b, y))
     elif form == "C":
-        below = 0.1 + jnp.abs(_polynomial(b, y))
+        below = 0.1 + _absolute(_polynomial(b, y))
     else:
         below = 1 + y * _polynomial(b, y)
     return (_polynomial(a, y) / below).astype(x.dtype)
@@ -220,7 +225,7 @@ def pade_neuron(
     if not q:
         out = top + jnp.zeros_like(top)
     elif form == "A":
-        out = top / (1 + sum(jnp.abs(term) for term in q))
+        out = top / (1 + sum(_absolute(term) for term in q))
     else:
         last, before = 1 + sum(q), 1 + sum(q[:-1])
         lower = before * (start + sum(p[:-1])) if p else 0
