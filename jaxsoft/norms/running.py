@@ -49,14 +49,16 @@ from jaxsoft.norms._common import (
 Scalar = float | jax.Array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scaled(rule: Callable, x: Array, factor: Array, backward: Any, context: Any) -> Array:
+def _scale(rule: Callable, x: Array, factor: Array, backward: Any, context: Any) -> Array:
     """`x * factor`, with the gradient of `rule(cotangent, output, backward, context)`.
 
     The rule returns the gradient of x and the new value of `backward`, which stands for its gradient.
     """
     del rule, backward, context
     return x * factor
+
+
+_scaled = jax.custom_vjp(_scale, nondiff_argnums=(0,))
 
 
 def _scaled_forward(rule, x, factor, backward, context):
