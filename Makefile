@@ -92,6 +92,7 @@ bench: .venv/ready
 	.venv/bin/python benchmarks/linear_cross_entropy.py
 	.venv/bin/python benchmarks/attention.py
 	.venv/bin/python benchmarks/normalizers.py
+	.venv/bin/python benchmarks/norms.py
 	.venv/bin/python benchmarks/train_normalizers.py
 	.venv/bin/python benchmarks/two_heads.py
 	.venv/bin/python benchmarks/mixed_precision.py

@@ -24,11 +24,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "docs"), str(ROOT / "tests")]
 
 import loss_table  # noqa: E402
 
-PACKAGES = ["jaxsoft"] + [
-    f"jaxsoft.{name}"
-    for name in ("attention", "kernels", "losses", "merging", "normalizers", "norms", "optimizers", "rows")
-]
-MODULES = ["jaxsoft.rows.reductions"]  # public modules that are no packages: their public names are exports
+_PACKAGES = "activations attention flax kernels losses merging normalizers norms optimizers rows"
+PACKAGES = ["jaxsoft", *(f"jaxsoft.{name}" for name in _PACKAGES.split())]
+# Public modules that are no packages: their public names are exports.
+MODULES = ["jaxsoft.flax.linen", "jaxsoft.flax.nnx", "jaxsoft.rows.reductions"]
 TABLE = "losses-table.md"
 SOUGHT = ["jaxsoft.losses.classification", "jaxsoft.attention._dot_product"]
 LISTS = "---\nsearch:\n  boost: 0.3\n---\n"  # pages of lists come after what they list

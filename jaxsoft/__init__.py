@@ -60,12 +60,13 @@ from jaxsoft.rows import (
 )
 
 if TYPE_CHECKING:
-    from jaxsoft import attention, losses, merging, norms, optimizers
+    from jaxsoft import activations, attention, losses, merging, norms, optimizers
 
 __all__ = [
     "LinearLogits",
     "RowReduction",
     "__version__",
+    "activations",
     "adaptive_temperature_softmax",
     "attention",
     "clipped_softmax",
@@ -109,7 +110,7 @@ __all__ = [
     "top_k_accuracy",
 ]
 
-_ON_FIRST_USE = ("attention", "losses", "merging", "norms", "optimizers")
+_ON_FIRST_USE = ("activations", "attention", "losses", "merging", "norms", "optimizers")
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,8 @@ LADDER = {
     "optimizers": BOTTOM,
     "merging": BOTTOM,
     "norms": BOTTOM,
+    "activations": BOTTOM,
+    "flax": BOTTOM | {"rows", "norms", "activations"},
 }
 TOP = {"__init__", "scaling", "tune"}  # they may import everything
 # Imports inside functions, each with its reason.

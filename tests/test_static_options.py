@@ -11,7 +11,7 @@ from conformance.entry import make_inputs
 from conformance.table import ENTRIES
 
 import jaxsoft
-from jaxsoft import attention, losses, normalizers, rows
+from jaxsoft import activations, attention, losses, normalizers, norms, rows
 
 pytestmark = pytest.mark.whole  # the cases are losses
 
@@ -19,6 +19,7 @@ N, C = 4, 6
 X, ONES, IDS = np.ones((N, C), np.float32), np.ones(N, np.float32), np.arange(N, dtype=np.int32)
 Q = np.ones((1, 4, 2, 4), np.float32)
 KEY = jax.random.key(0)
+POWER, UNIFIED = norms.power_norm_init(C), norms.unified_norm_init(C)
 
 # Functions with the arguments that they need.
 CASES = [
@@ -58,6 +59,20 @@ CASES = [
     (losses.group_relative_advantage, dict(rewards=X)),
     (losses.token_rewards, dict(log_prob=X, reference=X)),
     (losses.tversky_loss, dict(logits=X, labels=IDS)),
+    *((f, dict(x=X)) for f in (norms.layer_norm, norms.rms_norm, norms.crms_norm)),
+    (norms.power_norm, dict(x=X, state=POWER[0], backward=POWER[1], train=True)),
+    (norms.unified_norm, dict(x=X, state=UNIFIED[0], backward=UNIFIED[1], train=True)),
+    (norms.evonorm_b0, dict(x=Q, running_variance=ONES, train=True)),
+    (norms.evonorm_s0, dict(x=Q)),
+    (norms.alpha_batch_norm, dict(x=Q, mean=ONES, variance=ONES, source_weight=0.5)),
+    (norms.balanced_batch_norm, dict(x=Q, state=norms.balanced_batch_norm_init(4), train=True)),
+    (norms.mix_ln_residual, dict(x=X, branch=jnp.sin, norm=norms.rms_norm, layer=0, num_post=1)),
+    (norms.mix_ln_num_post, dict(layers=4)),
+    (norms.weight_condition, dict(weight=X)),
+    (activations.maxout, dict(x=X, pieces=2)),
+    (activations.relu_classifier, dict(logits=X)),
+    (activations.periodic_binarize, dict(weight=X)),
+    (activations.approximate_sign, dict(x=X)),
 ]
 LOSSES = {e.function: e for e in ENTRIES if e.loss}
 

@@ -35,6 +35,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype
+from jaxsoft.norms.layer import layer_norm
 
 
 def stable_embedding_init(
@@ -141,10 +142,4 @@ def stable_embedding(
     if padding_id is not None:
         padding_id = _checks.integer("padding_id", padding_id, at_least=0, at_most=vocabulary - 1)
         x = jnp.where((ids == padding_id)[..., None], lax.stop_gradient(x), x)
-    centred = x - jnp.mean(x, axis=-1, keepdims=True)
-    y = centred * lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
-    if scale is not None:
-        y = y * scale.astype(dtype)
-    if bias is not None:
-        y = y + bias.astype(dtype)
-    return y.astype(table.dtype)
+    return layer_norm(x, scale, bias, eps=eps).astype(table.dtype)

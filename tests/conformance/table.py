@@ -213,6 +213,22 @@ _TESTED_IN = {
         "model_stock_merge star_delta"
     ),
     "tests/norms/test_embedding.py": "jaxsoft.norms: stable_embedding stable_embedding_init",
+    "tests/norms/test_layer.py": (
+        "jaxsoft.norms: compress crms_norm decompress fold_into_linear layer_norm pre_ln_to_pre_rms "
+        "pre_rms_to_pre_crms recenter rms_norm zero_mean_linear"
+    ),
+    "tests/norms/test_batch.py": (
+        "jaxsoft.norms: alpha_batch_norm balanced_batch_norm balanced_batch_norm_init evonorm_b0 evonorm_s0"
+    ),
+    "tests/norms/test_running.py": (
+        "jaxsoft.norms: PowerNormState UnifiedNormBackward UnifiedNormState power_norm power_norm_init "
+        "unified_norm unified_norm_init"
+    ),
+    "tests/norms/test_placement.py": "jaxsoft.norms: mix_ln_num_post mix_ln_residual weight_condition",
+    "tests/activations/test_activations.py": (
+        "jaxsoft.activations: approximate_sign maxout mish mpc_gelu pade_activation pade_leaky_relu pade_neuron "
+        "pade_neuron_init periodic_binarize relu_classifier"
+    ),
     "tests/attention/test_softmax_free.py": (
         "jaxsoft.attention: gaussian_kernel_attention newton_pseudo_inverse softmax_free_attention"
     ),
@@ -232,6 +248,7 @@ _TYPES = (
     "jaxsoft.normalizers.SoftMoE",
     "jaxsoft.normalizers.TemperatureNetwork",
     "jaxsoft.normalizers.TemperatureParameters",
+    "jaxsoft.norms.BalancedBatchNormState",
     "jaxsoft.rows.Logits",
     "jaxsoft.rows.TopK",
 )

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.whole  # the cases are exports
 ROOT = pathlib.Path(__file__).parents[2]
 MODULES = [
     jaxsoft,
+    jaxsoft.activations,
     jaxsoft.attention,
     jaxsoft.kernels,
     jaxsoft.losses,
