@@ -3,7 +3,7 @@
     transform = chain(temperature(0.8), top_k(50), min_p(0.05))
     tokens = sample(transform(logits), key)
 
-`logits` are an array or `linear_logits`. Every function has static shapes and explicit state, so that a whole generation
+`logits` are an array or `linear_logits`. Shapes are static and all state is explicit, so that a whole generation
 is one `lax.scan`; numbers may be traced.
 """
 

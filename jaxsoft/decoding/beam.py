@@ -41,8 +41,8 @@ def beam_step(
 
     Args:
       logits: `[*rows, beams, columns]`: an array, `linear_logits`, or what a transform made of either.
-      scores: `[*rows, beams]`, floating, the sums so far. To start, 0 for the first beam and -inf for the others, or all
-        of them would be equal.
+      scores: `[*rows, beams]`, floating, the sums so far. To start, 0 for the first beam and -inf for the others,
+        or all of them would be equal.
       finished: `[*rows, beams]`, beams that have ended: they stay, with their score.
       end_token: the token that ends a beam; a number that may be traced, or None.
       pad_token: what a beam that has ended appends; a number that may be traced.

@@ -12,7 +12,7 @@ from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, safe_divide
 from jaxsoft.decoding.sampling import sample
 
-_SCALES = tuple(0.5**i for i in range(9)) + (0.0,)  # tried lengths of a Newton step
+_SCALES = (*(0.5**i for i in range(9)), 0.0)  # tried lengths of a Newton step
 
 
 def fit_metric_energy(
@@ -24,7 +24,7 @@ def fit_metric_energy(
     bound: float = 100.0,
     steps: int = 50,
 ) -> Float[Array, " K"]:
-    """mu such that the metrics' averages under `q(x) = p(x) e^(-mu . f(x)) / Z` are the targets.
+    """Finds mu such that the metrics' averages under `q(x) = p(x) e^(-mu . f(x)) / Z` are the targets.
 
     Minimizes the convex `log E_p[e^(-mu . f)] + mu . targets + l2 |mu|^2 / 2` by damped Newton steps. q is the
     distribution nearest to p (in `KL(q | p)`) with these averages.
@@ -227,7 +227,7 @@ def best_of_n_kl_bound(n: int | Float[Array, ""]) -> Float[Array, ""]:
     return jnp.log(n) - (n - 1) / n
 
 
-def best_of_n_kl_estimate(log_prob: Float[Array, "..."], n: int | Float[Array, ""]) -> Float[Array, "..."]:
+def best_of_n_kl_estimate(log_prob: Float[Array, ...], n: int | Float[Array, ""]) -> Float[Array, ...]:
     """An estimate of `KL(best of n | model)` from the probability e of the chosen sample; tighter than the bound.
 
     `(1 - e)^n (log n + (n - 1) log(1 - e) - (n - 1) / n) + (1 - (1 - e)^n) log((1 - (1 - e)^n) / e)`. It is the bound

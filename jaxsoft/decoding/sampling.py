@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -119,7 +118,7 @@ def sample_and_log_prob(
 def sample_without_replacement(
     logits: Logits | TransformedLogits, key: Array, k: int, *, row_numbers: Int[Array, "*rows"] | None = None
 ) -> TopK:
-    """k different samples per row, one after another without replacement from `softmax(logits)`; one pass.
+    """Samples k different tokens per row from `softmax(logits)`, one after another without replacement; one pass.
 
     The first of them is that of `sample` on the same key.
 
