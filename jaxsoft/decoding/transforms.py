@@ -580,9 +580,8 @@ def _top_h(rows, *, top_h, limit):
     share = rows.per_row("top_h", top_h)
     if rows.columns == 0:
         return rows
-    wanted = {"best": reductions.top_k(min(limit, rows.columns))}
-    found, _, _ = _with_least(rows, 1, moments=reductions.softmax_moments(variance=False), top=wanted["best"])
-    moments, values = found["moments"], found["top"].values
+    wanted = (reductions.softmax_moments(variance=False), reductions.top_k(min(limit, rows.columns)))
+    moments, (values, _) = rows.detached().reduce(wanted)
     lse = jnp.where(moments.logsumexp == -jnp.inf, 0, moments.logsumexp)[..., None]
     log_p = jnp.where(values == -jnp.inf, 0, values - lse)
     terms = jnp.where(values == -jnp.inf, jnp.inf, -jnp.exp(log_p) * log_p)
