@@ -93,6 +93,7 @@ def dynamic_logit_fusion(
     grid = [_checks.static_number("alphas", a) for a in alphas]
     if not grid or sorted(set(grid)) != grid:
         raise ValueError(f"alphas must be numbers in ascending order, got {tuple(alphas)}")
+    logits, tuned_logits, base_logits = map(jnp.asarray, (logits, tuned_logits, base_logits))
     dtype = accumulation_dtype(logits.dtype, tuned_logits.dtype, base_logits.dtype)
     large, tuned, base = (a.astype(dtype) for a in (logits, tuned_logits, base_logits))
     log_p, log_q, log_t = (jax.nn.log_softmax(a, axis=-1) for a in (large, base, tuned))

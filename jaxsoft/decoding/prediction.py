@@ -48,6 +48,7 @@ def frechet_mean_predict(
         raise ValueError(
             f"distances must have shape ({probs.shape[-1]}, labels) with a label, got shape {distances.shape}"
         )
+    probs, distances = jnp.asarray(probs), jnp.asarray(distances)
     dtype = accumulation_dtype(probs.dtype, distances.dtype)
     cost = jnp.matmul(probs.astype(dtype), distances.astype(dtype) ** 2, precision="highest")
     return jnp.argmin(cost, axis=-1).astype(jnp.int32)
@@ -120,6 +121,7 @@ def soft_nms(
         raise ValueError(f"boxes must have shape [n, 4], got shape {boxes.shape}")
     n = boxes.shape[0]
     _checks.shape("scores", scores, (n,), "one score per box")
+    boxes, scores = jnp.asarray(boxes), jnp.asarray(scores)
     dtype = accumulation_dtype(boxes.dtype, scores.dtype)
     b, s = boxes.astype(dtype), scores.astype(dtype)
     if where is not None:

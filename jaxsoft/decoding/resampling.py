@@ -64,6 +64,7 @@ def fit_metric_energy(
     _checks.number("l2", l2, at_least=0)
     _checks.number("bound", bound, above=0)
     steps = _checks.integer("steps", steps, at_least=1)
+    metrics, targets = jnp.asarray(metrics), jnp.asarray(targets)
     dtype = accumulation_dtype(metrics.dtype, targets.dtype)
     f, goal = metrics.astype(dtype), targets.astype(dtype)
     base = jnp.zeros(n, dtype) if log_weights is None else _log_weights(log_weights, (n,), dtype)
@@ -140,6 +141,7 @@ def importance_resample(
     if metrics.ndim < 2:
         raise ValueError(f"metrics must have shape [*rows, n, K], got shape {metrics.shape}")
     _checks.shape("mu", mu, metrics.shape[-1:], "one number per metric")
+    metrics, mu = jnp.asarray(metrics), jnp.asarray(mu)
     dtype = accumulation_dtype(metrics.dtype, mu.dtype)
     logits = -(metrics.astype(dtype) @ mu.astype(dtype))
     if log_weights is not None:
@@ -184,6 +186,7 @@ def best_of_n_policy(
         raise ValueError("probs must have shape [*rows, outcomes], got a scalar")
     _checks.shape("rewards", rewards, probs.shape, "one reward per outcome")
     _checks.number("n", n, at_least=1)
+    probs, rewards = jnp.asarray(probs), jnp.asarray(rewards)
     dtype = accumulation_dtype(probs.dtype)
     p = probs.astype(dtype)
 

@@ -107,7 +107,8 @@ def speculative_accept(
     lengths = jnp.full(rows, drafts) if draft_lengths is None else jnp.asarray(draft_lengths)
     _checks.integers("draft_lengths", lengths)
     _checks.shape("draft_lengths", lengths, tuple(rows), "one length per row")
-    tokens = as_ids(draft_tokens)
+    tokens = as_ids(jnp.asarray(draft_tokens))
+    draft_logits, target_logits = jnp.asarray(draft_logits), jnp.asarray(target_logits)
     uniform_key, sample_key = jax.random.split(key)
 
     def at(p, ids):

@@ -218,6 +218,7 @@ def basis_aware_accept(
     *shape, columns = probs.shape
     if embedding.ndim != 2 or embedding.shape[0] != columns:
         raise ValueError(f"embedding must have shape ({columns}, d), got shape {embedding.shape}")
+    probs, embedding = jnp.asarray(probs), jnp.asarray(embedding)
     dtype = accumulation_dtype(probs.dtype, embedding.dtype)
     p = probs.astype(dtype).reshape(-1, columns)
     _checks.broadcastable("delta", jnp.asarray(delta), tuple(shape), "one number per row of probs")
