@@ -18,9 +18,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsoft import _checks
 from jaxsoft.decoding._rows import Map, TransformedLogits, after, as_rows
-from jaxsoft.normalizers.inner import key_words, random_bits, uniform
+from jaxsoft.normalizers.inner import key_words, mixed_bits, two_words
 from jaxsoft.rows import Logits, TopK, reductions
 from jaxsoft.rows.inner import check_ids
+
+_COLUMNS = 0x6A617873  # the key of the columns' words
 
 
 class Sample(NamedTuple):
@@ -213,13 +215,16 @@ def _gumbel(rows: TransformedLogits, key: Array, greedy: Any, row_numbers: Any) 
         row_numbers = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
     _checks.integers("row_numbers", row_numbers)
     _checks.shape("row_numbers", row_numbers, shape, "one number per row of logits")
-    words = (jnp.broadcast_to(word, shape) for word in key_words(key))
+    words = [jnp.broadcast_to(word, shape) for word in key_words(key)]
+    row_words = two_words((words[0], words[1]), row_numbers)
     temperature = jnp.broadcast_to(jnp.where(greedy, 0, 1).astype(rows.dtype), shape)
-    return Map(_with_noise, (*words, row_numbers.astype(jnp.uint32), temperature))
+    return Map(_with_noise, (*row_words, temperature), direct=True)
 
 
-def _noise(cols: Array, key0: Array, key1: Array, row: Array, temperature: Array) -> Array:
-    u = uniform(random_bits((key0, key1), row, cols), temperature.dtype)
+def _noise(cols: Array, row0: Array, row1: Array, temperature: Array) -> Array:
+    col_words = two_words((jnp.uint32(_COLUMNS), jnp.uint32(_COLUMNS + 1)), cols)
+    bits = mixed_bits((row0, row1), col_words)
+    u = ((bits >> 9).astype(jnp.int32).astype(temperature.dtype) + 0.5) * 2.0**-23  # strictly between 0 and 1
     return -jnp.log(-jnp.log(u)) * temperature
 
 

@@ -220,7 +220,7 @@ def _at_least(x, cols, threshold):
 
 
 def _keep_above(rows: TransformedLogits, threshold: Array) -> TransformedLogits:
-    return rows.then(_at_least, threshold)
+    return rows.then(_at_least, threshold, direct=True)
 
 
 def _with_least(rows: TransformedLogits, min_tokens_to_keep: int, **wanted: Any) -> tuple[dict, Array, Array]:

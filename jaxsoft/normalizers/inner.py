@@ -10,4 +10,4 @@ from jaxsoft.normalizers.exponential import ADAPTIVE_COEFFICIENTS, adaptive_shar
 from jaxsoft.normalizers.masks import present_scores, top_k_mask
 from jaxsoft.normalizers.rectified import stable_exponential, taylor_exponential
 from jaxsoft.normalizers.sparse import define_entmax, entmax_powers, is_near_softmax, static_exponent
-from jaxsoft.normalizers.stochastic import key_words, random_bits, uniform
+from jaxsoft.normalizers.stochastic import key_words, mixed_bits, random_bits, two_words

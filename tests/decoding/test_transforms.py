@@ -195,7 +195,7 @@ def results():
     """All transforms of stored and of never-stored logits, the numbers traced, in one program."""
 
     def run(numbers, x):
-        transforms, present = made(numbers), X > -np.inf
+        transforms, present = made(numbers), np.isfinite(X)
         # A product with an infinite weight would be NaN: the mask of a transform makes the absent entry.
         logits = decoding.mask_logits(present)(streamed(jnp.where(present, x, 0), block_size=8))
         dense = {name: t(x) for name, t in transforms.items()}
