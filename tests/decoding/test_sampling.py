@@ -56,6 +56,28 @@ def test_a_million_draws_have_the_distribution():
     assert chi_square(pairs, np.outer(p, p).ravel()) > 1e-3
 
 
+def test_the_noise_is_uniform_and_independent():
+    """A million numbers: over bins, beside the next column, the next row, another key; by row and by column."""
+    n = 1024
+
+    @jax.jit
+    def ranks(keys):
+        rows = decoding.sampling.as_rows(jnp.zeros((n, n)))
+        noise = jax.vmap(lambda key: decoding.sampling._gumbel(rows, key, False, None).args)(keys)
+        columns = jnp.arange(n)
+        return jnp.exp(-jnp.exp(-decoding.sampling._noise(columns, *(a[..., None] for a in noise))))
+
+    u, other = np.asarray(ranks(jax.random.split(KEY)), np.float64)
+    assert scipy.stats.chisquare(np.bincount((u * 256).astype(int).ravel(), minlength=256)).pvalue > 1e-3
+    beside = {"column": (u[:, 1:], u[:, :-1]), "row": (u[1:], u[:-1]), "far row": (u[512:], u[:512])}
+    for name, (a, b) in (beside | {"key": (u, other)}).items():
+        pairs = (a * 16).astype(int) * 16 + (b * 16).astype(int)
+        assert scipy.stats.chisquare(np.bincount(pairs.ravel(), minlength=256)).pvalue > 1e-3, name
+    for axis in (0, 1):  # sums of 1024 numbers are normal
+        scores = (u.mean(axis) - 0.5) * np.sqrt(12 * n)
+        assert scipy.stats.kstest(scores, "norm").pvalue > 1e-3
+
+
 @functools.cache
 def everywhere():
     """The samples of one key: stored, in blocks of several sizes, with rows in two axes; and those of a transform."""
