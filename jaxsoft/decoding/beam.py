@@ -55,11 +55,12 @@ def beam_step(
       ValueError: an argument of a wrong shape.
 
     Example:
+      >>> import numpy as np
       >>> import jax.numpy as jnp
       >>> from jaxsoft.decoding import beam_step
       >>> log_p = jnp.log(jnp.array([[0.6, 0.3, 0.1], [0.2, 0.7, 0.1]]))
       >>> out = beam_step(log_p, jnp.log(jnp.array([0.5, 0.4])))
-      >>> print(out.parents, out.tokens, jnp.exp(out.scores).round(2))
+      >>> print(out.parents, out.tokens, np.asarray(jnp.exp(out.scores)).round(2))
       [0 1] [0 1] [0.3  0.28]
     """
     rows = as_rows(logits)

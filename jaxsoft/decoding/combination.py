@@ -199,11 +199,12 @@ def knn_lm_interpolate(
       al., "On Retrieval Augmentation and the Limitations of Language Model Training".
 
     Example:
+      >>> import numpy as np
       >>> import jax.numpy as jnp
       >>> from jaxsoft.decoding import knn_lm_interpolate
       >>> logits = jnp.log(jnp.array([0.5, 0.3, 0.2]))
       >>> mixed = knn_lm_interpolate(jnp.array([1.0, 1.0]), jnp.array([1, 2]), weight=0.5)(logits)
-      >>> print(jnp.exp(mixed).round(3))
+      >>> print(np.asarray(jnp.exp(mixed)).round(3))
       [0.25 0.4  0.35]
     """
     _checks.floating("distances", distances)

@@ -48,11 +48,12 @@ def fit_metric_energy(
       Ji et al., "Language Model Decoding as Direct Metrics Optimization"; the paper fits mu by gradient descent.
 
     Example:
+      >>> import numpy as np
       >>> import jax.numpy as jnp
       >>> from jaxsoft.decoding import fit_metric_energy
       >>> f = jnp.array([[1.0, 0.2], [0.5, 0.4], [0.2, 0.9], [0.1, 0.1]])
       >>> mu = fit_metric_energy(f, jnp.array([0.5, 0.45]), log_weights=jnp.log(jnp.array([0.4, 0.3, 0.2, 0.1])))
-      >>> print(mu.round(3))
+      >>> print(np.asarray(mu).round(3))
       [ 0.72  -0.229]
     """
     _checks.floating("metrics", metrics)
@@ -130,10 +131,11 @@ def importance_resample(
       Ji et al., "Language Model Decoding as Direct Metrics Optimization".
 
     Example:
+      >>> import numpy as np
       >>> import jax, jax.numpy as jnp
       >>> from jaxsoft.decoding import importance_resample
       >>> f = jnp.array([[1.0, 0.2], [0.5, 0.4], [0.2, 0.9], [0.1, 0.1]])
-      >>> print(importance_resample(f, jnp.array([1.0, -0.5]), jax.random.key(0)).weights.round(4))
+      >>> print(np.asarray(importance_resample(f, jnp.array([1.0, -0.5]), jax.random.key(0)).weights).round(4))
       [0.1202 0.219  0.3796 0.2812]
     """
     _checks.floating("metrics", metrics)
@@ -175,9 +177,10 @@ def best_of_n_policy(
       Beirami et al., "Theoretical guarantees on the best-of-n alignment policy".
 
     Example:
+      >>> import numpy as np
       >>> import jax.numpy as jnp
       >>> from jaxsoft.decoding import best_of_n_policy
-      >>> print(best_of_n_policy(jnp.array([0.1, 0.2, 0.3, 0.4]), jnp.arange(4.0), 4).round(4))
+      >>> print(np.asarray(best_of_n_policy(jnp.array([0.1, 0.2, 0.3, 0.4]), jnp.arange(4.0), 4)).round(4))
       [1.000e-04 8.000e-03 1.215e-01 8.704e-01]
     """
     _checks.floating("probs", probs)
@@ -221,8 +224,9 @@ def best_of_n_kl_bound(n: int | Float[Array, ""]) -> Float[Array, ""]:
       Beirami et al., "Theoretical guarantees on the best-of-n alignment policy".
 
     Example:
+      >>> import numpy as np
       >>> from jaxsoft.decoding import best_of_n_kl_bound
-      >>> print(best_of_n_kl_bound(4).round(4))
+      >>> print(np.asarray(best_of_n_kl_bound(4)).round(4))
       0.6363
     """
     _checks.number("n", n, at_least=1)
@@ -251,9 +255,10 @@ def best_of_n_kl_estimate(log_prob: Float[Array, ...], n: int | Float[Array, ""]
       Beirami et al., "Theoretical guarantees on the best-of-n alignment policy".
 
     Example:
+      >>> import numpy as np
       >>> import jax.numpy as jnp
       >>> from jaxsoft.decoding import best_of_n_kl_estimate
-      >>> print(best_of_n_kl_estimate(jnp.log(0.4), 4).round(4))
+      >>> print(np.asarray(best_of_n_kl_estimate(jnp.log(0.4), 4)).round(4))
       0.5606
     """
     _checks.floating("log_prob", log_prob)

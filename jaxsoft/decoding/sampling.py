@@ -100,10 +100,11 @@ def sample_and_log_prob(
       ValueError: an argument of a wrong shape.
 
     Example:
+      >>> import numpy as np
       >>> import jax, jax.numpy as jnp
       >>> from jaxsoft.decoding import sample_and_log_prob
       >>> drawn = sample_and_log_prob(jnp.array([[1.0, 2.0, -1.0, 0.5]]), jax.random.key(0), greedy=True)
-      >>> print(drawn.tokens, drawn.log_prob.round(4))
+      >>> print(drawn.tokens, np.asarray(drawn.log_prob).round(4))
       [1] [-0.4952]
     """
     rows = as_rows(logits)
@@ -194,9 +195,10 @@ def log_prob(logits: Logits | TransformedLogits, tokens: Int[Array, "*rows"]) ->
       ValueError: shapes that do not fit.
 
     Example:
+      >>> import numpy as np
       >>> import jax.numpy as jnp
       >>> from jaxsoft.decoding import log_prob, top_k
-      >>> print(log_prob(top_k(2)(jnp.array([[1.0, 2.0, -1.0, 0.5]])), jnp.array([1])).round(4))
+      >>> print(np.asarray(log_prob(top_k(2)(jnp.array([[1.0, 2.0, -1.0, 0.5]])), jnp.array([1]))).round(4))
       [-0.3133]
     """
     rows = as_rows(logits)

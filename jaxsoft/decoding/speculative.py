@@ -191,12 +191,13 @@ def acceptance_stop(
       Huang et al., "SpecDec++: Boosting Speculative Decoding via Adaptive Candidate Lengths".
 
     Example:
+      >>> import numpy as np
       >>> import jax.numpy as jnp
       >>> from jaxsoft.decoding import AcceptanceState, acceptance_stop
       >>> state = AcceptanceState.start()
       >>> for a in [0.5, 0.9, 0.8, 0.95]:
       ...     stop, state = acceptance_stop(jnp.log(jnp.array([1 - a, a])), state, threshold=0.3)
-      >>> print(stop, (1 - state.survival).round(3))
+      >>> print(stop, np.asarray((1 - state.survival)).round(3))
       True 0.316
     """
     _checks.floating("head_logits", head_logits)
@@ -303,10 +304,11 @@ def rolling_entropy(
       Simonds, "Entropy Adaptive Decoding: Dynamic Model Switching for Efficient Inference".
 
     Example:
+      >>> import numpy as np
       >>> import jax.numpy as jnp
       >>> from jaxsoft.decoding import RollingEntropy, rolling_entropy
       >>> mean, state = rolling_entropy(jnp.array([1.0, 2.0, -1.0, 0.5]), RollingEntropy.start(3))
-      >>> print(mean.round(4))
+      >>> print(np.asarray(mean).round(4))
       1.0144
     """
     entropy = _entropy(logits)

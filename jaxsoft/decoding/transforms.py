@@ -192,9 +192,10 @@ def adaptive_temperature(
       Velickovic et al., "softmax is not enough (for sharp out-of-distribution)".
 
     Example:
+      >>> import numpy as np
       >>> import jax, jax.numpy as jnp
       >>> from jaxsoft.decoding import adaptive_temperature
-      >>> print(jax.nn.softmax(adaptive_temperature()(jnp.array([1.0, 2.0, -1.0, 0.5]))).round(6))
+      >>> print(np.asarray(jax.nn.softmax(adaptive_temperature()(jnp.array([1.0, 2.0, -1.0, 0.5])))).round(6))
       [0.190735 0.694977 0.014366 0.099922]
     """
     coefficients = tuple(float(c) for c in coefficients)
@@ -305,9 +306,10 @@ def top_p(
       ValueError: an argument out of range.
 
     Example:
+      >>> import numpy as np
       >>> import jax.numpy as jnp
       >>> from jaxsoft.decoding import top_p
-      >>> print(top_p(0.8)(jnp.log(jnp.array([0.5, 0.25, 0.15, 0.07, 0.03]))).round(3))
+      >>> print(np.asarray(top_p(0.8)(jnp.log(jnp.array([0.5, 0.25, 0.15, 0.07, 0.03])))).round(3))
       [-0.693 -1.386 -1.897   -inf   -inf]
     """
     arguments = {"top_p": _number("top_p", top_p, at_least=0, at_most=1)}
@@ -370,9 +372,10 @@ def min_p(min_p: float | Float[Array, "*rows"], *, min_tokens_to_keep: int = 1) 
       ValueError: an argument out of range.
 
     Example:
+      >>> import numpy as np
       >>> import jax.numpy as jnp
       >>> from jaxsoft.decoding import min_p
-      >>> print(min_p(0.2)(jnp.log(jnp.array([0.5, 0.25, 0.15, 0.07, 0.03]))).round(3))
+      >>> print(np.asarray(min_p(0.2)(jnp.log(jnp.array([0.5, 0.25, 0.15, 0.07, 0.03])))).round(3))
       [-0.693 -1.386 -1.897   -inf   -inf]
     """
     arguments = {"min_p": _number("min_p", min_p, at_least=0, at_most=1)}
@@ -408,9 +411,10 @@ def epsilon_cutoff(
       Hewitt et al., "Truncation Sampling as Language Model Desmoothing".
 
     Example:
+      >>> import numpy as np
       >>> import jax.numpy as jnp
       >>> from jaxsoft.decoding import epsilon_cutoff
-      >>> print(epsilon_cutoff(0.1)(jnp.log(jnp.array([0.5, 0.25, 0.15, 0.07, 0.03]))).round(3))
+      >>> print(np.asarray(epsilon_cutoff(0.1)(jnp.log(jnp.array([0.5, 0.25, 0.15, 0.07, 0.03])))).round(3))
       [-0.693 -1.386 -1.897   -inf   -inf]
     """
     arguments = {"epsilon_cutoff": _number("epsilon_cutoff", epsilon_cutoff, at_least=0, at_most=1)}
@@ -441,10 +445,11 @@ def eta_cutoff(eta_cutoff: float | Float[Array, "*rows"], *, min_tokens_to_keep:
       Hewitt et al., "Truncation Sampling as Language Model Desmoothing".
 
     Example:
+      >>> import numpy as np
       >>> import jax, jax.numpy as jnp
       >>> from jaxsoft.decoding import eta_cutoff
       >>> kept = eta_cutoff(0.05)(jnp.log(jnp.array([0.5, 0.25, 0.15, 0.07, 0.03])))
-      >>> print(jax.nn.softmax(kept).round(6))
+      >>> print(np.asarray(jax.nn.softmax(kept)).round(6))
       [0.515464 0.257732 0.154639 0.072165 0.      ]
     """
     arguments = {"eta_cutoff": _number("eta_cutoff", eta_cutoff, at_least=0, at_most=1)}
@@ -514,10 +519,11 @@ def typical_p(typical_p: float | Float[Array, "*rows"], *, min_tokens_to_keep: i
       Meister et al., "Locally Typical Sampling".
 
     Example:
+      >>> import numpy as np
       >>> import jax, jax.numpy as jnp
       >>> from jaxsoft.decoding import typical_p
       >>> kept = typical_p(0.5)(jnp.log(jnp.array([0.5, 0.25, 0.15, 0.07, 0.03])))
-      >>> print(jax.nn.softmax(kept).round(4))
+      >>> print(np.asarray(jax.nn.softmax(kept)).round(4))
       [0.6667 0.3333 0.     0.     0.    ]
     """
     arguments = {"typical_p": _number("typical_p", typical_p, above=0, at_most=1)}
@@ -567,9 +573,10 @@ def top_h(top_h: float | Float[Array, "*rows"], *, limit: int = 100) -> Transfor
       Generation", in the form that transformers has.
 
     Example:
+      >>> import numpy as np
       >>> import jax.numpy as jnp
       >>> from jaxsoft.decoding import top_h
-      >>> print(top_h(0.4)(jnp.log(jnp.array([0.5, 0.25, 0.15, 0.07, 0.03]))).round(3))
+      >>> print(np.asarray(top_h(0.4)(jnp.log(jnp.array([0.5, 0.25, 0.15, 0.07, 0.03])))).round(3))
       [-0.693   -inf   -inf   -inf   -inf]
     """
     arguments = {"top_h": _number("top_h", top_h, at_least=0, at_most=1)}

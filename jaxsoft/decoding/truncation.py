@@ -129,10 +129,11 @@ def bregman_top_k(
       closed form and by bisection are derived here.
 
     Example:
+      >>> import numpy as np
       >>> import jax.numpy as jnp
       >>> from jaxsoft.decoding import bregman_top_k
       >>> logits = jnp.log(jnp.array([0.5, 0.25, 0.15, 0.07, 0.03]))
-      >>> print(jnp.exp(bregman_top_k(0.01, alpha=2.0)(logits)).round(4))
+      >>> print(np.asarray(jnp.exp(bregman_top_k(0.01, alpha=2.0)(logits))).round(4))
       [0.5333 0.2833 0.1833 0.     0.    ]
     """
     alpha = _checks.static_number("alpha", alpha, above=0)
