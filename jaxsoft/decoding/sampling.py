@@ -202,7 +202,7 @@ def log_prob(logits: Logits | TransformedLogits, tokens: Int[Array, "*rows"]) ->
       [-0.3133]
     """
     rows = as_rows(logits)
-    check_ids("tokens", tokens, rows, len(rows.rows))
+    check_ids("tokens", tokens, rows.logits, len(rows.rows))
     return -rows.reduce(reductions.label_statistics(tokens)).nll
 
 

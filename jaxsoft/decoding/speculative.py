@@ -197,7 +197,7 @@ def acceptance_stop(
       >>> state = AcceptanceState.start()
       >>> for a in [0.5, 0.9, 0.8, 0.95]:
       ...     stop, state = acceptance_stop(jnp.log(jnp.array([1 - a, a])), state, threshold=0.3)
-      >>> print(stop, np.asarray((1 - state.survival)).round(3))
+      >>> print(stop, np.asarray(1 - state.survival).round(3))
       True 0.316
     """
     _checks.floating("head_logits", head_logits)
