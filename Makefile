@@ -1,4 +1,5 @@
 # make train      train a small language model on real text, beside the plain baseline
+# make generate   train a small language model, then write text with any chain of transforms
 # make test       what a change must pass: the oldest supported versions, the newest jax, kernels on jax 0.11
 # make test-fast  a part of it for daily work, in minutes
 # make test-all   every law on every case, see CONTRIBUTING.md; hours
@@ -22,6 +23,7 @@ KERNELS_JAX = 0.11.2
 ORACLES ?= ,oracles
 WORKERS ?= 2
 TRAIN_FLAGS ?=
+GENERATE_FLAGS ?=
 MUTATE_FLAGS ?=
 KERNELS_FLAGS ?=
 
@@ -32,10 +34,13 @@ PYTEST = -m pytest -n $(WORKERS)
 KERNEL_TESTS = tests/kernels/test_gpu.py tests/kernels/test_inside.py tests/kernels/test_lowering.py \
                tests/kernels/test_derivatives.py
 
-.PHONY: train test test-all test-fast test-oldest test-newest test-kernels mutate lint kernels bench docs environments clean
+.PHONY: train generate test test-all test-fast test-oldest test-newest test-kernels mutate lint kernels bench docs environments clean
 
 train: .venv/ready
 	.venv/bin/python examples/train_lm.py $(TRAIN_FLAGS)
+
+generate: .venv/ready
+	.venv/bin/python examples/generate.py $(GENERATE_FLAGS)
 
 test: export JAXSOFT_DESIGN = cover
 test: NEWEST_DESIGN = newest
@@ -98,6 +103,7 @@ bench: .venv/ready
 	.venv/bin/python benchmarks/mixed_precision.py
 	.venv/bin/python benchmarks/optimizer_step.py
 	.venv/bin/python benchmarks/zeroth_order.py
+	.venv/bin/python benchmarks/decoding.py
 	.venv/bin/python benchmarks/hostile_training.py
 	.venv/bin/python benchmarks/accelerator.py
 

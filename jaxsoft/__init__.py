@@ -60,7 +60,7 @@ from jaxsoft.rows import (
 )
 
 if TYPE_CHECKING:
-    from jaxsoft import activations, attention, losses, merging, norms, optimizers
+    from jaxsoft import activations, attention, decoding, losses, merging, norms, optimizers
 
 __all__ = [
     "LinearLogits",
@@ -70,6 +70,7 @@ __all__ = [
     "adaptive_temperature_softmax",
     "attention",
     "clipped_softmax",
+    "decoding",
     "entmax",
     "entmax15",
     "entropy",
@@ -110,7 +111,7 @@ __all__ = [
     "top_k_accuracy",
 ]
 
-_ON_FIRST_USE = ("activations", "attention", "losses", "merging", "norms", "optimizers")
+_ON_FIRST_USE = ("activations", "attention", "decoding", "losses", "merging", "norms", "optimizers")
 
 
 def __getattr__(name: str) -> Any:

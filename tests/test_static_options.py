@@ -11,7 +11,7 @@ from conformance.entry import make_inputs
 from conformance.table import ENTRIES
 
 import jaxsoft
-from jaxsoft import activations, attention, losses, normalizers, norms, rows
+from jaxsoft import activations, attention, decoding, losses, normalizers, norms, rows
 
 pytestmark = pytest.mark.whole  # the cases are losses
 
@@ -54,6 +54,38 @@ CASES = [
     (attention.newton_pseudo_inverse, dict(matrix=np.eye(4, dtype=np.float32))),
     (attention.softmax_free_attention, dict(query=Q, value=Q)),
     (attention.gaussian_kernel_attention, dict(query=Q, key=Q, value=Q)),
+    *(
+        (getattr(decoding, name), {name: value})
+        for name, value in (
+            *(("temperature", 0.7), ("top_k", 2), ("top_p", 0.9), ("min_p", 0.1), ("typical_p", 0.9)),
+            *(("epsilon_cutoff", 0.1), ("eta_cutoff", 0.1), ("top_n_sigma", 1.0), ("top_h", 0.4)),
+        )
+    ),
+    (decoding.adaptive_temperature, dict()),
+    *(
+        (getattr(decoding, name), {"counts": np.ones((N, C), np.int32), name: 1.5})
+        for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")
+    ),
+    (decoding.guidance, dict(other=X, guidance_scale=1.5)),
+    (decoding.knn_lm_interpolate, dict(distances=X, values=np.ones((N, C), np.int32))),
+    (decoding.bregman_top_k, dict(penalty=0.1)),
+    (decoding.basis_aware_accept, dict(probs=X / C, embedding=X.T, delta=0.2)),
+    (decoding.token_counts, dict(tokens=IDS[None], columns=5)),
+    (decoding.sample, dict(logits=X, key=KEY)),
+    (decoding.sample_without_replacement, dict(logits=X, key=KEY, k=2)),
+    (decoding.beam_step, dict(logits=X, scores=ONES)),
+    (
+        decoding.speculative_accept,
+        dict(draft_tokens=IDS[:1], draft_logits=X[:1], target_logits=X[:2], key=KEY),
+    ),
+    (decoding.acceptance_stop, dict(head_logits=X[0, :2], state=decoding.AcceptanceState.start())),
+    (decoding.entropy_stop, dict(draft_logits=X, length=1)),
+    (decoding.entropy_switch, dict(logits=X[0], state=decoding.EntropySwitch.start(), threshold=1.0)),
+    (decoding.dynamic_logit_fusion, dict(logits=X, tuned_logits=X[None], base_logits=X)),
+    (decoding.fit_metric_energy, dict(metrics=X, targets=X[0])),
+    (decoding.best_of_n_policy, dict(probs=X, rewards=X, n=3)),
+    (decoding.best_of_n_kl_estimate, dict(log_prob=-X, n=3)),
+    (decoding.soft_nms, dict(boxes=X[:, :4], scores=ONES)),
     (losses.cosine_logits, dict(features=X, weight=X.T)),
     (losses.distance_covariance, dict(x=X, y=X)),
     (losses.group_relative_advantage, dict(rewards=X)),

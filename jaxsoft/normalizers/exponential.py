@@ -316,24 +316,31 @@ def scalable_softmax(
 
 
 # Fitted by the authors, highest power first.
-_ADAPTIVE = (-0.037, 0.481, -2.3, 4.917, -1.791)
+ADAPTIVE_COEFFICIENTS = (-0.037, 0.481, -2.3, 4.917, -1.791)
 
 
-def _adaptive_temperature_softmax(rows, *, coefficients=_ADAPTIVE, threshold=0.5, stop_gradient=False):
+def _adaptive_temperature_softmax(
+    rows, *, coefficients=ADAPTIVE_COEFFICIENTS, threshold=0.5, stop_gradient=False
+):
     _checks.flag("stop_gradient", stop_gradient)
     source = rows.detached() if stop_gradient else rows
     entropy = source.reduce(reductions.softmax_moments(variance=False)).entropy
+    return scaled(SOFTMAX, adaptive_sharpness(entropy, coefficients, threshold))
+
+
+def adaptive_sharpness(entropy: Array, coefficients: Sequence[float], threshold: Any) -> Array:
+    """`beta = max(1, P(H))`, and 1 for entropies H of at most `threshold`."""
     beta = jnp.zeros_like(entropy)
     for c in jnp.asarray(coefficients, entropy.dtype):
         beta = beta * entropy + c
-    return scaled(SOFTMAX, jnp.where((entropy > threshold) & (beta > 1), beta, 1))
+    return jnp.where((entropy > threshold) & (beta > 1), beta, 1)
 
 
 @defined_by(_adaptive_temperature_softmax)
 def adaptive_temperature_softmax(
     scores: Scores,
     *,
-    coefficients: Sequence[float] = _ADAPTIVE,
+    coefficients: Sequence[float] = ADAPTIVE_COEFFICIENTS,
     threshold: float = 0.5,
     stop_gradient: bool = False,
     axis: int = -1,

@@ -229,6 +229,24 @@ _TESTED_IN = {
         "jaxsoft.activations: approximate_sign maxout mish mpc_gelu pade_activation pade_leaky_relu pade_neuron "
         "pade_neuron_init periodic_binarize relu_classifier"
     ),
+    "tests/decoding/test_transforms.py": (
+        "jaxsoft.decoding: Transform TransformedLogits adaptive_temperature allowed_token_ids chain epsilon_cutoff "
+        "eta_cutoff frequency_penalty guidance knn_lm_interpolate logit_bias mask_logits min_p presence_penalty "
+        "repetition_penalty softcap suppress_tokens temperature token_counts top_h top_k top_n_sigma top_p typical_p"
+    ),
+    "tests/decoding/test_sampling.py": (
+        "jaxsoft.decoding: Beams Sample argmax beam_step log_prob sample sample_and_log_prob "
+        "sample_without_replacement"
+    ),
+    "tests/decoding/test_speculative.py": (
+        "jaxsoft.decoding: AcceptanceState EntropySwitch RollingEntropy Speculation acceptance_stop entropy_stop "
+        "entropy_switch rolling_entropy speculative_accept"
+    ),
+    "tests/decoding/test_methods.py": (
+        "jaxsoft.decoding: FusedLogits Resampled SoftNMS basis_aware_accept best_of_n_kl_bound best_of_n_kl_estimate "
+        "best_of_n_policy bregman_top_k dynamic_logit_fusion fit_metric_energy frechet_mean_predict "
+        "importance_resample soft_nms"
+    ),
     "tests/attention/test_softmax_free.py": (
         "jaxsoft.attention: gaussian_kernel_attention newton_pseudo_inverse softmax_free_attention"
     ),

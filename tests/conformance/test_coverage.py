@@ -16,6 +16,7 @@ MODULES = [
     jaxsoft,
     jaxsoft.activations,
     jaxsoft.attention,
+    jaxsoft.decoding,
     jaxsoft.kernels,
     jaxsoft.losses,
     jaxsoft.merging,

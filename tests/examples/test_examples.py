@@ -187,6 +187,9 @@ def test_train_sharded_ends_when_a_process_is_killed_and_resumes_bit_equal(shard
         ("train_lm", "--loss hinge", "invalid choice: 'hinge'"),
         ("train_lm", "--loss focal_loss --z-loss 1e-4", "--z-loss: focal_loss has no such option"),
         ("train_lm", "--text missing.txt", "--text: "),
+        ("generate", "--chain beams=3", "--chain: knows no 'beams'"),
+        ("generate", "--chain top_p=2", "top_p must be a number >= 0"),
+        ("generate", "--tokens 0", "--tokens: must be an integer of 1 or more"),
         ("train_classifier", "--epochs 0", "--epochs: must be an integer from 1"),
         ("train_classifier", "--label-noise 2", "--label-noise: must be a number from 0"),
         ("train_classifier", "--loss hinge", "invalid choice: 'hinge'"),
@@ -217,6 +220,24 @@ def test_bad_flag_of_a_process():
     done = _run("train_lm", "--text", "missing.txt")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "missing.txt" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_generate_writes_the_same_from_stored_and_never_stored_logits(monkeypatch):
+    """An untrained model; what occurred is forbidden, also when the window has moved on."""
+    monkeypatch.syspath_prepend(str(_ROOT / "examples"))
+    example = _load("generate")
+    flags = "--width 16 --heads 2 --layers 1 --sequence 8"
+    args = example.train_lm.parse_arguments(example.train_lm.make_parser(), flags.split())
+    graph, params = example.nnx.split(example.train_lm.GPT(args, 512, True, example.nnx.Rngs(0)))
+    chain = tuple(example.read_chain("presence_penalty=1e4,temperature=1.5,top_k=40,top_p=0.9"))
+    options = dict(texts=2, tokens=12, chain=chain, vocab=512, sequence=8, tied=False)
+    prompt = np.array([5, 6, 7], np.int32)
+    stored, never = (
+        np.asarray(example.generate((*options.items(),), graph, s, params, prompt, jax.random.key(0)))
+        for s in (True, False)
+    )
+    np.testing.assert_array_equal(stored, never)
+    assert all(len({*row, *prompt}) == 15 for row in stored.tolist())
 
 
 def test_tokenizer_loses_nothing(train_lm):
