@@ -60,7 +60,7 @@ from jaxsoft.rows import (
 )
 
 if TYPE_CHECKING:
-    from jaxsoft import attention, losses, merging, norms, optimizers
+    from jaxsoft import attention, heads, losses, merging, norms, optimizers
 
 __all__ = [
     "LinearLogits",
@@ -73,6 +73,7 @@ __all__ = [
     "entmax15",
     "entropy",
     "gumbel_softmax",
+    "heads",
     "kernels",
     "label_rank",
     "linear_logits",
@@ -109,7 +110,7 @@ __all__ = [
     "top_k_accuracy",
 ]
 
-_ON_FIRST_USE = ("attention", "losses", "merging", "norms", "optimizers")
+_ON_FIRST_USE = ("attention", "heads", "losses", "merging", "norms", "optimizers")
 
 
 def __getattr__(name: str) -> Any:
