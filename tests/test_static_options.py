@@ -11,7 +11,7 @@ from conformance.entry import make_inputs
 from conformance.table import ENTRIES
 
 import jaxsoft
-from jaxsoft import attention, losses, normalizers, rows
+from jaxsoft import attention, heads, losses, normalizers, rows
 
 pytestmark = pytest.mark.whole  # the cases are losses
 
@@ -19,6 +19,8 @@ N, C = 4, 6
 X, ONES, IDS = np.ones((N, C), np.float32), np.ones(N, np.float32), np.arange(N, dtype=np.int32)
 Q = np.ones((1, 4, 2, 4), np.float32)
 KEY = jax.random.key(0)
+HEAD = heads.SphericalHead(X, np.eye(C, dtype=np.float32), X[0], X[0], np.eye(C, dtype=np.float32))
+GRADIENT = heads.SphericalStatistics(X, X[0], HEAD.covariance, ONES[0])
 
 # Functions with the arguments that they need.
 CASES = [
@@ -53,6 +55,14 @@ CASES = [
     (attention.newton_pseudo_inverse, dict(matrix=np.eye(4, dtype=np.float32))),
     (attention.softmax_free_attention, dict(query=Q, value=Q)),
     (attention.gaussian_kernel_attention, dict(query=Q, key=Q, value=Q)),
+    (heads.spherical_head, dict(weight=X)),
+    (heads.spherical_update, dict(head=HEAD, labels=IDS, gradient=GRADIENT, learning_rate=0.1)),
+    (heads.sample_classes, dict(key=KEY, labels=IDS, classes=C, size=5)),
+    (heads.partial_fc_loss, dict(features=X, weight=X.T, labels=IDS, key=KEY, size=4)),
+    (heads.augment_and_reduce_bound, dict(logits=X, labels=IDS)),
+    (heads.vq_top_k, dict(hidden=X, codebook=X, codes=IDS, k=2)),
+    (heads.vq_commitment_loss, dict(weight=X, codebook=X, codes=IDS)),
+    (heads.vq_codebook, dict(weight=X, size=2, key=KEY)),
     (losses.cosine_logits, dict(features=X, weight=X.T)),
     (losses.distance_covariance, dict(x=X, y=X)),
     (losses.group_relative_advantage, dict(rewards=X)),

@@ -176,8 +176,8 @@ def sampled_margin_loss(
       >>> print(loss.round(4))
       [0.4375]
     """
-    check_matrix("weight", weight, "[size, d]" if transpose_weight else "[d, size]")
     _checks.flag("transpose_weight", transpose_weight)
+    check_matrix("weight", weight, "[size, d]" if transpose_weight else "[d, size]")
     _checks.floating("features", features)
     count = weight.shape[0 if transpose_weight else 1]
     if sample.ids.shape != (count,):
@@ -245,8 +245,8 @@ def partial_fc_loss(
       >>> print(loss.round(4))
       [0.7586]
     """
-    check_matrix("weight", weight, "[classes, d]" if transpose_weight else "[d, classes]")
     _checks.flag("transpose_weight", transpose_weight)
+    check_matrix("weight", weight, "[classes, d]" if transpose_weight else "[d, classes]")
     axis = 0 if transpose_weight else 1
     sample = sample_classes(
         key, labels, classes=weight.shape[axis], size=size, ignore_index=ignore_index, axis_name=axis_name
@@ -304,8 +304,8 @@ def sampled_update(
       >>> print(weight, state[0].trace)
       [[0.5 1.  0.5]] [[1. 0. 1.]]
     """
-    check_matrix("weight", weight, "[classes, d]" if transpose_weight else "[d, classes]")
     _checks.flag("transpose_weight", transpose_weight)
+    check_matrix("weight", weight, "[classes, d]" if transpose_weight else "[d, classes]")
     _checks.integers("ids", ids)
     axis = 0 if transpose_weight else 1
     expected = (*ids.shape, weight.shape[1]) if transpose_weight else (weight.shape[0], *ids.shape)

@@ -141,8 +141,8 @@ def spherical_head(
       >>> print(head.mean, head.covariance.tolist())
       [2. 2.] [[1.0, 2.0], [2.0, 4.0]]
     """
-    check_matrix("weight", weight, "[classes, d]" if transpose_weight else "[d, classes]")
     _checks.flag("transpose_weight", transpose_weight)
+    check_matrix("weight", weight, "[classes, d]" if transpose_weight else "[d, classes]")
     axes = axes_of(axis_name)
     rows = weight if transpose_weight else weight.T
     if 0 in rows.shape:

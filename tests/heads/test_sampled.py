@@ -39,18 +39,24 @@ def test_worked_numbers():
     close(jnp.concatenate(run()), [0.607226, 0.607226, -0.582420, -0.632437, -0.582420, -0.702649])
 
 
-def everything(logits, inputs, negatives):
-    """All functions over the same classes."""
-    labels = inputs["labels"]
+def bounds(logits, inputs, negatives):
+    """A softmax bound and a one-vs-each bound over the same classes."""
     given = dict(negatives=negatives, weights=inputs["weights"])
-    eta, e, std = inputs["eta"], inputs["noise"], inputs["std"]
-    latent = functools.partial(heads.latent_augment_and_reduce_bound, logits, labels, e, std)
     return dict(
-        reduced=heads.augment_and_reduce_bound(logits, labels, eta=eta, **given),
+        reduced=heads.augment_and_reduce_bound(logits, inputs["labels"], eta=inputs["eta"], **given),
+        each=heads.one_vs_each_bound(logits, inputs["labels"], **given),
+    )
+
+
+def all_bounds(logits, inputs, negatives):
+    """All bounds over the same classes."""
+    given = dict(negatives=negatives, weights=inputs["weights"])
+    labels = inputs["labels"]
+    latent = functools.partial(heads.latent_augment_and_reduce_bound, logits, labels, **given)
+    return bounds(logits, inputs, negatives) | dict(
         best=heads.augment_and_reduce_bound(logits, labels, **given),
-        each=heads.one_vs_each_bound(logits, labels, **given),
-        logistic=latent(**given),
-        probit=latent(kind="probit", **given),
+        logistic=latent(inputs["noise"], inputs["std"]),
+        probit=latent(inputs["noise"], inputs["std"], kind="probit"),
     )
 
 
@@ -74,7 +80,7 @@ def point(n=5, classes=7, d=4):
 
 def test_expressions_are_arrays(x64):
     """An expression with every option, over negatives (one of them twice, one a label) and over all classes."""
-    inputs = point()
+    inputs = {k: v for k, v in point().items() if k not in ("noise", "std")}
     negatives = jnp.array([2, 5, 2, int(inputs["labels"][0])])
 
     def of(x, dense):
@@ -84,7 +90,7 @@ def test_expressions_are_arrays(x64):
         )
         logits = logits.dense() if dense else logits
         sampled = heads.sampled_softmax_loss(logits, x["labels"], negatives, weights=x["weights"])
-        return sampled, everything(logits, x, negatives), everything(logits, x, None)
+        return sampled, bounds(logits, x, negatives), bounds(logits, x, None)["each"]
 
     @jax.jit
     def run(inputs):
@@ -104,10 +110,10 @@ def test_all_classes_are_the_exact_losses_and_single_negatives_average_to_them(x
     @jax.jit
     def run(inputs):
         logits = inputs["hidden"] @ inputs["weight"]
-        singles = jax.vmap(lambda c: everything(logits, inputs, c[None]))(jnp.arange(classes))
+        singles = jax.vmap(lambda c: all_bounds(logits, inputs, c[None]))(jnp.arange(classes))
         return (
             logits,
-            everything(logits, inputs, None),
+            all_bounds(logits, inputs, None),
             singles,
             losses.cross_entropy(logits, labels),
             losses.one_vs_each_loss(logits, labels),
@@ -145,8 +151,8 @@ def test_sharded_classes():
     def run(hidden, weight, bias, axis_name=None):
         def of(hidden, weight, bias):
             logits = jaxsoft.linear_logits(hidden, weight, bias=bias, axis_name=axis_name)
-            some, every = (everything(logits, inputs, ids) for ids in (negatives, None))
-            values = some["each"] + some["reduced"].bound + every["each"] + every["best"].bound
+            some, every = bounds(logits, inputs, negatives), bounds(logits, inputs, None)
+            values = some["each"] + some["reduced"].bound + every["each"] + every["reduced"].log_total
             return values + heads.sampled_softmax_loss(logits, inputs["labels"], negatives)
 
         values, pull = jax.vjp(of, hidden, weight, bias)
@@ -171,21 +177,18 @@ def test_borders():
 
     @jax.jit
     def run(hidden, weight):
-        def of(hidden, weight):
+        def of(hidden):
             logits = jaxsoft.linear_logits(hidden, weight)
             sampled = functools.partial(heads.sampled_softmax_loss, logits, labels)
-            return (
-                sampled(jnp.array([0, 2])),
-                sampled(jnp.array([0, 9])),
-                heads.one_vs_each_bound(logits, labels),
-            )
+            each = heads.one_vs_each_bound(logits, labels)
+            return (sampled(jnp.array([0, 2])), each), sampled(jnp.array([0, 9]))
 
-        values, pull = jax.vjp(of, hidden, weight)
-        gradient = pull((jnp.ones(4), jnp.zeros(4), jnp.ones(4)))[0]
+        values, pull, outside = jax.vjp(of, hidden, has_aux=True)
+        gradient = pull((jnp.ones(4), jnp.ones(4)))[0]
         absent = jnp.array([[0.0, -jnp.inf, 1.0]])
-        return values, gradient, heads.sampled_softmax_loss(absent, jnp.array([0]), jnp.array([1]))
+        return (*values, outside), gradient, heads.sampled_softmax_loss(absent, labels[3:], jnp.array([1]))
 
-    (fine, outside, each), gradient, absent = run(hidden, weight)
+    (fine, each, outside), gradient, absent = run(hidden, weight)
     near(fine[0], 5000 + np.log(1.5), 1e-6)
     assert fine[1] == each[1] == 0 and not np.any(gradient[1]) and np.isfinite(gradient[0]).all()
     assert np.isnan(fine[2]) and np.isnan(each[2]) and np.isnan(gradient[2]).all()
