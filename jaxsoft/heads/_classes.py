@@ -38,7 +38,8 @@ def first_class(classes: int, axes: tuple[str, ...]) -> Any:
 
 def take_classes(weight: Array, ids: Array, axes: tuple[str, ...] = ()) -> Array:
     """The rows of `weight` (`[classes, ...]` of this shard) at the ids; NaN for an id out of range."""
-    own = as_ids(ids) - first_class(weight.shape[0], axes)
+    weight, ids = jnp.asarray(weight), as_ids(jnp.asarray(ids))
+    own = ids - first_class(weight.shape[0], axes)
     inside = (own >= 0) & (own < weight.shape[0])
     found = entries_at(weight, jnp.clip(own, 0, max(weight.shape[0] - 1, 0)))
     by_row = (...,) + (None,) * (weight.ndim - 1)
@@ -63,7 +64,7 @@ def check_labels(
     if ignore_index is not None:
         ignore_index = _checks.integer("ignore_index", ignore_index)
     check_range("labels", labels, classes, ignore_index)
-    labels = as_ids(labels)
+    labels = as_ids(jnp.asarray(labels))
     if ignore_index is None:
         return labels, None
     keep = labels != ignore_index

@@ -319,7 +319,7 @@ def sampled_update(
         if not of_classes(whole):
             return part
         index = (ids,) if axis == 0 else (slice(None), ids)
-        return whole.at[index].set(part.astype(whole.dtype), unique_indices=True)
+        return jnp.asarray(whole).at[index].set(part.astype(whole.dtype), unique_indices=True)
 
     sampled = _taken(weight, ids, axis)
     part = jax.tree.map(lambda leaf: _taken(leaf, ids, axis) if of_classes(leaf) else leaf, state)

@@ -216,8 +216,8 @@ def vq_top_k(
     k = _checks.integer("k", k, at_least=1, at_most=codes.shape[0])
     count, classes = codebook.shape[0], codes.shape[0]
     dtype = accumulation_dtype(hidden.dtype, codebook.dtype)
-    offsets = jnp.zeros(classes, dtype) if bias is None else bias.astype(dtype)
-    codes = as_ids(codes)
+    offsets = jnp.zeros(classes, dtype) if bias is None else jnp.asarray(bias, dtype)
+    codes = as_ids(jnp.asarray(codes))
     # The classes sorted by code, and within a code by their biases, largest first.
     order = jnp.lexsort((-offsets, codes)).astype(jnp.int32)
     first = jnp.searchsorted(codes[order], jnp.arange(count, dtype=codes.dtype)).astype(jnp.int32)
@@ -333,7 +333,7 @@ def vq_codebook(
     classes = weight.shape[0]
     size = _checks.integer("size", size, at_least=1, at_most=classes)
     steps = _checks.integer("steps", steps, at_least=0)
-    w = weight.astype(accumulation_dtype(weight.dtype))
+    w = jnp.asarray(weight, accumulation_dtype(weight.dtype))
     square = jnp.sum(w * w, axis=-1)
 
     def nearest(codebook):

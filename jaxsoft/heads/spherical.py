@@ -144,7 +144,7 @@ def spherical_head(
     _checks.flag("transpose_weight", transpose_weight)
     check_matrix("weight", weight, "[classes, d]" if transpose_weight else "[d, classes]")
     axes = axes_of(axis_name)
-    rows = weight if transpose_weight else weight.T
+    rows = jnp.asarray(weight if transpose_weight else weight.T)
     if 0 in rows.shape:
         raise ValueError(f"weight must have at least one class and one feature, got shape {weight.shape}")
     wide = rows.astype(accumulation_dtype(rows.dtype))
@@ -343,7 +343,7 @@ def spherical_update(
     changes = jnp.linalg.solve(mixing.T, of_labels.T).T
     own = labels - first_class(classes, axes)
     own = jnp.where((own >= 0) & (own < classes), own, classes)  # rows of other shards are dropped
-    rows = head.rows.at[own].add(-changes.astype(head.rows.dtype), mode="drop")
+    rows = jnp.asarray(head.rows).at[own].add(-changes.astype(head.rows.dtype), mode="drop")
 
     # The new centred weight is (W - 1 m') (I - A) - S + 1 t' / count, where S has the rows s_i, and t is their sum.
     weight = take_classes(head.rows, labels, axes).astype(dtype)
