@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import pathlib
 import statistics
 import time
+from typing import NamedTuple
 
 import jax
 import machine
@@ -27,15 +29,27 @@ import jaxsoft
 from jaxsoft import heads, losses
 
 
-def seconds(run, state, repeats: int) -> float:
-    """The median time of `state = run(*state)`; the first of several is not timed. Donates the state."""
+class Seconds(NamedTuple):
+    """Time of a call: by the clock, and of all threads of this process, which other processes disturb less."""
+
+    wall: float
+    cpu: float
+
+
+def seconds(run, state, repeats: int) -> Seconds:
+    """The median time of `state = run(*state)`; the first of several calls is not timed. Donates the state."""
     compiled = run.lower(*state).compile()
     times = []
     for _ in range(repeats + (repeats > 1)):
-        start = time.perf_counter()
+        start = time.perf_counter(), time.process_time()
         state = jax.block_until_ready(compiled(*state))
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[repeats > 1 :])
+        times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+    return Seconds(*map(statistics.median, zip(*times[repeats > 1 :])))
+
+
+def ratio(a: Seconds, b: Seconds) -> Seconds:
+    """Of both times."""
+    return Seconds(a.wall / b.wall, a.cpu / b.cpu)
 
 
 def spherical(vocab: int, dim: int, tokens: int, softmax_tokens: list[int], repeats: int) -> dict:
@@ -81,11 +95,12 @@ def spherical(vocab: int, dim: int, tokens: int, softmax_tokens: list[int], repe
         few = hidden[:n]
         measured.append(seconds(dense_step(softmax, few), (weight(), few), 1))
     out["softmax_measured"] = measured
-    slope = (measured[1] - measured[0]) / (softmax_tokens[1] - softmax_tokens[0])
-    out["softmax"] = measured[1] + slope * (tokens - softmax_tokens[1])
+    first, second = measured
+    extra = (tokens - softmax_tokens[1]) / (softmax_tokens[1] - softmax_tokens[0])
+    out["softmax"] = Seconds(*(b + (b - a) * extra for a, b in zip(first, second)))
     for name in ("maintained", "recomputed"):
-        out[f"{name}_times_faster"] = out["softmax"] / out[name]
-    return out
+        out[f"{name}_times_faster"] = ratio(out["softmax"], out[name])
+    return {k: v._asdict() if isinstance(v, Seconds) else v for k, v in out.items()}
 
 
 def face_step(optimizer, classes: int, size: int | None, scale: float):
@@ -129,8 +144,8 @@ def partial_fc(classes: int, features: int, batch: int, repeats: int) -> dict:
 
         weight = jax.random.normal(keys[1], (classes, features))
         out[name] = seconds(run, (weight, optimizer.init(weight), x), repeats if size else 1)
-    out["ratio"] = out["sampled"] / out["full"]
-    return out
+    out["ratio"] = ratio(out["sampled"], out["full"])
+    return {k: v._asdict() if isinstance(v, Seconds) else v for k, v in out.items()}
 
 
 def identities(classes: int = 4000, inputs: int = 64, features: int = 32, steps: int = 1500) -> dict:

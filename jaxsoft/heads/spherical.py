@@ -356,7 +356,7 @@ def spherical_update(
         _einsum("de,ef->df", of_all, head.covariance) + (cross - _einsum("de,ef->df", of_all, cross)) / count
     )
     squares = _einsum("de,ef,fg->dg", of_all, head.covariance, of_all)
-    squares += _einsum("nd,ne->de", by_class, by_class) / count - jnp.outer(total, total) / count**2
+    squares += _einsum("nd,ne->de", by_class, by_class) / count - jnp.outer(total / count, total / count)
     mean = head.mean - (learning_rate * gradient.mean + total) / count
     return SphericalHead(rows, mixing, offset, mean, head.covariance + (squares - half - half.T))
 

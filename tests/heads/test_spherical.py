@@ -155,10 +155,9 @@ def test_drift():
 
 def test_maintained_step_has_no_work_over_classes():
     """Of arrays with an axis of the classes there are only `rows`, and its copy after the scatter."""
-    classes, d, n = 1009, 5, 7
-    head = jax.eval_shape(
-        functools.partial(heads.spherical_head, transpose_weight=True), jnp.ones((classes, d))
-    )
+    classes, d, n = 1_000_003, 5, 7  # the square of their number is no int32
+    weight = jax.ShapeDtypeStruct((classes, d), jnp.float32)
+    head = jax.eval_shape(functools.partial(heads.spherical_head, transpose_weight=True), weight)
 
     def step(head, hidden, labels):
         def loss(statistics, hidden):
