@@ -1,6 +1,6 @@
 """Heads for huge vocabularies: a training step beside the streamed log-softmax, and Partial FC beside the full head.
 
-    python benchmarks/heads.py [--vocab 793471] [--dim 512] [--tokens 8192] [--softmax-tokens 256 1024]
+    python benchmarks/heads.py [--vocab 793471] [--dim 512] [--tokens 8192] [--softmax-tokens 128 512]
                                [--classes 1000000] [--features 256] [--batch 512]
 
 *Spherical*: value and gradients of hidden and weight and a step of gradient descent, with the Z-loss recomputed and
@@ -94,7 +94,7 @@ def spherical(vocab: int, dim: int, tokens: int, softmax_tokens: list[int], repe
     for n in softmax_tokens:
         few = hidden[:n]
         measured.append(seconds(dense_step(softmax, few), (weight(), few), 1))
-    out["softmax_measured"] = measured
+    out["softmax_measured"] = [m._asdict() for m in measured]
     first, second = measured
     extra = (tokens - softmax_tokens[1]) / (softmax_tokens[1] - softmax_tokens[0])
     out["softmax"] = Seconds(*(b + (b - a) * extra for a, b in zip(first, second)))
@@ -202,26 +202,25 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=793471)
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--softmax-tokens", type=int, nargs=2, default=[256, 1024])
+    parser.add_argument("--softmax-tokens", type=int, nargs=2, default=[128, 512])
     parser.add_argument("--classes", type=int, default=1_000_000)
     parser.add_argument("--features", type=int, default=256)
     parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--only", nargs="+", choices=("identities", "partial_fc", "spherical"))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results" / "heads.json"
     )
     args = parser.parse_args()
-    record = {}
+    record = {k: v for k, v in machine.own(machine.load(args.out)).items() if k != "machine"}
     runs = {
         "identities": identities,
         "partial_fc": lambda: partial_fc(args.classes, args.features, args.batch, args.repeats),
         "spherical": lambda: spherical(args.vocab, args.dim, args.tokens, args.softmax_tokens, args.repeats),
     }
-    for name, run in runs.items():
-        record[name] = run()
-        print(
-            name, {k: round(v, 4) if isinstance(v, float) else v for k, v in record[name].items()}, flush=True
-        )
+    for name in args.only or runs:
+        record[name] = runs[name]()
+        print(name, json.dumps(record[name], indent=1), flush=True)
     machine.save(args.out, record)
 
 

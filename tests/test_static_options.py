@@ -57,6 +57,8 @@ CASES = [
     (attention.gaussian_kernel_attention, dict(query=Q, key=Q, value=Q)),
     (heads.spherical_head, dict(weight=X)),
     (heads.spherical_update, dict(head=HEAD, labels=IDS, gradient=GRADIENT, learning_rate=0.1)),
+    (heads.shortlist_head, dict(weight=X, rank=2)),
+    (heads.shortlist_top_k, dict(hidden=X, head=heads.ShortlistHead(X, X.T[:, :2], X[:, :2]), k=2, size=3)),
     (heads.sample_classes, dict(key=KEY, labels=IDS, classes=C, size=5)),
     (heads.partial_fc_loss, dict(features=X, weight=X.T, labels=IDS, key=KEY, size=4)),
     (heads.augment_and_reduce_bound, dict(logits=X, labels=IDS)),

@@ -28,6 +28,12 @@ from jaxsoft.heads.sampled import (
     one_vs_each_bound,
     sampled_softmax_loss,
 )
+from jaxsoft.heads.shortlist import (
+    ShortlistHead,
+    shortlist_cross_entropy,
+    shortlist_head,
+    shortlist_top_k,
+)
 from jaxsoft.heads.spherical import (
     SphericalHead,
     SphericalStatistics,
@@ -42,6 +48,7 @@ from jaxsoft.heads.spherical import (
 __all__ = [
     "AugmentAndReduce",
     "ClassSample",
+    "ShortlistHead",
     "SphericalHead",
     "SphericalStatistics",
     "augment_and_reduce_bound",
@@ -52,6 +59,9 @@ __all__ = [
     "sampled_margin_loss",
     "sampled_softmax_loss",
     "sampled_update",
+    "shortlist_cross_entropy",
+    "shortlist_head",
+    "shortlist_top_k",
     "spherical_head",
     "spherical_loss",
     "spherical_refresh",

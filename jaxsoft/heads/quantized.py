@@ -237,7 +237,7 @@ def vq_top_k(
     scores = jnp.take_along_axis(of_codes, chosen, axis=-1)[..., None] + offsets[ids]
     scores = jnp.where(present, scores, -jnp.inf)
     flat = (*hidden.shape[:-1], few * k)
-    scores, ids = scores.reshape(flat), jnp.where(present, ids, classes).reshape(flat)
+    scores, ids = scores.reshape(flat), ids.reshape(flat)
     top = _largest(scores, ids, k)
     scores, ids = (jnp.take_along_axis(a, top, axis=-1) for a in (scores, ids))
     return TopK(scores, jnp.where(scores == -jnp.inf, -1, ids))

@@ -224,6 +224,9 @@ _TESTED_IN = {
         "jaxsoft.heads: augment_and_reduce_bound latent_augment_and_reduce_bound one_vs_each_bound "
         "sampled_softmax_loss"
     ),
+    "tests/heads/test_shortlist.py": (
+        "jaxsoft.heads: shortlist_cross_entropy shortlist_head shortlist_top_k"
+    ),
     "tests/heads/test_quantized.py": (
         "jaxsoft.heads: vq_codebook vq_commitment_loss vq_cross_entropy vq_logits vq_top_k"
     ),
@@ -244,6 +247,7 @@ _TYPES = (
     "jaxsoft.attention.NgramAttention",
     "jaxsoft.heads.AugmentAndReduce",
     "jaxsoft.heads.ClassSample",
+    "jaxsoft.heads.ShortlistHead",
     "jaxsoft.heads.SphericalHead",
     "jaxsoft.heads.SphericalStatistics",
     "jaxsoft.normalizers.Interpolant",
