@@ -22,10 +22,11 @@ def test_shortlist(x64):
     """Top-k and loss, beside those of the dense logits with a mask of the shortlist, and their gradients."""
     hidden, weight, labels = batch()
     size, classes = 6, 30
+    directions = np.linalg.svd(np.asarray(weight), full_matrices=False)[2]
 
     def dense(hidden, weight, rank):
         logits = hidden @ weight.T
-        basis = np.linalg.svd(np.asarray(batch()[1]), full_matrices=False)[2][:rank].T
+        basis = directions[:rank].T
         preview = hidden @ basis @ (weight @ basis).T
         chosen = jax.nn.one_hot(
             jax.lax.top_k(jax.lax.stop_gradient(preview), size)[1], classes, dtype=bool
