@@ -304,7 +304,7 @@ def latent_augment_and_reduce_bound(
       >>> from jaxsoft import heads
       >>> logits, one = jnp.array([[2.0, 1.0, 0.1, -1.0, 0.5]]), jnp.ones(1)
       >>> print(heads.latent_augment_and_reduce_bound(logits, jnp.array([0]), one, one).round(4))
-      [0.0956]
+      [0.0959]
     """
     _checks.option("kind", kind, ("logistic", "probit"))
     rows = _prepare(logits, labels, negatives, weights, ignore_index)

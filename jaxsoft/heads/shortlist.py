@@ -158,8 +158,8 @@ def shortlist_cross_entropy(
       >>> import jax.numpy as jnp
       >>> from jaxsoft import heads
       >>> head = heads.shortlist_head(jnp.array([[2.0, 1.0, 0.1, -1.0, 0.5]]), 1)
-      >>> print(heads.shortlist_cross_entropy(jnp.ones((1, 1)), head, jnp.array([0]), size=5).round(4))
-      [0.5824]
+      >>> print(heads.shortlist_cross_entropy(jnp.ones((1, 1)), head, jnp.array([0]), size=5).round(3))
+      [0.582]
     """
     check_hidden(hidden, head.weight.shape[1])
     rows = hidden.shape[:-1]
