@@ -130,7 +130,9 @@ def sample_classes(
     place = jnp.searchsorted(ids, own).astype(labels.dtype)
     place = summed(jnp.where(here, place + first_class(size, axes), 0), axes)
     place = jnp.where((labels >= 0) & (labels < total), place, size * shard_count(axes))
-    return ClassSample(ids, place if keep is None else jnp.where(keep, place, ignore_index))
+    if keep is not None and ignore_index is not None:
+        place = jnp.where(keep, place, ignore_index)
+    return ClassSample(ids, place)
 
 
 def sampled_margin_loss(
