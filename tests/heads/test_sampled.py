@@ -151,8 +151,10 @@ def test_sharded_classes():
     def run(hidden, weight, bias, axis_name=None):
         def of(hidden, weight, bias):
             logits = jaxsoft.linear_logits(hidden, weight, bias=bias, axis_name=axis_name)
-            some, every = bounds(logits, inputs, negatives), bounds(logits, inputs, None)
-            values = some["each"] + some["reduced"].bound + every["each"] + every["reduced"].log_total
+            reduced = heads.augment_and_reduce_bound(
+                logits, inputs["labels"], eta=inputs["eta"], negatives=negatives
+            )
+            values = reduced.bound + heads.one_vs_each_bound(logits, inputs["labels"])
             return values + heads.sampled_softmax_loss(logits, inputs["labels"], negatives)
 
         values, pull = jax.vjp(of, hidden, weight, bias)
