@@ -104,6 +104,7 @@ bench: .venv/ready
 	.venv/bin/python benchmarks/optimizer_step.py
 	.venv/bin/python benchmarks/zeroth_order.py
 	.venv/bin/python benchmarks/decoding.py
+	.venv/bin/python benchmarks/heads.py
 	.venv/bin/python benchmarks/hostile_training.py
 	.venv/bin/python benchmarks/accelerator.py
 

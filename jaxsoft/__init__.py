@@ -60,7 +60,7 @@ from jaxsoft.rows import (
 )
 
 if TYPE_CHECKING:
-    from jaxsoft import activations, attention, decoding, losses, merging, norms, optimizers
+    from jaxsoft import activations, attention, decoding, heads, losses, merging, norms, optimizers
 
 __all__ = [
     "LinearLogits",
@@ -75,6 +75,7 @@ __all__ = [
     "entmax15",
     "entropy",
     "gumbel_softmax",
+    "heads",
     "kernels",
     "label_rank",
     "linear_logits",
@@ -111,7 +112,7 @@ __all__ = [
     "top_k_accuracy",
 ]
 
-_ON_FIRST_USE = ("activations", "attention", "decoding", "losses", "merging", "norms", "optimizers")
+_ON_FIRST_USE = ("activations", "attention", "decoding", "heads", "losses", "merging", "norms", "optimizers")
 
 
 def __getattr__(name: str) -> Any:

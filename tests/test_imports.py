@@ -17,6 +17,7 @@ LADDER = {
     "attention": BOTTOM | {"kernels", "rows", "normalizers"},
     "losses": BOTTOM | {"rows", "normalizers"},
     "decoding": BOTTOM | {"rows", "normalizers"},
+    "heads": BOTTOM | {"rows", "losses"},
     "optimizers": BOTTOM,
     "merging": BOTTOM,
     "norms": BOTTOM,

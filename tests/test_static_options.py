@@ -11,7 +11,7 @@ from conformance.entry import make_inputs
 from conformance.table import ENTRIES
 
 import jaxsoft
-from jaxsoft import activations, attention, decoding, losses, normalizers, norms, rows
+from jaxsoft import activations, attention, decoding, heads, losses, normalizers, norms, rows
 
 pytestmark = pytest.mark.whole  # the cases are losses
 
@@ -20,6 +20,8 @@ X, ONES, IDS = np.ones((N, C), np.float32), np.ones(N, np.float32), np.arange(N,
 Q = np.ones((1, 4, 2, 4), np.float32)
 KEY = jax.random.key(0)
 POWER, UNIFIED = norms.power_norm_init(C), norms.unified_norm_init(C)
+HEAD = heads.SphericalHead(X, np.eye(C, dtype=np.float32), X[0], X[0], np.eye(C, dtype=np.float32))
+GRADIENT = heads.SphericalStatistics(X, X[0], HEAD.covariance, ONES[0])
 
 # Functions with the arguments that they need.
 CASES = [
@@ -86,6 +88,16 @@ CASES = [
     (decoding.best_of_n_policy, dict(probs=X, rewards=X, n=3)),
     (decoding.best_of_n_kl_estimate, dict(log_prob=-X, n=3)),
     (decoding.soft_nms, dict(boxes=X[:, :4], scores=ONES)),
+    (heads.spherical_head, dict(weight=X)),
+    (heads.spherical_update, dict(head=HEAD, labels=IDS, gradient=GRADIENT, learning_rate=0.1)),
+    (heads.shortlist_head, dict(weight=X, rank=2)),
+    (heads.shortlist_top_k, dict(hidden=X, head=heads.ShortlistHead(X, X.T[:, :2], X[:, :2]), k=2, size=3)),
+    (heads.sample_classes, dict(key=KEY, labels=IDS, classes=C, size=5)),
+    (heads.partial_fc_loss, dict(features=X, weight=X.T, labels=IDS, key=KEY, size=4)),
+    (heads.augment_and_reduce_bound, dict(logits=X, labels=IDS)),
+    (heads.vq_top_k, dict(hidden=X, codebook=X, codes=IDS, k=2)),
+    (heads.vq_commitment_loss, dict(weight=X, codebook=X, codes=IDS)),
+    (heads.vq_codebook, dict(weight=X, size=2, key=KEY)),
     (losses.cosine_logits, dict(features=X, weight=X.T)),
     (losses.distance_covariance, dict(x=X, y=X)),
     (losses.group_relative_advantage, dict(rewards=X)),

@@ -23,6 +23,7 @@ from jaxsoft import _checks
 from jaxsoft._numerics import finite_gauge
 from jaxsoft.losses._common import IGNORE_INDEX, LabelledRows, prepare, score_or_zero
 from jaxsoft.losses._labels import finish, label_score
+from jaxsoft.losses._spherical import log_ratio, spherical_softmax_of, squared_error_of, taylor_softmax_of
 from jaxsoft.normalizers.inner import stable_exponential, taylor_exponential
 from jaxsoft.rows import Logits, reductions
 
@@ -68,8 +69,7 @@ def squared_error_loss(
     """
     rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     score, moments = rows.reduce((label_score(rows.labels), reductions.moments()))
-    loss = moments.sum_of_squares - 2 * score_or_zero(score) + 1
-    return finish(rows, loss, score, moments.count)
+    return finish(rows, squared_error_of(score, moments), score, moments.count)
 
 
 def spherical_softmax_cross_entropy(
@@ -112,11 +112,9 @@ def spherical_softmax_cross_entropy(
       >>> print(jaxsoft.losses.spherical_softmax_cross_entropy(logits, jnp.array([0])).round(4))
       [0.4484]
     """
-    _checks.number("eps", eps, at_least=0)
     rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     score, moments = rows.reduce((label_score(rows.labels), reductions.moments()))
-    own = score_or_zero(score) ** 2 + eps
-    return _cross_entropy(rows, score, moments.count, own, moments.sum_of_squares + moments.count * eps)
+    return finish(rows, spherical_softmax_of(score, moments, eps=eps), score, moments.count)
 
 
 def taylor_softmax_cross_entropy(
@@ -164,13 +162,10 @@ def taylor_softmax_cross_entropy(
     if order % 2:
         raise ValueError(f"order must be even (an odd polynomial is negative somewhere), got {order}")
     rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
-    t = taylor_exponential(order)
     if order > 2:
-        return _normalized(rows, t)
+        return _normalized(rows, taylor_exponential(order))
     score, moments = rows.reduce((label_score(rows.labels), reductions.moments()))
-    # t(x) = ((x + 1)^2 + 1) / 2, whose sum does not cancel.
-    total = moments.count / 2 * (moments.variance + (moments.mean + 1) ** 2 + 1)
-    return _cross_entropy(rows, score, moments.count, t(score_or_zero(score)), total)
+    return finish(rows, taylor_softmax_of(score, moments), score, moments.count)
 
 
 def stablemax_cross_entropy(
@@ -277,11 +272,4 @@ def _normalized(rows: LabelledRows, f: Callable[[Array], Array]) -> Array:
     score, total, count = rows.reduce(
         (label_score(rows.labels), reductions.mapped_sum(_term(f)), reductions.count())
     )
-    return _cross_entropy(rows, score, count, f(score_or_zero(score)), total)
-
-
-def _cross_entropy(rows: LabelledRows, score: Array, count: Array, own: Array, total: Array) -> Array:
-    """`log(total / own)` for the label's share `own` of `total`; +inf where that share is 0."""
-    none = own == 0
-    ratio = jnp.where(none | (count == 0), 1, total) / jnp.where(none, 1, own)
-    return finish(rows, jnp.where(none, jnp.inf, jnp.log(ratio)), score, count)
+    return finish(rows, log_ratio(total, f(score_or_zero(score)), count), score, count)

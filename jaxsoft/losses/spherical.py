@@ -5,13 +5,11 @@ Losses that read a row only through the label's logit, the sum of the logits and
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsoft import _checks
-from jaxsoft._numerics import safe_divide
 from jaxsoft.losses._common import IGNORE_INDEX, prepare
+from jaxsoft.losses._spherical import z_loss_of
 from jaxsoft.rows import Logits, reductions
 
 
@@ -62,16 +60,7 @@ def spherical_z_loss(
       >>> print(jaxsoft.losses.spherical_z_loss(logits, jnp.array([0])).round(6))
       [0.202546]
     """
-    _checks.number("a", a, above=0)
-    _checks.number("b", b)
-    _checks.number("eps", eps, at_least=0)
     rows = prepare(logits, labels, axis, where, weights, ignore_index, soft=False)
     score, moments = rows.reduce((reductions.take(rows.labels), reductions.moments()))
-    spread = ~(moments.variance <= 0)
-    std = jnp.where(spread, jnp.sqrt(jnp.where(spread, moments.variance, 1)), 0)
-    absent = score == -jnp.inf
-    z = safe_divide(moments.deviation(jnp.where(absent, moments.mean, score)), std + eps)
-    # Equal logits give z = 0, but a label out of range must stay NaN.
-    z = jnp.where(spread | jnp.isnan(score), z, 0)
-    loss = jnp.where(absent, jnp.inf, jax.nn.softplus(a * (b - z)) / a)
+    loss = z_loss_of(score, moments, a=a, b=b, eps=eps)
     return rows.finish(jnp.where(moments.count > 0, loss, 0))

@@ -247,6 +247,23 @@ _TESTED_IN = {
         "best_of_n_policy bregman_top_k dynamic_logit_fusion fit_metric_energy frechet_mean_predict "
         "importance_resample soft_nms"
     ),
+    "tests/heads/test_spherical.py": (
+        "jaxsoft.heads: spherical_head spherical_loss spherical_refresh spherical_statistics spherical_top_k "
+        "spherical_update"
+    ),
+    "tests/heads/test_partial.py": (
+        "jaxsoft.heads: partial_fc_loss sample_classes sampled_margin_loss sampled_update"
+    ),
+    "tests/heads/test_sampled.py": (
+        "jaxsoft.heads: augment_and_reduce_bound latent_augment_and_reduce_bound one_vs_each_bound "
+        "sampled_softmax_loss"
+    ),
+    "tests/heads/test_shortlist.py": (
+        "jaxsoft.heads: shortlist_cross_entropy shortlist_head shortlist_top_k"
+    ),
+    "tests/heads/test_quantized.py": (
+        "jaxsoft.heads: vq_codebook vq_commitment_loss vq_cross_entropy vq_logits vq_top_k"
+    ),
     "tests/attention/test_softmax_free.py": (
         "jaxsoft.attention: gaussian_kernel_attention newton_pseudo_inverse softmax_free_attention"
     ),
@@ -262,6 +279,11 @@ _TESTED_IN = {
 _TYPES = (
     "jaxsoft.attention.AttentionStatistics",
     "jaxsoft.attention.NgramAttention",
+    "jaxsoft.heads.AugmentAndReduce",
+    "jaxsoft.heads.ClassSample",
+    "jaxsoft.heads.ShortlistHead",
+    "jaxsoft.heads.SphericalHead",
+    "jaxsoft.heads.SphericalStatistics",
     "jaxsoft.normalizers.Interpolant",
     "jaxsoft.normalizers.SoftMoE",
     "jaxsoft.normalizers.TemperatureNetwork",

@@ -17,6 +17,7 @@ MODULES = [
     jaxsoft.activations,
     jaxsoft.attention,
     jaxsoft.decoding,
+    jaxsoft.heads,
     jaxsoft.kernels,
     jaxsoft.losses,
     jaxsoft.merging,
