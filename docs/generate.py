@@ -26,7 +26,10 @@ import loss_table  # noqa: E402
 
 PACKAGES = ["jaxsoft"] + [
     f"jaxsoft.{name}"
-    for name in ("attention", "kernels", "losses", "merging", "normalizers", "norms", "optimizers", "rows")
+    for name in (
+        *("attention", "calibration", "kernels", "losses", "merging", "normalizers", "norms", "optimizers"),
+        "rows",
+    )
 ]
 MODULES = ["jaxsoft.rows.reductions"]  # public modules that are no packages: their public names are exports
 TABLE = "losses-table.md"

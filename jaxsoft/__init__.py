@@ -60,7 +60,7 @@ from jaxsoft.rows import (
 )
 
 if TYPE_CHECKING:
-    from jaxsoft import attention, losses, merging, norms, optimizers
+    from jaxsoft import attention, calibration, losses, merging, norms, optimizers
 
 __all__ = [
     "LinearLogits",
@@ -68,6 +68,7 @@ __all__ = [
     "__version__",
     "adaptive_temperature_softmax",
     "attention",
+    "calibration",
     "clipped_softmax",
     "entmax",
     "entmax15",
@@ -109,7 +110,7 @@ __all__ = [
     "top_k_accuracy",
 ]
 
-_ON_FIRST_USE = ("attention", "losses", "merging", "norms", "optimizers")
+_ON_FIRST_USE = ("attention", "calibration", "losses", "merging", "norms", "optimizers")
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,7 @@ LADDER = {
     "normalizers": BOTTOM | {"rows"},
     "attention": BOTTOM | {"kernels", "rows", "normalizers"},
     "losses": BOTTOM | {"rows", "normalizers"},
+    "calibration": BOTTOM | {"rows", "normalizers"},
     "optimizers": BOTTOM,
     "merging": BOTTOM,
     "norms": BOTTOM,

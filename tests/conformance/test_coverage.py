@@ -15,6 +15,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 MODULES = [
     jaxsoft,
     jaxsoft.attention,
+    jaxsoft.calibration,
     jaxsoft.kernels,
     jaxsoft.losses,
     jaxsoft.merging,
