@@ -176,7 +176,7 @@ def _slack(dtype: Any) -> Any:
 def conformal_quantile(
     scores: Float[Array, " examples"], alpha: float, *, weights: Float[Array, " examples"] | None = None
 ) -> Float[Array, ""]:
-    """The smallest score q with `sum of weights of scores <= q` at least `(1 - alpha) (sum of weights + 1)`.
+    """The smallest q with `sum of weights of scores above q, plus 1`, at most `alpha (sum of weights + 1)`.
 
     Without weights the k-th smallest of n scores, `k = ceil((n + 1) (1 - alpha))`: a new score is at most q with
     probability 1 - alpha at least.
@@ -207,9 +207,10 @@ def conformal_quantile(
     _check_level("alpha", alpha)
     scores, weights = _checked_examples("scores", scores, weights, 1)
     order = jnp.argsort(scores)
-    reached = jnp.cumsum(weights[order])
-    wanted = (1 - jnp.asarray(alpha, scores.dtype)) * (jnp.sum(weights) + 1) * (1 - _slack(scores.dtype))
-    return jnp.min(jnp.where(reached >= wanted, scores[order], jnp.inf), initial=jnp.inf)
+    total = jnp.sum(weights)
+    above = total - jnp.cumsum(weights[order])
+    allowed = jnp.asarray(alpha, scores.dtype) * (total + 1) * (1 + _slack(scores.dtype))
+    return jnp.min(jnp.where(above + 1 <= allowed, scores[order], jnp.inf), initial=jnp.inf)
 
 
 def _checked_examples(name: str, values: Any, weights: Any, ndim: int) -> tuple[Array, Array]:
@@ -452,7 +453,7 @@ def conformal_select(
       >>> calibration, scores = jnp.array([5.0, 4.0, 1.0, 0.5, 3.0, 2.0]), jnp.array([0.2, 1.5, 4.5, 0.1])
       >>> selection = conformal_select(calibration, scores, 0.6)
       >>> print(selection.selected, selection.e_values.round(4))
-      [ True False False  True] [3.3333 0.     0.     3.3333]
+      [ True  True False  True] [2.2222 2.2222 0.     2.2222]
     """
     _check_level("level", level)
     _checks.option("prune", prune, (None, "homogeneous", "independent"))

@@ -66,26 +66,26 @@ def fit_temperature(
       >>> print(fit_temperature(logits, jnp.array([0, 2, 1, 2, 1, 1])).round(4))
       0.7184
     """
-    axis, weights = _prepare(logits, labels, axis, weights, ignore_index)
-    labels = jnp.where(weights != 0, as_ids(labels), 0)
-    log_scale = _searched(detached(logits), labels, where, lax.stop_gradient(weights), axis)
+    axis, labels, keep, weights = _prepare(logits, labels, axis, weights, ignore_index)
+    log_scale = _searched(detached(logits), labels, where, keep, lax.stop_gradient(weights), axis)
     step = functools.partial(_newton_step, axis=axis)
-    return jnp.exp(-differentiable(step, log_scale, logits, labels, where, weights))
+    return jnp.exp(-differentiable(step, log_scale, logits, labels, where, keep, weights))
 
 
-def _newton(logits, labels, where, weights, log_scale, axis):
+def _newton(logits, labels, where, keep, weights, log_scale, axis):
     """A Newton step in `log s`, of the scale `s = 1 / T`, and the derivative of the cross-entropy there."""
     if not isinstance(logits, LinearLogits):
         logits = logits.astype(weights.dtype)
     scaled = temperature(logits, jnp.exp(-log_scale), axis=axis)
     wanted = (reductions.softmax_moments(), reductions.take(labels))
-    moments, score = reduce_rows(scaled, wanted, axis=axis, where=where)
+    moments, score = reduce_rows(scaled, wanted, axis=axis, where=where, row_where=keep)
     absent = score == -jnp.inf
     weights = jnp.where(absent, 0, weights)
     first = jnp.sum(weigh(moments.mean - jnp.where(absent, 0, score), weights))
     second = jnp.sum(weigh(moments.variance, weights))
-    # Without curvature: nothing to learn, or probabilities of 0 and 1 at a wrong scale
-    far = jnp.where(first == 0, 0, -jnp.sign(first) * jnp.inf)
+    # Without curvature: logits that are all equal, or probabilities of 0 and 1, whose right predictions want more.
+    certain = jnp.any((weights != 0) & (moments.entropy == 0))
+    far = jnp.where(first == 0, jnp.where(certain, jnp.inf, 0), -jnp.sign(first) * jnp.inf)
     return log_scale + jnp.where(second == 0, far, -safe_divide(first, second)), first
 
 
@@ -93,13 +93,13 @@ def _newton_step(*operands, axis):
     return _newton(*operands, axis)[0]
 
 
-@functools.partial(compiled, static_argnums=(4,))
-def _searched(logits, labels, where, weights, axis):
+@functools.partial(compiled, static_argnums=(5,))
+def _searched(logits, labels, where, keep, weights, axis):
     low, high = jnp.log(jnp.asarray([1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE], weights.dtype))
 
     def improve(log_scale, unfinished):
         del unfinished
-        proposal, slope = _newton(logits, labels, where, weights, log_scale, axis)
+        proposal, slope = _newton(logits, labels, where, keep, weights, log_scale, axis)
         return proposal, -slope
 
     # Newton's steps square the error: the one after a step of this size is below the last place.
@@ -108,19 +108,20 @@ def _searched(logits, labels, where, weights, axis):
     return jnp.where(jnp.isnan(last), jnp.nan, root)
 
 
-def _prepare(logits, labels, axis, weights, ignore_index) -> tuple[int, Array]:
-    """Checks the arguments; returns the axis, and the weights, 0 for ignored examples."""
+def _prepare(logits, labels, axis, weights, ignore_index) -> tuple[int, Array, Array, Array]:
+    """Checks the arguments; returns axis, labels (0 if ignored), which examples are not ignored, and weights (0 if)."""
     axis = check_axis(logits, axis)
     rows, dtype = rows_of(logits.shape, axis), accumulation_dtype(logits.dtype)
     if ignore_index is not None:
         ignore_index = _checks.integer("ignore_index", ignore_index)
     check_ids("labels", labels, logits, axis, ignore_index=ignore_index)
+    labels = as_ids(labels)
     if weights is None:
         weights = jnp.ones(rows, dtype)
     _checks.numeric("weights", weights)
     _checks.shape("weights", weights, rows, "one number per example")
-    weights = jnp.asarray(weights, dtype)
-    return axis, weights if ignore_index is None else jnp.where(as_ids(labels) == ignore_index, 0, weights)
+    keep = jnp.ones(rows, bool) if ignore_index is None else labels != ignore_index
+    return axis, jnp.where(keep, labels, 0), keep, jnp.where(keep, jnp.asarray(weights, dtype), 0)
 
 
 class Scaling(NamedTuple):
@@ -287,9 +288,10 @@ def _fit(
     _checks.number("tolerance", tolerance, at_least=0)
     max_steps = _checks.integer("max_steps", max_steps, at_least=1)
     x, present, axis = present_scores(logits, axis, where, "a fit of a weight per class")
-    axis, weights = _prepare(x, labels, axis, weights, ignore_index)
-    labels = jnp.where(weights != 0, as_ids(labels), 0)
+    axis, labels, _, weights = _prepare(x, labels, axis, weights, ignore_index)
     x, present = (jnp.moveaxis(a, axis, -1) for a in (x, present))
+    present = present & (weights != 0)[..., None]
+    x = jnp.where(present, x, 0)
     l2, tolerance = (jnp.asarray(a, x.dtype) for a in (l2, tolerance))
     neutral = Scaling(start(x.shape[-1], dtype=x.dtype), jnp.zeros(x.shape[-1], x.dtype))
     return _minimized(neutral, *lax.stop_gradient((x, present, labels, weights, l2, tolerance)), max_steps)

@@ -99,7 +99,6 @@ def predictive_uncertainty(
     ]
     p, true = jnp.exp(predicting), true[..., None, :]
     aleatoric = -_expectation(p, predicting)
-    # As a divergence of each member, which is exact where it is small; a difference of entropies is not.
     epistemic = _expectation(p, jnp.where(p == 0, 0, predicting) - true)
     aleatoric, epistemic = jnp.mean(aleatoric, axis=-1), jnp.maximum(jnp.mean(epistemic, axis=-1), 0)
     return PredictiveUncertainty(aleatoric + epistemic, aleatoric, epistemic)

@@ -96,28 +96,33 @@ def test_reliability_is_that_of_scikit_learn(x64):
 def test_classwise(x64):
     rng = np.random.default_rng(2)
     p, y = rng.dirichlet(np.ones(3), 30), rng.integers(0, 3, 30)
-    each = [
-        calibration.calibration_error(jnp.asarray(p[:, k]), jnp.asarray(y == k), bins=6) for k in range(3)
-    ]
-    f = lambda y, w=None: calibration.classwise_calibration_error(
-        jnp.asarray(p), jnp.asarray(y), bins=6, weights=w
+    each = jax.jit(lambda p, y: [calibration.calibration_error(p[:, k], y == k, bins=6) for k in range(3)])(
+        p, y
     )
-    near(f(y), np.mean(each), 1e-12)
+    f = jax.jit(lambda y, w: calibration.classwise_calibration_error(p, y, bins=6, weights=w))
+    every = np.ones(30)
+    near(f(y, every), np.mean(each), 1e-12)
     wrong = np.where(np.arange(30) == 4, 3, y)
-    assert np.isnan(f(wrong)) and np.isfinite(f(wrong, jnp.asarray(wrong < 3)))
+    assert np.isnan(f(wrong, every)) and np.isfinite(f(wrong, (wrong < 3) * every))
 
 
 def test_borders():
     """No examples, or none that counts; one class; a gradient that is finite for perfect calibration."""
-    none = jnp.zeros(0)
-    for binning in ("equal_width", "equal_mass", "interpolated"):
-        assert calibration.calibration_error(none, none, binning=binning) == 0
-    one = jnp.array([0.5])
-    assert calibration.calibration_error(one, jnp.array([True]), weights=jnp.zeros(1)) == 0
-    assert calibration.classwise_calibration_error(jnp.ones((2, 1)), jnp.zeros(2, jnp.int32)) == 0
-    f = lambda c: calibration.calibration_error(c, jnp.array([0.5]), norm="l2")
-    assert f(one) == 0 and jax.grad(f)(one) == 0
-    low = calibration.calibration_error(jnp.asarray(CONFIDENCE, jnp.bfloat16), jnp.asarray(CORRECT), bins=5)
+    none, one = jnp.zeros(0), jnp.array([0.5])
+
+    @jax.jit
+    def errors(one):
+        f = calibration.calibration_error
+        square = lambda c: f(c, jnp.array([0.5]), norm="l2")
+        return (
+            [f(none, none, binning=binning) for binning in calibration.measures.BINNINGS],
+            f(one, jnp.array([True]), weights=jnp.zeros(1)),
+            calibration.classwise_calibration_error(jnp.ones((2, 1)), jnp.zeros(2, jnp.int32)),
+            jax.value_and_grad(square)(one),
+        )
+
+    assert not np.any(np.concatenate([np.ravel(a) for a in jax.tree.leaves(errors(one))]))
+    low = jax.eval_shape(calibration.calibration_error, jnp.ones(3, jnp.bfloat16), jnp.ones(3))
     assert low.dtype == jnp.float32
 
 
@@ -143,7 +148,7 @@ def test_plot(monkeypatch):
 
 
 def test_bad_input():
-    c, ok = CONFIDENCE, CORRECT
+    c, ok = CONFIDENCE.astype(np.float32), CORRECT
     for f in (calibration.calibration_error, calibration.reliability):
         fails(["bins", ">= 1"], ValueError, lambda f=f: f(c, ok, bins=0))
         fails(["binning", "'equal_mass'"], ValueError, lambda f=f: f(c, ok, binning="x"))

@@ -1,5 +1,7 @@
 """ODIN, Gaussians, centroids, the memory of neighbours, naive Bayes: the specs' numbers, scikit-learn, errors."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from jaxsoft import calibration
 
 W = np.array([[1, 0.5, -1], [-1, 2, 0.3]])
 FEATURES = np.array([[0, 0], [1, 0], [0, 1], [4, 4], [5, 4], [4, 6.0]])
-LABELS = np.array([0, 0, 0, 1, 1, 1])
+LABELS = np.array([0, 0, 0, 1, 1, 1], np.int32)
 
 
 def test_odin(x64):
@@ -23,20 +25,23 @@ def test_odin(x64):
     )
     close(jnp.concatenate(scores(x)), [0.333505, 0.333504, 0.433812, 0.416901], 5e-7)
 
-    def moved(x, **options):
+    @jax.jit
+    def moved(x):
         best = lambda x: jnp.log(calibration.max_softmax_probability(x @ W))
-        return calibration.perturb_inputs(best, x, eps=0.05, **options)
+        first = lambda x: x[..., 0]
+        streamed = lambda x: jaxsoft.linear_logits(x, jnp.asarray(W))
+        move = calibration.perturb_inputs
+        return (
+            move(best, x, eps=0.05),
+            move(best, x, eps=0.05, std=jnp.array([0.5, 2.0])),
+            move(first, x, eps=0.1),  # a gradient of 0
+            move(first, x, eps=0.1, zero_as_positive=True),
+            calibration.odin_score(streamed, x, temperature=2.0, eps=0.05),
+        )
 
-    close(moved(x), [[0.65, 0.25]], 1e-12)
-    close(moved(x, std=jnp.array([0.5, 2.0])), [[0.7, 0.225]], 1e-12)
-    # Logits that are never stored; a gradient of 0
-    streamed = calibration.odin_score(
-        lambda x: jaxsoft.linear_logits(x, jnp.asarray(W)), x, temperature=2.0, eps=0.05
-    )
-    close(streamed, [0.433812], 5e-7)
-    first = lambda x: x[..., 0]
-    close(calibration.perturb_inputs(first, x, eps=0.1), [[0.7, 0.2]], 1e-12)
-    close(calibration.perturb_inputs(first, x, eps=0.1, zero_as_positive=True), [[0.7, 0.1]], 1e-12)
+    expected = [[[0.65, 0.25]], [[0.7, 0.225]], [[0.7, 0.2]], [[0.7, 0.1]], [0.433812]]
+    for got, wanted in zip(moved(x), expected):
+        close(got, wanted, 5e-7)
 
 
 def test_gaussians(x64):
@@ -64,18 +69,20 @@ def test_gaussians(x64):
 
 def test_gaussians_of_few_examples():
     """One class alone, more features than examples with a ridge, no examples, a label out of range; far from 0."""
-    fit, score = calibration.fit_class_gaussians, calibration.mahalanobis_score
-    x = jnp.asarray(FEATURES, jnp.float32)
-    one = fit(x, jnp.zeros(6, jnp.int32), classes=3)
-    each = score(x, one, per_class=True)
-    assert jnp.all(jnp.isfinite(each[:, 0])) and jnp.all(each[:, 1:] == -jnp.inf)
-    wide = jnp.asarray(np.random.default_rng(0).normal(size=(4, 9)), jnp.float32)
-    assert jnp.all(jnp.isfinite(score(wide, fit(wide, jnp.array([0, 0, 1, 1]), classes=2, ridge=1e-2))))
-    none = fit(x, jnp.zeros(6, jnp.int32), classes=2, where=jnp.zeros(6, bool))
-    assert jnp.all(score(x, none) == -jnp.inf)
-    assert jnp.all(jnp.isnan(fit(x, jnp.asarray(LABELS).at[0].set(2), classes=2).mean))
-    far = fit(x + 4096, jnp.asarray(LABELS), classes=2)
-    near(score(jnp.full(2, 4097.0), far), -2.580645, 1e-4)
+
+    @functools.partial(jax.jit, static_argnames="ridge")
+    def scores(x, y, where, ridge=1e-6):
+        fitted = calibration.fit_class_gaussians(x, y, classes=3, ridge=ridge, where=where)
+        return calibration.mahalanobis_score(x, fitted, per_class=True)
+
+    x, every = jnp.asarray(FEATURES, jnp.float32), np.ones(6, bool)
+    one = scores(x, np.zeros(6, np.int32), every)
+    assert np.all(np.isfinite(one[:, 0])) and np.all(one[:, 1:] == -np.inf)
+    assert np.all(scores(x, LABELS, ~every) == -np.inf)
+    assert np.all(np.isnan(scores(x, LABELS + 2, every)[:, 0]))
+    near(scores(x + 64, LABELS, every), scores(x, LABELS, every), 1e-4)
+    wide = jnp.asarray(np.random.default_rng(0).normal(size=(6, 9)), jnp.float32)
+    assert np.all(np.isfinite(scores(wide, LABELS, every, ridge=1e-2)[:, :2]))
 
 
 def test_centroids(x64):
@@ -110,12 +117,15 @@ def test_memory(x64):
     memory = fill(empty, x, y)
     unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
     neighbours = KNeighborsClassifier(5, weights=lambda d: np.exp((1 - d * d / 2) / 0.1)).fit(unit(x), y)
-    got = calibration.knn_memory_logits(memory, jnp.asarray(new), classes=3, k=5)
+    logits = jax.jit(
+        lambda memory, x: [calibration.knn_memory_logits(memory, x, classes=3, k=k) for k in (5, 32)]
+    )
+    got, more = logits(memory, new)
     near(got, np.minimum(neighbours.predict_proba(unit(new)) + 1e-5, 1), 1e-9)
 
     # Fewer stored than asked for, none stored
-    near(calibration.knn_memory_logits(memory, jnp.asarray(new), classes=3, k=32).sum(-1), 1 + 3e-5, 1e-9)
-    near(calibration.knn_memory_logits(empty, jnp.asarray(new), classes=3), 1e-5, 1e-12)
+    near(more.sum(-1), 1 + 3e-5, 1e-9)
+    near(logits(empty, new)[0], 1e-5, 1e-12)
 
 
 def test_the_memory_is_a_ring(x64):
@@ -124,7 +134,11 @@ def test_the_memory_is_a_ring(x64):
     )
     memory = calibration.knn_memory_init(3, 2, dtype=jnp.float64)
     start = jnp.array([[1.0, 0.0], [0.0, 1.0]])
-    memory = calibration.knn_memory_update(memory, start, jnp.array([0, 1]), classes=2)
+    memory = memory._replace(
+        features=memory.features.at[:2].set(start),
+        labels=jnp.array([0, 1, -1], jnp.int32),
+        position=jnp.int32(2),
+    )
     x = jnp.array([[3.0, 0.1], [1.0, 1.0], [0.1, 2.0]])
     same = update(memory, x, 1.1)  # never
     assert all(np.array_equal(a, b) for a, b in zip(same, memory))

@@ -37,17 +37,13 @@ def test_nine_measures(x64):
     near(mi, entropy(p.mean(1)) - entropy(p).mean(1), 1e-12)
 
 
-def test_small_information_is_exact_and_impossible_classes_count():
-    x = jnp.array([[0.3, 0.1, -0.4], [0.3, 0.1, -0.4]]) + 1e-3 * jnp.array([[1.0, 0, 0], [0, 1.0, 0]])
-    p = softmax(np.asarray(x, np.float64))
-    exact = (p * np.log(p / p.mean(0))).sum(-1).mean()
-    near(calibration.mutual_information(x) / exact, 1, 2e-3)
+def test_impossible_classes():
     sure = jnp.array([[0.0, -jnp.inf], [-jnp.inf, 0.0]])
     near(calibration.mutual_information(sure), np.log(2), 1e-6)
     assert calibration.expected_pairwise_kl(sure) == np.inf
     gradient = jax.grad(lambda x: calibration.mutual_information(x))(sure)
     assert np.all(np.isfinite(gradient))
-    assert calibration.mutual_information(x[:1]) == 0
+    assert calibration.mutual_information(sure[:1]) == 0
 
 
 def test_t_similarity(x64):
