@@ -77,31 +77,38 @@ def _newton(logits, labels, where, keep, weights, log_scale, axis):
     if not isinstance(logits, LinearLogits):
         logits = logits.astype(weights.dtype)
     scaled = temperature(logits, jnp.exp(-log_scale), axis=axis)
-    wanted = (reductions.softmax_moments(), reductions.take(labels))
-    moments, score = reduce_rows(scaled, wanted, axis=axis, where=where, row_where=keep)
-    absent = score == -jnp.inf
-    weights = jnp.where(absent, 0, weights)
-    first = jnp.sum(weigh(moments.mean - jnp.where(absent, 0, score), weights))
+    wanted = (reductions.softmax_moments(), reductions.label_statistics(labels))
+    moments, label = reduce_rows(scaled, wanted, axis=axis, where=where, row_where=keep)
+    weights = jnp.where((label.nll == jnp.inf) | ~label.present, 0, weights)
+    counts = weights != 0
+    # The mean score minus that of the label, without the rounding of either
+    first = jnp.sum(weigh(label.nll - moments.entropy, weights))
     second = jnp.sum(weigh(moments.variance, weights))
-    # Without curvature: logits that are all equal, or probabilities of 0 and 1, whose right predictions want more.
-    certain = jnp.any((weights != 0) & (moments.entropy == 0))
-    far = jnp.where(first == 0, jnp.where(certain, jnp.inf, 0), -jnp.sign(first) * jnp.inf)
-    return log_scale + jnp.where(second == 0, far, -safe_divide(first, second)), first
+    step = jnp.where(second == 0, -jnp.sign(first) * jnp.inf, -safe_divide(first, second))
+    # If all labels have the largest score, more is better at any scale; Newton's steps would be short.
+    all_right = jnp.all(~counts | (label.nll <= label.partition.log_sum))
+    all_equal = jnp.all(~counts | ((moments.variance == 0) & (moments.entropy > 0)))
+    step = jnp.where(all_equal, 0, jnp.where(all_right, jnp.inf, step))
+    return log_scale + step, jnp.where(all_right, -1, first)
+
+
+def _bounds(dtype) -> Array:
+    return jnp.log(jnp.asarray([1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE], dtype))
 
 
 def _newton_step(*operands, axis):
-    return _newton(*operands, axis)[0]
+    proposal, _ = _newton(*operands, axis)
+    return jnp.clip(proposal, *_bounds(proposal.dtype))  # no gradient at a bound
 
 
 @functools.partial(compiled, static_argnums=(5,))
 def _searched(logits, labels, where, keep, weights, axis):
-    low, high = jnp.log(jnp.asarray([1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE], weights.dtype))
-
     def improve(log_scale, unfinished):
         del unfinished
         proposal, slope = _newton(logits, labels, where, keep, weights, log_scale, axis)
         return proposal, -slope
 
+    low, high = _bounds(weights.dtype)
     # Newton's steps square the error: the one after a step of this size is below the last place.
     tolerance = jnp.finfo(weights.dtype).eps ** (2 / 3)
     root, last = search(improve, low, high, jnp.zeros_like(low), tolerance, 60)

@@ -79,7 +79,7 @@ def test_gaussians_of_few_examples():
     one = scores(x, np.zeros(6, np.int32), every)
     assert np.all(np.isfinite(one[:, 0])) and np.all(one[:, 1:] == -np.inf)
     assert np.all(scores(x, LABELS, ~every) == -np.inf)
-    assert np.all(np.isnan(scores(x, LABELS + 2, every)[:, 0]))
+    assert np.all(np.isnan(scores(x, LABELS + 2, every)[:, 2]))
     near(scores(x + 64, LABELS, every), scores(x, LABELS, every), 1e-4)
     wide = jnp.asarray(np.random.default_rng(0).normal(size=(6, 9)), jnp.float32)
     assert np.all(np.isfinite(scores(wide, LABELS, every, ridge=1e-2)[:, :2]))
