@@ -158,8 +158,8 @@ def classwise_calibration_error(
       >>> import jax.numpy as jnp
       >>> from jaxsoft.calibration import classwise_calibration_error
       >>> p = jnp.array([[0.8, 0.2], [0.6, 0.4]])
-      >>> print(classwise_calibration_error(p, jnp.array([0, 1]), bins=2).round(4))
-      0.3
+      >>> print(f"{classwise_calibration_error(p, jnp.array([0, 1]), bins=2):.4f}")
+      0.2000
     """
     _checks.option("norm", norm, NORMS)
     _checks.floating("probabilities", probabilities)

@@ -60,6 +60,7 @@ def test_a_margin_of_close_calls_is_exact():
     p = softmax(np.asarray(x, np.float64))
     near(calibration.margin_score(x) / (p[1] - p[0]), 1, 1e-6)
     assert calibration.margin_score(jnp.array([[3.0]])) == 1
+    assert calibration.margin_score(jnp.zeros((1, 0))) == 0
 
 
 def test_clip_uncertainty(x64):

@@ -160,7 +160,9 @@ _CALIBRATION = [
     _statistic(calibration.max_logit, "jaxsoft.calibration", shift=1.0, empty=-np.inf),
     Entry("jaxsoft.calibration.energy_score", _energy, "", ("temperature",), shift=1.0, empty=-np.inf),
     _statistic(calibration.least_confidence, "jaxsoft.calibration", shift=0.0, empty=1.0),
-    _statistic(calibration.margin_score, "jaxsoft.calibration", shift=0.0),
+    _statistic(
+        calibration.margin_score, "jaxsoft.calibration", shift=0.0, least_columns=1
+    ),  # selects two entries
     _statistic(calibration.label_non_uniformity, "jaxsoft.calibration", shift=0.0),
     _statistic(
         calibration.nonconformity_score,
