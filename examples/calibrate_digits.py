@@ -81,6 +81,10 @@ def train(images: jax.Array, labels: jax.Array, steps: int) -> dict:
     return jax.lax.scan(step, (params, optimizer.init(params)), None, steps)[0][0]
 
 
+SCALINGS = ("none", "temperature", "vector", "matrix")
+MEASURES = ("accuracy", "ECE", "adaptive", "classwise", "Brier", "NLL")
+
+
 # --- scaling ------------------------------------------------------------------------------------------------
 
 
@@ -180,8 +184,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--label-noise", type=float, default=0.1, help="share of wrong labels (%(default)s)")
-    parser.add_argument("--steps", type=int, default=1000, help="steps of training (%(default)s)")
+    parser.add_argument("--label-noise", type=float, default=0.2, help="share of wrong labels (%(default)s)")
+    parser.add_argument("--steps", type=int, default=2000, help="steps of training (%(default)s)")
     parser.add_argument("--splits", type=int, default=100, help="splits for the coverage (%(default)s)")
     parser.add_argument("--alpha", type=float, default=0.1, help="rate of errors of the sets (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="few steps of training")
@@ -192,7 +196,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
 
     images, labels, held_out, held_out_labels, unknown = load(args.label_noise)
-    params = train(images, labels, 200 if args.quick else args.steps)
+    params = train(images, labels, 600 if args.quick else args.steps)
     logits = logits_of(params, held_out).dense()
     n = len(held_out) // 2
     (first, test), (first_labels, test_labels) = ((a[:n], a[n:]) for a in (logits, held_out_labels))
@@ -200,10 +204,9 @@ def main() -> None:
 
     scaled = scaled_logits(first, first_labels, test)
     record["scaling"] = {name: jax.device_get(measures(x, test_labels)) for name, x in scaled.items()}
-    names = list(record["scaling"]["none"])
-    print(f"{'scaling':20}" + "".join(f"{name:>11}" for name in names))
-    for name, row in record["scaling"].items():
-        print(f"{name:20}" + "".join(f"{row[measure]:11.4f}" for measure in names))
+    print(f"{'scaling':20}" + "".join(f"{measure:>11}" for measure in MEASURES))
+    for name in SCALINGS:
+        print(f"{name:20}" + "".join(f"{record['scaling'][name][m]:11.4f}" for m in MEASURES))
     draw(scaled, test_labels, args.out / "reliability.png")
 
     mean, deviation = expected_coverage(n, len(held_out) - n, args.alpha)

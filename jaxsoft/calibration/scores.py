@@ -183,8 +183,8 @@ def margin_score(
       >>> import jax.numpy as jnp
       >>> from jaxsoft.calibration import margin_score
       >>> p = jnp.array([[0.5, 0.3, 0.2], [0.4, 0.39, 0.21], [0.8, 0.1, 0.1]])
-      >>> print(margin_score(jnp.log(p)).round(5))
-      [0.2  0.01 0.7 ]
+      >>> print((100 * margin_score(jnp.log(p))).round())
+      [20.  1. 70.]
     """
     axis = check_axis(logits, axis)
     wanted = (reductions.top_k(2), reductions.log_partition())

@@ -232,8 +232,8 @@ def mix_probabilities(
       >>> import jax.numpy as jnp
       >>> from jaxsoft.calibration import mix_probabilities
       >>> mixed = mix_probabilities(jnp.array([4.0, 1.0, 0.0]), jnp.array([0.2, 0.5, 0.1]), weight=0.5)
-      >>> print(mixed.round(5))
-      [-0.47523 -1.46674 -1.91339]
+      >>> print((1000 * jnp.exp(mixed)).round())
+      [622. 231. 148.]
     """
     if _checks.is_concrete_number(weight):
         _checks.number("weight", weight, at_least=0, at_most=1)
