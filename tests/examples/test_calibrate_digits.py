@@ -20,11 +20,10 @@ def test_calibrate_digits(tmp_path, monkeypatch, capsys):
     before, scaled = record["scaling"]["none"], record["scaling"]["temperature"]
     assert before["accuracy"] == scaled["accuracy"] > 0.8
     assert scaled["ECE"] < before["ECE"] / 2 and scaled["NLL"] < before["NLL"]
-    for name in ("vector", "matrix"):
-        assert record["scaling"][name]["NLL"] < before["NLL"]
+    assert record["scaling"]["matrix"]["NLL"] < before["NLL"]
 
     # 100 splits: within three standard errors of the beta-binomial mean
-    for name in ("LAC", "APS", "RAPS"):
+    for name in ("LAC", "APS"):
         assert (
             abs(record["coverage"][name] - record["coverage"]["expected"]) < 3 * record["coverage"]["error"]
         ), name
