@@ -174,8 +174,8 @@ def classwise_calibration_error(
     labels = as_ids(labels)
     is_label = labels[:, None] == jnp.arange(classes, dtype=labels.dtype)
     x, _, w = _checked(probabilities[:, 0], is_label[:, 0], bins, binning, weights)
-    in_range = jnp.where((labels >= 0) & (labels < classes) | (w == 0), 1, jnp.nan).astype(x.dtype)
-    right = is_label.astype(x.dtype) * in_range[:, None]
+    in_range = (labels >= 0) & (labels < classes) | (w == 0)
+    right = jnp.where(in_range[:, None], is_label.astype(x.dtype), jnp.nan)
 
     def of_class(p, right):
         return _error(_binned(p, right, w, bins, binning), norm)

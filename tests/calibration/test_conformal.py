@@ -72,10 +72,19 @@ def test_sets_hold_what_scores_below_the_threshold(x64):
 
 def test_absent_classes_are_in_no_set():
     x, where = jnp.array([[1.0, jnp.nan, -jnp.inf, 0.0]]), jnp.array([[True, False, True, True]])
-    for method in calibration.conformal.METHODS:
-        everything = calibration.prediction_set(x, jnp.inf, where=where, method=method)
+
+    @jax.jit
+    def both(x):
+        return [
+            (
+                calibration.prediction_set(x, jnp.inf, where=where, method=method),
+                calibration.nonconformity_score(x, jnp.array([1]), where=where, method=method),
+            )
+            for method in calibration.conformal.METHODS
+        ]
+
+    for everything, score in both(x):
         np.testing.assert_array_equal(everything, [[True, False, False, True]])
-        score = calibration.nonconformity_score(x, jnp.array([1]), where=where, method=method)
         near(score, [1.0], 1e-6)
 
 
