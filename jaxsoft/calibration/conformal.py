@@ -473,21 +473,21 @@ def conformal_select(
             f"calibration and scores must be of the same models, got {known.shape[0]} and {x.shape[0]}"
         )
     n, m = known.shape[1], x.shape[1]
-    level = jnp.asarray(level, dtype)
+    q = jnp.asarray(level, dtype)
     counts = jax.vmap(lambda known, x: _count(jnp.sort(known), x, "right"))(known, x)
 
     def of_test(j):
         at_j = jnp.take(x, j, axis=1)[:, None]
         auxiliary = jnp.where(jnp.arange(m) == j, 0, (counts + (at_j <= x)) / (n + 1))
-        rejections = jnp.sum(jax.vmap(_rejected, (0, None))(auxiliary, level), axis=1, dtype=jnp.int32)
+        rejections = jnp.sum(jax.vmap(_rejected, (0, None))(auxiliary, q), axis=1, dtype=jnp.int32)
         model = jnp.argmax(rejections).astype(jnp.int32)
         return model, rejections[model], (jnp.take(counts, j, axis=1)[model] + 1) / (n + 1)
 
     model, rejections, p = lax.map(of_test, jnp.arange(m))
-    bar = level * rejections / max(m, 1)
+    bar = q * rejections / max(m, 1)
     e = jnp.where(p <= bar * (1 + _slack(dtype)), 1 / bar, 0)
-    if prune is not None:
+    if key is not None:
         shape = () if prune == "homogeneous" else e.shape
         e = e / (1 - jax.random.uniform(key, shape, dtype))
-    selected = _rejected(jnp.where(e > 0, 1 / jnp.where(e > 0, e, 1), jnp.inf), level)
+    selected = _rejected(jnp.where(e > 0, 1 / jnp.where(e > 0, e, 1), jnp.inf), q)
     return Selection(selected, e, p, model, rejections)

@@ -203,7 +203,8 @@ def _checked(confidence, correct, bins, binning, weights) -> tuple[Array, Array,
     _checks.shape("weights", weights, confidence.shape, "one number per example")
     w = jnp.asarray(weights, dtype)
     counts = w != 0
-    return (*(jnp.where(counts, jnp.asarray(a, dtype), 0) for a in (confidence, correct)), w)
+    x, right = (jnp.where(counts, jnp.asarray(a, dtype), 0) for a in (confidence, correct))
+    return x, right, w
 
 
 def _binned(x: Array, right: Array, w: Array, bins: int, binning: str) -> Reliability:

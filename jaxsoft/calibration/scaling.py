@@ -96,8 +96,8 @@ def _bounds(dtype) -> Array:
     return jnp.log(jnp.asarray([1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE], dtype))
 
 
-def _newton_step(*operands, axis):
-    proposal, _ = _newton(*operands, axis)
+def _newton_step(logits, labels, where, keep, weights, log_scale, *, axis):
+    proposal, _ = _newton(logits, labels, where, keep, weights, log_scale, axis)
     return jnp.clip(proposal, *_bounds(proposal.dtype))  # no gradient at a bound
 
 
