@@ -24,9 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "docs"), str(ROOT / "tests")]
 
 import loss_table  # noqa: E402
 
-_PACKAGES = (
-    "activations attention decoding flax heads kernels losses merging normalizers norms optimizers rows"
-)
+_PACKAGES = "activations attention calibration decoding flax heads kernels losses merging normalizers norms optimizers rows"
 PACKAGES = ["jaxsoft", *(f"jaxsoft.{name}" for name in _PACKAGES.split())]
 # Public modules that are no packages: their public names are exports.
 MODULES = ["jaxsoft.flax.linen", "jaxsoft.flax.nnx", "jaxsoft.rows.reductions"]

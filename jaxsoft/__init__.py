@@ -60,7 +60,17 @@ from jaxsoft.rows import (
 )
 
 if TYPE_CHECKING:
-    from jaxsoft import activations, attention, decoding, heads, losses, merging, norms, optimizers
+    from jaxsoft import (
+        activations,
+        attention,
+        calibration,
+        decoding,
+        heads,
+        losses,
+        merging,
+        norms,
+        optimizers,
+    )
 
 __all__ = [
     "LinearLogits",
@@ -69,6 +79,7 @@ __all__ = [
     "activations",
     "adaptive_temperature_softmax",
     "attention",
+    "calibration",
     "clipped_softmax",
     "decoding",
     "entmax",
@@ -112,7 +123,17 @@ __all__ = [
     "top_k_accuracy",
 ]
 
-_ON_FIRST_USE = ("activations", "attention", "decoding", "heads", "losses", "merging", "norms", "optimizers")
+_ON_FIRST_USE = (
+    "activations",
+    "attention",
+    "calibration",
+    "decoding",
+    "heads",
+    "losses",
+    "merging",
+    "norms",
+    "optimizers",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,7 @@ LADDER = {
     "normalizers": BOTTOM | {"rows"},
     "attention": BOTTOM | {"kernels", "rows", "normalizers"},
     "losses": BOTTOM | {"rows", "normalizers"},
+    "calibration": BOTTOM | {"rows", "normalizers"},
     "decoding": BOTTOM | {"rows", "normalizers"},
     "heads": BOTTOM | {"rows", "losses"},
     "optimizers": BOTTOM,
@@ -27,6 +28,7 @@ LADDER = {
 TOP = {"__init__", "scaling", "tune"}  # they may import everything
 # Imports inside functions, each with its reason.
 LATE = {
+    "jaxsoft.calibration.measures": "matplotlib is optional, and slow to import",
     "jaxsoft.kernels.gpu": "Pallas' GPU backend may be missing, and must not be loaded before a kernel is used",
     "jaxsoft.normalizers.stochastic": "jax.extend imports Pallas",
 }

@@ -11,7 +11,7 @@ from conformance.entry import make_inputs
 from conformance.table import ENTRIES
 
 import jaxsoft
-from jaxsoft import activations, attention, decoding, heads, losses, normalizers, norms, rows
+from jaxsoft import activations, attention, calibration, decoding, heads, losses, normalizers, norms, rows
 
 pytestmark = pytest.mark.whole  # the cases are losses
 
@@ -56,6 +56,27 @@ CASES = [
     (attention.newton_pseudo_inverse, dict(matrix=np.eye(4, dtype=np.float32))),
     (attention.softmax_free_attention, dict(query=Q, value=Q)),
     (attention.gaussian_kernel_attention, dict(query=Q, key=Q, value=Q)),
+    (calibration.energy_score, dict(logits=X)),
+    (calibration.clip_uncertainty, dict(confidence=ONES)),
+    (calibration.fit_temperature, dict(logits=X, labels=IDS)),
+    (calibration.fit_vector_scaling, dict(logits=X, labels=IDS)),
+    (calibration.calibration_error, dict(confidence=ONES, correct=ONES)),
+    (calibration.nonconformity_score, dict(logits=X, labels=IDS, method="aps")),
+    (calibration.prediction_set, dict(logits=X, threshold=0.5, method="aps")),
+    (calibration.conformal_quantile, dict(scores=ONES, alpha=0.1)),
+    (calibration.conformal_risk_control, dict(losses=X, thresholds=np.arange(C), alpha=0.1)),
+    (calibration.benjamini_hochberg, dict(p_values=ONES, level=0.1)),
+    (calibration.conformal_select, dict(calibration=ONES, scores=ONES, level=0.1)),
+    (calibration.odin_score, dict(apply_fn=lambda x: x, inputs=X)),
+    (calibration.fit_class_gaussians, dict(features=X, labels=IDS, classes=C)),
+    (calibration.knn_memory_logits, dict(memory=calibration.knn_memory_init(5, C), features=X, classes=4)),
+    (
+        calibration.knn_memory_update,
+        dict(memory=calibration.knn_memory_init(5, C), features=X, labels=IDS, classes=4),
+    ),
+    (calibration.mix_probabilities, dict(logits=X, robust_logits=X, weight=0.5)),
+    (calibration.t_similarity, dict(logits=X)),
+    (calibration.cheat_corrected_confidence, dict(log_prob=X, second_log_prob=X)),
     *(
         (getattr(decoding, name), {name: value})
         for name, value in (

@@ -17,7 +17,7 @@ import jaxsoft
 from conformance.entry import Entry
 from conformance.entry import normalizer_entry as _normalizer
 from conformance.entry import statistic_entry as _statistic
-from jaxsoft import normalizers, rows
+from jaxsoft import calibration, normalizers, rows
 
 FAMILIES = [
     importlib.import_module(f"conformance.losses.{module.name}")
@@ -151,6 +151,31 @@ _STATISTICS = [
 ]
 
 
+def _energy(logits, inputs, *, where=None, axis=-1):
+    return calibration.energy_score(logits, temperature=inputs["temperature"], where=where, axis=axis)
+
+
+_CALIBRATION = [
+    _statistic(calibration.max_softmax_probability, "jaxsoft.calibration", shift=0.0),
+    _statistic(calibration.max_logit, "jaxsoft.calibration", shift=1.0, empty=-np.inf),
+    Entry("jaxsoft.calibration.energy_score", _energy, "", ("temperature",), shift=1.0, empty=-np.inf),
+    _statistic(calibration.least_confidence, "jaxsoft.calibration", shift=0.0, empty=1.0),
+    _statistic(
+        calibration.margin_score, "jaxsoft.calibration", shift=0.0, least_columns=1
+    ),  # selects two entries
+    _statistic(calibration.label_non_uniformity, "jaxsoft.calibration", shift=0.0),
+    _statistic(
+        calibration.nonconformity_score,
+        "jaxsoft.calibration",
+        inputs=("labels",),
+        method="aps",
+        share=0.7,
+        shift=0.0,
+    ),
+    _statistic(calibration.nonconformity_score, "jaxsoft.calibration", "lac", inputs=("labels",), shift=0.0),
+]
+
+
 def _ranked(entries: list[Entry]) -> list[Entry]:
     """The entries with their ranks: thorough or the first of its family, the first of its export, or a variant."""
     ranked, seen = [], set()
@@ -164,7 +189,7 @@ def _ranked(entries: list[Entry]) -> list[Entry]:
 
 
 _LOSSES = [entry for family in FAMILIES for entry in getattr(family, "ENTRIES", [])]
-ENTRIES = _ranked(_STATISTICS + _NORMALIZERS + _LOSSES)
+ENTRIES = _ranked(_STATISTICS + _NORMALIZERS + _LOSSES + _CALIBRATION)
 
 # Exports that are no functions of one row of scores, or not of its numbers alone (random ones), and the tests of their
 # laws: files that name them.
@@ -211,6 +236,26 @@ _TESTED_IN = {
     "tests/merging/test_merging.py": (
         "jaxsoft.merging: bit_delta dare_delta della_delta diagonal_fisher fisher_merge model_kinship "
         "model_stock_merge star_delta"
+    ),
+    "tests/calibration/test_conformal.py": (
+        "jaxsoft.calibration: benjamini_hochberg conformal_p_values conformal_quantile conformal_risk_control "
+        "conformal_select prediction_set"
+    ),
+    "tests/calibration/test_measures.py": (
+        "jaxsoft.calibration: calibration_error classwise_calibration_error reliability reliability_plot"
+    ),
+    "tests/calibration/test_out_of_distribution.py": (
+        "jaxsoft.calibration: ClassGaussians KnnMemory SoftmaxCentroids fit_class_gaussians fit_softmax_centroids "
+        "knn_memory_init knn_memory_logits knn_memory_update mahalanobis_score naive_bayes_logits odin_score "
+        "perturb_inputs softmax_centroid_distance"
+    ),
+    "tests/calibration/test_scaling.py": (
+        "jaxsoft.calibration: Scaling apply_scaling fit_matrix_scaling fit_temperature fit_vector_scaling"
+    ),
+    "tests/calibration/test_scores.py": "jaxsoft.calibration: clip_uncertainty",
+    "tests/calibration/test_uncertainty.py": (
+        "jaxsoft.calibration: cheat_corrected_confidence cheat_corrected_variance expected_pairwise_kl "
+        "mix_probabilities mutual_information pair_covariance predictive_uncertainty t_similarity"
     ),
     "tests/norms/test_embedding.py": "jaxsoft.norms: stable_embedding stable_embedding_init",
     "tests/norms/test_layer.py": (
@@ -279,6 +324,11 @@ _TESTED_IN = {
 _TYPES = (
     "jaxsoft.attention.AttentionStatistics",
     "jaxsoft.attention.NgramAttention",
+    "jaxsoft.calibration.CentroidDistance",
+    "jaxsoft.calibration.PredictiveUncertainty",
+    "jaxsoft.calibration.Reliability",
+    "jaxsoft.calibration.RiskControl",
+    "jaxsoft.calibration.Selection",
     "jaxsoft.heads.AugmentAndReduce",
     "jaxsoft.heads.ClassSample",
     "jaxsoft.heads.ShortlistHead",

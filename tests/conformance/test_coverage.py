@@ -16,6 +16,7 @@ MODULES = [
     jaxsoft,
     jaxsoft.activations,
     jaxsoft.attention,
+    jaxsoft.calibration,
     jaxsoft.decoding,
     jaxsoft.heads,
     jaxsoft.kernels,
