@@ -130,6 +130,10 @@ def _group(rest: str, devices: int) -> int:
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
     if listed:
         return len(listed[1].split(","))
+    along = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest)
+    if along:
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", along[1]))
+        return math.prod(int(sizes[name]) for name in re.findall(r"'([^']+)'", along[2]))
     counted = re.search(r"replica_groups=\[\d+,(\d+)\]", rest)
     return int(counted[1]) if counted else devices
 
