@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxsoft._numerics import accumulation_dtype
+from jaxsoft._trees import align_varying
 from jaxsoft.attention._spec import AttentionSpec, Inputs, Visibility
 
 
@@ -174,10 +175,12 @@ def count(spec: AttentionSpec, inputs: Inputs, masks: Visibility) -> Array:
         shape = (spec.nq, spec.batch, spec.heads, spec.groups, spec.bq)
         return jnp.broadcast_to(n, shape).reshape(spec.rows).astype(dtype)
 
+    masks, total = align_varying((masks, jnp.zeros(spec.rows, dtype)))
+
     def body(total, pair):
         i, j, _ = pair
         here = jnp.sum(as_rows(spec, visible(spec, masks, i, j)), axis=-1, dtype=dtype)
         old = lax.dynamic_index_in_dim(total, i, 0, keepdims=False)
         return lax.dynamic_update_index_in_dim(total, old + here, i, 0)
 
-    return over_pairs(spec, body, jnp.zeros(spec.rows, dtype))
+    return over_pairs(spec, body, total)

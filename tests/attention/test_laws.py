@@ -73,12 +73,12 @@ def arrays_of(names, copies, B=B, T=T, S=S):
         "query_segment_ids": jnp.sort(jnp.asarray(rng.integers(0, 2, (copies, B, T)))),
         "key_segment_ids": jnp.sort(jnp.asarray(rng.integers(0, 2, (copies, B, S)))),
         "query_offset": lengths(0, 2),
-        "query_positions": jnp.asarray(rng.integers(0, S, (copies, B, T)), jnp.int32),
-        "key_positions": jnp.asarray(rng.integers(0, S, (copies, B, S)), jnp.int32),
         "scale": normal(N),
         "alibi_slopes": normal(N),
         "sinks": normal(N),
         "ssmax": normal(N),
+        "query_positions": jnp.asarray(rng.integers(0, 6, (copies, B, T)), jnp.int32),
+        "key_positions": jnp.asarray(rng.integers(0, 6, (copies, B, S)), jnp.int32),
     }
     return {name: arrays[name] for name in ("query", "key", "value", *names.split())}
 

@@ -190,7 +190,6 @@ ON_MESHES = [
     *(("ring", sizes, zigzag) for sizes in ((2, 1), (2, 4), (1, 8)) for zigzag in (False, True)),
     *(("queries only", sizes, True) for sizes in ((2, 2), (2, 4), (1, 8))),
     ("keys gathered", (2, 2), True),
-    ("heads", (1, 4), False),
 ]
 
 
