@@ -44,12 +44,15 @@ class Costs(NamedTuple):
 
     Attributes:
       moved: by kind of collective, the bytes of its results, summed over all runs.
+      received: the bytes that the device receives in them, on a ring of its group: of g devices, (g - 1) / g of what is
+        gathered or scattered, twice that of what is reduced (which is a scatter and a gather).
       collectives: by kind of collective, how often it runs.
       flops: floating-point operations of matrix products.
       temporary: bytes of temporary memory.
     """
 
     moved: dict[str, float]
+    received: float
     collectives: dict[str, int]
     flops: float
     temporary: int
@@ -66,12 +69,14 @@ def costs_of(compiled: Any) -> Costs:
     A branch costs as much as its most expensive alternative. A loop whose number of steps XLA does not state counts
     as one step.
     """
-    computations, entry = _parsed(compiled.as_text())
-    total = _cost(entry, computations, {})
+    text = compiled.as_text()
+    computations, entry = _parsed(text)
+    devices = re.search(r"num_partitions=(\d+)", text)
+    total = _cost(entry, computations, {}, int(devices[1]) if devices else 1)
     moved = {kind: n for kind, n in total.items() if kind in COLLECTIVES}
     counts = {kind: int(total[f"number of {kind}"]) for kind in moved}
     temporary = compiled.memory_analysis().temp_size_in_bytes
-    return Costs(moved, counts, total["flops"], temporary)
+    return Costs(moved, total["received"], counts, total["flops"], temporary)
 
 
 def _parsed(text: str) -> tuple[dict[str, list[tuple]], str]:
@@ -88,7 +93,7 @@ def _parsed(text: str) -> tuple[dict[str, list[tuple]], str]:
     return computations, entry
 
 
-def _cost(name: str, computations: dict[str, list[tuple]], known: dict[str, Any]) -> Any:
+def _cost(name: str, computations: dict[str, list[tuple]], known: dict[str, Any], devices: int) -> Any:
     if name in known:
         return known[name]
     total: Any = collections.Counter()
@@ -97,7 +102,8 @@ def _cost(name: str, computations: dict[str, list[tuple]], known: dict[str, Any]
         base = opcode.removesuffix("-start")
         if base in COLLECTIVES:
             size = _result_bytes(kind, opcode)
-            total.update({base: size, f"number of {base}": 1})
+            received = size * received_per_byte(base, _group(rest, devices))
+            total.update({base: size, f"number of {base}": 1, "received": received})
         elif opcode == "dot":
             total["flops"] += _dot_flops(kind, rest, types)
         elif (
@@ -109,12 +115,33 @@ def _cost(name: str, computations: dict[str, list[tuple]], known: dict[str, Any]
         times = _trips(rest) if opcode == "while" else 1
         branches = _BRANCHES.search(rest)
         if branches is not None:
-            costs = [_cost(b.strip().lstrip("%"), computations, known) for b in branches[1].split(",")]
+            costs = [
+                _cost(b.strip().lstrip("%"), computations, known, devices) for b in branches[1].split(",")
+            ]
             total.update(max(costs, key=lambda c: (c["flops"], sum(c.values()))))
         for called in _CALLED.findall(rest):
-            total.update({k: n * times for k, n in _cost(called, computations, known).items()})
+            total.update({k: n * times for k, n in _cost(called, computations, known, devices).items()})
     known[name] = total
     return total
+
+
+def _group(rest: str, devices: int) -> int:
+    """How many devices take part in a collective together, of all `devices`."""
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
+    if listed:
+        return len(listed[1].split(","))
+    along = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest)
+    if along:
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", along[1]))
+        return math.prod(int(sizes[name]) for name in re.findall(r"'([^']+)'", along[2]))
+    counted = re.search(r"replica_groups=\[\d+,(\d+)\]", rest)
+    return int(counted[1]) if counted else devices
+
+
+def received_per_byte(kind: str, group: int) -> float:
+    """The bytes that each of `group` devices receives per byte of a collective's result, see `Costs.received`."""
+    others = (group - 1) / group
+    return {"all-reduce": 2 * others, "reduce-scatter": group - 1, "collective-permute": 1}.get(kind, others)
 
 
 def _trips(rest: str) -> int:

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxsoft
 from jaxsoft import losses
-from jaxsoft._program import costs_of
+from jaxsoft._program import costs_of, received_per_byte
 
 PLACEMENTS = ("vocabulary", "vocabulary and fsdp", "fsdp", "replicated")
 LOSSES = ("cross_entropy", "weighted_mean")
@@ -54,11 +54,13 @@ class Prediction(NamedTuple):
 
     Attributes:
       moved: the bytes of the results of its collectives, by what they are for.
+      received: the bytes that it receives in them, on a ring of the devices that take part in each.
       flops: operations of its matrix products.
       temporary: bytes of temporary memory.
     """
 
     moved: dict[str, float]
+    received: float
     flops: float
     temporary: float
 
@@ -102,18 +104,25 @@ def predict(
     v = step.vocab / step.model if placement.startswith("vocabulary") else step.vocab
     if placement == "fsdp":
         n /= step.model
-    moved: dict[str, float] = {}
+    # What each collective is for, its kind, how many devices take part, and the bytes of its result.
+    data, model, weight = step.data, step.model, d * v * b
     reads = 2 if loss == "cross_entropy" else 1
-    if placement.startswith("vocabulary") and step.model > 1:
-        moved["gradient of hidden, summed over the columns' devices"] = n * d * b
-        moved["statistics of rows"] = step.model * n * _STATE * 4
-    if placement in ("fsdp", "vocabulary and fsdp") and step.data > 1:
-        moved["weight, gathered"] = reads * d * v * b
-        moved["gradient of weight, scattered"] = d * v * b / step.data
-        if placement == "fsdp" and step.model > 1:
-            moved["gradient of weight, summed over other rows' devices"] = d * v * b / step.data
-    elif step.data > 1:
-        moved["gradient of weight, summed over the rows' devices"] = d * v * b
+    collectives: list[tuple[str, str, int, float]] = []
+    if placement.startswith("vocabulary"):
+        of_hidden = "gradient of hidden, summed over the columns' devices"
+        collectives.append((of_hidden, "all-reduce", model, n * d * b))
+        collectives.append(("statistics of rows", "all-reduce", model, model * n * _STATE * 4))
+    if placement in ("fsdp", "vocabulary and fsdp"):
+        collectives.append(("weight, gathered", "all-gather", data, reads * weight))
+        collectives.append(("gradient of weight, scattered", "reduce-scatter", data, weight / data))
+        if placement == "fsdp":
+            of_weight = "gradient of weight, summed over other rows' devices"
+            collectives.append((of_weight, "all-reduce", model, weight / data))
+    else:
+        of_weight = "gradient of weight, summed over the rows' devices"
+        collectives.append((of_weight, "all-reduce", data, weight))
+    moved = {cause: size for cause, _, group, size in collectives if group > 1}
+    received = sum(received_per_byte(kind, group) * size for _, kind, group, size in collectives)
     products = 4 if loss == "cross_entropy" else 3
     if loss == "cross_entropy":
         whole = 0 if placement in ("fsdp", "vocabulary and fsdp") or step.data == 1 else d * v * b
@@ -122,7 +131,7 @@ def predict(
         rows = min(chunk, n)
         gathered = d * v * b if placement in ("fsdp", "vocabulary and fsdp") and step.data > 1 else 0
         temporary = rows * v * 4 + d * v * 4 + gathered + 1.5 * rows * min(1024, v) * 4
-    return Prediction(moved, products * 2 * n * d * v, temporary)
+    return Prediction(moved, received, products * 2 * n * d * v, temporary)
 
 
 def measure(step: Step, placement: str, loss: str) -> Any:
@@ -182,13 +191,15 @@ def main(arguments: list[str] | None = None) -> int:
         given.tokens, given.features, given.vocab, given.devices // given.model, given.model, given.itemsize
     )
     print(
-        f"{step.data} x {step.model} devices, per device and step: bytes moved, matrix operations, temporary bytes"
+        f"{step.data} x {step.model} devices, per device and step: bytes of the results of collectives, bytes received "
+        "in them, matrix operations, temporary bytes"
     )
     for placement in PLACEMENTS:
         for loss in LOSSES:
             p = predict(step, placement, loss)
             print(
-                f"  {placement:20} {loss:14} {_size(p.bytes_moved):>8} {_size(p.flops):>8} {_size(p.temporary):>8}"
+                f"  {placement:20} {loss:14} {_size(p.bytes_moved):>8} {_size(p.received):>8} {_size(p.flops):>8} "
+                f"{_size(p.temporary):>8}"
             )
             for cause, size in p.moved.items():
                 print(f"      {_size(size):>8}  {cause}")
@@ -199,13 +210,15 @@ def _check() -> int:
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     step, worst = Step(1024, 256, 16384, 2, 4), 1.0
     print(
-        "\nmeasured over predicted, on 2 x 4 virtual devices: bytes moved, matrix operations, temporary bytes"
+        "\nmeasured over predicted, on 2 x 4 virtual devices: bytes of results, bytes received, matrix operations, "
+        "temporary bytes"
     )
     for placement in PLACEMENTS:
         for loss in LOSSES:
             wanted, found = predict(step, placement, loss), measure(step, placement, loss)
             ratios = [
                 found.bytes_moved / wanted.bytes_moved,
+                found.received / wanted.received,
                 found.flops / wanted.flops,
                 found.temporary / wanted.temporary,
             ]

@@ -43,6 +43,7 @@ from jaxsoft.attention._partial import (
     merge_partial_attention,
     partial_attention,
 )
+from jaxsoft.attention._ring import zigzag_positions
 from jaxsoft.attention.hyper import angular_lsh_buckets, hyper_attention, scatterbrain_attention
 from jaxsoft.attention.linear import (
     lightning_attention,
@@ -94,4 +95,5 @@ __all__ = [
     "top_k_attention",
     "unified_softmax_attention",
     "urpe_attention",
+    "zigzag_positions",
 ]

@@ -36,6 +36,8 @@ def prepare(
     mask_fn=None,
     query_offset: Any = 0,
     key_offset: Any = 0,
+    query_positions=None,
+    key_positions=None,
     alibi_slopes=None,
     softcap=None,
     block_sizes=(None, None),
@@ -71,8 +73,12 @@ def prepare(
     for name, size in zip(("queries", "keys"), block_sizes):
         if size is not None:
             _checks.integer(f"block_sizes ({name})", size, at_least=1)
-    bq, bk = choose_block_sizes(block_sizes, implementation, n // k, query, key)
-    static = _is_static(query_offset) and _is_static(key_offset)
+    given = query_positions is not None or key_positions is not None
+    if query_positions is not None and not (_is_static(query_offset) and query_offset == 0):
+        raise ValueError(f"query_offset must be 0 with query_positions, got {_checks.describe(query_offset)}")
+    chunks = 2 if given else 1
+    bq, bk = choose_block_sizes(block_sizes, implementation, n // k, query, key, chunks)
+    static = _is_static(query_offset) and _is_static(key_offset) and not given
     spec = AttentionSpec(
         b,
         k,
@@ -90,6 +96,7 @@ def prepare(
         precision,
         implementation,
         block_sizes,
+        chunks,
     )
     masks = Visibility(
         query_lengths=_lengths("query_seq_lengths", query_seq_lengths, batch),
@@ -97,6 +104,8 @@ def prepare(
         entries=None if mask is None else entries_of("mask", mask, spec, batch),
         offset=None if static else _offset("query_offset", query_offset, batch),
         key_offset=None if static else _offset("key_offset", key_offset, batch),
+        query_positions=_positions("query_positions", query_positions, batch, t, spec.nq * bq),
+        key_positions=_positions("key_positions", key_positions, batch, s, spec.nk * bk),
     )
     if (query_segment_ids is None) != (key_segment_ids is None):
         raise ValueError("query_segment_ids and key_segment_ids must be given together")
@@ -107,7 +116,9 @@ def prepare(
         masks = masks._replace(query_segments=segments[0], key_segments=segments[1])
 
     if masks.query_lengths is not None:  # a NaN in a hidden query would spread through the matrix products
-        keep = jnp.arange(t, dtype=jnp.int32) < masks.query_lengths[:, None]
+        index = masks.query_positions
+        index = jnp.arange(t, dtype=jnp.int32) if index is None else index[:, :t]
+        keep = index < masks.query_lengths[:, None]
         query = jnp.where(keep[..., None, None], query, 0)
     dtype = accumulation_dtype(query.dtype, key.dtype)
     in_blocks = to_blocks(spec, jnp.swapaxes(query, 1, 2)), key_blocks(spec, key), key_blocks(spec, value)
@@ -141,6 +152,19 @@ def _offset(name: str, offset: Any, batch: tuple[int, ...]) -> Array:
     if offset.shape not in ((), batch):
         raise ValueError(f"{name} must have shape () or {batch} (batch), got shape {offset.shape}")
     return jnp.asarray(offset, jnp.int32).reshape(-1 if offset.shape else ())
+
+
+def _positions(name: str, given: Any, batch: tuple[int, ...], length: int, padded: int) -> Any:
+    """`[B or 1, padded]`: the last position is repeated, so that padding does not widen the range of a block."""
+    if given is None:
+        return None
+    _checks.integers(name, given)
+    if given.shape not in ((length,), (*batch, length)):
+        raise ValueError(
+            f"{name} must have shape {(length,)} or {(*batch, length)} (batch, length), got shape {given.shape}"
+        )
+    given = jnp.asarray(given, jnp.int32).reshape(-1, length) if length else jnp.zeros((1, 0), jnp.int32)
+    return jnp.pad(given, ((0, 0), (0, padded - length)), mode="edge") if padded > length else given
 
 
 def _window(window: Any) -> tuple[int | None, int | None]:

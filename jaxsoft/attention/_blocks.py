@@ -70,12 +70,17 @@ def recut(old: AttentionSpec, new: AttentionSpec, inputs: Inputs, masks: Visibil
     scale, slopes = (None if a is None else rows(a) for a in (scale, slopes))
     inputs = Inputs(rows(query), keys(key), keys(value), scale, entries(bias), slopes)
     masks = masks._replace(entries=entries(masks.entries))
-    if masks.query_segments is not None:
-        masks = masks._replace(
-            query_segments=padded(masks.query_segments, 1, old.queries, new.nq * new.bq),
-            key_segments=padded(masks.key_segments, 1, old.keys, new.nk * new.bk),
-        )
-    return inputs, masks, jax.tree.map(rows, args)
+    along_queries = {
+        name: padded(a, 1, old.queries, new.nq * new.bq)
+        for name in ("query_segments", "query_positions")
+        if (a := getattr(masks, name)) is not None
+    }
+    along_keys = {
+        name: padded(a, 1, old.keys, new.nk * new.bk)
+        for name in ("key_segments", "key_positions")
+        if (a := getattr(masks, name)) is not None
+    }
+    return inputs, masks._replace(**along_queries, **along_keys), jax.tree.map(rows, args)
 
 
 def recut_rows(old: AttentionSpec, new: AttentionSpec, rows: Array) -> Array:

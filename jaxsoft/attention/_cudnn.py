@@ -82,6 +82,8 @@ def call_of(
             return f"it has no {name}"
     if masks.query_segments is not None:
         return "it has no segments"
+    if masks.query_positions is not None or masks.key_positions is not None:
+        return "it has no positions"
     if spec.offset != 0:
         return "it has no query_offset"
     if scale is not None and not _checks.is_concrete_number(scale):

@@ -50,6 +50,8 @@ class _Options(TypedDict, total=False):
     key_segment_ids: Int[Array, "*batch S"] | None
     mask_fn: Callable[[Array, Array], Array] | None
     query_offset: int | Int[Array, ...]
+    query_positions: Int[Array, "*batch T"] | None
+    key_positions: Int[Array, "*batch S"] | None
     alibi_slopes: Float[Array, " N"] | None
     softcap: float | None
     sinks: Float[Array, " N"] | None
@@ -121,6 +123,8 @@ def dot_product_attention(
     key_segment_ids: Int[Array, "*batch S"] | None = None,
     mask_fn: Callable[[Array, Array], Array] | None = None,
     query_offset: int | Int[Array, ...] = 0,
+    query_positions: Int[Array, "*batch T"] | None = None,
+    key_positions: Int[Array, "*batch S"] | None = None,
     alibi_slopes: Float[Array, " N"] | None = None,
     softcap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
@@ -162,6 +166,9 @@ def dot_product_attention(
         by block. Pass a module-level or cached function: compiled programs are cached under it.
       query_offset: the position of the first query, for causal masks, windows, slopes and predicates: 0, or the
         number of positions before it; an array `[]` or `[*batch]` if known only at run time.
+      query_positions: `[T]` or `[*batch, T]`, in place of `query_offset`, the position of each query where they do not
+        follow one another: a ring in zig-zag order (`zigzag_positions`). Lengths, too, then count positions.
+      key_positions: `[S]` or `[*batch, S]`, the position of each key; 0 to S - 1 by default.
       alibi_slopes: `[N]`, adds `slope * (key position - query position)` to the scores.
       softcap: caps the scaled scores to `(-softcap, softcap)` by `softcap * tanh(scores / softcap)`.
       sinks: `[N]`, logits of learned sinks: each row gets one more entry, without a value. For normalizers of the
@@ -178,7 +185,7 @@ def dot_product_attention(
         `jaxsoft.kernels.explain`).
       axis_name: inside `jax.shard_map`, the mesh axes over which queries and keys are sharded along their length, in
         the order of the devices (ring attention). T and S are then those of one device; `query_offset`, lengths and the
-        last axis of bias and mask are those of the whole sequence. No dropout.
+        last axis of bias and mask are those of the whole sequence, in the order of the keys. No dropout.
       return_residual: whether to return the log-sum-exp of each query as well, as `jax.nn` does.
       return_statistics: whether to return `AttentionStatistics` as well; replaces the residual.
 
@@ -214,6 +221,8 @@ def dot_product_attention(
         key_segment_ids=key_segment_ids,
         mask_fn=mask_fn,
         query_offset=query_offset,
+        query_positions=query_positions,
+        key_positions=key_positions,
         alibi_slopes=alibi_slopes,
         softcap=softcap,
         block_sizes=block_sizes,

@@ -67,6 +67,8 @@ _ARGUMENTS: dict[str, tuple[str | None, ...]] = {
     "lengths": ("batch",),
     "query_segment_ids": ("batch", "queries"),
     "key_segment_ids": ("batch", "keys"),
+    "query_positions": ("batch", "queries"),
+    "key_positions": ("batch", "keys"),
     "dropout_key": (),
 }
 
@@ -138,7 +140,8 @@ def _run(function, layout: Layout, normalizer, static, static_options, arrays: d
 
     def here(arrays, options):
         arrays = dict(arrays)
-        if layout.queries and not layout.keys:  # all keys are here: only the positions of the queries move
+        if layout.queries and not layout.keys and "query_positions" not in arrays:
+            # All keys are here: only the positions of the queries move.
             first = lax.axis_index(layout.queries).astype(jnp.int32) * arrays["query"].shape[-3]
             given = {**arguments, **arrays}
             arrays["query_offset"] = given.get("query_offset", 0) + first

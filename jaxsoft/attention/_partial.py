@@ -111,7 +111,8 @@ def partial_attention(
       bias: of this part's scores, as in `dot_product_attention`.
       mask: of this part's scores, likewise.
       normalizer: as in `dot_product_attention`; it must need a single pass only.
-      key_offset: the position of the part's first key (an array `[]` or `[*batch]` if known only at run time).
+      key_offset: the position of the part's first key (an array `[]` or `[*batch]` if known only at run time); its
+        index in the row, if `key_positions` are among the options.
       key_count: how many keys each query sees in all parts, a floating array that broadcasts to `[batch, N, T]`:
         for normalizers that depend on it (`scalable_softmax`, `sigmoid_weights`, `relu_weights`).
       sinks: as in `dot_product_attention`; the same for all parts.
@@ -191,7 +192,7 @@ def merge_partial_attention(*parts: PartialAttention) -> PartialAttention:
     return dataclasses.replace(parts[0], state=states[0])
 
 
-_SET_BY_DECODING = ("is_causal", "query_offset", "key_value_seq_lengths")
+_SET_BY_DECODING = ("is_causal", "query_offset", "key_value_seq_lengths", "query_positions", "key_positions")
 
 
 def decode_attention(

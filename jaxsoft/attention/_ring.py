@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from jaxsoft import _checks
 from jaxsoft._trees import align_varying, partition
@@ -161,12 +161,14 @@ class _Ring:
 
 def _keys_of(inputs: Inputs, masks: Visibility) -> tuple:
     """What travels with the keys."""
-    return inputs.key, inputs.value, masks.key_segments
+    return inputs.key, inputs.value, masks.key_segments, masks.key_positions
 
 
 def _with_keys(inputs: Inputs, masks: Visibility, keys: tuple) -> tuple[Inputs, Visibility]:
-    key, value, segments = keys
-    return inputs._replace(key=key, value=value), masks._replace(key_segments=segments)
+    key, value, segments, positions = keys
+    return inputs._replace(key=key, value=value), masks._replace(
+        key_segments=segments, key_positions=positions
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -226,11 +228,10 @@ def _pull_back(ring: _Ring, functions: tuple, kernel: Kernel | None, states, mas
     def wide(a):
         return jnp.zeros_like(a, dtype=jnp.promote_types(a.dtype, jnp.float32))
 
-    def body(carry, k):
-        (d_inputs, d_args), (keys, d_keys) = carry
+    def add(total, keys, k):
+        d_inputs, d_args, d_keys = total
         source = (index - k) % count
         d, d_args_here = of_shard(*ring.at(source, *_with_keys(inputs, masks, keys)))
-        sent = ring.send(keys)
         d_keys = ring.send(jax.tree.map(lambda t, a: t + a, d_keys, (d.key, d.value)))
         bias = d_inputs.bias
         if bias is not None:
@@ -239,14 +240,19 @@ def _pull_back(ring: _Ring, functions: tuple, kernel: Kernel | None, states, mas
         rest, d_args = jax.tree.map(
             lambda t, a: t + a, rest, (d._replace(key=None, value=None, bias=None), d_args_here)
         )
-        return ((rest._replace(bias=bias), d_args), (sent, d_keys)), None
+        return rest._replace(bias=bias), d_args, d_keys
+
+    def body(carry, k):
+        total, keys = carry
+        sent = ring.send(keys)
+        return (add(total, keys, k), sent), None
 
     wanted = partition((inputs, args))[0]
     total, d_keys = jax.tree.map(wide, (wanted, (wanted[0].key, wanted[0].value)))
-    total = total[0]._replace(key=None, value=None), total[1]
-    steps = jnp.arange(count, dtype=jnp.int32)
-    start = align_varying((total, (_keys_of(inputs, masks), d_keys), index))[:2]
-    ((d_inputs, d_args), (_, d_keys)), _ = lax.scan(body, start, steps)
+    total = total[0]._replace(key=None, value=None), total[1], d_keys
+    start = align_varying((total, _keys_of(inputs, masks), index))[:2]
+    (total, keys), _ = lax.scan(body, start, jnp.arange(count - 1, dtype=jnp.int32))
+    d_inputs, d_args, d_keys = add(total, keys, count - 1)  # after which no device needs the keys
     found = d_inputs._replace(key=d_keys[0], value=d_keys[1]), d_args
     return jax.tree.map(lambda a, d: d.astype(a.dtype), wanted, found)
 
@@ -275,6 +281,44 @@ def _transposed(spec: AttentionSpec, functions: tuple, states, masks, operands, 
 # --- from the user's arguments -------------------------------------------------------------------------------
 
 
+def zigzag_positions(length: int, devices: int) -> Int[Array, " length"]:
+    """The positions of a sequence in zig-zag order, in which a causal ring keeps its devices equally busy.
+
+    The sequence is cut into `2 * devices` chunks, of which device i holds chunks i and `2 * devices - 1 - i`: an early
+    one, whose queries see few keys, and a late one. In every step of the ring, each device then computes half of its
+    scores, where in the natural order one device computes all of them and the others wait.
+
+    The result is also the index that puts arrays into this order, `x[:, positions]`; `jnp.argsort(positions)` is its
+    inverse. Reorder tokens, labels and their positions once, where batches are made: attention is the only layer of a
+    transformer that looks from one token to another. It takes the result as `query_positions` and `key_positions`.
+
+    Args:
+      length: the number of positions, a multiple of `2 * devices`.
+      devices: the number of devices along which the sequence is sharded.
+
+    Returns:
+      `[length]`, int32.
+
+    Raises:
+      TypeError: an argument that is not an integer.
+      ValueError: a length that `2 * devices` does not divide.
+
+    Reference:
+      Llama Team, "The Llama 3 Herd of Models", section 3.3.2.
+
+    Example:
+      >>> from jaxsoft.attention import zigzag_positions
+      >>> print(zigzag_positions(8, 2))
+      [0 1 6 7 2 3 4 5]
+    """
+    length = _checks.integer("length", length, at_least=0)
+    devices = _checks.integer("devices", devices, at_least=1)
+    if length % (2 * devices):
+        raise ValueError(f"length must be a multiple of 2 * devices, {2 * devices}, got {length}")
+    early, late = jnp.split(jnp.arange(length, dtype=jnp.int32).reshape(2 * devices, -1), 2)
+    return jnp.stack([early, late[::-1]], axis=1).reshape(-1)
+
+
 def prepare_ring(
     axis_name: Any, query, key, value, bias, mask, **options
 ) -> tuple[RingRows, tuple[int, ...]]:
@@ -287,10 +331,11 @@ def prepare_ring(
                 f"{name} must have shape [*batch, length, heads, width], got {_checks.describe(array)}"
             )
     queries, keys = query.shape[-3], key.shape[-3]
-    if options.get("query_seq_lengths") is not None:
-        _checks.integers("query_seq_lengths", options["query_seq_lengths"])
-        options["query_seq_lengths"] = options["query_seq_lengths"] - index * queries
-    options["query_offset"] = options.get("query_offset", 0) + index * queries
+    if options.get("query_positions") is None:
+        if options.get("query_seq_lengths") is not None:
+            _checks.integers("query_seq_lengths", options["query_seq_lengths"])
+            options["query_seq_lengths"] = options["query_seq_lengths"] - index * queries
+        options["query_offset"] = options.get("query_offset", 0) + index * queries
     rows, shape = prepare(query, key, value, None, None, key_offset=index * keys, **options)
     by_shard, converted = [], []
     arrays: list[tuple[str, Any]] = [("bias", bias), ("mask", mask)]

@@ -95,8 +95,13 @@ def _run(
 def for_xla(spec: AttentionSpec) -> AttentionSpec:
     """The same attention in XLA's blocks: `spec` has a kernel's if one was likely to run."""
     rows = spec.batch * spec.heads * spec.groups
-    bq, bk = _xla_block_sizes(spec.given, rows, spec.queries, spec.keys)
+    bq, bk = _xla_block_sizes(spec.given, rows, *_of_chunk(spec.chunks, spec.queries, spec.keys))
     return dataclasses.replace(spec, bq=bq, bk=bk)
+
+
+def _of_chunk(chunks: int, t: int, s: int) -> tuple[int, int]:
+    """Queries and keys of a chunk: a block that crosses two chunks is seen by the queries of either."""
+    return -(-t // chunks), -(-s // chunks)
 
 
 def work_of(spec: AttentionSpec, query: Array) -> Work:
@@ -110,11 +115,17 @@ def _work(groups: int, queries: int, keys: int, query: Array) -> Work:
 
 
 def choose_block_sizes(
-    given: tuple[int | None, int | None], implementation: str | None, groups: int, query: Array, key: Array
+    given: tuple[int | None, int | None],
+    implementation: str | None,
+    groups: int,
+    query: Array,
+    key: Array,
+    chunks: int = 1,
 ) -> tuple[int, int]:
     """Queries and keys per block, for `query` `[B, T, N, H]` and `key` `[B, S, K, H]`; `given` is the user's choice."""
     (b, t, n, _), s = query.shape, key.shape[1]
     work = _work(groups, t, s, query)
+    t, s = _of_chunk(chunks, t, s)
     if likely(implementation, work):
         return _kernel_block_sizes(given, groups, t, s, measured_sizes(implementation, work))
     return _xla_block_sizes(given, b * n, t, s)

@@ -34,6 +34,7 @@ class AttentionSpec:
       precision: of the matrix products.
       implementation: the one that the user asked for, or None.
       given: the block sizes that the user asked for, each a number or None.
+      chunks: parts of the queries and of the keys that a block should not cross: 2 for given positions.
     """
 
     batch: int
@@ -52,6 +53,7 @@ class AttentionSpec:
     precision: Any = None
     implementation: str | None = None
     given: tuple[int | None, int | None] = (None, None)
+    chunks: int = 1
 
     @property
     def nq(self) -> int:
@@ -116,6 +118,8 @@ class Visibility(NamedTuple):
       entries: `[B or 1, K or 1, G or 1, T or 1, S or 1]`, padded to whole blocks.
       offset: position of the first query, `[]` or `[B]`, if `AttentionSpec.offset` is None.
       key_offset: position of the first key, likewise.
+      query_positions: `[B or 1, nq * bq]`, in place of `offset` where positions are not consecutive.
+      key_positions: `[B or 1, nk * bk]`, in place of `key_offset` likewise. Columns are counted from `key_offset`.
       needed: `[nq, nk]`, False for pairs of blocks that the pass need not read.
     """
 
@@ -126,6 +130,8 @@ class Visibility(NamedTuple):
     entries: Any = None
     offset: Any = None
     key_offset: Any = None
+    query_positions: Any = None
+    key_positions: Any = None
     needed: Any = None
 
 

@@ -109,15 +109,33 @@ def _gather_five_axes(spec: AttentionSpec, d: Array, like: Array) -> Array:
 
 def _positions(spec: AttentionSpec, masks: Visibility) -> tuple[Array, Array]:
     """The positions of queries and of keys, `[B * K or 1, nq * R]` and `[B * K or 1, nk * bk]`."""
-    q = _query_index(spec)
-    k = jnp.arange(spec.nk * spec.bk, dtype=jnp.int32)[None]
     if spec.offset is not None:
-        return q + spec.offset, k + spec.key_offset
+        return _query_index(spec) + spec.offset, _columns(spec, masks)
+    q, k = masks.query_positions, masks.key_positions
+    q = _moved(spec, _query_index(spec), masks.offset) if q is None else _by_head(spec, _each_group(spec, q))
+    k = _columns(spec, masks) if k is None else _by_head(spec, k)
+    return q, k
 
-    def moved(x, offset):
-        return x + (offset if offset.ndim == 0 else jnp.repeat(offset, spec.heads)[:, None])
 
-    return moved(q, masks.offset), moved(k, masks.key_offset)
+def _columns(spec: AttentionSpec, masks: Visibility) -> Array:
+    """The columns of the keys in whole rows of scores, `[B * K or 1, nk * bk]`."""
+    k = jnp.arange(spec.nk * spec.bk, dtype=jnp.int32)[None]
+    return k + spec.key_offset if spec.offset is not None else _moved(spec, k, masks.key_offset)
+
+
+def _moved(spec: AttentionSpec, x: Array, offset: Array) -> Array:
+    return x + (offset if offset.ndim == 0 else jnp.repeat(offset, spec.heads)[:, None])
+
+
+def _by_head(spec: AttentionSpec, per_batch: Array) -> Array:
+    """`[B or 1, ...]` as `[B * K or 1, ...]`."""
+    return per_batch if len(per_batch) == 1 else _each_head(spec, per_batch)
+
+
+def _each_group(spec: AttentionSpec, queries: Array) -> Array:
+    """`[B or 1, nq * bq]` as one number per row, `[B or 1, nq * R]`."""
+    blocks = queries.reshape(len(queries), spec.nq, 1, spec.bq)
+    return jnp.broadcast_to(blocks, (len(queries), spec.nq, spec.groups, spec.bq)).reshape(len(queries), -1)
 
 
 def _query_index(spec: AttentionSpec) -> Array:
@@ -147,7 +165,7 @@ def _operands(spec: AttentionSpec, inputs: Inputs, masks: Visibility, args) -> O
     seen_by_column = [jnp.arange(spec.nk * spec.bk)[None] < spec.keys] if beyond else []
     if hides_keys(masks):
         shown = shown_keys(spec, masks)
-        seen_by_column.append(shown if len(shown) == 1 else _each_head(spec, shown))
+        seen_by_column.append(_by_head(spec, shown))
     positioned = spec.band() != (None, None) or spec.mask_fn is not None or inputs.slopes is not None
     dynamic = spec.offset is None
 
@@ -164,6 +182,7 @@ def _operands(spec: AttentionSpec, inputs: Inputs, masks: Visibility, args) -> O
     }
     by_column = {
         "position": k if positioned or dynamic else None,
+        "column": None if masks.key_positions is None else _columns(spec, masks),
         "keep": None,
         "segment": None,
         "value": None if inputs.value is None else _side_by_side(spec, inputs.value),
@@ -171,12 +190,11 @@ def _operands(spec: AttentionSpec, inputs: Inputs, masks: Visibility, args) -> O
     if seen_by_column:
         by_column["keep"] = functools.reduce(jnp.logical_and, seen_by_column).astype(jnp.int32)
     if masks.query_lengths is not None:
-        seen = _query_index(spec) < _each_head(spec, masks.query_lengths)[:, None]
+        row = _query_index(spec) if masks.query_positions is None else q
+        seen = row < _each_head(spec, masks.query_lengths)[:, None]
         by_row["keep"] = seen.astype(jnp.int32)
     if masks.query_segments is not None:
-        segments = masks.query_segments.reshape(spec.batch, spec.nq, 1, spec.bq)
-        segments = jnp.broadcast_to(segments, (spec.batch, spec.nq, spec.groups, spec.bq))
-        by_row["segment"] = _each_head(spec, segments.reshape(spec.batch, -1))
+        by_row["segment"] = _each_head(spec, _each_group(spec, masks.query_segments))
         by_column["segment"] = _each_head(spec, masks.key_segments)
     entries = None if is_of_keys(masks.entries) else masks.entries
     by_entry = {
@@ -213,7 +231,8 @@ def _tile(
         keeps.append(block.inside)
     keep = functools.reduce(jnp.logical_and, keeps) if keeps else jnp.ones(x.shape, bool)
     scores = jnp.where(keep, x, -jnp.inf)
-    at = block.col + spec.key_offset if k is None else jnp.broadcast_to(k, x.shape)
+    column = k if cols["column"] is None else cols["column"][None, :]
+    at = block.col + spec.key_offset if column is None else jnp.broadcast_to(column, x.shape)
     columns = spec.keys + spec.key_offset if spec.offset is not None else jnp.iinfo(jnp.int32).max
     values = () if cols["value"] is None else (cols["value"],)
     tile = Tile.of(scores, at, columns, values, (), None, True)

@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxsoft._numerics import accumulation_dtype
+from jaxsoft._trees import align_varying
 from jaxsoft.attention._spec import AttentionSpec, Inputs, Visibility
 
 
@@ -47,16 +48,22 @@ def _any_of_all(axis_size: int, in_batched: list, keep: Array) -> tuple[Array, b
 
 
 def positions(spec: AttentionSpec, masks: Visibility, i, j) -> tuple[Array, Array]:
-    """Positions of a block's queries, `[bq, 1]`, and keys, `[1, bk]`; five axes if offsets vary over the batch."""
+    """Positions of a block's queries, `[bq, 1]`, and keys, `[1, bk]`; five axes if they vary over the batch."""
     q = jnp.arange(spec.bq, dtype=jnp.int32)[:, None] + i * spec.bq
     k = jnp.arange(spec.bk, dtype=jnp.int32)[None, :] + j * spec.bk
     if spec.offset is not None:
         return q + spec.offset, k + spec.key_offset
 
-    def moved(x, offset):
-        return x + (offset if offset.ndim == 0 else offset[:, None, None, None, None])
+    def moved(x, offset, given, first):
+        if given is None:
+            return x + (offset if offset.ndim == 0 else offset[:, None, None, None, None])
+        block = lax.dynamic_slice_in_dim(given, first, x.size, 1)
+        return block.reshape(x.shape if len(block) == 1 else (len(block), 1, 1, *x.shape))
 
-    return moved(q, masks.offset), moved(k, masks.key_offset)
+    return (
+        moved(q, masks.offset, masks.query_positions, i * spec.bq),
+        moved(k, masks.key_offset, masks.key_positions, j * spec.bk),
+    )
 
 
 def seen_from(spec: AttentionSpec, q: Array, k: Array) -> list[Array]:
@@ -87,6 +94,7 @@ def shown_keys(spec: AttentionSpec, masks: Visibility) -> Array:
     if masks.key_lengths is not None:
         first = spec.key_offset if masks.key_offset is None else masks.key_offset.reshape(-1, 1)
         k = jnp.arange(spec.nk * spec.bk, dtype=jnp.int32)[None] + first
+        k = k if masks.key_positions is None else masks.key_positions
         keeps.append(k < masks.key_lengths[:, None])
     if is_of_keys(masks.entries):
         keep = masks.entries[:, 0, 0, 0]
@@ -116,8 +124,9 @@ def visible(spec: AttentionSpec, masks: Visibility, i, j) -> Array:
     if masks.key_lengths is not None:
         keeps.append(k < masks.key_lengths[:, None, None, None, None])
     if masks.query_lengths is not None:
-        row = jnp.arange(spec.bq, dtype=jnp.int32) + i * spec.bq
-        keeps.append(row[:, None] < masks.query_lengths[:, None, None, None, None])
+        row = jnp.arange(spec.bq, dtype=jnp.int32)[:, None] + i * spec.bq
+        row = row if masks.query_positions is None else q
+        keeps.append(row < masks.query_lengths[:, None, None, None, None])
     if masks.query_segments is not None:
         qs = lax.dynamic_slice_in_dim(masks.query_segments, i * spec.bq, spec.bq, 1)
         ks = lax.dynamic_slice_in_dim(masks.key_segments, j * spec.bk, spec.bk, 1)
@@ -146,7 +155,8 @@ def as_rows(spec: AttentionSpec, block: Array) -> Array:
 def count(spec: AttentionSpec, inputs: Inputs, masks: Visibility) -> Array:
     """The number of visible keys per row, counted without computing scores."""
     dtype = accumulation_dtype(inputs.query.dtype, inputs.key.dtype)
-    if masks.entries is None and masks.query_segments is None and spec.mask_fn is None:
+    others = (masks.entries, masks.query_segments, masks.query_positions, masks.key_positions, spec.mask_fn)
+    if all(a is None for a in others):
         # Each query sees an interval of keys, whose ends are known.
         q = jax.vmap(lambda i: positions(spec, masks, i, 0)[0])(jnp.arange(spec.nq, dtype=jnp.int32))
         q = q.reshape(spec.nq, *(1,) * (6 - q.ndim), *q.shape[1:])[..., 0]
@@ -165,10 +175,12 @@ def count(spec: AttentionSpec, inputs: Inputs, masks: Visibility) -> Array:
         shape = (spec.nq, spec.batch, spec.heads, spec.groups, spec.bq)
         return jnp.broadcast_to(n, shape).reshape(spec.rows).astype(dtype)
 
+    masks, total = align_varying((masks, jnp.zeros(spec.rows, dtype)))
+
     def body(total, pair):
         i, j, _ = pair
         here = jnp.sum(as_rows(spec, visible(spec, masks, i, j)), axis=-1, dtype=dtype)
         old = lax.dynamic_index_in_dim(total, i, 0, keepdims=False)
         return lax.dynamic_update_index_in_dim(total, old + here, i, 0)
 
-    return over_pairs(spec, body, jnp.zeros(spec.rows, dtype))
+    return over_pairs(spec, body, total)

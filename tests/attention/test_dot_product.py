@@ -367,6 +367,13 @@ BAD = [
     (dict(is_causal=1), TypeError, "is_causal"),
     (dict(query_offset=0.5), TypeError, "query_offset"),
     (dict(mask_fn=3), TypeError, "mask_fn"),
+    (dict(query_positions=jnp.ones(4)), TypeError, "query_positions"),
+    (
+        dict(key_positions=jnp.ones((2, 4), int)),
+        ValueError,
+        r"key_positions must have shape \(6,\) or \(2, 6\)",
+    ),
+    (dict(query_positions=jnp.ones(4, int), query_offset=1), ValueError, "query_offset must be 0"),
 ]
 
 

@@ -28,6 +28,10 @@ def _attend(a):
     return out, statistics.entropy
 
 
+def _at_positions(a):
+    return dot_product_attention(**a, local_window_size=(3, 1), **BLOCKS)
+
+
 def _in_parts(a):
     query, key, value, mask = (a.pop(name) for name in ("query", "key", "value", "mask"))
     first = partial_attention(query, key[:, :4], value[:, :4], mask=mask[..., :4], **a, **BLOCKS)
@@ -45,6 +49,7 @@ ENTRIES = {
         "mask bias key_value_seq_lengths query_seq_lengths query_segment_ids key_segment_ids query_offset scale "
         "alibi_slopes sinks ssmax",
     ),
+    "positions": (_at_positions, "key_value_seq_lengths query_positions key_positions alibi_slopes"),
     "parts": (_in_parts, "mask key_value_seq_lengths sinks"),
     "decode": (functools.partial(_decode, splits=2), "lengths sinks"),
     "decode, unified": (functools.partial(_decode, unified_max=0.0), "lengths bias"),
@@ -72,6 +77,8 @@ def arrays_of(names, copies, B=B, T=T, S=S):
         "alibi_slopes": normal(N),
         "sinks": normal(N),
         "ssmax": normal(N),
+        "query_positions": jnp.asarray(rng.integers(0, 6, (copies, B, T)), jnp.int32),
+        "key_positions": jnp.asarray(rng.integers(0, 6, (copies, B, S)), jnp.int32),
     }
     return {name: arrays[name] for name in ("query", "key", "value", *names.split())}
 

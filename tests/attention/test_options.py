@@ -1,6 +1,6 @@
 """Options of `dot_product_attention` together, against the plain formula: by row, over the keys that a query sees.
 
-In a covering design every two values of two options meet in a call. Of the masks: 165 pairs in 30 calls.
+In a covering design every two values of two options meet in a call. Of the masks: 182 pairs in 36 calls.
 Of all options, with 28 normalizers: 1544 pairs in 73 calls.
 """
 
@@ -34,25 +34,39 @@ def _not_third(q, k):
 
 LENGTHS = {"query_seq_lengths": np.array([5, 6]), "key_value_seq_lengths": np.array([9, 7])}
 OFFSETS = {"0": 0, "static": 3, "per batch element": np.array([4, -1])}
+# Queries and keys that do not follow one another; lengths then count positions.
+POSITIONS = {
+    "query_positions": np.array([4, 0, 7, 2, 5, 3]),
+    "key_positions": np.array([[3, 8, 0, 5, 1, 7, 2, 6, 4], [0, 2, 1, 6, 8, 7, 3, 4, 5]]),
+}
 WINDOWS = {"none": None, "both": (4, 3), "left": (5, None)}
 HIDDEN_BY = ["nothing", "mask", "head mask", "key mask", "segments", "predicate"]
 
 
+def places(case):
+    """What lengths count of each query, its position, `[B, 1, T, 1]`, and the positions of the keys, `[B, 1, 1, S]`."""
+    t, s = np.arange(T), np.arange(S)
+    if case["offset"] == "positions":
+        t, s = POSITIONS["query_positions"], POSITIONS["key_positions"]
+    t, s = np.broadcast_to(t, (B, T)), np.broadcast_to(s, (B, S))
+    moved = t if case["offset"] == "positions" else t + np.broadcast_to(OFFSETS[case["offset"]], B)[:, None]
+    return t[:, None, :, None], moved[:, None, :, None], s[:, None, None]
+
+
 def mask_options(case, rng):
     """The arguments of a case's masks, and which keys each query sees, `[B, N, T, S]`."""
-    t, s = np.arange(T)[:, None], np.arange(S)
     options = {name: lengths for name, lengths in LENGTHS.items() if case[name]}
-    options |= {
-        "is_causal": case["causal"],
-        "local_window_size": WINDOWS[case["window"]],
-        "query_offset": OFFSETS[case["offset"]],
-    }
+    options |= {"is_causal": case["causal"], "local_window_size": WINDOWS[case["window"]]}
+    if case["offset"] == "positions":
+        options |= POSITIONS
+    else:
+        options["query_offset"] = OFFSETS[case["offset"]]
     keep = np.ones((B, N, T, S), bool)
+    t, position, s = places(case)
     if case["query_seq_lengths"]:
-        keep &= (t < options["query_seq_lengths"][:, None, None])[:, None]
+        keep &= t < options["query_seq_lengths"][:, None, None, None]
     if case["key_value_seq_lengths"]:
-        keep &= (s < options["key_value_seq_lengths"][:, None])[:, None, None]
-    position = t + np.broadcast_to(OFFSETS[case["offset"]], B)[:, None, None, None]
+        keep &= s < options["key_value_seq_lengths"][:, None, None, None]
     left, right = WINDOWS[case["window"]] or (None, None)
     if case["causal"]:
         keep &= s <= position
@@ -100,7 +114,7 @@ MASKS = {
     "window": list(WINDOWS),
     "key_value_seq_lengths": [False, True],
     "query_seq_lengths": [False, True],
-    "offset": list(OFFSETS),
+    "offset": [*OFFSETS, "positions"],
     "blocks": [(4, 5), (None, None)],
 }
 # The number of keys is counted by other code if neither an array nor a predicate hides some.
@@ -115,7 +129,7 @@ def test_visible_keys_and_their_number(x64):
         arrays, static = split(options)
         absent = np.zeros((B, S), bool)
         if case["key_value_seq_lengths"]:
-            absent |= np.arange(S) >= LENGTHS["key_value_seq_lengths"][:, None]
+            absent |= places(case)[2][:, 0, 0] >= LENGTHS["key_value_seq_lengths"][:, None]
         if case["hidden by"] == "key mask":
             absent |= ~options["mask"][:, 0, 0]
         keys = np.where(absent, np.nan, 0.0)[..., None, None]
@@ -248,7 +262,7 @@ def test_the_designs():
         given |= {*floats, *masks}
     # The others change the result at most by rounding; the residual is one of the statistics.
     given |= {"softcap", "block_sizes", "precision", "implementation", "return_statistics", "return_residual"}
-    given |= {"axis_name"}  # tests/attention/test_several_devices.py
+    given |= {"axis_name", *POSITIONS}  # tests/attention/test_several_devices.py
     assert given == set(inspect.signature(dot_product_attention).parameters)
 
 

@@ -230,6 +230,7 @@ _TESTED_IN = {
         "jaxsoft.attention: PartialAttention decode_attention flax_attention_fn merge_partial_attention "
         "partial_attention"
     ),
+    "tests/attention/test_several_devices.py": "jaxsoft.attention: zigzag_positions",
     "tests/attention/test_linear.py": (
         "jaxsoft.attention: lightning_attention lightning_slopes linear_attention magnitude_aware_linear_attention"
     ),

@@ -99,6 +99,16 @@ OPTIONS = {
     "arrays, dropout": lambda rng: (floats(rng), dict(softcap=2.0, **DROPOUT)),
     "masks": lambda rng: ({}, masks(rng)),
     "static": lambda rng: ({}, dict(local_window_size=(4, 1), mask_fn=even, query_offset=-1)),
+    "positions": lambda rng: (
+        {},
+        dict(
+            is_causal=True,
+            query_positions=jnp.asarray(rng.permutation(T)),
+            key_positions=jnp.asarray([rng.permutation(S) for _ in range(B)]),
+            query_seq_lengths=jnp.asarray([9, T]),
+            **DROPOUT,
+        ),
+    ),
     "offsets, bias of keys": lambda rng: (
         dict(bias=jnp.asarray(rng.normal(size=(B, 1, 1, S)), jnp.float32)),
         dict(is_causal=True, query_offset=jnp.asarray([1, -3])),
@@ -185,6 +195,11 @@ MASKED_AT_RUN_TIME = {
     "predicate": dict(mask_fn=lambda q, k: q // 16 == k // 16),
     "array": dict(mask=jnp.arange(48)[:, None] // 16 >= jnp.arange(57) // 16),
     "offset": dict(is_causal=True, query_offset=jnp.int32(3)),
+    "positions": dict(
+        is_causal=True,
+        query_positions=jnp.concatenate([jnp.arange(16), jnp.arange(32, 64)]),
+        key_positions=jnp.arange(57) // 16 * -16 + jnp.arange(57) % 16 + 48,
+    ),
     "offsets": dict(local_window_size=(3, 2), query_offset=jnp.array([3, 9])),
 }
 

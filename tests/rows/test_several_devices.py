@@ -1,5 +1,6 @@
 """Logits on a mesh: values and gradients as on one device, and what compiled programs move, compute and store."""
 
+import contextlib
 import functools
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import float64
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -15,7 +17,7 @@ from jaxsoft import scaling
 from jaxsoft._program import costs_of
 from jaxsoft.losses import clip_loss, cross_entropy, distillation_loss, weighted_mean
 
-# For each way to place a model: the axes of hidden, of weight `[d, vocab]`, and whether the compiler must gather.
+# For each way to place a model: the axes of hidden and of weight, `[d, vocab]` (tied: `[vocab, d]`).
 PLACEMENTS = {
     "vocabulary": (P("data"), P(None, "model")),
     "vocabulary and features": (P("data"), P("data", "model")),
@@ -24,7 +26,17 @@ PLACEMENTS = {
     "replicated": (P("data"), P()),
     "hidden over features": (P("data", "model"), P()),
     "vocabulary over the rows' axis": (P("data"), P(None, "data")),
+    "tied": (P("data"), P("model")),
+    "tied, features": (P("data", "model"), P("model", "data")),
 }
+KINDS = ("Explicit", "Auto")
+MESHES = ((8, 1), (4, 2), (2, 4), (1, 8))
+# Every placement on every mesh: with each kind of axes in both dtypes.
+ON_MESHES = [
+    (name, KINDS[(i + j) % 2], mesh, ("float32", "float64")[(i + j // 2) % 2])
+    for i, name in enumerate(PLACEMENTS)
+    for j, mesh in enumerate(MESHES)
+]
 
 
 def mesh_of(kind: str, data: int = 2, model: int = 4):
@@ -35,13 +47,13 @@ def put(mesh, a, spec):
     return jax.device_put(a, NamedSharding(mesh, spec))
 
 
-def operands(n=16, d=8, vocab=48):
+def operands(n=16, d=8, vocab=48, dtype="float32"):
     rng = np.random.default_rng(0)
     labels = rng.integers(0, vocab, n)
     labels[3] = -100
     return (
-        jnp.asarray(rng.normal(size=(n, d)), jnp.float32),
-        jnp.asarray(rng.normal(size=(d, vocab)), jnp.float32),
+        jnp.asarray(rng.normal(size=(n, d)), dtype),
+        jnp.asarray(rng.normal(size=(d, vocab)), dtype),
         jnp.asarray(labels, jnp.int32),
     )
 
@@ -66,35 +78,31 @@ def close(got, wanted, tolerance=1e-5):
 
 
 @functools.cache
-def one_device():
-    return jax.jit(jax.value_and_grad(both, (0, 1)))(*operands())
+def one_device(dtype):
+    return jax.jit(jax.value_and_grad(both, (0, 1)))(*operands(dtype=dtype))
 
 
-@pytest.mark.parametrize("kind", ["Explicit", "Auto"])
-@pytest.mark.parametrize("name", PLACEMENTS)
-def test_every_placement_is_one_device(name, kind):
+@pytest.mark.parametrize(
+    "name, kind, mesh, dtype", ON_MESHES, ids=lambda a: "x".join(map(str, a)) if isinstance(a, tuple) else a
+)
+def test_every_placement_is_one_device(name, kind, mesh, dtype):
     """Per-row loss and weighted mean; the gradients lie where the parameters do."""
     hidden_spec, weight_spec = PLACEMENTS[name]
-    hidden, weight, labels = operands()
-    mesh = mesh_of(kind)
-    said = {} if kind == "Explicit" else dict(hidden_sharding=hidden_spec, weight_sharding=weight_spec)
-    f = jax.jit(jax.value_and_grad(functools.partial(both, **said), (0, 1)))
-    got = f(
-        put(mesh, hidden, hidden_spec), put(mesh, weight, weight_spec), put(mesh, labels, P(hidden_spec[0]))
-    )
-    close(got, one_device())
+    tied = name.startswith("tied")
+    mesh = mesh_of(kind, *mesh)
+    with float64() if dtype == "float64" else contextlib.nullcontext():
+        hidden, weight, labels = operands(dtype=dtype)
+        weight = weight.T if tied else weight
+        said = {} if kind == "Explicit" else dict(hidden_sharding=hidden_spec, weight_sharding=weight_spec)
+        f = jax.jit(jax.value_and_grad(functools.partial(both, transpose_weight=tied, **said), (0, 1)))
+        placed = put(mesh, hidden, hidden_spec), put(mesh, weight, weight_spec)
+        value, gradient = f(*placed, put(mesh, labels, P(hidden_spec[0])))
+        assert gradient[1].dtype == dtype
+        wanted = one_device(dtype)
+        found = gradient[0], gradient[1].T if tied else gradient[1]
+        close((value, found), wanted, 1e-5 if dtype == "float32" else 1e-10)
     if kind == "Explicit":
-        assert jax.typeof(got[1][1]).sharding.spec == jax.typeof(put(mesh, weight, weight_spec)).sharding.spec
-
-
-@pytest.mark.parametrize("model", [1, 2, 8])
-def test_number_of_shards(model):
-    hidden, weight, labels = operands()
-    mesh = mesh_of("Explicit", 1, model)
-    f = jax.jit(jax.value_and_grad(both, (0, 1)))
-    close(
-        f(put(mesh, hidden, P()), put(mesh, weight, P(None, "model")), put(mesh, labels, P())), one_device()
-    )
+        assert jax.typeof(gradient[1]).sharding.spec == jax.typeof(placed[1]).sharding.spec
 
 
 @pytest.mark.parametrize("vocab", [45, 3])
@@ -287,9 +295,13 @@ def test_collectives_do_not_grow_with_the_blocks():
 
 
 def test_cost_of_a_weight_sharded_over_features():
-    """FSDP. A per-row loss reads the weight twice, so it gathers it twice; never whole."""
+    """FSDP. A per-row loss reads the weight twice, so it gathers it twice; never whole.
+
+    It receives as much as dense logits do, whose gradient is added up whole before it is cut.
+    """
     plain, rows, total = (costs(f, "fsdp") for f in (dense, streamed, in_forward_pass))
     assert rows.temporary <= plain.temporary / 20
+    assert total.received < rows.received <= 1.001 * plain.received
     assert rows.bytes_moved <= 1.25 * plain.bytes_moved
     assert total.bytes_moved <= plain.bytes_moved
     assert total.flops <= 1.05 * IDEAL
@@ -315,6 +327,7 @@ def test_predictions_are_what_programs_do(loss, placement):
     name = "cross_entropy" if loss is streamed else "weighted_mean"
     wanted, found = scaling.predict(scaling.Step(N, D, V, 2, 4), placement, name), costs(loss, placement)
     assert found.bytes_moved == pytest.approx(wanted.bytes_moved, rel=0.01)
+    assert found.received == pytest.approx(wanted.received, rel=0.01)
     assert found.flops == pytest.approx(wanted.flops, rel=0.01)
     assert found.temporary == pytest.approx(wanted.temporary, rel=0.35)
 
@@ -360,6 +373,7 @@ def test_bytes_of_a_known_program():
     found = costs_of(jax.jit(f).lower(x).compile())
     assert found.collectives == {"all-reduce": 5}
     assert found.moved == {"all-reduce": 5 * 64 * 64 * 4}
+    assert found.received == 2 * 7 / 8 * found.bytes_moved
     assert found.flops == 5 * 2 * 64**3
 
 
