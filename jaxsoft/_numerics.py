@@ -83,8 +83,12 @@ def weigh(values: jax.Array, weights: jax.Array) -> jax.Array:
     return weights.astype(values.dtype) * values
 
 
-def as_ids(ids: jax.Array) -> jax.Array:
-    """Ids as signed integers of 32 bits or more: narrower types may not hold the number of columns, or -100."""
+def as_ids(ids: Any) -> jax.Array:
+    """Ids as signed integers of 32 bits or more: narrower types may not hold the number of columns, or -100.
+
+    Without 64-bit types, an array of NumPy's default integers has 32 bits from here on.
+    """
+    ids = jnp.asarray(ids)
     return ids.astype(jnp.promote_types(ids.dtype, jnp.int32))
 
 

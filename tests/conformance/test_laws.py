@@ -726,3 +726,16 @@ def test_labels_out_of_range(entry, x64):
     for loss, gradient in (value_and_gradient(entry)(x, wrong, {}), (streamed, gradients["hidden"])):
         np.testing.assert_array_equal(jnp.isnan(loss), is_bad)
         assert jnp.all(jnp.isnan(gradient[1, 2])) and jnp.all(jnp.isfinite(gradient[~is_bad]))
+
+
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if set(IDS) & set(e.inputs)], ids=lambda e: e.id)
+def test_ids_of_numpy(entry):
+    """NumPy's default integers have 64 bits, which JAX does not have by default; outside of `jit` they remain."""
+    x, given = scores(entry), inputs_of(entry)
+    wide = {k: np.asarray(v, np.int64) if k in IDS else v for k, v in given.items()}
+    shapes = [
+        jax.eval_shape(lambda x, inputs=inputs: entry.call(x, inputs), x)  # constants are not traced
+        for inputs in (wide, given)
+    ]
+    trees = [jax.tree.map(lambda a: (a.shape, a.dtype), s) for s in shapes]
+    assert trees[0] == trees[1]
