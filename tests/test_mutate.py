@@ -7,6 +7,7 @@ _SLIP = (
     '[[slip]]\nfile = "jaxsoft/__init__.py"\nold = "{}"\nnew = "{}"\ntests = "{}"\nkind = "{}"\ngap = "{}"\n'
 )
 _TESTS = "tests/test_add.py -k one"
+SLIPS = mutate.read_slips(mutate.ROOT / "tests" / "mutations")
 
 
 @pytest.fixture
@@ -73,3 +74,10 @@ def test_a_kind_must_be_known(root):
     write(root, ("a + b", "a - b", _TESTS, "style", ""))
     with pytest.raises(ValueError, match=r"kind must be one of formula, .* got 'style'"):
         mutate.main([], root)
+
+
+@pytest.mark.parametrize("file", sorted({slip.file for slip in SLIPS}))
+@pytest.mark.whole
+def test_the_text_of_each_slip_is_in_the_code(file):
+    text = (mutate.ROOT / file).read_text(encoding="utf-8")
+    assert [slip.old for slip in SLIPS if slip.file == file and text.count(slip.old) != 1] == []
