@@ -24,8 +24,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "docs"), str(ROOT / "tests")]
 
 import loss_table  # noqa: E402
 
-_PACKAGES = "activations attention calibration decoding flax heads kernels losses merging normalizers norms optimizers rows"
-PACKAGES = ["jaxsoft", *(f"jaxsoft.{name}" for name in _PACKAGES.split())]
+_ON_SCORES = "attention calibration decoding heads kernels losses normalizers rows"
+_OTHERS = "activations flax merging norms optimizers"
+PACKAGES = ["jaxsoft", *(f"jaxsoft.{name}" for name in sorted(f"{_ON_SCORES} {_OTHERS}".split()))]
 # Public modules that are no packages: their public names are exports.
 MODULES = ["jaxsoft.flax.linen", "jaxsoft.flax.nnx", "jaxsoft.rows.reductions"]
 TABLE = "losses-table.md"
