@@ -145,6 +145,19 @@ def test_normalizers(name, device):
     assert kernels_in(f, *heads(), device=device) >= 3
 
 
+@pytest.mark.whole
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="as above")
+def test_a_count_of_the_columns_of_tiles_that_no_mask_cuts():
+    """There it is one number for all rows: of the columns that are no padding."""
+
+    def f(q, k, v):
+        options = dict(normalizer=NORMALIZERS["sparsemax"], is_causal=True, implementation="mosaic_gpu")
+        return dot_product_attention(q, k, v, **options)
+
+    device = next(d for d in GPUS if d.implementation == "mosaic_gpu")
+    assert kernels_in(f, *heads(), device=device) >= 3
+
+
 @all_devices
 def test_attention_with_options(device):
     """Everything that a tile of scores may read."""

@@ -954,12 +954,27 @@ def _reduced(space: Space, name: str, value: Value, axes: list[int], shape: tupl
             )
         else:
             n = space.sizes[kind] if kind is not None else space.actual(shape[d])
+            kinds = value.kinds[:d] + value.kinds[d + 1 :]
+            others = shape[:d] + shape[d + 1 :]
             out = np.empty(items.shape[:d] + items.shape[d + 1 :], object)
             for at in np.ndindex(out.shape):
                 item = items[(*at[:d], 0, *at[d:])]
+                if kind in ("r", "c") and item.dims == kind:
+                    # A count of columns is one number for all rows: every row computes it.
+                    item, kinds = _along_the_other(space, item, kinds, others)
                 out[at] = _reduced_item(space, name, item, kind, functools.partial(repeat, n=n))
-            value = Value(value.kinds[:d] + value.kinds[d + 1 :], out)
+            value, shape = Value(kinds, out), others
     return value
+
+
+def _along_the_other(space: Space, item: Item, kinds: tuple, shape: tuple[int, ...]) -> tuple[Item, tuple]:
+    """An item over one axis of a tile, repeated along the other one, if an axis of the value stands for that."""
+    (letter,) = set("rc") - set(item.dims)
+    for d, (kind, size) in enumerate(zip(kinds, shape)):
+        if kind in (None, letter) and size == space.traced[letter]:
+            dims = space.union(item.dims, letter)
+            return Item(dims, space.spread(item, dims)), (*kinds[:d], letter, *kinds[d + 1 :])
+    return item, kinds
 
 
 def _reduced_item(space: Space, name: str, item: Item, kind: str | None, repeat: Callable) -> Item:
