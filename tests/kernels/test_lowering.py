@@ -329,7 +329,9 @@ def test_a_frozen_operand_costs_nothing(device):
         logits = jaxsoft.linear_logits(hidden, weight, implementation=device.implementation)
         return total(jaxsoft.logsumexp(logits))
 
-    assert lowered(attended, *heads()).count(device.call) == 2
+    # Before 0.12, JAX leaves a TPU's call whose results nobody reads to XLA.
+    left = device.platform == "tpu" and jax.__version_info__ < (0, 12)
+    assert lowered(attended, *heads()).count(device.call) == 2 + left
     half = jnp.bfloat16
     text = lowered(of_head, array(512, 256, dtype=half), array(256, 3000, dtype=half))
     assert text.count("stablehlo.dot_general") == 1
