@@ -117,7 +117,6 @@ CASES = [
     (heads.partial_fc_loss, dict(features=X, weight=X.T, labels=IDS, key=KEY, size=4)),
     (heads.augment_and_reduce_bound, dict(logits=X, labels=IDS)),
     (heads.vq_top_k, dict(hidden=X, codebook=X, codes=IDS, k=2)),
-    (heads.vq_commitment_loss, dict(weight=X, codebook=X, codes=IDS)),
     (heads.vq_codebook, dict(weight=X, size=2, key=KEY)),
     (losses.cosine_logits, dict(features=X, weight=X.T)),
     (losses.distance_covariance, dict(x=X, y=X)),

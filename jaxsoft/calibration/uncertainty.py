@@ -10,10 +10,9 @@ from jaxtyping import Array, Bool, Float
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, log_or_neg_inf
+from jaxsoft.normalizers import log_softmax
 from jaxsoft.normalizers.inner import per_row, present_scores
-from jaxsoft.rows import reduce_rows, reductions
 from jaxsoft.rows.inner import rows_of
-from jaxsoft.rows.reductions import LogPartition
 
 
 class PredictiveUncertainty(NamedTuple):
@@ -243,19 +242,12 @@ def mix_probabilities(
     h, h_present, _ = present_scores(robust_logits, axis, where, "mix_probabilities")
     dtype = jnp.promote_types(x.dtype, h.dtype)
     a = jnp.expand_dims(per_row("weight", weight, rows_of(x.shape, axis), dtype), axis).astype(dtype)
-    first = _log_softmax(x.astype(dtype), x_present, axis) + log_or_neg_inf(1 - a)
-    second = _log_softmax(h.astype(dtype), h_present, axis) + log_or_neg_inf(a)
+    first = log_softmax(x.astype(dtype), axis=axis, where=x_present) + log_or_neg_inf(1 - a)
+    second = log_softmax(h.astype(dtype), axis=axis, where=h_present) + log_or_neg_inf(a)
     # logaddexp, whose derivative is NaN where both are -inf
     either = (first != -jnp.inf) | (second != -jnp.inf)
     mixed = jnp.logaddexp(jnp.where(either, first, 0), jnp.where(either, second, 0))
     return jnp.where(either, mixed, -jnp.inf).astype(logits.dtype)
-
-
-def _log_softmax(x: Array, present: Array, axis: int) -> Array:
-    """The log-softmax in the accumulation dtype, -inf for absent entries, whose x is 0."""
-    partition = reduce_rows(x, reductions.log_partition(), axis=axis, where=present)
-    expanded = LogPartition(*(jnp.expand_dims(part, axis) for part in partition))
-    return jnp.where(present, expanded.log_softmax(x), -jnp.inf)
 
 
 def pair_covariance(

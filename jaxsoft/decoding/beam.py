@@ -71,8 +71,7 @@ def beam_step(
     beams = rows.rows[-1]
     k = min(beams, rows.columns)
     found = rows.reduce({"best": reductions.top_k(k), "partition": reductions.log_partition()})
-    parts = type(found["partition"])(*(a[..., None] for a in found["partition"]))
-    steps, tokens = parts.log_softmax(found["best"].values), found["best"].indices
+    steps, tokens = found["partition"].along().log_softmax(found["best"].values), found["best"].indices
     if finished is None:
         finished = jnp.zeros(rows.rows, bool)
     _checks.boolean("finished", finished)

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxsoft import _checks
-from jaxsoft._numerics import accumulation_dtype, finite_gauge, safe_divide
+from jaxsoft._numerics import accumulation_dtype
 from jaxsoft.decoding.transforms import Transform, _number
+from jaxsoft.normalizers import softmax
 from jaxsoft.rows import LinearLogits, Logits, reductions
 
 # Grid of alpha in the paper: 0, 0.1, ..., 2.
@@ -228,8 +229,7 @@ def _interpolated(rows, *, distances, values, weight, temperature):
     t = rows.per_row("temperature", temperature)
     counts = (values >= 0) & (values < rows.columns)
     x = jnp.where(counts, -distances.astype(rows.dtype) / t[..., None], -jnp.inf)
-    x = jnp.exp(x - finite_gauge(jnp.max(x, axis=-1, keepdims=True, initial=-jnp.inf)))
-    p = safe_divide(x, jnp.sum(x, axis=-1, keepdims=True))
+    p = softmax(x)
     weight = jnp.where(jnp.any(p > 0, axis=-1), weight, 0)
     flat = p.reshape(-1, p.shape[-1])
     ids = jnp.where(counts, values, rows.columns).reshape(flat.shape).astype(jnp.int32)

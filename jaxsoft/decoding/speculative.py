@@ -12,6 +12,7 @@ from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype, as_ids
 from jaxsoft.decoding._rows import TransformedLogits, as_rows
 from jaxsoft.decoding.sampling import argmax, sample
+from jaxsoft.normalizers import softmax
 from jaxsoft.rows import Logits, reductions
 
 
@@ -25,12 +26,6 @@ class Speculation(NamedTuple):
 
     tokens: Array
     accepted: Array
-
-
-def _probabilities(logits: Array) -> Array:
-    x = logits.astype(accumulation_dtype(logits.dtype))
-    best = jnp.max(x, axis=-1, keepdims=True, initial=-jnp.inf)
-    return jnp.where(best == -jnp.inf, 0, jax.nn.softmax(x, axis=-1))
 
 
 def _accepts(u: Array, q: Array, p: Array) -> Array:
@@ -118,7 +113,7 @@ def speculative_accept(
         best = argmax(target_logits)
         keeps = tokens == best[..., :drafts]
     else:
-        p, q = _probabilities(target_logits), _probabilities(draft_logits)
+        p, q = (softmax(a.astype(accumulation_dtype(a.dtype))) for a in (target_logits, draft_logits))
         u = jax.random.uniform(uniform_key, tokens.shape, p.dtype)
         keeps = _accepts(u, at(q, tokens), at(p[..., :drafts, :], tokens))
     keeps &= jnp.arange(drafts) < lengths[..., None]

@@ -334,8 +334,7 @@ def _descending(rows: TransformedLogits, limit: int | None, name: str) -> tuple[
         wanted = {"best": reductions.top_k(min(limit, rows.columns)), "partition": reductions.log_partition()}
         found = rows.detached().reduce(wanted)
         values, partition = found["best"].values, found["partition"]
-    parts = type(partition)(*(a[..., None] for a in partition))
-    return values, parts.log_softmax(values)
+    return values, partition.along().log_softmax(values)
 
 
 def _nth(values: Array, count: Array, keep: int) -> Array:
@@ -640,11 +639,17 @@ def token_counts(
     return zeros.at[numbers, ids].add(1, mode="drop").reshape(*tokens.shape[:-1], columns)
 
 
-def _penalty(name: str, define: Callable, counts: Any, value: Any, **bounds: float) -> Transform:
+def _penalty(name: str, function: Callable, counts: Any, value: Any, **bounds: float) -> Transform:
+    """The transform of an elementwise `function(x, cols, penalty, counts)`."""
     if not _is_array(counts):
         raise TypeError(f"counts must be an array of integers, got {_checks.describe(counts)}")
     _checks.integers("counts", counts)
-    return Transform(define, {"counts": counts, "penalty": _number(name, value, **bounds)}, (("name", name),))
+    arguments = {"counts": counts, "penalty": _number(name, value, **bounds)}
+    return Transform(_penalized, arguments, (("name", name), ("function", function)))
+
+
+def _penalized(rows, *, counts, penalty, name, function):
+    return rows.then(function, rows.per_row(name, penalty), **rows.per_entry("counts", counts))
 
 
 def repetition_penalty(
@@ -672,11 +677,7 @@ def repetition_penalty(
       >>> print(repetition_penalty(jnp.array([2, 0, 1]), 2.0)(jnp.array([1.0, 2.0, -1.0])))
       [ 0.5  2.  -2. ]
     """
-    return _penalty("repetition_penalty", _repetition, counts, repetition_penalty, above=0)
-
-
-def _repetition(rows, *, counts, penalty, name):
-    return rows.then(_repeated, rows.per_row(name, penalty), **rows.per_entry("counts", counts))
+    return _penalty("repetition_penalty", _repeated, counts, repetition_penalty, above=0)
 
 
 def _repeated(x, cols, penalty, counts):
@@ -705,11 +706,7 @@ def presence_penalty(
       >>> print(presence_penalty(jnp.array([2, 0, 1]), 0.5)(jnp.array([1.0, 2.0, -1.0])))
       [ 0.5  2.  -1.5]
     """
-    return _penalty("presence_penalty", _presence, counts, presence_penalty)
-
-
-def _presence(rows, *, counts, penalty, name):
-    return rows.then(_occurred, rows.per_row(name, penalty), **rows.per_entry("counts", counts))
+    return _penalty("presence_penalty", _occurred, counts, presence_penalty)
 
 
 def _occurred(x, cols, penalty, counts):
@@ -738,11 +735,7 @@ def frequency_penalty(
       >>> print(frequency_penalty(jnp.array([2, 0, 1]), 0.5)(jnp.array([1.0, 2.0, -1.0])))
       [ 0.   2.  -1.5]
     """
-    return _penalty("frequency_penalty", _frequency, counts, frequency_penalty)
-
-
-def _frequency(rows, *, counts, penalty, name):
-    return rows.then(_often, rows.per_row(name, penalty), **rows.per_entry("counts", counts))
+    return _penalty("frequency_penalty", _often, counts, frequency_penalty)
 
 
 def _often(x, cols, penalty, counts):
@@ -819,8 +812,8 @@ def allowed_token_ids(allowed_token_ids: Int[Array, "*rows k"]) -> Transform:
     """Keeps the tokens that are listed.
 
     Args:
-      allowed_token_ids: integers, `[k]` for all rows or `[*rows, k]`. Ids out of range are ignored, so that lists may
-        be padded with -1.
+      allowed_token_ids: integers, `[k]` for all rows or `[*rows, k]`, which store a mask `[columns]` or
+        `[*rows, columns]`. Ids out of range are ignored, so that lists may be padded with -1.
 
     Returns:
       A `Transform`.
@@ -842,7 +835,8 @@ def suppress_tokens(suppress_tokens: Int[Array, "*rows k"]) -> Transform:
     """Rejects the tokens that are listed.
 
     Args:
-      suppress_tokens: integers, `[k]` for all rows or `[*rows, k]`. Ids out of range are ignored.
+      suppress_tokens: integers, `[k]` for all rows or `[*rows, k]`, as for `allowed_token_ids`. Ids out of range are
+        ignored.
 
     Returns:
       A `Transform`.

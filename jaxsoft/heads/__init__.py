@@ -16,7 +16,6 @@ from jaxsoft.heads.partial import (
 )
 from jaxsoft.heads.quantized import (
     vq_codebook,
-    vq_commitment_loss,
     vq_cross_entropy,
     vq_logits,
     vq_top_k,
@@ -69,7 +68,6 @@ __all__ = [
     "spherical_top_k",
     "spherical_update",
     "vq_codebook",
-    "vq_commitment_loss",
     "vq_cross_entropy",
     "vq_logits",
     "vq_top_k",

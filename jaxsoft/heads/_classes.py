@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxsoft import _checks
-from jaxsoft._numerics import accumulation_dtype, as_ids
+from jaxsoft._numerics import accumulation_dtype, as_ids, weigh
 from jaxsoft._trees import entries_at
 from jaxsoft.rows import LinearLogits
 from jaxsoft.rows.inner import capped, check_axis_name, check_range
@@ -69,6 +69,13 @@ def check_labels(
         return labels, None
     keep = labels != ignore_index
     return jnp.where(keep, labels, 0), keep
+
+
+def finish(values: Array, keep: Array | None, weights: Array | None) -> Array:
+    """Gives ignored rows the value 0, and applies the weights."""
+    if keep is not None:
+        values = jnp.where(keep, values, 0)
+    return values if weights is None else weigh(values, weights)
 
 
 def check_matrix(name: str, value: Any, layout: str) -> None:

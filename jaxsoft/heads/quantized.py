@@ -21,6 +21,8 @@ hidden, labels = jax.random.normal(jax.random.key(2), (8, 16)), jnp.arange(8)
 loss = heads.vq_cross_entropy(hidden, codebook, codes, labels).mean()
 best = heads.vq_top_k(hidden, codebook, codes, 3)
 ```
+
+`losses.vq_commitment_loss(weight, codebook[codes])` ties a full weight to a codebook that is trained with it.
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxsoft import _checks
-from jaxsoft._numerics import accumulation_dtype, as_ids, weigh
-from jaxsoft.heads._classes import check_hidden, check_labels, check_matrix, take_classes
+from jaxsoft._numerics import accumulation_dtype, as_ids
+from jaxsoft.heads._classes import check_hidden, check_labels, check_matrix, finish, take_classes
 from jaxsoft.losses import cross_entropy
 from jaxsoft.losses.inner import IGNORE_INDEX, check_weights
 from jaxsoft.rows import TopK, linear_logits
@@ -169,10 +171,7 @@ def vq_cross_entropy(
         own_bias = take_classes(bias.astype(share.dtype), labels)
         absent = own_bias == -jnp.inf
         share = jnp.where(absent, jnp.inf, share - jnp.where(absent, 0, own_bias))
-    values = cross_entropy(logits, own, ignore_index=None) + share
-    if keep is not None:
-        values = jnp.where(keep, values, 0)
-    return values if weights is None else weigh(values, weights)
+    return finish(cross_entropy(logits, own, ignore_index=None) + share, keep, weights)
 
 
 def vq_top_k(
@@ -246,52 +245,6 @@ def vq_top_k(
 def _largest(scores: Array, ids: Array, k: int) -> Array:
     """The places of the k largest scores; of equal ones, those of smaller ids."""
     return jnp.lexsort((ids, -scores), axis=-1)[..., :k]
-
-
-def vq_commitment_loss(
-    weight: Float[Array, "classes d"],
-    codebook: Float[Array, "K d"],
-    codes: Int[Array, " classes"],
-    *,
-    beta: float = 0.25,
-) -> Float[Array, " classes"]:
-    """The terms of VQ-VAE that tie a full weight to a codebook: `|sg(w_v) - e|^2 + beta |w_v - sg(e)|^2`.
-
-    sg stops the gradient, and e is the code of class v. *Reconstructed*: the paper's abstract does not give the loss.
-
-    Args:
-      weight: `[classes, d]`.
-      codebook: `[K, d]`.
-      codes: `[classes]` integers in `[0, K)`; one out of range gives NaN.
-      beta: how strongly the weight is drawn to its code, 0 or more; the usual value of VQ-VAE.
-
-    Returns:
-      One value per class, float32 or wider.
-
-    Raises:
-      TypeError: an argument of a wrong type or dtype.
-      ValueError: an argument of a wrong shape or out of range.
-
-    Reference:
-      "VQ-Logits: Compressing the Output Bottleneck of Large Language Models via Vector Quantized Logits".
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from jaxsoft import heads
-      >>> print(heads.vq_commitment_loss(jnp.array([[1.0, 0.0]]), jnp.zeros((1, 2)), jnp.array([0])))
-      [1.25]
-    """
-    _checks.number("beta", beta, at_least=0)
-    check_matrix("weight", weight, "[classes, d]")
-    check_matrix("codebook", codebook, "[K, d]")
-    _check_codes(codes)
-    _checks.shape(
-        "weight", weight, (codes.shape[0], codebook.shape[1]), "one row per class, the codebook's features"
-    )
-    dtype = accumulation_dtype(weight.dtype, codebook.dtype)
-    w, e = weight.astype(dtype), take_classes(codebook.astype(dtype), codes)
-    stop = lax.stop_gradient
-    return jnp.sum((stop(w) - e) ** 2 + beta * (w - stop(e)) ** 2, axis=-1)
 
 
 def vq_codebook(

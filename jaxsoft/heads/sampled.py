@@ -25,8 +25,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxsoft import _checks
-from jaxsoft._numerics import as_ids, weigh
-from jaxsoft.heads._classes import check_labels, restricted, scores_at
+from jaxsoft._numerics import as_ids
+from jaxsoft.heads._classes import check_labels, finish, restricted, scores_at
 from jaxsoft.losses.inner import IGNORE_INDEX, check_weights
 from jaxsoft.rows import Logits, StoredLogits, reduce_rows, reductions
 from jaxsoft.rows.inner import check_axis
@@ -71,9 +71,7 @@ class _Rows(NamedTuple):
     def finish(self, values: Array) -> Array:
         """Gives ignored rows the value 0 and applies the weights; a NaN score spreads, to the gradient too."""
         values = values * jnp.where(jnp.isnan(self.score), jnp.nan, 1).astype(values.dtype)
-        if self.keep is not None:
-            values = jnp.where(self.keep, values, 0)
-        return values if self.weights is None else weigh(values, self.weights)
+        return finish(values, self.keep, self.weights)
 
 
 def _prepare(logits: Logits, labels: Any, negatives: Any, weights: Any, ignore_index: int | None) -> _Rows:

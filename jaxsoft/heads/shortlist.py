@@ -16,10 +16,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxsoft import _checks
-from jaxsoft._numerics import accumulation_dtype, weigh
-from jaxsoft.heads._classes import check_hidden, check_labels, check_matrix, take_classes
+from jaxsoft._numerics import accumulation_dtype
+from jaxsoft.heads._classes import check_hidden, check_labels, check_matrix, finish, take_classes
 from jaxsoft.losses.inner import IGNORE_INDEX, check_weights
-from jaxsoft.rows import TopK, linear_logits, top_k
+from jaxsoft.rows import TopK, linear_logits, logsumexp, top_k
 
 
 class ShortlistHead(NamedTuple):
@@ -171,11 +171,6 @@ def shortlist_cross_entropy(
     own = jnp.sum(
         hidden.astype(scores.dtype) * take_classes(head.weight, labels).astype(scores.dtype), axis=-1
     )
-    others = jnp.where(ids == labels[..., None], -jnp.inf, scores - own[..., None])
-    some = jnp.any(others != -jnp.inf, axis=-1)
-    others = jnp.where(some[..., None], others, 0)
-    values = jnp.where(some, jax.nn.softplus(jax.nn.logsumexp(others, axis=-1)), 0)
-    values = values * jnp.where(jnp.isnan(own), jnp.nan, 1).astype(values.dtype)
-    if keep is not None:
-        values = jnp.where(keep, values, 0)
-    return values if weights is None else weigh(values, weights)
+    others = logsumexp(scores - own[..., None], where=ids != labels[..., None])
+    values = jax.nn.softplus(others) * jnp.where(jnp.isnan(own), jnp.nan, 1).astype(others.dtype)
+    return finish(values, keep, weights)

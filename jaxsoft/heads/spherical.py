@@ -54,12 +54,13 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxsoft import _checks
-from jaxsoft._numerics import accumulation_dtype, weigh
+from jaxsoft._numerics import accumulation_dtype
 from jaxsoft.heads._classes import (
     axes_of,
     check_hidden,
     check_labels,
     check_matrix,
+    finish,
     first_class,
     shard_count,
     summed,
@@ -273,9 +274,7 @@ def spherical_loss(
         variance=jnp.maximum(variance, 0),
     )
     values = formula(jnp.sum(h * head.label_weight, axis=-1), moments, **options)
-    if keep is not None:
-        values = jnp.where(keep, values, 0)
-    return values if weights is None else weigh(values, weights)
+    return finish(values, keep, weights)
 
 
 def spherical_update(

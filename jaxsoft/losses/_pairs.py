@@ -47,7 +47,7 @@ def of_second(reduction: RowReduction, second: Logits) -> RowReduction:
 
 def log_softmax_of(tile: Tile, partition: LogPartition) -> Array:
     """The log-probabilities of a tile; finite for absent entries."""
-    parts = LogPartition(*(part[..., None] for part in partition))
+    parts = partition.along()
     return parts.log_softmax(jnp.where(tile.keep, tile.x, parts.shift))
 
 

@@ -106,8 +106,7 @@ def log_softmax(
     """
     check_dense(scores, "log_softmax")
     axis = check_axis(scores, axis)
-    partition = log_partition(scores, axis=axis, where=where, implementation=implementation)
-    partition = LogPartition(*(jnp.expand_dims(p, axis) for p in partition))
+    partition = log_partition(scores, axis=axis, where=where, implementation=implementation).along(axis)
     x = scores.astype(accumulation_dtype(scores.dtype))
     present = is_present(x, where)
     return jnp.where(present, partition.log_softmax(jnp.where(present, x, 0)), -jnp.inf).astype(scores.dtype)

@@ -159,6 +159,7 @@ def pre_ln_to_pre_rms(params: Mapping, *, writes: Sequence[str], reads: Mapping[
       Nested dicts like `params`, without the biases of the norms.
 
     Raises:
+      TypeError: expressions that are a single string, leaves that are not floating.
       ValueError: an expression that fits nothing, a layer that does not exist, shapes that do not fit.
 
     Reference:
@@ -203,6 +204,7 @@ def pre_rms_to_pre_crms(
       Nested dicts like `params`, without the norms.
 
     Raises:
+      TypeError: as `pre_ln_to_pre_rms`.
       ValueError: as `pre_ln_to_pre_rms`; leaves that write into the stream without mean zero; norms with a bias.
 
     Reference:

@@ -236,5 +236,5 @@ def softmax_top_k(
     if renormalize:
         partition = reduce_rows(best.values, reductions.log_partition())
     present = best.values != -jnp.inf
-    log_p = LogPartition(*(p[..., None] for p in partition)).log_softmax(jnp.where(present, best.values, 0))
+    log_p = partition.along().log_softmax(jnp.where(present, best.values, 0))
     return TopK(jnp.where(present, jnp.exp(log_p), 0).astype(logits.dtype), best.indices)

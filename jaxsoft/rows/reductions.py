@@ -73,6 +73,10 @@ class LogPartition(NamedTuple):
         """The log-sum-exp."""
         return self.shift + (self.correction + self.log_sum)
 
+    def along(self, axis: int = -1) -> LogPartition:
+        """The parts with an axis of length 1, as scores `[*rows, columns]` need it."""
+        return LogPartition(*(jnp.expand_dims(part, axis) for part in self))
+
     def log_softmax(self, x: jax.Array) -> jax.Array:
         """`x - logsumexp`, for scores `x` that broadcast with the parts; `x` itself for an empty row."""
         return ((x - self.shift) - self.correction) - jnp.where(self.log_sum == -jnp.inf, 0, self.log_sum)

@@ -307,9 +307,7 @@ _TESTED_IN = {
     "tests/heads/test_shortlist.py": (
         "jaxsoft.heads: shortlist_cross_entropy shortlist_head shortlist_top_k"
     ),
-    "tests/heads/test_quantized.py": (
-        "jaxsoft.heads: vq_codebook vq_commitment_loss vq_cross_entropy vq_logits vq_top_k"
-    ),
+    "tests/heads/test_quantized.py": ("jaxsoft.heads: vq_codebook vq_cross_entropy vq_logits vq_top_k"),
     "tests/attention/test_softmax_free.py": (
         "jaxsoft.attention: gaussian_kernel_attention newton_pseudo_inverse softmax_free_attention"
     ),
