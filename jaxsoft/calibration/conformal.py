@@ -105,7 +105,7 @@ def nonconformity_score(
 def _ahead(x, cols, score, ids, shift, correction, log_sum):
     """The probability of a class that is ahead of the label, else 0."""
     is_ahead = (x > score) | ((x == score) & (cols < ids))
-    return jnp.where(is_ahead, probability(x, LogPartition(shift, correction, log_sum)), 0)
+    return jnp.where(is_ahead & (cols != ids), probability(x, LogPartition(shift, correction, log_sum)), 0)
 
 
 def prediction_set(

@@ -10,12 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype
 from jaxsoft.rows import LinearLogits, Logits, RowReduction, StoredLogits, Tile, reduce_rows
-from jaxsoft.rows.inner import is_reduction, shares
+from jaxsoft.rows.inner import check_axis, is_reduction, moved, shares, split_mask, unmasked
 
 
 @jax.tree_util.register_dataclass
@@ -44,10 +45,16 @@ class TransformedLogits:
     """Rows of logits, of which nothing need be stored, after elementwise maps.
 
     Transforms read and return it. `sample`, `argmax` and `log_prob` take it like an array or `linear_logits`.
+
+    Attributes:
+      logits: an array with rows along its last axis, `linear_logits` or `stored_logits`.
+      maps: what is done to each present entry, in this order.
+      where: which entries are present, before the maps and so after them; None for all. An array has -inf instead.
     """
 
     logits: Any
     maps: tuple[Map, ...] = ()
+    where: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -88,24 +95,35 @@ class TransformedLogits:
             return dataclasses.replace(self, logits=_dense(self.logits.astype(self.dtype), step))
         return dataclasses.replace(self, maps=(*self.maps, step))
 
+    def masked(self, keep: Any) -> TransformedLogits:
+        """The rows without the entries where `keep`, which broadcasts to their shape, is False; None keeps all."""
+        if keep is None:
+            return self
+        if self.is_stored:
+            keep = _with(self.logits, jnp.broadcast_to(keep, self.shape))
+            return dataclasses.replace(self, logits=jnp.where(keep, self.logits, -jnp.inf))
+        return dataclasses.replace(self, where=keep if self.where is None else self.where & keep)
+
     def reduce(self, reductions: Any) -> Any:
         """The results of row reductions over the mapped rows, in one pass."""
         if self.maps:
             reductions = jax.tree.map(functools.partial(after, self.maps), reductions, is_leaf=is_reduction)
-        return reduce_rows(self.logits, reductions)
+        return reduce_rows(self.logits, reductions, where=self.where)
 
     def detached(self) -> TransformedLogits:
         """The same rows without derivatives."""
         return lax.stop_gradient(self)
 
     def stored(self, transform: str, instead: str = "") -> Float[Array, "*rows columns"]:
-        """The stored scores, for a transform that sorts whole rows."""
+        """The stored scores, for a transform that sorts whole rows: of a row on several devices, gathered."""
         if not self.is_stored:
             raise TypeError(
                 f"{transform} sorts whole rows, but these logits of shape {self.shape} are not stored: "
                 f"{instead}write logits.dense()"
             )
-        return self.logits.astype(self.dtype)
+        x = self.logits.astype(self.dtype)
+        sharding = jax.typeof(x).sharding
+        return moved(sharding.mesh, x, P(*sharding.spec[:-1])) if any(sharding.spec[-1:]) else x
 
     def per_row(self, name: str, value: Any) -> Float[Array, "*rows"]:
         """A number, or an array that broadcasts to `[*rows]`, as `[*rows]`."""
@@ -134,23 +152,33 @@ class TransformedLogits:
                     "dense() cannot store logits whose columns lie on several devices: use a function of rows"
                 )
             x = self.logits.values
-        return functools.reduce(_dense, self.maps, x.astype(self.dtype))
+        x = x.astype(self.dtype)
+        return functools.reduce(
+            _dense, self.maps, x if self.where is None else jnp.where(self.where, x, -jnp.inf)
+        )
 
 
-def as_rows(logits: Logits | TransformedLogits) -> TransformedLogits:
-    """Any kind of logits as rows, checked."""
-    if isinstance(logits, TransformedLogits):
-        return logits
-    _checks.floating("logits", logits)
-    if logits.ndim == 0:
-        raise ValueError("logits must have at least one axis, got a scalar")
-    return TransformedLogits(logits if hasattr(logits, "shards") else jnp.asarray(logits))
+def as_rows(logits: Logits | TransformedLogits, *, axis: int = -1, where: Any = None) -> TransformedLogits:
+    """Any kind of logits as rows, checked: those along an axis, without what a mask takes out."""
+    if not isinstance(logits, TransformedLogits):
+        axis = check_axis(logits, axis)
+        rows = logits if hasattr(logits, "shards") else jnp.moveaxis(jnp.asarray(logits), axis, -1)
+        return TransformedLogits(rows).masked(unmasked(split_mask(where, logits.shape, axis)))
+    if axis not in (-1, len(logits.rows)):
+        raise ValueError(f"axis must be -1 for transformed logits of shape {logits.shape}, got {axis}")
+    return logits.masked(unmasked(split_mask(where, logits.shape, len(logits.rows))))
 
 
 def _dense(x: Array, step: Map) -> Array:
     cols = jnp.arange(x.shape[-1], dtype=jnp.int32)
-    entry_args = [e.dense() if isinstance(e, LinearLogits) else e for e in step.entry_args]
+    entry_args = [_with(x, e.dense() if isinstance(e, LinearLogits) else e) for e in step.entry_args]
     return _mapped(x, cols, step.function, step.direct, step.args, step.col_args, entry_args)
+
+
+def _with(x: Array, entries: Array) -> Array:
+    """Entries where the types of JAX want them: on the devices of the scores."""
+    sharding = jax.typeof(x).sharding
+    return moved(sharding.mesh, entries, sharding.spec) if any(sharding.spec) else entries
 
 
 def _mapped(scores: Array, cols: Array, function, direct: bool, args, col_args, entry_args) -> Array:

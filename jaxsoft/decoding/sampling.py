@@ -43,6 +43,8 @@ def sample(
     *,
     greedy: bool | Bool[Array, "*rows"] = False,
     row_numbers: Int[Array, "*rows"] | None = None,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
 ) -> Int[Array, "*rows"]:
     """One sample per row from `softmax(logits)`, in one pass.
 
@@ -54,6 +56,8 @@ def sample(
       greedy: True where the largest logit is taken instead (temperature 0): a boolean, or one per row.
       row_numbers: `[*rows]` integers from which a row's noise is drawn. Default: 0, 1, 2, ... over the flattened rows.
         Inside `shard_map`, give rows on different devices different numbers. Rows of equal numbers get equal noise.
+      axis: the axis that holds a row; the last one unless `logits` is an array.
+      where: booleans that broadcast to the logits, True = counts.
 
     Returns:
       `[*rows]` int32; -1 for a row without entries (everything filtered, or masked).
@@ -72,7 +76,7 @@ def sample(
       >>> print(sample(chain(temperature(0.7), top_k(1))(logits), jax.random.key(0)))
       [1 0]
     """
-    rows = as_rows(logits)
+    rows = as_rows(logits, axis=axis, where=where)
     noise = _gumbel(rows, key, greedy, row_numbers)
     return rows.reduce(after((noise,), reductions.argmax()))
 
@@ -83,6 +87,8 @@ def sample_and_log_prob(
     *,
     greedy: bool | Bool[Array, "*rows"] = False,
     row_numbers: Int[Array, "*rows"] | None = None,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
 ) -> Sample:
     """The tokens of `sample` with their log-probabilities under `softmax(logits)`, in the same pass.
 
@@ -91,6 +97,8 @@ def sample_and_log_prob(
       key: a PRNG key.
       greedy: as in `sample`; the log-probability is that under the softmax.
       row_numbers: as in `sample`.
+      axis: the axis that holds a row; the last one unless `logits` is an array.
+      where: booleans that broadcast to the logits, True = counts.
 
     Returns:
       A `Sample`; the log-probability is differentiable.
@@ -107,7 +115,7 @@ def sample_and_log_prob(
       >>> print(drawn.tokens, np.asarray(drawn.log_prob).round(4))
       [1] [-0.4952]
     """
-    rows = as_rows(logits)
+    rows = as_rows(logits, axis=axis, where=where)
     noise = _gumbel(rows, key, greedy, row_numbers)
     best = after((noise,), reductions.maximum_and_argmax())
     found = rows.reduce({"best": best, "partition": reductions.log_partition()})
@@ -119,7 +127,13 @@ def sample_and_log_prob(
 
 
 def sample_without_replacement(
-    logits: Logits | TransformedLogits, key: Array, k: int, *, row_numbers: Int[Array, "*rows"] | None = None
+    logits: Logits | TransformedLogits,
+    key: Array,
+    k: int,
+    *,
+    row_numbers: Int[Array, "*rows"] | None = None,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
 ) -> TopK:
     """Samples k different tokens per row from `softmax(logits)`, one after another without replacement; one pass.
 
@@ -130,6 +144,8 @@ def sample_without_replacement(
       key: a PRNG key.
       k: how many, static, at most the number of columns.
       row_numbers: as in `sample`.
+      axis: the axis that holds a row; the last one unless `logits` is an array.
+      where: booleans that broadcast to the logits, True = counts.
 
     Returns:
       A `TopK`: the tokens (`indices`) in the order in which they were drawn, and their perturbed logits (`values`),
@@ -150,7 +166,7 @@ def sample_without_replacement(
       >>> print(sorted(drawn.indices[0].tolist()))
       [-1, 0, 2]
     """
-    rows = as_rows(logits)
+    rows = as_rows(logits, axis=axis, where=where)
     k = _checks.integer("k", k, at_least=1)
     if k > rows.columns:
         raise ValueError(f"k must be at most the number of columns, which is {rows.columns}, got {k}")
@@ -158,11 +174,15 @@ def sample_without_replacement(
     return rows.reduce(after((noise,), reductions.top_k(k)))
 
 
-def argmax(logits: Logits | TransformedLogits) -> Int[Array, "*rows"]:
+def argmax(
+    logits: Logits | TransformedLogits, *, axis: int = -1, where: Bool[Array, ...] | None = None
+) -> Int[Array, "*rows"]:
     """The column of the largest logit of each row: greedy decoding; one pass.
 
     Args:
       logits: `[*rows, columns]`: a floating array, `linear_logits`, or the result of a transform.
+      axis: the axis that holds a row; the last one unless `logits` is an array.
+      where: booleans that broadcast to the logits, True = counts.
 
     Returns:
       `[*rows]` int32, the first among equals; -1 for a row without entries.
@@ -176,15 +196,23 @@ def argmax(logits: Logits | TransformedLogits) -> Int[Array, "*rows"]:
       >>> print(argmax(jnp.array([[1.0, 2.0, -1.0, 0.5]])))
       [1]
     """
-    return as_rows(logits).reduce(reductions.argmax())
+    return as_rows(logits, axis=axis, where=where).reduce(reductions.argmax())
 
 
-def log_prob(logits: Logits | TransformedLogits, tokens: Int[Array, "*rows"]) -> Float[Array, "*rows"]:
+def log_prob(
+    logits: Logits | TransformedLogits,
+    tokens: Int[Array, "*rows"],
+    *,
+    axis: int = -1,
+    where: Bool[Array, ...] | None = None,
+) -> Float[Array, "*rows"]:
     """`log softmax(logits)[tokens]`: the log-probability of tokens under the transformed distribution.
 
     Args:
       logits: `[*rows, columns]`: a floating array, `linear_logits`, or the result of a transform.
       tokens: `[*rows]` integers. An id out of range gives NaN (an error under `checkify`).
+      axis: the axis that holds a row; the last one unless `logits` is an array.
+      where: booleans that broadcast to the logits, True = counts.
 
     Returns:
       `[*rows]`, float32 or wider; -inf for a rejected token, 0 for a row without entries. Differentiable; the
@@ -201,7 +229,7 @@ def log_prob(logits: Logits | TransformedLogits, tokens: Int[Array, "*rows"]) ->
       >>> print(np.asarray(log_prob(top_k(2)(jnp.array([[1.0, 2.0, -1.0, 0.5]])), jnp.array([1]))).round(4))
       [-0.3133]
     """
-    rows = as_rows(logits)
+    rows = as_rows(logits, axis=axis, where=where)
     check_ids("tokens", tokens, rows.logits, len(rows.rows))
     return -rows.reduce(reductions.label_statistics(tokens)).nll
 

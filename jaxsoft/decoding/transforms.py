@@ -1,6 +1,6 @@
 """Transforms of logits before sampling: temperatures, truncations, penalties and masks, and chains of them.
 
-A transform maps logits to logits, row by row along the last axis, and gives a rejected token the logit -inf:
+A transform maps logits to logits, row by row, and gives a rejected token the logit -inf:
 
     transform = chain(temperature(0.8), top_k(50), min_p(0.05))
     tokens = sample(transform(logits), key)
@@ -27,8 +27,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsoft import _checks
 from jaxsoft.decoding._rows import TransformedLogits, as_rows
 from jaxsoft.normalizers.inner import ADAPTIVE_COEFFICIENTS, adaptive_sharpness
-from jaxsoft.rows import Logits, reductions
-from jaxsoft.rows.inner import capped
+from jaxsoft.rows import Logits, RowReduction, reductions
+from jaxsoft.rows.inner import capped, just_below, nth
 
 
 @jax.tree_util.register_dataclass
@@ -58,10 +58,22 @@ class Transform:
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
     options: tuple[tuple[str, Any], ...] = dataclasses.field(default=(), metadata=dict(static=True))
 
-    def __call__(self, logits: Logits | TransformedLogits) -> Any:
-        """The transformed logits, of `logits` along the last axis."""
-        rows = self.define(as_rows(logits), **self.arguments, **dict(self.options))
-        return rows.dense() if rows.is_stored else rows
+    def __call__(
+        self, logits: Logits | TransformedLogits, *, axis: int = -1, where: Bool[Array, ...] | None = None
+    ) -> Any:
+        """The transformed logits.
+
+        Args:
+          logits: an array, `linear_logits`, `stored_logits` or the result of a transform.
+          axis: the axis that holds a row; the last one unless `logits` is an array. Arguments of the transform with one
+            number per entry have it last in any case.
+          where: booleans that broadcast to the logits, True = present; other entries are -inf from the start.
+
+        Returns:
+          Of an array, an array of its shape; else `TransformedLogits`.
+        """
+        rows = self.define(as_rows(logits, axis=axis, where=where), **self.arguments, **dict(self.options))
+        return jnp.moveaxis(rows.dense(), -1, axis) if rows.is_stored else rows
 
 
 def chain(*transforms: Transform) -> Transform:
@@ -225,13 +237,14 @@ def _keep_above(rows: TransformedLogits, threshold: Array) -> TransformedLogits:
 
 
 def _with_least(rows: TransformedLogits, min_tokens_to_keep: int, **wanted: Any) -> tuple[dict, Array, Array]:
-    """Statistics in one pass, the largest logit, and the smallest of those that must be kept."""
+    """Statistics in one pass, the largest logit, and a threshold that those that must be kept pass."""
     keep = min(min_tokens_to_keep, rows.columns)
     best = reductions.maximum() if keep <= 1 else reductions.top_k(keep)
     found = rows.detached().reduce({**wanted, "best": best})
     if keep <= 1:
-        return found, found["best"], found["best"]
-    return found, found["best"].values[..., 0], found["best"].values[..., -1]
+        return found, found["best"], just_below(found["best"])
+    values = found["best"].values
+    return found, values[..., 0], just_below(values[..., -1], largest=values[..., 0])
 
 
 def top_k(top_k: int | Int[Array, "*rows"], *, limit: int | None = None) -> Transform:
@@ -275,14 +288,12 @@ def _top_k(rows, *, top_k, limit):
     if rows.columns == 0:
         return rows
     if limit is None:
-        x = rows.stored("top_k with a traced k", "give limit=, or ")
-        values = jax.lax.stop_gradient(jnp.sort(x, axis=-1, descending=True))
+        values = _all_descending(rows.stored("top_k with a traced k", "give limit=, or "))
     else:
-        values = rows.detached().reduce(reductions.top_k(min(limit, rows.columns))).values
+        values = rows.detached().reduce(_best(rows, limit)).values
     k = jnp.asarray(top_k)
     _checks.broadcastable("top_k", k, rows.rows, "one number per row of logits")
-    k = jnp.broadcast_to(jnp.clip(k, 1, values.shape[-1]), rows.rows)
-    return _keep_above(rows, jnp.take_along_axis(values, k[..., None] - 1, axis=-1)[..., 0])
+    return _keep_above(rows, _below_nth(values, k, 1))
 
 
 def top_p(
@@ -323,24 +334,35 @@ def _sorting(name: str, keep: int, limit: int | None) -> tuple:
     return ((name, keep), ("limit", limit))
 
 
+def _best(rows: TransformedLogits, limit: int) -> RowReduction:
+    """The largest logits of each row, as many as may be kept, and one more."""
+    return reductions.top_k(min(limit, rows.columns) + 1)
+
+
+def _all_descending(x: Array) -> Array:
+    """All logits of each row, and -inf as the one more."""
+    values = jnp.sort(jax.lax.stop_gradient(x), axis=-1, descending=True)
+    return jnp.pad(values, [(0, 0)] * (x.ndim - 1) + [(0, 1)], constant_values=-jnp.inf)
+
+
 def _descending(rows: TransformedLogits, limit: int | None, name: str) -> tuple[Array, Array]:
-    """The largest logits of each row, descending (all of them without a limit), and their log-probabilities."""
+    """The largest logits of each row, descending (all without a limit) and one more, and their log-probabilities."""
+    wanted = {"partition": reductions.log_partition()}
     if limit is None:
-        x = rows.stored(name, "give limit=, or ")
-        values = jax.lax.stop_gradient(jnp.sort(x, axis=-1, descending=True))
-        partition = reductions.log_partition()
-        partition = rows.detached().reduce(partition)
-    else:
-        wanted = {"best": reductions.top_k(min(limit, rows.columns)), "partition": reductions.log_partition()}
+        values = _all_descending(rows.stored(name, "give limit=, or "))
         found = rows.detached().reduce(wanted)
-        values, partition = found["best"].values, found["partition"]
-    return values, partition.along().log_softmax(values)
+    else:
+        found = rows.detached().reduce({**wanted, "best": _best(rows, limit)})
+        values = found["best"].values
+    return values, found["partition"].along().log_softmax(values)
 
 
-def _nth(values: Array, count: Array, keep: int) -> Array:
-    """The smallest of the first `count` values, and of at least `keep` of them."""
-    count = jnp.clip(count, min(keep, values.shape[-1]), values.shape[-1])
-    return jnp.take_along_axis(values, count[..., None] - 1, axis=-1)[..., 0]
+def _below_nth(values: Array, count: Array, keep: int, largest: Array | None = None) -> Array:
+    """A threshold for the first `count` of descending values, at least `keep` of them; the last is none of them."""
+    most = values.shape[-1] - 1
+    count = jnp.broadcast_to(jnp.clip(count, min(keep, most), most), values.shape[:-1])
+    largest = values[..., 0] if largest is None else largest
+    return just_below(nth(values, count - 1), nth(values, count), largest)
 
 
 def _top_p(rows, *, top_p, min_tokens_to_keep, limit):
@@ -350,7 +372,7 @@ def _top_p(rows, *, top_p, min_tokens_to_keep, limit):
     values, log_p = _descending(rows, limit, "top_p")
     p = jnp.exp(log_p)
     before = jnp.cumsum(p, axis=-1) - p
-    threshold = _nth(values, jnp.sum(before < mass[..., None], axis=-1), min_tokens_to_keep)
+    threshold = _below_nth(values, jnp.sum(before < mass[..., None], axis=-1), min_tokens_to_keep)
     if limit is None or limit >= rows.columns:
         threshold = jnp.where(mass >= 1, -jnp.inf, threshold)
     return _keep_above(rows, threshold)
@@ -493,9 +515,9 @@ def top_n_sigma(top_n_sigma: float | Float[Array, "*rows"]) -> Transform:
 
 
 def _top_n_sigma(rows, *, top_n_sigma):
-    found, best, _ = _with_least(rows, 1, moments=reductions.moments())
+    found, best, least = _with_least(rows, 1, moments=reductions.moments())
     sigma = jnp.sqrt(found["moments"].variance)
-    return _keep_above(rows, best - rows.per_row("top_n_sigma", top_n_sigma) * sigma)
+    return _keep_above(rows, jnp.minimum(best - rows.per_row("top_n_sigma", top_n_sigma) * sigma, least))
 
 
 def typical_p(typical_p: float | Float[Array, "*rows"], *, min_tokens_to_keep: int = 1) -> Transform:
@@ -543,8 +565,10 @@ def _typical(rows, *, typical_p, min_tokens_to_keep):
     p = jnp.exp(x - lse[..., None])
     distance, p = jax.lax.sort((distance, p), num_keys=1)
     before = jnp.cumsum(p, axis=-1) - p
-    radius = _nth(distance, jnp.sum(before < mass[..., None], axis=-1), min_tokens_to_keep)
-    return rows.then(_near, center, jnp.where(mass >= 1, jnp.inf, radius))
+    nearness = jnp.pad(-distance, [(0, 0)] * (x.ndim - 1) + [(0, 1)], constant_values=-jnp.inf)
+    count = jnp.sum(before < mass[..., None], axis=-1)
+    least = _below_nth(nearness, count, min_tokens_to_keep, center)
+    return rows.then(_near, center, jnp.where(mass >= 1, jnp.inf, -least))
 
 
 def _near(x, cols, center, radius):
@@ -586,13 +610,13 @@ def _top_h(rows, *, top_h, limit):
     share = rows.per_row("top_h", top_h)
     if rows.columns == 0:
         return rows
-    wanted = (reductions.softmax_moments(variance=False), reductions.top_k(min(limit, rows.columns)))
+    wanted = (reductions.softmax_moments(variance=False), _best(rows, limit))
     moments, (values, _) = rows.detached().reduce(wanted)
     lse = jnp.where(moments.logsumexp == -jnp.inf, 0, moments.logsumexp)[..., None]
     log_p = jnp.where(values == -jnp.inf, 0, values - lse)
     terms = jnp.where(values == -jnp.inf, jnp.inf, -jnp.exp(log_p) * log_p)
     count = jnp.sum(jnp.cumsum(terms, axis=-1) <= (share * moments.entropy)[..., None], axis=-1)
-    return _keep_above(rows, _nth(values, count, 1))
+    return _keep_above(rows, _below_nth(values, count, 1))
 
 
 # --- what was generated before ------------------------------------------------------------------------------
@@ -710,7 +734,7 @@ def presence_penalty(
 
 
 def _occurred(x, cols, penalty, counts):
-    return x - penalty * (counts > 0)
+    return x - penalty * (counts > 0).astype(x.dtype)
 
 
 def frequency_penalty(
@@ -739,7 +763,7 @@ def frequency_penalty(
 
 
 def _often(x, cols, penalty, counts):
-    return x - penalty * counts
+    return x - penalty * counts.astype(x.dtype)
 
 
 # --- masks --------------------------------------------------------------------------------------------------
@@ -801,11 +825,8 @@ def mask_logits(where: Bool[Array, "*rows columns"]) -> Transform:
 
 
 def _masked(rows, *, where):
-    return rows.then(_where, **rows.per_entry("where", where))
-
-
-def _where(x, cols, keep):
-    return jnp.where(keep, x, -jnp.inf)
+    rows.per_entry("where", where)  # its shape
+    return rows.masked(where)
 
 
 def allowed_token_ids(allowed_token_ids: Int[Array, "*rows k"]) -> Transform:

@@ -13,6 +13,7 @@ from jaxsoft import _checks
 from jaxsoft._numerics import accumulation_dtype
 from jaxsoft.decoding.transforms import Transform, _number
 from jaxsoft.rows import reductions
+from jaxsoft.rows.inner import Selection
 
 _STEPS = 60  # bisections: more than float64 needs
 
@@ -148,20 +149,18 @@ def _bregman(rows, *, penalty, alpha, dual, k_max):
     penalty = rows.per_row("penalty", penalty)
     if rows.columns == 0:
         return rows
-    wanted = {"best": reductions.top_k(min(k_max, rows.columns)), "lse": reductions.logsumexp()}
-    found = rows.detached().reduce(wanted)
+    k_max = min(k_max, rows.columns)
+    found = rows.detached().reduce({"best": reductions.top_k(k_max + 1), "lse": reductions.logsumexp()})
     best, lse = found["best"], jnp.where(jnp.isneginf(found["lse"]), 0, found["lse"])
-    decision = _decide(jnp.exp(best.values - lse[..., None]), penalty, alpha, dual)
-    value, column = (jnp.take_along_axis(a, decision.k[..., None] - 1, axis=-1)[..., 0] for a in best)
-    return rows.then(_bregman_map(alpha, dual), lse, decision.nu, value, column)
+    decision = _decide(jnp.exp(best.values[..., :k_max] - lse[..., None]), penalty, alpha, dual)
+    return rows.then(_bregman_map(alpha, dual), lse, decision.nu, *Selection.of(best, decision.k))
 
 
 @functools.cache
 def _bregman_map(alpha: float, dual: bool):
-    def weights(x, cols, lse, nu, value, column):
+    def weights(x, cols, lse, nu, *selection):
         q = _kept(jnp.exp(x - lse), nu, alpha, dual)
-        rejected = (x < value) | ((x == value) & (cols > column))
-        return jnp.where(rejected, -jnp.inf, jnp.log(q))
+        return jnp.where(Selection(*selection).holds(x, cols), jnp.log(q), -jnp.inf)
 
     return weights
 

@@ -20,22 +20,21 @@ from jaxsoft.normalizers._exponential import SOFTMAX, is_left
 from jaxsoft.normalizers._normalizer import DenseRows, Survey, defined_by, normalize
 from jaxsoft.normalizers.rectified import divided_by_sum, positive_power
 from jaxsoft.rows import RowReduction, reductions
-from jaxsoft.rows.inner import check_axis, check_dense, compiled
+from jaxsoft.rows.inner import Selection, check_axis, check_dense, compiled
 
 Scores = Float[Array, "*rows columns"]
 
 
 def _selected(tile, params):
-    bound, last = params["bound"][..., None], params["last"][..., None]
-    chosen = (tile.x > bound) | ((tile.x == bound) & (tile.cols <= last)) | jnp.isnan(tile.x)
-    return tile.with_scores(jnp.where(tile.keep & chosen, tile.scores, -jnp.inf))
+    selection = Selection(**{name: a[..., None] for name, a in params.items()})
+    chosen = tile.keep & selection.holds(tile.x, tile.cols)
+    return tile.with_scores(jnp.where(chosen, tile.scores, -jnp.inf))
 
 
 def _sparse_softmax(rows, *, k=10):
-    best = rows.detached().reduce(reductions.top_k(k))
+    best = rows.detached().reduce(reductions.top_k(k + 1))
     # The bound of a row with fewer than k entries is -inf: all its entries are selected.
-    selected = SOFTMAX.preceded_by(_selected, bound=best.values[..., -1], last=best.indices[..., -1])
-    return selected._replace(support=is_left)
+    return SOFTMAX.preceded_by(_selected, **Selection.of(best, k)._asdict())._replace(support=is_left)
 
 
 @defined_by(_sparse_softmax)

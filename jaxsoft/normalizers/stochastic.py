@@ -43,8 +43,9 @@ def two_words(key_words: tuple[Array, Array], numbers: Array) -> tuple[Array, Ar
     """Two words of 32 random bits for each number, by Threefry."""
     from jax.extend.random import threefry2x32_p
 
-    zeros = jnp.zeros_like(numbers, dtype=jnp.uint32)
-    return tuple(threefry2x32_p.bind(*jnp.broadcast_arrays(*key_words, numbers.astype(jnp.uint32), zeros)))
+    # Zeros made of the numbers: the rule of this primitive for `vmap` needs both mapped, or none.
+    numbers = numbers.astype(jnp.uint32)
+    return tuple(threefry2x32_p.bind(*jnp.broadcast_arrays(*key_words, numbers, numbers & 0)))
 
 
 def key_words(key: Array) -> tuple[Array, Array]:

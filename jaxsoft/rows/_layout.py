@@ -153,7 +153,7 @@ class Layout(NamedTuple):
         """A result `[*rows, ...]`, placed as `results` says; `placed` is its spec, if it is not that of a row."""
         here = P(*placed) if placed else self.by_row()
         wanted = P(*(axes or None for axes in self.results))
-        return a if here == wanted else _reshard(self.mesh, a, wanted)
+        return a if here == wanted else moved(self.mesh, a, wanted)
 
     def padding(self, columns: int) -> int:
         """Columns to append so that every device has equally many."""
@@ -166,7 +166,7 @@ def on_mesh(mesh: Any, function: Callable, specs: tuple, operands: tuple, result
     Inside, `shardings` says nothing any more.
     """
     manual = {name for name, kind in _axis_types(mesh) if kind != AxisType.Manual}
-    operands = jax.tree.map(functools.partial(_reshard, mesh), operands, specs)
+    operands = jax.tree.map(functools.partial(moved, mesh), operands, specs)
 
     def here(*operands):
         with setting(_given, _NOTHING):
@@ -179,7 +179,7 @@ def _axis_types(mesh) -> list[tuple[str, Any]]:
     return list(zip(mesh.axis_names, mesh.axis_types))
 
 
-def _reshard(mesh, a, spec: P):
+def moved(mesh, a, spec: P):
     """Moves an array to where a `shard_map` wants it; on Auto axes JAX does that by itself."""
     explicit = {name for name, kind in _axis_types(mesh) if kind == AxisType.Explicit}
     if not explicit:

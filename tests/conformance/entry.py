@@ -29,6 +29,8 @@ class Entry:
       dense_only: whether it returns something of the logits' shape, so that it refuses expressions.
       shift: by how much its float results grow when 1 is added to every logit (None: not a law).
       scale_invariant: whether logits times a positive number give the same.
+      permutes: whether columns in another order give the same (noise is drawn by column).
+      jumps: whether it jumps where scores are equal, or where too many are the largest.
       where: whether it takes a mask.
       least_columns: the shortest row that its options allow.
       empty: its float results for a row without entries (None: not a law).
@@ -54,6 +56,8 @@ class Entry:
     dense_only: bool = False
     shift: float | None = None
     scale_invariant: bool = False
+    permutes: bool = True
+    jumps: bool = False
     where: bool = True
     least_columns: int = 0
     empty: float | None = 0.0

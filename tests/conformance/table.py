@@ -1,7 +1,7 @@
 """One entry for every public function of rows of scores: how to call it on a small example, and what holds for it.
 
-The entries of the losses stand by family in `conformance/losses`; the others here. Options that change the formula are
-entries of their own.
+The entries of the losses stand by family in `conformance/losses`, those of decoding in `conformance/decoding.py`, the
+others here. Options that change the formula are entries of their own.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import pkgutil
 
 import numpy as np
 
+import conformance.decoding
 import conformance.losses
 import jaxsoft
 from conformance.entry import Entry
@@ -69,7 +70,12 @@ _NORMALIZERS = [
     ),
     _normalizer(normalizers.adaptive_temperature_softmax, shift=0.0, huge=_SCALED),
     _normalizer(
-        normalizers.entropy_target_softmax, entropy=0.6, shift=0.0, scale_invariant=True, huge=_SCALED
+        normalizers.entropy_target_softmax,
+        entropy=0.6,
+        shift=0.0,
+        scale_invariant=True,
+        huge=_SCALED,
+        jumps=True,
     ),
     _normalizer(normalizers.self_adjust_softmax),
     _normalizer(normalizers.self_adjust_softmax, "plain", normalized=False),
@@ -189,7 +195,7 @@ def _ranked(entries: list[Entry]) -> list[Entry]:
 
 
 _LOSSES = [entry for family in FAMILIES for entry in getattr(family, "ENTRIES", [])]
-ENTRIES = _ranked(_STATISTICS + _NORMALIZERS + _LOSSES + _CALIBRATION)
+ENTRIES = _ranked(_STATISTICS + _NORMALIZERS + _LOSSES + _CALIBRATION + conformance.decoding.ENTRIES)
 
 # Exports that are no functions of one row of scores, or not of its numbers alone (random ones), and the tests of their
 # laws: files that name them.

@@ -28,7 +28,7 @@ ENTRIES = [
     loss_entry(FOCAL, gamma=2.0),
     loss_entry(FOCAL, "weighted", gamma=1.5, arrays=["class_weights"]),
     loss_entry(losses.poly1_focal_loss),
-    loss_entry(DUAL, second_order=False),
+    loss_entry(DUAL, second_order=False, jumps=True),
     loss_entry(losses.max_suppression_loss, huge=SUMS, second_order=False, thorough=True),
     loss_entry(losses.logit_penalty_loss, penalty=0.1, shift=None),
 ]
