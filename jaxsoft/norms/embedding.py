@@ -34,7 +34,6 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxsoft import _checks
-from jaxsoft._numerics import accumulation_dtype
 from jaxsoft.norms.layer import layer_norm
 
 
@@ -135,11 +134,10 @@ def stable_embedding(
             _checks.floating(name, value)
             _checks.shape(name, value, (features,), "the features of the table")
     _checks.number("eps", eps, above=0)
-    dtype = accumulation_dtype(table.dtype)
     in_range = (ids >= 0) & (ids < vocabulary)
-    x = table.at[jnp.where(in_range, ids, 0)].get(mode="promise_in_bounds").astype(dtype)
+    x = table.at[jnp.where(in_range, ids, 0)].get(mode="promise_in_bounds")
     x = jnp.where(in_range[..., None], x, jnp.nan)
     if padding_id is not None:
         padding_id = _checks.integer("padding_id", padding_id, at_least=0, at_most=vocabulary - 1)
         x = jnp.where((ids == padding_id)[..., None], lax.stop_gradient(x), x)
-    return layer_norm(x, scale, bias, eps=eps).astype(table.dtype)
+    return layer_norm(x, scale, bias, eps=eps)

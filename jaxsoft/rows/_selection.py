@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
-_ROOM = 16  # units in the last place of the largest score, or of 1 if all are smaller
+_ROOM = 16  # units in the last place
 
 
 def nth(values: Array, at: Any) -> Array:
@@ -21,10 +21,9 @@ def nth(values: Array, at: Any) -> Array:
     return jnp.take_along_axis(values, at[..., None], axis=-1)[..., 0]
 
 
-def room(*sizes: Any) -> Array:
-    """How far two computations of a score may lie apart, given the sizes of scores of its row."""
-    largest = jnp.maximum(1, jnp.stack(jnp.broadcast_arrays(*(jnp.abs(s) for s in sizes))).max(0))
-    return _ROOM * jnp.finfo(largest.dtype).eps * largest
+def room(score: Array, largest: Array) -> Array:
+    """How far two computations of a score may lie apart, given the largest score of its row."""
+    return _ROOM * jnp.finfo(score.dtype).eps * jnp.maximum(jnp.abs(score), jnp.abs(largest))
 
 
 def just_below(score: Array, follower: Any = None, largest: Any = None) -> Array:

@@ -70,6 +70,15 @@ def test_sets_hold_what_scores_below_the_threshold(x64):
         np.testing.assert_array_equal(got[1], np.asarray(aps) <= threshold)
 
 
+def test_own_probability_counts_once():
+    """Also where the pass that adds up rounds the label's score up."""
+    from jaxsoft.calibration.conformal import _ahead
+
+    x = jnp.array([0.0, 1.0, 2.0])
+    got = _ahead(x, jnp.arange(3), jnp.nextafter(x[1], -1), 1, 0.0, 0.0, jax.nn.logsumexp(x))
+    np.testing.assert_allclose(got, np.where(np.arange(3) == 2, jax.nn.softmax(x), 0), rtol=1e-6)
+
+
 def test_absent_classes_are_in_no_set():
     x, where = jnp.array([[1.0, jnp.nan, -jnp.inf, 0.0]]), jnp.array([[True, False, True, True]])
 

@@ -205,6 +205,8 @@ def test_rows_do_not_depend_on_each_other():
     expected = everywhere()["stored"][0]
     np.testing.assert_array_equal(few, expected[:3])
     np.testing.assert_array_equal(numbers, expected[5:7])
+    mapped = jax.vmap(lambda row, number: sample(row, KEY, row_numbers=number))
+    np.testing.assert_array_equal(mapped(x, jnp.arange(N)), expected)
 
 
 def test_a_generation_is_one_scan():

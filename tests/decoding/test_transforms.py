@@ -314,6 +314,30 @@ def test_gradients_flow_through_kept_logits_and_the_temperature():
     assert np.isfinite(jax.grad(loss)(0.7, X, False))
 
 
+def test_a_mask_and_an_axis_as_an_option():
+    """Together with another mask and a map, stored along another axis and never stored."""
+    first, second = COUNTS > 0, np.arange(V) < 20
+    x = np.where(np.isfinite(X), X, 0)
+    transform = chain(decoding.temperature(0.5), decoding.mask_logits(second), decoding.top_k(4))
+    plain = np.stack([plain_top_k(row, 4) for row in cut(2 * x, first & second)])
+
+    @jax.jit
+    def run(x):
+        columns = transform(x.T, axis=0, where=first.T)
+        kept = transform(streamed(x, 8), where=first)
+        again = decoding.temperature(2.0)(kept, where=second)
+        best = decoding.argmax(x.T, axis=0, where=first.T)
+        return columns.T, kept.dense(), again.dense() * 2, best, decoding.argmax(kept, where=first)
+
+    *results, best, never = run(x)
+    for result in results:
+        np.testing.assert_allclose(result, plain, rtol=1e-5)
+    np.testing.assert_array_equal(best, np.argmax(cut(x, first), -1))
+    np.testing.assert_array_equal(never, np.argmax(plain, -1))
+    fails(["axis", "-1", "(4, 37)"], ValueError, lambda: decoding.argmax(transform(streamed(x)), axis=0))
+    fails(["where", "(4, 37)"], ValueError, lambda: transform(x, where=np.ones((3, V), bool)))
+
+
 def test_token_counts():
     got = decoding.token_counts(np.array([[1, 1, 4, -1], [0, 9, 2, 2]]), 5, where=np.arange(4) < 3)
     np.testing.assert_array_equal(got, [[0, 2, 0, 0, 1], [1, 0, 1, 0, 0]])
