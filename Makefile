@@ -3,7 +3,7 @@
 # make test       what a change must pass: the oldest supported versions, the newest jax, kernels on jax 0.11
 # make test-fast  a part of it for daily work, in minutes
 # make test-all   every law on every case, see CONTRIBUTING.md; hours
-# make mutate     tests the tests: each slip of tests/mutations must be caught; half an hour
+# make mutate     tests the tests: each slip of tests/mutations must be caught; a quarter of an hour
 # make lint       ruff and pyright
 # make kernels    compiles the GPU kernels and compares their machine code with the accepted one; needs no GPU, 300 MB
 # make bench      the measurements that README.md reports

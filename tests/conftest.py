@@ -94,6 +94,12 @@ def pytest_collection_modifyitems(config, items):
     design.group(items)
 
 
+def pytest_collection_finish():
+    """What the modules hold lives as long as the process: no collection of garbage need look at it."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def new_random_numbers(request, monkeypatch):
     """Resets a file's `RNG` for each test, so that its numbers do not depend on the tests that ran before."""

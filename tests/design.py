@@ -35,11 +35,11 @@ DESIGNS = {
         formula=(1, 1, 1), engine=(1, 1, 1), mesh=(1, 1, 1), kernels=(1, 1, 1), list=1, table=1, plain=1
     ),
     "cover": dict(
-        formula=(1, 1, 4), engine=(3, 4, 4), mesh=(6, 12, 12), kernels=(18, 0, 0), list=8, table=12, plain=2
+        formula=(1, 1, 4), engine=(4, 4, 4), mesh=(6, 12, 12), kernels=(18, 0, 0), list=8, table=12, plain=2
     ),
     # where only the libraries differ
     "newest": dict(
-        formula=(16, 0, 0), engine=(12, 0, 0), mesh=(24, 0, 0), kernels=(0, 0, 0), list=12, table=16, plain=4
+        formula=(16, 0, 0), engine=(12, 0, 0), mesh=(24, 0, 0), kernels=(0, 0, 0), list=24, table=24, plain=8
     ),
     "fast": dict(
         formula=(6, 12, 0), engine=(6, 0, 0), mesh=(24, 0, 0), kernels=(0, 0, 0), list=4, table=4, plain=1

@@ -1,6 +1,6 @@
 """Tests the tests: puts the slips of `tests/mutations` into copies of the package, and runs the tests that must fail.
 
-    make mutate                                   # all slips, about half an hour on two cores
+    make mutate                                   # all slips, a quarter of an hour on two cores
     .venv/bin/python tests/mutate.py --only ranking   # those whose file, text or kind contains a word
 
 The tests are those of the covering design, as in `make test` (`tests/design.py`; `$JAXSOFT_DESIGN` names another).

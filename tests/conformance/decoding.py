@@ -40,20 +40,18 @@ def _elementwise(given):
     )
 
 
-def _truncations(given):
-    """Each with a temperature after it, which makes what is left count."""
+def _best(given):
+    return decoding.top_k(3), decoding.top_p(0.7, limit=6), decoding.top_h(0.7, limit=6)
+
+
+def _likely(given):
     share = jnp.exp(-given["temperature"])
-    flat = decoding.temperature(2.0)
-    cuts = (
-        decoding.top_k(3),
-        decoding.top_p(0.7, limit=6),
+    return (
         decoding.min_p(share),
         decoding.epsilon_cutoff(share),
         decoding.eta_cutoff(0.1),
         decoding.top_n_sigma(0.8),
-        decoding.top_h(0.7, limit=6),
     )
-    return tuple(decoding.chain(cut, flat) for cut in cuts)
 
 
 def _sorted(logits, given, *, where=None, axis=-1):
@@ -75,8 +73,9 @@ def _sample(logits, given, *, where=None, axis=-1):
 
 
 ENTRIES = [
+    _entry("best", _best, jumps=True, huge=1e-3),
+    _entry("likely", _likely, ("temperature",), jumps=True, huge=1e-3),
     _entry("elementwise", _elementwise, ("temperature", "positive_mask", "priors"), huge=1e-3),
-    _entry("truncations", _truncations, ("temperature",), jumps=True, thorough=True, huge=1e-3),
     Entry("jaxsoft.decoding.Transform", _sorted, "sorted", dense_only=True, shift=0.0, jumps=True, low=1e-2),
     Entry("jaxsoft.decoding.log_prob", _log_prob, "", ("labels",), shift=0.0),
     Entry("jaxsoft.decoding.sample_and_log_prob", _sample, shift=0.0, permutes=False),

@@ -48,6 +48,7 @@ def _run(name, *flags, **env):
     return subprocess.run(command, env=_environment(**env), capture_output=True, text=True, timeout=600)
 
 
+QUICKLY_COMPILED = {"xla_flags": "--xla_backend_optimization_level=0"}
 one_run = pytest.mark.xdist_group("quick run of train_lm")  # in one process, which makes it once
 
 
@@ -108,7 +109,7 @@ def test_train_lm_reads_a_text_and_takes_the_names(tmp_path):
         "--steps",
         10,
     )
-    done = _run("train_lm", "--quick", "--text", text, "--out", tmp_path, *names)
+    done = _run("train_lm", "--quick", "--text", text, "--out", tmp_path, *names, **QUICKLY_COMPILED)
     assert done.returncode == 0, done.stderr
     runs = json.loads((tmp_path / "train_lm.json").read_text())["runs"]
     assert set(runs) == {"baseline", "ours"}
@@ -130,7 +131,6 @@ def test_train_classifier(tmp_path):
 
 sharded = pytest.mark.xdist_group("runs of train_sharded")
 SHARDED = "--steps=6", "--save-every=3", "--batch=4", "--length=32", "--vocab=512", "--width=32", "--layers=1"
-QUICKLY_COMPILED = {"xla_flags": "--xla_backend_optimization_level=0"}
 
 
 @pytest.fixture(scope="module")

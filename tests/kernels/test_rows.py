@@ -36,6 +36,7 @@ def every_reduction():
     return [run(f, point, name, rows=4, columns=4) for name in ("pallas_tpu", "xla")]
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
 def test_every_reduction(case):
     """Scores with ties, absent entries and a row without any; the gradients of every input array."""

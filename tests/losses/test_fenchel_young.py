@@ -112,7 +112,10 @@ def test_towards_cross_entropy(x64):
 
 @kinds
 def test_second_derivatives_and_alpha(kind, x64):
-    """The threshold is a constant to the program, yet the Hessian is that of entmax, and alpha has its derivative."""
+    """The threshold is a constant to the program, yet the Hessian is that of entmax, and alpha has its derivative.
+
+    One kind of logits has class ids for labels, the other distributions.
+    """
     x, y, g = (jnp.asarray(a) for a in example(scale=1.0))
     direction = jnp.cos(17 * x)
 
@@ -126,16 +129,14 @@ def test_second_derivatives_and_alpha(kind, x64):
         curvature, slope = along(alpha)
         np.testing.assert_allclose(curvature, g[:, None] * slope, atol=1e-11)
     q = jnp.asarray(np.random.default_rng(2).dirichlet(np.ones(5), 6))
-    for labels in (y, q):
-        f = lambda a, labels=labels: g @ ENTMAX(logits_of(x, kind), labels, alpha=a)
-        both = jax.jit(
-            lambda a, f=f: (f(a), jax.grad(f)(a), jax.grad(jax.grad(f))(a), jax.jvp(f, (a,), (1.0,))[1])
-        )
-        value, first, second, forward = both(1.4)
-        np.testing.assert_allclose(value, g @ ENTMAX(x, labels, alpha=1.4), rtol=1e-12)
-        low, high = both(1.4 - 1e-5), both(1.4 + 1e-5)
-        np.testing.assert_allclose([first, second], np.subtract(high[:2], low[:2]) / 2e-5, rtol=1e-6)
-        np.testing.assert_allclose(forward, first, rtol=1e-12)
+    labels = y if kind == "dense" else q
+    f = lambda a: g @ ENTMAX(logits_of(x, kind), labels, alpha=a)
+    both = jax.jit(lambda a: (f(a), jax.grad(f)(a), jax.grad(jax.grad(f))(a), jax.jvp(f, (a,), (1.0,))[1]))
+    value, first, second, forward = both(1.4)
+    np.testing.assert_allclose(value, g @ ENTMAX(x, labels, alpha=1.4), rtol=1e-12)
+    low, high = both(1.4 - 1e-5), both(1.4 + 1e-5)
+    np.testing.assert_allclose([first, second], np.subtract(high[:2], low[:2]) / 2e-5, rtol=1e-6)
+    np.testing.assert_allclose(forward, first, rtol=1e-12)
 
 
 def test_the_derivative_with_respect_to_the_labels(x64):

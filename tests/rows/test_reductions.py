@@ -425,6 +425,7 @@ AFFINE = (
 )  # streamed only where a softcap forbids the closed form
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize(
     ("case", "softcap"),
     [(c, None) for c in CASES] + [(c, 3.0) for c in CASES if c.id in (*AFFINE, "logsumexp", "top_k")],
@@ -501,6 +502,15 @@ def tile_of(x, start, stop, reduction):
         tuple(c[start:stop] for c in reduction.col_args),
         tuple(e[:, start:stop] for e in reduction.entry_args),
     )
+
+
+def test_two_masks_of_rows():
+    """A mask that varies over rows alone, and `row_where`."""
+    first, second = np.array([True, True, False]), np.array([True, False, True])
+    got = reduce_rows(
+        jnp.ones((3, 4)), reductions.count(), where=first[:, None], row_where=jnp.asarray(second)
+    )
+    np.testing.assert_array_equal(got, [4, 0, 0])
 
 
 @every
