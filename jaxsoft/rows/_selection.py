@@ -44,9 +44,11 @@ def just_below(score: Array, follower: Any = None, largest: Any = None) -> Array
 class Selection(NamedTuple):
     """The k largest entries of each row; of equal ones those in the first columns. Each `[*rows]`.
 
+    Scores that are not equal keep their order, as long as they are rounded by less than half of what they differ by.
+
     Attributes:
       bound: what the scores of all of them exceed or equal.
-      tied: scores up to here are tied with the last of them; -inf if none is.
+      tied: scores up to here are equal to the last of them; -inf if none is.
       last: the column of the last of them.
     """
 
@@ -58,10 +60,14 @@ class Selection(NamedTuple):
     def of(cls, best: Any, k: Any) -> Selection:
         """The first k, a number or one per row, of a `TopK` of k + 1 or more."""
         largest, score, follower = best.values[..., 0], nth(best.values, k - 1), nth(best.values, k)
-        near = room(score, largest)
-        is_tied = jnp.isfinite(score) & (follower >= score - 2 * near)
-        tied = jnp.where(is_tied, score + near, -jnp.inf)
-        return cls(just_below(score, follower, largest), tied, nth(best.indices, k - 1))
+        near = room(score, largest) / 8
+        is_tied = jnp.isfinite(score) & (follower == score)
+        middle = score / 2 + follower / 2
+        middle = jnp.where(middle == follower, score, middle)  # neighbours among floats, or both infinite
+        bound = jnp.minimum(
+            jnp.where(is_tied, score - near, middle), just_below(largest)
+        )  # one is left at least
+        return cls(bound, jnp.where(is_tied, score + near, -jnp.inf), nth(best.indices, k - 1))
 
     def holds(self, x: Array, cols: Array) -> Array:
         """Whether an entry is one of them; NaN is, so that it shows."""
