@@ -64,8 +64,9 @@ class Selection(NamedTuple):
         is_tied = jnp.isfinite(score) & (follower == score)
         middle = score / 2 + follower / 2
         middle = jnp.where(middle == follower, score, middle)  # neighbours among floats, or both infinite
-        bound = jnp.minimum(
-            jnp.where(is_tied, score - near, middle), just_below(largest)
+        bound = jnp.where(is_tied, score - near, middle)
+        bound = jnp.where(
+            jnp.isfinite(largest), jnp.minimum(bound, largest - near), bound
         )  # one is left at least
         return cls(bound, jnp.where(is_tied, score + near, -jnp.inf), nth(best.indices, k - 1))
 
