@@ -65,9 +65,8 @@ class Selection(NamedTuple):
         middle = score / 2 + follower / 2
         middle = jnp.where(middle == follower, score, middle)  # neighbours among floats, or both infinite
         bound = jnp.where(is_tied, score - near, middle)
-        bound = jnp.where(
-            jnp.isfinite(largest), jnp.minimum(bound, largest - near), bound
-        )  # one is left at least
+        # One is left at least.
+        bound = jnp.where(jnp.isfinite(largest), jnp.minimum(bound, largest - near), bound)
         return cls(bound, jnp.where(is_tied, score + near, -jnp.inf), nth(best.indices, k - 1))
 
     def holds(self, x: Array, cols: Array) -> Array:
