@@ -31,8 +31,8 @@ KERNELS_FLAGS ?=
 PIP = -m pip install --quiet --disable-pip-version-check --no-compile
 PART = @$(PYTHON) tests/parts.py
 PYTEST = -m pytest -n $(WORKERS)
-KERNEL_TESTS = tests/kernels/test_gpu.py tests/kernels/test_inside.py tests/kernels/test_lowering.py \
-               tests/kernels/test_derivatives.py
+LOWERING_TESTS = tests/kernels/test_lowering.py tests/kernels/test_derivatives.py
+KERNEL_TESTS = tests/kernels/test_gpu.py tests/kernels/test_inside.py $(LOWERING_TESTS)
 
 .PHONY: train generate test test-all test-fast test-oldest test-newest test-kernels mutate lint kernels bench docs environments clean
 
@@ -59,7 +59,7 @@ test-oldest: .venv/ready-tests
 ifneq ($(NEWEST_PYTHON),)
 test-newest: .venv-newest/ready-tests
 	$(PART) "engine, laws and optimizers on the newest jax" env JAXSOFT_DESIGN=$(or $(NEWEST_DESIGN),newest) \
-	  .venv-newest/bin/python $(PYTEST) tests/rows tests/conformance/test_laws.py tests/optimizers/test_common.py $(KERNEL_TESTS)
+	  .venv-newest/bin/python $(PYTEST) tests/rows tests/conformance/test_laws.py tests/optimizers/test_common.py $(LOWERING_TESTS)
 else
 test-newest:
 	@echo "== no Python 3.12 or newer found (PATH, pyenv): the newest jax is NOT tested"
