@@ -152,10 +152,8 @@ class TransformedLogits:
                     "dense() cannot store logits whose columns lie on several devices: use a function of rows"
                 )
             x = self.logits.values
-        x = x.astype(self.dtype)
-        return functools.reduce(
-            _dense, self.maps, x if self.where is None else jnp.where(self.where, x, -jnp.inf)
-        )
+        stored = TransformedLogits(x.astype(self.dtype)).masked(self.where)
+        return functools.reduce(_dense, self.maps, stored.logits)
 
 
 def as_rows(logits: Logits | TransformedLogits, *, axis: int = -1, where: Any = None) -> TransformedLogits:

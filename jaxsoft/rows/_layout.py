@@ -180,7 +180,7 @@ def _axis_types(mesh) -> list[tuple[str, Any]]:
 
 
 def moved(mesh, a, spec: P):
-    """Moves an array to where a `shard_map` wants it; on Auto axes JAX does that by itself."""
+    """The array, placed as a spec says along the Explicit axes of a mesh; along Auto axes JAX does that by itself."""
     explicit = {name for name, kind in _axis_types(mesh) if kind == AxisType.Explicit}
     if not explicit:
         return a

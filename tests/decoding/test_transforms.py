@@ -332,6 +332,20 @@ def test_a_mask_and_an_axis_as_an_option():
     *results, best, never = run(x)
     for result in results:
         np.testing.assert_allclose(result, plain, rtol=1e-5)
+
+    def drawn(x, **options):
+        key, tokens = jax.random.key(1), np.argmax(first, -1)
+        return (
+            decoding.sample(x, key, **options),
+            decoding.sample_and_log_prob(x, key, **options),
+            decoding.sample_without_replacement(x, key, 3, **options),
+            decoding.log_prob(x, tokens, **options),
+        )
+
+    got, expected = jax.jit(
+        lambda x: (drawn(x.T, axis=0, where=first.T), drawn(jnp.where(first, x, -jnp.inf)))
+    )(x)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
     np.testing.assert_array_equal(best, np.argmax(cut(x, first), -1))
     np.testing.assert_array_equal(never, np.argmax(plain, -1))
     fails(["axis", "-1", "(4, 37)"], ValueError, lambda: decoding.argmax(transform(streamed(x)), axis=0))
